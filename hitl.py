@@ -1854,8 +1854,7 @@ CARD = """<article class="card {status}" id="request-{request_id}">
 """
 
 BODY = """<section class="exact">
-    <h4>{exact_title}</h4>
-    <pre>{exact}</pre>
+    {exact}
   </section>
   <section class="part">
     <h4>The agent says</h4>
@@ -1976,21 +1975,21 @@ def card(view: View, there: ReviewRequest, back: str,
         shown_at=instant(view.at))
     body = fill(LARGE, size=readable_size(size),
                 request_id=there.request_id) if large else fill(
-        BODY, exact_title="Runs exactly this" if there.tool else
-        "No tool and no arguments were sent", exact=exact_call(there),
-        claims=definitions(claims(there)), open=Html(" open" * whole),
+        BODY, exact=exact_call(there), claims=definitions(claims(there)), open=Html(" open" * whole),
         context_size=readable_size(len(there.agent_context)),
         context=pretty_json(there.agent_context),
-        facts=definitions(facts(view, there)), form=form)
+        facts=definitions(facts(there, whole)), form=form)
     return fill(CARD, status=there.status, request_id=there.request_id,
                 category=category, times=times(view, there),
                 description=description, body=body)
 
 
 def exact_call(there: ReviewRequest) -> Html:
-    arguments = there.arguments
-    return Html(marked(visible(there.tool or "-")) + (
-        "" if arguments is None else " " + pretty_json(arguments)))
+    if there.tool is None and there.arguments is None:
+        return Html("<h4>No tool and no arguments were sent</h4>")
+    return fill("<h4>Runs exactly this</h4>\n    <pre>{tool} {arguments}</pre>",
+                tool=there.tool or "(no tool)", arguments=pretty_json(
+                    there.arguments) if there.arguments else "")
 
 
 def definitions(pairs: Iterable[tuple[str, Any]]) -> Html:
@@ -2004,12 +2003,10 @@ def claims(there: ReviewRequest) -> Iterator[tuple[str, Any]]:
     yield "checkpoint", there.checkpoint_id
     yield "because", there.why
     yield "its clock", clock_time(there.timestamp)
-    yield "its rules", there.config_digest and (
-        f"SHA-256 {there.config_digest}")
 
 
-def facts(view: View, there: ReviewRequest) -> Iterator[tuple[str, Any]]:
-    """What this server saw or computed itself."""
+def facts(there: ReviewRequest, whole: bool) -> Iterator[tuple[str, Any]]:
+    """What this server saw or computed itself; the digests when whole."""
     yield "sent by", ("unauthenticated agent: any program on this machine"
                       if there.asked_by == "agent:unauthenticated"
                       else there.asked_by)
@@ -2023,7 +2020,8 @@ def facts(view: View, there: ReviewRequest) -> Iterator[tuple[str, Any]]:
     if there.outcome:
         yield "outcome", outcome_words(there)
     yield "request_id", there.request_id
-    yield "digest", there.digest
+    yield "digest", whole and there.digest
+    yield "its rules", whole and there.config_digest
     if not there.intact:
         yield "DAMAGED", "what is stored is not what was asked"
 
