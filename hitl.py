@@ -107,7 +107,7 @@ import time
 import unicodedata
 from collections.abc import (
     Awaitable, Callable, Iterable, Iterator, Mapping)
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from enum import StrEnum
 from pathlib import Path
@@ -483,7 +483,8 @@ class Checkpoint:
     description_template: str
     category: str = ""
     effect: str = "review"
-    arguments: Mapping[str, str] = None  # type: ignore[assignment]
+    kind: str = "tool"
+    arguments: Mapping[str, str] = field(default_factory=dict)
     timeout_seconds: float | None = None
     lifetime_seconds: float | None = None
 
@@ -494,6 +495,21 @@ class Checkpoint:
         if self.effect == "allow":
             return re.fullmatch(pattern, text)
         return re.search(pattern, text, re.IGNORECASE | re.DOTALL)
+
+    def kind_matches(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether action_pattern finds the text of a shell command or an
+        edit; of a command, `allow` needs every part to the letter."""
+        if self.kind == "tool":
+            return True
+        text = text_of(self.kind, arguments)
+        parts = commands_in(text) if self.kind == "shell" else [text]
+        if self is ODD_COMMAND:
+            return parts is None
+        if self.effect == "allow":
+            return bool(parts) and all(self.find(self.action_pattern, part)
+                                       for part in parts or ())
+        return not text or any(self.find(self.action_pattern, part)
+                               for part in (text, *(parts or ())))
 
     def arguments_match(self, arguments: Mapping[str, Any]) -> bool:
         """Whether every argument pattern matches. Where an argument is
@@ -543,8 +559,11 @@ class Configuration:
             why = name_match(checkpoint, tool)
             if why and not (odd and checkpoint.effect == "allow"):
                 found.append(Match(checkpoint, why))
-                if not checkpoint.arguments:
+                if not checkpoint.arguments and checkpoint.kind == "tool":
                     return tuple(found)
+        if any(m.checkpoint.kind == "shell" for m in found):
+            found.append(Match(ODD_COMMAND, "the command cannot be taken "
+                               "apart, so no pattern can vouch for it"))
         if odd:
             found.append(Match(ODD_NAME, odd))
         else:
@@ -555,10 +574,14 @@ class Configuration:
     def first_match(self, tool: str, arguments: Mapping[str, Any]) -> Match:
         """The checkpoint that decides about this call."""
         return next(m for m in self.candidates(tool)
-                    if m.checkpoint.arguments_match(arguments))
+                    if m.checkpoint.kind_matches(arguments)
+                    and m.checkpoint.arguments_match(arguments))
 
     def named(self, checkpoint_id: str) -> Checkpoint:
-        """The checkpoint of this id, ConfigError if there is none."""
+        """The checkpoint of this id, ConfigError if there is none;
+        "unmatched" is the one that holds what no other names."""
+        if checkpoint_id == "unmatched":
+            return UNMATCHED["review"]
         for checkpoint in self.checkpoints:
             if checkpoint.checkpoint_id == checkpoint_id:
                 return checkpoint
@@ -568,12 +591,74 @@ class Configuration:
             f'there are: {", ".join(ids)}{did_you_mean(checkpoint_id, ids)}')
 
 
-ODD_NAME = Checkpoint("odd-name", "", "Call {tool}", arguments={})
+ODD_NAME = Checkpoint("odd-name", "", "Call {tool}")
+ODD_COMMAND = Checkpoint("odd-command", "", "Run {command}", kind="shell")
 UNMATCHED = {
-    "review": Checkpoint("unmatched", "", "Call {tool}", arguments={}),
-    "allow": Checkpoint("unmatched", "", "Call {tool}", effect="allow",
-                        arguments={}),
+    "review": Checkpoint("unmatched", "", "Call {tool}"),
+    "allow": Checkpoint("unmatched", "", "Call {tool}", effect="allow"),
 }
+
+# Coding agents call the same thing by different names. `kind` selects it in
+# all of them, and action_pattern then looks at what it does: the text of a
+# shell command, or the files an edit touches.
+# kind: (tools, casefolded last part; arguments that hold the text)
+KINDS = {
+    "shell": (frozenset((
+        "bash", "shell", "sh", "local_shell", "powershell", "terminal",
+        "run_shell_command", "run_commands", "run_command", "run_in_terminal",
+        "execute_command", "exec_command", "exec", "run")),
+        ("command", "commands", "cmd", "script", "argv")),
+    "edit": (frozenset((
+        "write", "edit", "multiedit", "notebookedit", "apply_patch", "patch",
+        "write_file", "replace", "edit_file", "create", "create_file",
+        "write_to_file", "replace_in_file", "insert_edit_into_file",
+        "str_replace_editor", "str_replace_based_edit_tool")),
+        ("file_path", "path", "filepath", "filePath", "notebook_path",
+         "absolute_path", "patch", "patchText", "diff", "input", "command")),
+}
+
+
+def text_of(kind: str, arguments: Mapping[str, Any]) -> str:
+    """What a call of this kind does, as text; "" if it cannot be seen."""
+    texts = []
+    for name in KINDS[kind][1]:
+        value = arguments.get(name)
+        if isinstance(value, str) and value[:1] == "[":
+            with contextlib.suppress(ValueError):
+                value = parse_json(value)       # Cline's list is a text
+        if isinstance(value, list) and all(isinstance(v, str) for v in value):
+            shell = len(value) == 3 and value[1] in ("-c", "-lc")
+            value = value[2] if shell else (
+                "\n" if name == "commands" else " ").join(value)
+        if isinstance(value, str):
+            texts.append(value)
+    return "\n".join(texts)
+
+
+def commands_in(text: str) -> list[str] | None:
+    """The simple commands of a shell text, unquoted; None where it cannot be
+    taken apart cheaply: substitutions, here-documents, `eval`, a command's
+    name in a variable, quotes that do not close."""
+    import shlex
+    if not text.strip() or re.search(r"`|\$\(|[<>]\(|<<|\$'|\\\n", text):
+        return None
+    words = shlex.shlex(text, posix=True, punctuation_chars=";&|()<>\n")
+    words.whitespace, words.commenters = " \t\r", ""
+    words.whitespace_split = True
+    commands: list[list[str]] = [[]]
+    try:
+        for word in words:
+            if not word.strip(";&|()\n"):
+                commands.append([])
+            else:
+                commands[-1].append(word)
+    except ValueError:
+        return None
+    for command in commands:
+        first = next((w for w in command if not re.match(r"\w+=", w)), "")
+        if "$" in first or first in ("eval", "exec", "source", "."):
+            return None
+    return [" ".join(command) for command in commands if command]
 
 
 def views(text: str) -> tuple[tuple[str, str], ...]:
@@ -601,6 +686,10 @@ def odd_name(tool: str) -> str:
 
 def name_match(checkpoint: Checkpoint, tool: str) -> str:
     """Why a checkpoint's pattern finds this name, or ""."""
+    if checkpoint.kind != "tool":
+        known = views(tool)[-1][1].casefold() in KINDS[checkpoint.kind][0]
+        return f"action_pattern {checkpoint.action_pattern!r} finds the " \
+            f"{checkpoint.kind} text" if known else ""
     ways = views(tool)[:1] if checkpoint.effect == "allow" else views(tool)
     for way, text in ways:
         hit = checkpoint.find(checkpoint.action_pattern, text)
@@ -630,6 +719,9 @@ def describe(checkpoint: Checkpoint, tool: str,
              arguments: Mapping[str, Any]) -> str:
     """The description_template filled in. It takes names only: no attribute,
     no index, no format, and what is not there shows as not given."""
+    if checkpoint.kind == "shell":
+        arguments = {**arguments, "command": text_of("shell", arguments)}
+
     def fill_in(found: re.Match[str]) -> str:
         if found[1] == "tool":
             return tool
@@ -710,7 +802,7 @@ def one_of(*words: str) -> Callable[[Any], str]:
 def id_value(value: Any) -> str:
     if not REQUEST_ID.fullmatch(text_value(value)):
         raise ValueError("may hold letters, digits and . _ : - only")
-    if value in ("unmatched", "odd-name"):
+    if value in ("unmatched", "odd-name", "odd-command"):
         raise ValueError(f'"{value}" is an id of our own: choose another')
     return value
 
@@ -778,6 +870,7 @@ KEYS: dict[str, dict[str, tuple[Callable[[Any], Any], Any]]] = {
         "checkpoint_id": (id_value, REQUIRED),
         "action_pattern": (pattern_value, REQUIRED),
         "description_template": (template_value, REQUIRED),
+        "kind": (one_of("tool", *KINDS), "tool"),
         "category": (one_of(*CATEGORIES), ""),
         "effect": (one_of(*EFFECTS), "review"),
         "arguments": (patterns_value, {}),
@@ -953,7 +1046,8 @@ def covered(checkpoints: tuple[Checkpoint, ...]) -> Iterator[str]:
         for earlier in checkpoints[:n]:
             plain = later.action_pattern.rstrip("*").strip("^$")
             same = earlier.action_pattern == later.action_pattern
-            if not earlier.arguments and earlier.effect != "allow" and (
+            if (not earlier.arguments and earlier.effect != "allow"
+                    and earlier.kind == later.kind) and (
                     same or re.fullmatch(r"[\w-]+", plain) and
                     earlier.find(earlier.action_pattern, plain)):
                 yield (f'checkpoint "{later.checkpoint_id}" is never '
@@ -1533,9 +1627,10 @@ def database_faults(db: Any, size: int) -> Iterator[str]:
     schema with its triggers, the pages of a small file, and every request
     that is still open, against its audit rows."""
     import sqlite3
-    ours = sqlite3.connect(":memory:", isolation_level=None)
-    ours.executescript(SCHEMA)
-    if schema_of(db) != schema_of(ours):
+    with contextlib.closing(sqlite3.connect(":memory:")) as ours:
+        ours.executescript(SCHEMA)
+        expected = schema_of(ours)
+    if schema_of(db) != expected:
         yield "its tables or triggers are not those of this version"
         return
     if size <= 32 << 20:
@@ -3297,6 +3392,10 @@ class Held:
     digest: str = ""
     claim: str = ""             # a nonce: the same claim may be retried
     cancelled: bool = False
+    tick: Callable[[], None] = lambda: None     # called while it waits
+
+    def rename(self, request_id: str) -> None:
+        self.request_id = self.body["request_id"] = request_id
 
     def approved(self) -> dict[str, Any]:
         """The arguments, parsed from the bytes that were digested, stored
@@ -3591,6 +3690,7 @@ class Gate:
             left = held.deadline - time.monotonic()
             if left <= 0 or held.cancelled:
                 return self._give_up(held)
+            held.tick()
             wait = min(self.configuration.gate["poll_seconds"], left)
             try:
                 reply = self.client.exchange(
@@ -3627,6 +3727,7 @@ class Gate:
             f"raise timeout_seconds in {where}: people usually need 300 or "
             "more", request_id=held.request_id)
         if held.lifetime_seconds > held.timeout_seconds and not held.cancelled:
+            error.reason = "still-waiting"
             error.message += "; the request still waits, and the same call " \
                 f'with request_id "{held.request_id}" picks up its decision'
             raise error
