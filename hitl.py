@@ -73,6 +73,7 @@ has one address. The reviewer's half (Store to Server) and the agent's half
   * Server        the only listening socket; the table of rights
   * Client        the only outgoing requests
   * Gate          match, ask, wait, claim, run, report: runs a tool
+    Adapters      coding-agent hooks, MCP proxy, command prefix
     Evidence      `verify` and `demo`: the whole path, for real
     Command line  argv, stdout
 
@@ -505,9 +506,9 @@ class Checkpoint:
         parts = commands_in(text) if self.kind == "shell" else [text]
         if self is ODD_COMMAND:
             return parts is None
-        if self.effect == "allow":
-            return bool(parts) and all(self.find(self.action_pattern, part)
-                                       for part in parts or ())
+        if self.effect == "allow":      # a redirection could write anywhere
+            return bool(parts) and not re.search("[<>]", text) and all(
+                self.find(self.action_pattern, part) for part in parts or ())
         return not text or any(self.find(self.action_pattern, part)
                                for part in (text, *(parts or ())))
 
@@ -687,7 +688,8 @@ def odd_name(tool: str) -> str:
 def name_match(checkpoint: Checkpoint, tool: str) -> str:
     """Why a checkpoint's pattern finds this name, or ""."""
     if checkpoint.kind != "tool":
-        known = views(tool)[-1][1].casefold() in KINDS[checkpoint.kind][0]
+        name = (tool if checkpoint.effect == "allow" else views(tool)[-1][1])
+        known = name.casefold() in KINDS[checkpoint.kind][0]
         return f"action_pattern {checkpoint.action_pattern!r} finds the " \
             f"{checkpoint.kind} text" if known else ""
     ways = views(tool)[:1] if checkpoint.effect == "allow" else views(tool)
@@ -3519,10 +3521,11 @@ class Gate:
             raise logged(error)
         return held.approved()
 
-    def _obtain(self, held: Held) -> None:
-        """Steps 2 to 4; returns only with the approval claimed."""
+    def _obtain(self, held: Held) -> str:
+        """Steps 2 to 4 -> who approved; returns only with the approval
+        claimed."""
         with self._withdrawing(held):
-            self._claim(held, self._wait(held, self._ask(held)))
+            return self._claim(held, self._wait(held, self._ask(held)))
 
     async def _aobtain(self, held: Held) -> None:
         import asyncio
@@ -3622,12 +3625,13 @@ class Gate:
         if reply.status not in (200, 201):
             raise self._refused(held, reply)
         state = self._state(held, reply)
-        log.warning(
-            '%s waits for a person: "%s"; review it at %s (%s)',
-            visible(held.tool), visible(held.description),
-            visible(str(reply.body.get("url"))), "for ever" if
-            held.timeout_seconds == math.inf else
-            f"{held.timeout_seconds:g} s")
+        if state.status == Status.WAITING:
+            log.warning(
+                '%s waits for a person: "%s"; review it at %s (%s)',
+                visible(held.tool), visible(held.description),
+                visible(str(reply.body.get("url"))), "for ever" if
+                held.timeout_seconds == math.inf else
+                f"{held.timeout_seconds:g} s")
         return state
 
     def _insist(self, method: str, path: str, held: Held, body: Any,
@@ -3761,8 +3765,9 @@ class Gate:
 
     # ---- 4 claim ----
 
-    def _claim(self, held: Held, state: Summary) -> None:
-        """Return if this call, and no other, may run now (promise 3)."""
+    def _claim(self, held: Held, state: Summary) -> str:
+        """Who approved, if this call, and no other, may run now (promise 3).
+        """
         who = (state.decided_by or "").partition(":")[2]
         if state.status == Status.REJECTED:
             raise CollaborationError(
@@ -3799,6 +3804,7 @@ class Gate:
                                      request_id=held.request_id)
         log.warning("%s approved by %s: runs now", visible(held.tool),
                     visible(who))
+        return visible(who)
 
     # ---- 6 report ----
 
@@ -4098,6 +4104,604 @@ def masked(value: Any, own: str = "", level: int = 0) -> Any:
     if own and own in text:
         text = text.replace(own, mask(own))
     return SECRET_SHAPE.sub(lambda found: mask(found[0]), text)
+
+
+# ================================= Adapters ================================
+# Thin faces over the Gate for agents that cannot be changed: a hook that a
+# coding agent runs before each tool, a proxy before an MCP server, a prefix
+# before a command. Each fails closed in its agent's own way. What the agents
+# send and accept was measured with the real clients, November 2026.
+
+WHY = "{why}"                   # where an answer holds the explanation
+HOOK_LIFETIME = 86_400          # a request outlives the hook that asked
+
+
+class Dialect(NamedTuple):
+    """How one coding agent speaks to its hooks. A path is dotted."""
+
+    tool: str                           # where the tool's name stands
+    arguments: str
+    session: str
+    approved: dict[str, Any]            # what to answer, exactly
+    rejected: dict[str, Any]
+    seconds: float                      # it gives up after a bit more
+    refuses: bool = False               # print `rejected` on an error, too
+    status: int = 2                     # exit status on an error
+
+
+def claude(**answer: Any) -> dict[str, Any]:
+    return {"hookSpecificOutput": answer}
+
+
+PRE, ASK = "PreToolUse", "PermissionRequest"
+DENIED = claude(hookEventName=PRE, permissionDecision="deny",
+                permissionDecisionReason=WHY)
+FLAT = ("tool_name", "tool_input", "session_id")
+DIALECTS = {
+    "claude": Dialect(*FLAT, claude(
+        hookEventName=PRE, permissionDecision="allow",
+        permissionDecisionReason=WHY), DENIED, 590),
+    # a plain allow is invalid in Codex: {} lets the call go on
+    "codex": Dialect(*FLAT, {}, DENIED, 590),
+    "permission": Dialect(
+        *FLAT, claude(hookEventName=ASK, decision={"behavior": "allow"}),
+        claude(hookEventName=ASK, decision={"behavior": "deny",
+                                            "message": WHY}), 590),
+    "gemini": Dialect(*FLAT, {"decision": "allow"},
+                      {"decision": "deny", "reason": WHY}, 55),
+    "copilot": Dialect(
+        "toolName", "toolArgs", "sessionId", {"permissionDecision": "allow"},
+        {"permissionDecision": "deny", "permissionDecisionReason": WHY}, 25,
+        True),
+    "copilot-permission": Dialect(
+        "toolName", "toolArgs", "sessionId", {"behavior": "allow"},
+        {"behavior": "deny", "message": WHY, "interrupt": False}, 25, True),
+    "cline": Dialect(                   # exit codes are ignored there
+        "tool_call.name", "tool_call.input", "taskId", {"cancel": False},
+        {"cancel": True, "errorMessage": WHY}, 55, True, 0),
+    "cursor": Dialect(
+        "tool_name", "tool_input", "conversation_id",
+        {"permission": "allow"}, {"permission": "deny", "user_message": WHY,
+                                  "agent_message": WHY}, 55, True),
+}
+
+
+def dialect_of(data: Mapping[str, Any]) -> str:
+    """Which dialect a hook's input is; HitlError if it is none."""
+    event = data.get("hook_event_name", "")
+    if "clineVersion" in data or "tool_call" in data or "preToolUse" in data:
+        return "cline"
+    if "cursor_version" in data or event in ("beforeShellExecution",
+                                             "beforeMCPExecution"):
+        return "cursor"
+    if data.get("hookName") == "permissionRequest":
+        return "copilot-permission"
+    if event == PRE:
+        return "codex" if "turn_id" in data else "claude"
+    if event == ASK:
+        return ("permission" if "transcript_path" in data
+                else "copilot-permission")
+    if event == "BeforeTool":
+        return "gemini"
+    if "toolName" in data:
+        return "copilot"
+    raise HitlError("this is no coding agent's call that I know",
+                    "`hitl.py hook --snippet AGENT` says how to install it",
+                    reason="bad-hook")
+
+
+def inside(data: Any, path: str) -> Any:
+    """The value at a dotted path, or None."""
+    for part in path.split("."):
+        data = data.get(part) if isinstance(data, Mapping) else None
+    return data
+
+
+def proposed(name: str, data: Mapping[str, Any]
+             ) -> tuple[str, dict[str, Any]]:
+    """The tool call a hook's input proposes; HitlError without a name."""
+    dialect = DIALECTS[name]
+    tool, arguments = inside(data, dialect.tool), inside(data,
+                                                         dialect.arguments)
+    if name == "cline" and tool is None:
+        tool = inside(data, "preToolUse.toolName")
+        arguments = inside(data, "preToolUse.parameters")
+    if name == "copilot-permission" and tool is None:
+        tool, arguments = data.get("tool_name"), data.get("tool_input")
+    if name == "cursor" and tool is None and "command" in data:
+        tool, arguments = "shell", {"command": data["command"]}
+    if isinstance(arguments, str):      # JSON inside JSON, or plain text
+        with contextlib.suppress(ValueError):
+            arguments = parse_json(arguments)
+    if not isinstance(tool, str) or not tool:
+        raise HitlError("the call names no tool", reason="bad-hook")
+    if arguments is None:
+        arguments = {}
+    return tool, arguments if isinstance(arguments, dict) else {
+        "input": arguments}
+
+
+def with_why(answer: Any, why: str) -> Any:
+    """An answer of DIALECTS with the explanation filled in."""
+    if isinstance(answer, dict):
+        return {k: with_why(v, why) for k, v in answer.items()}
+    return why if answer == WHY else answer
+
+
+def hook(data: bytes, config: Path | None, seconds: float | None
+         ) -> tuple[dict[str, Any] | None, int, str]:
+    """One hook call -> what to print (None: nothing), the exit status, and
+    words for stderr. Whatever goes wrong is that dialect's refusal."""
+    dialect = None
+    try:
+        call = parse_json(data)
+        if not isinstance(call, dict):
+            raise HitlError("the input is not a JSON object")
+        name = dialect_of(call)
+        dialect = DIALECTS[name]
+        tool, arguments = proposed(name, call)
+        gate = Gate(config or beside_or_named(), context=call,
+                    agent=hook_agent(name, call))
+        why = decide_hook(gate, tool, arguments,
+                          str(inside(call, dialect.session)),
+                          seconds or dialect.seconds)
+        if why is None:
+            return {}, 0, ""            # no opinion: its own flow goes on
+        return with_why(dialect.approved, why), 0, ""
+    except (CollaborationError, ReviewTimeoutError) as error:
+        told = isinstance(error, (DeniedError, ReviewTimeoutError)) or (
+            type(error) is CollaborationError)
+        why = f"{error.message}. " + (
+            "Repeat this very call later to pick up the decision."
+            if error.reason == "still-waiting" else
+            "Do not retry or rephrase it; tell the user.")
+        if told and dialect:
+            return with_why(dialect.rejected, why), 0, ""
+        fault: BaseException = error
+    except BaseException as error:      # a signal, or a fault of ours
+        fault = error
+    words = visible(f"hitl: refused: {type(fault).__name__}: {fault}")
+    if dialect and dialect.refuses:
+        return with_why(dialect.rejected, words), dialect.status, words
+    return None, 2, words
+
+
+def decide_hook(gate: Gate, tool: str, arguments: dict[str, Any],
+                session: str, seconds: float) -> str | None:
+    """Who approved this call, None if nothing matches; raises as the gate
+    does. The request_id is a digest of session and call with a number: the
+    first that is free or alive counts, so a repeat attaches to what waits,
+    claims what is approved, and is told at once what was rejected; one that
+    is spent or expired makes room for a new asking."""
+    held = gate._match(tool, arguments, None, None, seconds, None)
+    if held is None:
+        return None
+    limit = min(seconds, held.checkpoint.timeout_seconds or math.inf)
+    held.timeout_seconds = limit
+    held.lifetime_seconds = max(first_of(
+        held.checkpoint.lifetime_seconds,
+        gate.configuration.gate["lifetime_seconds"], HOOK_LIFETIME), limit + 1)
+    held.body["timeout_seconds"] = min(held.lifetime_seconds,
+                                       MAX_YEARS * 31_000_000)
+    key = hashlib.sha256(f"{session}\n{held.digest}".encode()).hexdigest()[:32]
+    began = time.monotonic()
+    for number in range(1, 1000):
+        held.rename(f"{key}-{number}")
+        held.deadline = began + limit
+        try:
+            return f"approved by {gate._obtain(held)}"
+        except AlreadyClaimedError:
+            continue
+        except ReviewTimeoutError as error:
+            if error.reason not in (*Status, *Outcome):
+                raise
+            if time.monotonic() - began > limit - 1:
+                raise
+    raise AlreadyClaimedError("this call was approved a thousand times in "
+                              "this session")
+
+
+def beside_or_named() -> Path:
+    """HITL_CONFIG or the file beside hitl.py: never the agent's working
+    directory, where it may write."""
+    return Path(os.environ.get("HITL_CONFIG") or Path(
+        __file__).absolute().with_name("checkpoints.toml")).absolute()
+
+
+def hook_agent(name: str, call: Mapping[str, Any]) -> str:
+    """The name on the card: agent, folder, session, sub-agent."""
+    session = inside(call, DIALECTS[name].session)
+    parts = [os.environ.get("HITL_AGENT") or name.partition("-")[0],
+             call.get("cwd"), session and f"session {str(session)[:8]}"]
+    parts += [f"{key} {call[key]}" for key in ("agent_type", "agent_id")
+              if call.get(key)]
+    return " ".join(str(part) for part in parts if part)[:MAX_NAME]
+
+
+# What to install, and where. CMD is this Python and this file, for a shell.
+SNIPPETS = {
+    "claude": (".claude/settings.json", '{"hooks": {"PreToolUse": '
+               '[{"matcher": "*", "hooks": [{"type": "command", "command": '
+               'CMD, "timeout": 86400, "onFailure": "block", '
+               '"statusMessage": "waiting for human approval"}]}]}}'),
+    "codex": (".codex/hooks.json (then trust it once with /hooks: untrusted "
+              "hooks are silently skipped)",
+              '{"hooks": {"PreToolUse": [{"matcher": "*", "hooks": [{"type": '
+              '"command", "command": CMD, "timeout": 86400}]}]}}'),
+    "gemini": ("~/.gemini/settings.json (timeout is in milliseconds)",
+               '{"hooks": {"BeforeTool": [{"matcher": ".*", "hooks": '
+               '[{"name": "hitl", "type": "command", "command": CMD, '
+               '"timeout": 86400000}]}]}}'),
+    "copilot": (".github/hooks/hitl.json", '{"version": 1, "hooks": '
+                '{"PreToolUse": [{"type": "command", "bash": CMD, '
+                '"timeoutSec": 86400}]}}'),
+    "cursor": (".cursor/hooks.json", '{"version": 1, "hooks": '
+               '{"beforeShellExecution": [{"command": CMD, "timeout": 86400, '
+               '"failClosed": true}], "beforeMCPExecution": [{"command": CMD, '
+               '"timeout": 86400, "failClosed": true}]}}'),
+    "cline": (".clinerules/hooks/PreToolUse (make it executable)",
+              "#!/bin/sh\nCMD\n"),
+}
+
+
+def hook_command(agent: str) -> str:
+    """The line an agent is to run; an agent that ignores exit codes gets a
+    refusal to print."""
+    import shlex
+    line = shlex.join([sys.executable, str(Path(__file__).absolute()), "hook",
+                       "--deadline", "86000"])
+    if agent == "cline":
+        return line + (""" || echo '{"cancel":true,"errorMessage":"hitl """
+                       """unavailable"}'""")
+    return f"{line} || exit 2"
+
+
+def snippet(agent: str) -> tuple[str, str]:
+    """Where to install, and the text to put there."""
+    where, text = SNIPPETS[agent]
+    command = hook_command(agent)
+    if agent == "cline":
+        return where, text.replace("CMD", command)
+    text = text.replace("CMD", json.dumps(command))
+    return where, json.dumps(json.loads(text), indent=2)
+
+
+def installed_lines(agent: str) -> Iterator[tuple[Path, str]]:
+    """The lines that run this in an agent's settings, here or at home."""
+    name = SNIPPETS[agent][0].partition(" (")[0].removeprefix("~/")
+    for folder in (Path.cwd(), Path.home()):
+        path = folder / name
+        if not path.is_file():
+            continue
+        text = path.read_text(encoding="utf-8")
+        if agent == "cline":
+            yield path, text
+            continue
+        found: list[Any] = [json.loads(text)]
+        while found:
+            value = found.pop()
+            if isinstance(value, (dict, list)):
+                found += value.values() if isinstance(value, dict) else value
+            elif isinstance(value, str) and "hitl" in value and (
+                    " hook" in value):
+                yield path, value
+
+
+SAMPLES: dict[str, dict[str, Any]] = {
+    "claude": {"hook_event_name": PRE, "transcript_path": "t"},
+    "codex": {"hook_event_name": PRE, "turn_id": "1"},
+    "gemini": {"hook_event_name": "BeforeTool"},
+    "copilot": {"hook_event_name": PRE},
+    "cursor": {"cursor_version": "1"},
+    "cline": {"clineVersion": "", "tool_call": {
+        "name": "h\u00eftl_check", "input": {}}},
+}
+
+
+def blocks(agent: str, line: str) -> str:
+    """Run an installed line on a sample call that always waits, with no
+    server to ask -> "" if it blocks as its agent understands, or what it did.
+    """
+    import subprocess
+    call = {"tool_name": "h\u00eftl_check", "tool_input": {},
+            "session_id": "check", "cwd": str(Path.cwd()), **SAMPLES[agent]}
+    dead = {**os.environ, "HITL_SERVER_URL": "http://127.0.0.1:9",
+            "CLAUDE_PROJECT_DIR": str(Path.cwd())}
+    done = subprocess.run(
+        ["/bin/sh", "-c", line], input=json.dumps(call), text=True,
+        capture_output=True, env=dead, timeout=60)
+    if done.returncode == 2 and (not done.stdout or agent != "gemini"):
+        return ""
+    if agent == "cline" and '"cancel": true' in done.stdout.replace(
+            '":true', '": true'):
+        return ""
+    return f"it exits {done.returncode} and prints {visible(done.stdout)!r}"
+
+
+# ---- MCP: a proxy between a client and a server on stdio ----
+
+MODERN = "io.modelcontextprotocol/protocolVersion"
+RUNNERS = frozenset((
+    "npx", "bunx", "uvx", "uv", "run", "node", "bun", "deno", "pnpm", "dlx",
+    "exec", "env", "sh", "bash", "python", "python3", "tool", "npm", "yarn"))
+
+
+def server_name(command: list[str]) -> str:
+    """What an MCP server's command is called, for `mcp__NAME__tool`."""
+    words = [Path(word).stem for word in command
+             if not word.startswith("-") and "=" not in word]
+    word = next((w for w in words if w not in RUNNERS), "server")
+    return re.sub(r"[^A-Za-z0-9_-]", "_", word)
+
+
+class Proxy:
+    """Bytes pass both ways as they are, but for tools/call: that waits on a
+    thread of its own while everything else goes on."""
+
+    def __init__(self, gate: Gate, command: list[str], name: str) -> None:
+        import subprocess
+        self.gate, self.name, self.command = gate, name, command
+        self.child = subprocess.Popen(command, stdin=subprocess.PIPE,
+                                      stdout=subprocess.PIPE)
+        self.to_client, self.to_server = threading.Lock(), threading.Lock()
+        self.lock = threading.Lock()            # over the tables below
+        self.held: dict[str, Held] = {}         # by the JSON-RPC id
+        self.sent: dict[str, tuple[str, str]] = {}  # id -> method, call
+        self.resumes: dict[tuple[str, str], int] = {}   # state, call
+        self.seen: dict[str, Any] = {}          # what the server said of tools
+        self.threads: list[threading.Thread] = []
+
+    def run(self, source: Any, sink: Any) -> int:
+        """Serve until the client or the server ends -> the server's exit
+        status."""
+        import subprocess
+        self.sink = sink
+        back = threading.Thread(target=self.pump_back)
+        back.start()
+        threading.Thread(target=self.pump_in, args=(source,),
+                         daemon=True).start()
+        try:
+            back.join()
+        except BaseException:               # a signal: leave no orphan
+            self.child.terminate()
+        try:
+            status = self.child.wait(10)
+        except subprocess.TimeoutExpired:
+            self.child.kill()
+            status = self.child.wait()
+        with self.lock:
+            held = list(self.held.values())
+        for call in held:                   # nobody is there to run them
+            call.cancelled = True
+            self.gate._withdraw(call, "the MCP server ended")
+        return 128 - status if status < 0 else status
+
+    def pump_in(self, source: Any) -> None:
+        """Client to server, line by line."""
+        for line in source:
+            try:
+                self.from_client(line)
+            except (BrokenPipeError, ValueError):   # the server is gone
+                return
+        with self.lock:
+            held = list(self.held.values())
+        for call in held:
+            self.cancel(call)
+        with contextlib.suppress(OSError):
+            self.child.stdin.close()
+
+    def pump_back(self) -> None:
+        """Server to client; when it ends, open calls are answered."""
+        for line in self.child.stdout:
+            self.from_server(line)
+            self.answer(line)
+        with self.lock:
+            open_ids = [*self.sent, *self.held]
+            self.sent.clear()
+        for key in open_ids:
+            self.answer({"jsonrpc": "2.0", "id": json.loads(key), "error": {
+                "code": -32000, "message": "the MCP server ended"}})
+
+    def answer(self, message: Any) -> None:
+        line = message if isinstance(message, bytes) else (
+            json.dumps(message) + "\n").encode()
+        with self.to_client, contextlib.suppress(OSError, ValueError):
+            self.sink.write(line)
+            self.sink.flush()
+
+    def forward(self, line: bytes) -> None:
+        with self.to_server:
+            self.child.stdin.write(line)
+            self.child.stdin.flush()
+
+    def from_client(self, line: bytes) -> None:
+        try:
+            message = parse_json(line)
+        except ValueError:
+            # what we cannot read strictly, a server might read as a call
+            if b"call" in line or b"\\u" in line:
+                self.answer({"jsonrpc": "2.0", "id": None, "error": {
+                    "code": -32700, "message": "hitl: not strict JSON"}})
+            else:
+                self.forward(line)
+            return
+        if isinstance(message, list) and any(
+                inside(m, "method") == "tools/call" for m in message):
+            self.answer({"jsonrpc": "2.0", "id": None, "error": {
+                "code": -32600, "message": "hitl: send calls one by one"}})
+        elif inside(message, "method") == "tools/call":
+            self.gated(message, line)
+        elif inside(message, "method") == "notifications/cancelled":
+            key = canonical(inside(message, "params.requestId"))
+            with self.lock:
+                call = self.held.get(key)
+            if call is None:
+                self.forward(line)
+            else:
+                self.cancel(call)
+        else:
+            self.passes(message, line)
+
+    def passes(self, message: Any, line: bytes, call: str = "") -> None:
+        if isinstance(message, dict) and "id" in message and (
+                "method" in message):
+            with self.lock:
+                self.sent[canonical(message["id"])] = (message["method"], call)
+            if message["method"] == "initialize":
+                self.seen["client"] = inside(message, "params.clientInfo")
+        self.forward(line)
+
+    def gated(self, message: dict[str, Any], line: bytes) -> None:
+        """A tools/call: passes, is refused, or waits on its own thread."""
+        params = message.get("params")
+        params = params if isinstance(params, dict) else {}
+        tool, arguments = params.get("name"), params.get("arguments") or {}
+        call = canonical([tool, arguments])
+        with self.lock:
+            resumed = (str(params.get("requestState")), call)
+            passes = self.resumes.get(resumed, 0) > 0
+            if passes:                  # the rest of a call approved before
+                self.resumes[resumed] -= 1
+        if passes:
+            return self.passes(message, line, call)
+        key = canonical(message.get("id"))
+        try:
+            if not isinstance(tool, str) or not isinstance(arguments, dict):
+                raise HitlError("this tools/call names no tool")
+            held = self.gate._match(
+                f"mcp__{self.name}__{tool}", arguments, {
+                    "MCP server": self.command, "client": self.seen.get(
+                        "client"), "the server says of this tool (untrusted)":
+                    self.seen.get(tool, "nothing")}, None, None, None)
+        except HitlError as error:
+            return self.refuse(message, logged(error))
+        if held is None:
+            return self.passes(message, line)
+        if "id" not in message:
+            log.error("hitl: a tools/call without an id was dropped")
+            return
+        held.tick = self.progress(params)
+        with self.lock:
+            self.held[key] = held
+        thread = threading.Thread(target=self.wait, daemon=True,
+                                  args=(message, held, key, call))
+        thread.start()
+
+    def wait(self, message: dict[str, Any], held: Held, key: str,
+             call: str) -> None:
+        """Hold one call until a person decides, then send it or refuse."""
+        try:
+            self.gate._obtain(held)
+            error = None
+        except HitlError as refusal:
+            error = refusal
+        with self.lock:
+            self.held.pop(key, None)
+        if held.cancelled:
+            return                      # never answered
+        if error is not None:
+            return self.refuse(message, logged(error))
+        message["params"]["arguments"] = held.approved()    # promise 2
+        try:
+            self.passes(message, (json.dumps(message) + "\n").encode(), call)
+        except (OSError, ValueError) as gone:
+            self.gate._report(held, gone)
+            return self.refuse(message, HitlError("the MCP server is gone"))
+        self.gate._report(held, None)
+
+    def cancel(self, held: Held) -> None:
+        held.cancelled = True
+        threading.Thread(target=self.gate._withdraw, args=(held, "cancelled"),
+                         daemon=True).start()
+
+    def refuse(self, message: dict[str, Any], error: HitlError) -> None:
+        """A refusal as a tool's result: agents drop the reason of a JSON-RPC
+        error."""
+        text = f"{error.message}. Do not retry or rephrase it; tell the user."
+        result: dict[str, Any] = {"content": [{"type": "text", "text": text}],
+                                  "isError": True}
+        meta = inside(message, "params._meta")
+        if isinstance(meta, dict) and MODERN in meta:
+            result["resultType"] = "complete"
+        if "id" in message:
+            self.answer({"jsonrpc": "2.0", "id": message["id"],
+                         "result": result})
+
+    def progress(self, params: dict[str, Any]) -> Callable[[], None]:
+        """What tells the client, at each look at the status, that a person
+        is being waited for; nothing if it did not ask to be told."""
+        token = inside(params, "_meta.progressToken")
+        count = iter(range(1, 1 << 62))
+
+        def tick() -> None:
+            self.answer({
+                "jsonrpc": "2.0", "method": "notifications/progress",
+                "params": {"progressToken": token, "progress": next(count),
+                           "message": "waiting for a person's approval"}})
+        return tick if isinstance(token, (str, int)) else lambda: None
+
+    def from_server(self, line: bytes) -> None:
+        """Note what passes by: answers, and what tools say of themselves."""
+        try:
+            message = json.loads(line)
+        except ValueError:
+            return
+        if not isinstance(message, dict) or "id" not in message or (
+                "method" in message):
+            return
+        with self.lock:
+            method, call = self.sent.pop(canonical(message["id"]), ("", ""))
+            state = inside(message, "result.requestState")
+            if call and state is not None and inside(
+                    message, "result.resultType") == "input_required":
+                known = (str(state), call)
+                self.resumes[known] = self.resumes.get(known, 0) + 1
+        tools = inside(message, "result.tools")
+        if method == "tools/list" and isinstance(tools, list):
+            for tool in tools:
+                self.seen[str(inside(tool, "name"))] = inside(
+                    tool, "annotations")
+
+
+# ---- a command behind a prefix ----
+
+def run_command(gate: Gate, tool: str, argv: list[str],
+                timeout: float | None) -> int:
+    """Ask, then run exactly the approved argv, never through a shell -> its
+    exit status, 128 + the signal that ended it. HitlError if it may not, or
+    cannot, run."""
+    import shutil
+    path = shutil.which(argv[0])
+    if path is None:
+        raise HitlError(f"no such command: {visible(argv[0])}",
+                        reason="no-such-command")
+    call = {"argv": argv, "cwd": os.getcwd(),
+            "executable": os.path.abspath(path)}
+    match = gate.configuration.first_match(tool, call)
+    unlisted = match.checkpoint.checkpoint_id == "unmatched"
+    return gate.call(tool, call, execute, timeout_seconds=timeout,
+                     checkpoint="unmatched" if unlisted else None)
+
+
+def execute(argv: list[str], cwd: str, executable: str) -> int:
+    """The command, with this process's streams, and its signals passed on."""
+    import signal
+    import subprocess
+    child = subprocess.Popen(argv, executable=executable, cwd=cwd)
+    passed = [getattr(signal, name) for name in (
+        "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGQUIT", "SIGINT")
+        if hasattr(signal, name)]
+    before = {}
+    try:
+        for number in passed:
+            before[number] = signal.signal(number, lambda n, _: None if (
+                n in (signal.SIGINT, getattr(signal, "SIGQUIT", 0))
+                and sys.stdin.isatty()) else child.send_signal(n))
+        status = child.wait()           # Ctrl-C reaches it by itself
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 128 - status if status < 0 else status
 
 
 # ================================= Evidence ================================
@@ -4942,6 +5546,66 @@ def cmd_token(args: Any) -> int:
     return 0
 
 
+def cmd_hook(args: Any) -> int:
+    """a coding agent's hook: its JSON on stdin, its answer on stdout"""
+    import signal
+    if args.snippet:
+        where, text = snippet(args.snippet)
+        say(f"{where}:\n\n{text}")
+        return 0
+    if args.check:
+        return check_hooks()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    answer, status, words = hook(sys.stdin.buffer.read(), args.config and
+                                 Path(args.config), args.deadline)
+    if words:
+        print(words, file=sys.stderr)
+    if answer is not None:
+        say(json.dumps(answer))
+    return status
+
+
+def check_hooks() -> int:
+    """Run every installed line on a sample call: would it really block?"""
+    found, bad = 0, 0
+    for agent in SNIPPETS:
+        for path, line in installed_lines(agent):
+            found += 1
+            fault = blocks(agent, line)
+            bad += bool(fault)
+            say(f"{agent}: {path}: " + (f"DOES NOT BLOCK: {fault}" if fault
+                                        else "blocks when nobody answers"))
+    if not found:
+        raise ConfigError(f"no hook is installed in {Path.cwd()} or at home",
+                          "`hitl.py hook --snippet AGENT` prints one")
+    return 1 if bad else 0
+
+
+def cmd_mcp(args: Any) -> int:
+    """a proxy before an MCP server on stdio: -- SERVER CMD..."""
+    command = command_behind(args)
+    gate = Gate(args.config)
+    proxy = Proxy(gate, command, args.name or server_name(command))
+    return proxy.run(sys.stdin.buffer, sys.stdout.buffer)
+
+
+def cmd_run(args: Any) -> int:
+    """ask, then run exactly this command: -- CMD..."""
+    try:
+        return run_command(Gate(args.config), args.tool_name,
+                           command_behind(args), args.timeout)
+    except (HitlError, OSError) as error:
+        print_error(error)
+        return 125                      # the command's own are its own
+
+
+def command_behind(args: Any) -> list[str]:
+    command = args.command_words[args.command_words[:1] == ["--"]:]
+    if not command:
+        raise ConfigError("no command", "put it behind --")
+    return list(command)
+
+
 def cmd_demo(args: Any) -> int:
     """see it happen: a sample agent asks, you decide"""
     keys = Keys()
@@ -4989,6 +5653,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
                  "help": "the evidence (hitl-evidence.json)"},
     "--timeout": {"metavar": "SECONDS", "type": float,
                   "help": "how long a call waits"},
+    "--deadline": {"metavar": "SECONDS", "type": float,
+                   "help": "answer before this (a default per agent)"},
+    "--snippet": {"metavar": "AGENT", "choices": list(SNIPPETS),
+                  "help": f"print what to install: {', '.join(SNIPPETS)}"},
+    "--check": {"action": "store_true", "help": "does what is installed "
+                "really block?"},
+    "--name": {"help": "the server's, in mcp__NAME__tool"},
+    "--tool": {"metavar": "NAME", "default": "run", "dest": "tool_name",
+               "help": "the name checkpoints see (run)"},
+    "command_words": {"nargs": "...", "metavar": "-- CMD",
+                      "help": "the command"},
     "tool": {"nargs": "?", "help": "a tool's name"},
     "arguments": {"nargs": "?", "default": "{}", "help": "its JSON"},
     "id": {"help": "a request_id, or its beginning"},
@@ -5008,6 +5683,13 @@ COMMANDS: dict[Callable[[Any], int], tuple[str, str]] = {
                  'reject 1f0c --reason "use the staging table"'),
     cmd_log: ("--verify --head --json --config --database", "log --verify"),
     cmd_token: ("name", "token ana"),
+    cmd_run: ("--tool --timeout --config command_words",
+              "run -- terraform apply"),
+    cmd_hook: ("--deadline --snippet --check --config",
+               "hook --snippet claude"),
+    cmd_mcp: ("--name --config command_words",
+              "mcp --name fs -- npx -y @modelcontextprotocol/server-filesystem "
+              "."),
     cmd_demo: ("--timeout", "demo"),
     cmd_verify: ("--model --output --timeout",
                  "verify --output evidence.json"),
@@ -5037,6 +5719,13 @@ def command_line() -> Any:
     return parser
 
 
+def print_error(error: Exception) -> None:
+    print(f"hitl: error: {getattr(error, 'message', error)}", file=sys.stderr)
+    if getattr(error, "hint", ""):
+        print(f"hitl: hint: {error.hint}",  # type: ignore[attr-defined]
+              file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command -> the exit status. Errors go to stderr, with their
     hint; a traceback would be a fault of ours."""
@@ -5049,13 +5738,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.print_help()
         return 2
     if getattr(args, "timeout", 0) is None:
-        args.timeout = 300.0 if args.command == "demo" else 2.0
+        args.timeout = {"demo": 300.0, "verify": 2.0}.get(args.command)
     try:
         return int(args.function(args))
     except HitlError as error:
-        print(f"hitl: error: {error.message}", file=sys.stderr)
-        if error.hint:
-            print(f"hitl: hint: {error.hint}", file=sys.stderr)
+        print_error(error)
         return (2 if isinstance(error, ConfigError) else
                 3 if isinstance(error, ReviewTimeoutError) else
                 4 if isinstance(error, UnreachableError) else 1)
