@@ -592,10 +592,10 @@ class Configuration:
             f'there are: {", ".join(ids)}{did_you_mean(checkpoint_id, ids)}')
 
 
-ODD_NAME = Checkpoint("odd-name", "", "Call {tool}")
+ODD_NAME = Checkpoint("odd-name", "", "Call {tool} {arguments}")
 ODD_COMMAND = Checkpoint("odd-command", "", "Run {command}", kind="shell")
 UNMATCHED = {
-    "review": Checkpoint("unmatched", "", "Call {tool}"),
+    "review": Checkpoint("unmatched", "", "Call {tool} {arguments}"),
     "allow": Checkpoint("unmatched", "", "Call {tool}", effect="allow"),
 }
 
@@ -720,7 +720,10 @@ def argument(arguments: Mapping[str, Any], name: str) -> Any:
 def describe(checkpoint: Checkpoint, tool: str,
              arguments: Mapping[str, Any]) -> str:
     """The description_template filled in. It takes names only: no attribute,
-    no index, no format, and what is not there shows as not given."""
+    no index, no format, and what is not there shows as not given. (Ours take
+    all {arguments} at once.)"""
+    if not checkpoint.action_pattern:
+        arguments = {**arguments, "arguments": arguments}
     if checkpoint.kind == "shell":
         arguments = {**arguments, "command": text_of("shell", arguments)}
 
@@ -4434,6 +4437,18 @@ def server_name(command: list[str]) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "_", word)
 
 
+def lines_from(file: int) -> Iterator[bytes]:
+    """The lines of a file descriptor; unbuffered, since a thread that waits
+    inside a buffered stdin makes Python abort at exit."""
+    rest = b""
+    while data := os.read(file, 1 << 16):
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            yield line + b"\n"
+    if rest:
+        yield rest
+
+
 class Proxy:
     """Bytes pass both ways as they are, but for tools/call: that waits on a
     thread of its own while everything else goes on."""
@@ -4449,9 +4464,8 @@ class Proxy:
         self.sent: dict[str, tuple[str, str]] = {}  # id -> method, call
         self.resumes: dict[tuple[str, str], int] = {}   # state, call
         self.seen: dict[str, Any] = {}          # what the server said of tools
-        self.threads: list[threading.Thread] = []
 
-    def run(self, source: Any, sink: Any) -> int:
+    def run(self, source: int, sink: Any) -> int:
         """Serve until the client or the server ends -> the server's exit
         status."""
         import subprocess
@@ -4469,6 +4483,8 @@ class Proxy:
         except subprocess.TimeoutExpired:
             self.child.kill()
             status = self.child.wait()
+        with contextlib.suppress(OSError):
+            self.child.stdin.close()
         with self.lock:
             held = list(self.held.values())
         for call in held:                   # nobody is there to run them
@@ -4476,9 +4492,9 @@ class Proxy:
             self.gate._withdraw(call, "the MCP server ended")
         return 128 - status if status < 0 else status
 
-    def pump_in(self, source: Any) -> None:
+    def pump_in(self, source: int) -> None:
         """Client to server, line by line."""
-        for line in source:
+        for line in lines_from(source):
             try:
                 self.from_client(line)
             except (BrokenPipeError, ValueError):   # the server is gone
@@ -5124,6 +5140,54 @@ category = "destructive"
 # timeout_seconds = 300         # over [gate]'s, for this one
 # effect = "deny"               # "review" (default), "allow": runs at once if
                                 # the whole name matches to the letter, "deny"
+
+# For coding agents (`python3 hitl.py hook --help`) and `hitl.py run`: `kind`
+# holds shell commands and file edits whatever an agent calls them, and
+# action_pattern then looks at the command, or at the files an edit touches.
+# A command that cannot be taken apart ($(...), eval ...) waits. Take the # away
+# from those you want.
+
+# [[checkpoint]]
+# checkpoint_id = "shell-delete"
+# kind = "shell"
+# action_pattern = '\\b(rm|rmdir|shred|truncate|dd|mkfs)\\b|\\bgit (reset|clean)\\b'
+# description_template = "Delete: {command}"
+# category = "destructive"
+
+# [[checkpoint]]
+# checkpoint_id = "shell-push"
+# kind = "shell"
+# action_pattern = '\\bgit push\\b|\\bgh (pr merge|release)\\b'
+# description_template = "Push: {command}"
+# category = "high-impact"
+
+# [[checkpoint]]
+# checkpoint_id = "shell-deploy"
+# kind = "shell"
+# action_pattern = '\\bterraform (apply|destroy)\\b|\\b(kubectl|helm|ansible-playbook)\\b'
+# description_template = "Deploy: {command}"
+# category = "high-impact"
+
+# [[checkpoint]]
+# checkpoint_id = "shell-publish"
+# kind = "shell"
+# action_pattern = '\\b(npm|cargo|gem) publish\\b|\\btwine upload\\b|\\bdocker push\\b'
+# description_template = "Publish: {command}"
+# category = "high-impact"
+
+# [[checkpoint]]
+# checkpoint_id = "shell-send"
+# kind = "shell"
+# action_pattern = '\\b(curl|wget|scp|rsync|ssh|nc|mail|sendmail)\\b'
+# description_template = "Send: {command}"
+# category = "data-risk"
+
+# [[checkpoint]]                # the agent's own leash
+# checkpoint_id = "own-rules"
+# kind = "edit"
+# action_pattern = 'checkpoints\\.toml|hitl\\.(py|db)|\\.(claude|codex|gemini|cursor|clinerules|github/hooks)\\b'
+# description_template = "Edit the rules of this agent: {file_path}"
+# effect = "deny"
 '''
 
 
@@ -5586,7 +5650,7 @@ def cmd_mcp(args: Any) -> int:
     command = command_behind(args)
     gate = Gate(args.config)
     proxy = Proxy(gate, command, args.name or server_name(command))
-    return proxy.run(sys.stdin.buffer, sys.stdout.buffer)
+    return proxy.run(sys.stdin.fileno(), sys.stdout.buffer)
 
 
 def cmd_run(args: Any) -> int:
