@@ -3574,8 +3574,12 @@ class Gate:
                 f'denied by checkpoint "{rule.checkpoint_id}"; nobody was '
                 "asked and nothing ran", f"{match.why}, in {rules.path}")
         text = argument_text(tool, arguments)
-        timeout = first_of(timeout_seconds, rule.timeout_seconds,
-                           rules.gate["timeout_seconds"])
+        try:
+            timeout = seconds_value(first_of(
+                timeout_seconds, rule.timeout_seconds,
+                rules.gate["timeout_seconds"]))
+        except ValueError as error:
+            raise ConfigError(f"timeout_seconds {error}") from None
         lifetime = first_of(rule.lifetime_seconds,
                             rules.gate["lifetime_seconds"], timeout)
         description = describe(rule, tool, parse_json(text))
@@ -3665,12 +3669,12 @@ class Gate:
             raise ChangedError("the server's reply is about another call; "
                                "nothing ran", "is server_url the right one?",
                                request_id=held.request_id)
-        try:
-            return Summary(*(str(body[name]) if body[name] is not None
-                             else None  # type: ignore[arg-type]
-                             for name in Summary._fields))
-        except KeyError:
-            raise self.client.nonsense("a reply with fields missing") from None
+        state = Summary(*(body.get(name) for name in Summary._fields))
+        if state.status not in set(Status) or state.outcome not in (
+                None, *Outcome) or not all(
+                value is None or isinstance(value, str) for value in state):
+            raise self.client.nonsense("with fields that make no sense")
+        return state
 
     def _refused(self, held: Held, reply: Reply) -> HitlError:
         """The error for an answer that is no success."""
