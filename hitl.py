@@ -210,7 +210,7 @@ MAX_ARGUMENTS = 64 * 1024       # bytes: more is a document, not an action
 MAX_DESCRIPTION = 64 * 1024     # bytes: a sentence with arguments filled in
 MAX_CONTEXT = 512 * 1024        # bytes: beyond it a gate sends both ends
 MAX_DEPTH = 32                  # levels of JSON: nobody reads deeper
-REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+REQUEST_ID = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._:-]{1,128}")
 
 # Status is the person's word, and final. Outcome is the call's fate.
 #
@@ -1303,11 +1303,12 @@ class Store:
             self.spoilt = True
         if not self.spoilt:
             return True, changes
-        if self.db.in_transaction:
-            self.db.execute("ROLLBACK")
-        self.head = last_head(self.db)
-        self.recount()
-        self.spoilt = False
+        with contextlib.suppress(sqlite3.Error):    # else: in a later turn
+            if self.db.in_transaction:
+                self.db.execute("ROLLBACK")
+            self.head = last_head(self.db)
+            self.recount()
+            self.spoilt = False
         return False, []
 
     def audit(self, event: str, request_id: str, actor: str, detail: str,
@@ -2296,8 +2297,7 @@ class Request(NamedTuple):
 
 REQUEST_LINE = re.compile(rb"([A-Z]{1,20}) (/[!-~]*) HTTP/1\.([01])")
 FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):"
-                   rb"[ \t]*([!-~\x80-\xff](?:[ \t!-~\x80-\xff]*"
-                   rb"[!-~\x80-\xff])?)?[ \t]*")
+                   rb"[ \t]*+([!-~\x80-\xff][ \t!-~\x80-\xff]*+)?")
 NOT_HTTP = re.compile(rb"\A[^A-Z]|\r(?!\n)(?!\Z)|(?<!\r)\n")
 LOCAL_HOST = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:[0-9]{1,5})?",
                         re.IGNORECASE)
@@ -2319,11 +2319,13 @@ def parse_head(head: bytes) -> Request:
     if start is None:
         raise bad_head("the request line is not one")
     fields = parse_fields(block)
-    if fields.host is None and start[3] == b"1":
+    if start[3] == b"0":
+        fields = fields._replace(expect=False, close=True)
+    elif fields.host is None:
         raise bad_head("there is no Host")
     path, _, query = start[2].decode("ascii").partition("?")
     return Request(start[1].decode("ascii"), path, query, fields,
-                   fields.close or start[3] == b"0")
+                   fields.close)
 
 
 def parse_fields(block: bytes) -> Fields:
@@ -2335,7 +2337,7 @@ def parse_fields(block: bytes) -> Fields:
         parts = FIELD.fullmatch(line)
         if parts is None:
             raise bad_head("a header line is not one")
-        name, value = parts[1].lower(), parts[2] or b""
+        name, value = parts[1].lower(), (parts[2] or b"").rstrip(b" \t")
         if name in found and name in READ_ONCE:
             raise bad_head(f"{name.decode()} comes twice")
         found[name] = found[name] + b", " + value if name in found else value
@@ -2416,7 +2418,10 @@ def check_origin(fields: Fields, own: tuple[str, ...]) -> None:
 @functools.lru_cache(maxsize=256)
 def parse_query(query: str) -> Mapping[str, str]:
     from urllib.parse import parse_qsl
-    return dict(parse_qsl(query, max_num_fields=16))
+    try:
+        return unique_pairs(parse_qsl(query, max_num_fields=16))
+    except ValueError:
+        raise bad_head("the query cannot be read") from None
 
 
 def parse_form(body: bytes) -> dict[str, str]:
@@ -2425,9 +2430,9 @@ def parse_form(body: bytes) -> dict[str, str]:
         raise Refusal("wrong-type", "this is JSON, sent as a form",
                       "add -H 'Content-Type: application/json'")
     try:
-        return dict(parse_qsl(body.decode("ascii"), keep_blank_values=True,
-                              strict_parsing=True, errors="strict",
-                              max_num_fields=16))
+        return unique_pairs(parse_qsl(
+            body.decode("ascii"), keep_blank_values=True, strict_parsing=True,
+            errors="strict", max_num_fields=16))
     except ValueError:
         raise Refusal("bad-request", "the form cannot be read",
                       "send decision=approved or decision=rejected") from None
@@ -2454,7 +2459,7 @@ def text_field(body: Mapping[str, Any], name: str, limit: int,
     if not isinstance(value, str) or required and not value.strip():
         raise Refusal("bad-field", f'"{name}" must be a text',
                       f'send "{name}": "..."')
-    if len(value) > limit and len(value.encode()) > limit:
+    if len(value) > limit // 4 and len(value.encode()) > limit:
         raise Refusal("too-large", f'"{name}" is over {limit} bytes',
                       "send less of it")
     return value
@@ -2483,7 +2488,8 @@ def asked_from(body: dict[str, Any], by: Principal, at: float,
     request_id = body["request_id"]
     if not isinstance(request_id, str) or not REQUEST_ID.fullmatch(request_id):
         raise Refusal("bad-field", '"request_id" must be 1 to 128 of '
-                      "A-Z a-z 0-9 . _ : -", "a UUID is fine")
+                      "A-Z a-z 0-9 . _ : -, and not . or ..",
+                      "a UUID is fine")
     description = text_field(body, "action_description", MAX_DESCRIPTION, True)
     texts = {name: text_field(body, name, limit) if name in body else None
              for name, limit in OPTIONAL_FIELDS.items()}
@@ -2581,6 +2587,8 @@ class Connection:
         self.until = server.instant + REQUEST_SECONDS
 
     def readable(self) -> None:
+        if self.answering and self.waits_for is None and self.held is None:
+            return              # its answer leaves in this turn: read later
         try:
             data = self.connection.recv(1 << 14)
         except (BlockingIOError, InterruptedError):
@@ -2604,11 +2612,11 @@ class Connection:
         is answered."""
         if self.answering:
             return
-        head = b""
+        head = None
         try:
             if self.request is None:
                 head = self.next_head()
-                if not head:
+                if head is None:
                     return
                 self.request = self.server.admit(head)
                 if self.request.fields.expect:
@@ -2622,12 +2630,12 @@ class Connection:
                 self.server.dispatch(self, request, body)
         except Refusal as refusal:
             self.refused = self.answering = self.close_connection = True
-            self.server.refuse(self, head, refusal)
+            self.server.refuse(self, head or b"", refusal)
         except OSError:
             self.drop()
 
-    def next_head(self) -> bytes:
-        """The head that is here whole, or b""."""
+    def next_head(self) -> bytes | None:
+        """The head that is here whole, if it is."""
         end = self.inbox.find(b"\r\n\r\n", 0, MAX_HEAD + 4)
         if end < 0:
             if len(self.inbox) > MAX_HEAD:
@@ -2636,7 +2644,7 @@ class Connection:
             if NOT_HTTP.search(self.inbox):
                 raise bad_head("this is not HTTP, or its lines do not end in "
                                "CR LF (https is for a proxy in front)")
-            return b""
+            return None
         head = bytes(self.inbox[:end])
         del self.inbox[:end + 4]
         return head
@@ -2798,10 +2806,13 @@ class Desk:
             if change.event != "submitted":
                 self.polled.pop(change.request_id, None)
         if self.say and changes:
-            self.say("\n".join(
-                f"{self.store.now[11:19]} {change.event:9} "
-                f"{change.request_id} by {visible(change.actor)}"
-                for change in changes))
+            try:
+                self.say("\n".join(
+                    f"{self.store.now[11:19]} {change.event:9} "
+                    f"{change.request_id} by {visible(change.actor)}"
+                    for change in changes))
+            except (OSError, ValueError):   # nobody reads our lines any more
+                self.say = None
 
     def sweep(self) -> None:
         """What is past its time: connections, polls, requests."""
@@ -2840,8 +2851,10 @@ class Desk:
                     self.make_room()
                 return
             connection.setblocking(False)
-            # an answer is one small packet: do not wait for more (Nagle)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with contextlib.suppress(OSError):      # gone again, on macOS
+                # an answer is one small packet: do not wait for more (Nagle)
+                connection.setsockopt(socket.IPPROTO_TCP,
+                                      socket.TCP_NODELAY, 1)
             if len(self.half_open) + len(self.parked) >= MAX_CONNECTIONS:
                 self.make_room()
             client = self.RequestHandlerClass(  # type: ignore[attr-defined]
@@ -3038,6 +3051,8 @@ class Desk:
         with contextlib.suppress(Refusal):
             request = parse_head(head)
         data = self.problem(request, refusal, close=True)
+        if head.startswith(b"HEAD "):
+            data = data[:data.index(b"\r\n\r\n") + 4]
         if refusal.reason == "wrong-credentials":
             connection.held = data
             connection.until = self.instant + SLOW_SECONDS
@@ -3118,13 +3133,11 @@ class Desk:
         summary = self.store.summary(request.request_id)
         wait = 0.0
         if request.query:
-            try:
-                wait = float(parse_query(request.query).get("wait", "0"))
-                if not wait >= 0:
-                    raise ValueError
-            except ValueError:
+            text = parse_query(request.query).get("wait", "0")
+            if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
                 raise Refusal("bad-field", '"wait" is not a number of seconds',
-                              "ask for ?wait=5") from None
+                              "ask for ?wait=5")
+            wait = float(text)
         if summary.status != Status.WAITING:
             return self.about(request, summary)
         self.polled[request.request_id] = self.instant
@@ -5333,8 +5346,13 @@ def cmd_serve(args: Any) -> int:
     rules = configuration_for(args, needed=False)
     warnings = list(rules.warnings) + file_warnings(rules)
     host = args.host or rules.server["host"]
-    port = rules.server["port"] if args.port is None else args.port
-    public_url = args.public_url or rules.server["public_url"]
+    try:
+        port = port_value(rules.server["port"] if args.port is None
+                          else args.port)
+        public_url = public_url_value(args.public_url
+                                      or rules.server["public_url"])
+    except ValueError as error:
+        raise ConfigError(f"--port or --public-url {error}") from None
     tokens, token = serving_tokens(rules)
     check_exposure(host, public_url, tokens, args.allow_clear_text)
     database = database_for(args, rules)
@@ -5797,6 +5815,9 @@ def print_error(error: Exception) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run one command -> the exit status. Errors go to stderr, with their
     hint; a traceback would be a fault of ours."""
+    for stream in (sys.stdout, sys.stderr):     # a name that a terminal
+        with contextlib.suppress(AttributeError):   # cannot show stops nothing
+            stream.reconfigure(errors="backslashreplace")  # type: ignore
     parser = command_line()
     args = parser.parse_args(argv)
     if args.version:
