@@ -405,11 +405,12 @@ def parse_timestamp(value: Any) -> str:
 # look-alikes only, is not.
 BRACKETS = "\u27e6\u27e7"
 UNSEEN = re.compile(
-    "[\u0300-\u036f\u0488\u0489\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800"
-    "\u3164\ufe00-\ufe0f\uffa0\U0001d159\U000e0100-\U000e01ef"   # no width
-    "\u037e\u2010\u2011\u2024\u2044\u2212\u2215\u2216\u29f8\uff0e\uff0f\uff3c"
-    "\u0131\u017f\u0196\u01c0\u0251\u0261\u0269\u029f"              # ; - . / I l
-    + BRACKETS + "]")
+    "[\u0300-\u036f\u0488\u0489\u115f\u1160\u17b4\u17b5\u180b-\u180f\u1ab0-"
+    "\u1aff\u1dc0-\u1dff\u20d0-\u20ff\u2800\u3164\ufe00-\ufe0f\ufe20-\ufe2f"
+    "\uffa0\U0001d159\U000e0100-\U000e01ef"       # no width, or overlaid
+    "\u037e\u2010-\u2012\u2024\u2044\u2212\u2215\u2216\u2571\u29f5\u29f8\ufe68"
+    "\uff0e\uff0f\uff3c\ua789\u0131\u017f\u0196\u01c0\u01c3\u0251\u0261\u0269"
+    "\u029f\u05c0" + BRACKETS + "]")               # ; - . / \ : I l ! a g
 LOOKALIKES = frozenset(          # of Cyrillic, Greek and Armenian
     "\u0410\u0412\u0415\u0405\u0406\u0408\u041a\u041c\u041d\u041e\u0420\u0421"
     "\u0422\u0423\u0425\u0430\u0435\u043e\u0440\u0441\u0443\u0445\u0455\u0456"
@@ -1557,6 +1558,8 @@ def open_database(path: Path) -> Any:
     """The connection, to a database that is ours, whole and durable;
     ConfigError for any other file, which is left as it is."""
     import sqlite3
+    if path.is_dir():
+        raise bad_database(path, "is a folder", "name a file")
     if not path.exists():
         create_database(path)
     with open(path, "rb") as file:
@@ -1571,12 +1574,15 @@ def open_database(path: Path) -> Any:
     db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None,
                          check_same_thread=False, cached_statements=256)
     try:
-        settings(db, path)
         version, = db.execute("PRAGMA user_version").fetchone()
         if version > SCHEMA_VERSION:
             raise bad_database(path, f"was written by a newer hitl.py (schema "
                                f"{version})", "use that one")
+        settings(db, path)
         faults = list(database_faults(db, path.stat().st_size))
+    except ConfigError:
+        db.close()
+        raise
     except sqlite3.DatabaseError as error:
         faults = [str(error)]
     if faults:
@@ -1727,7 +1733,7 @@ HISTORY_ROWS = 200              # on one page of the history
 STYLE = """
 :root { color-scheme: light dark; --paper: #f6f5f2; --card: #fff;
   --ink: #1c1b19; --soft: #5d5a54; --line: #dedbd3; --sunk: #f3f1ec;
-  --amber: #b45f06; --amber-bg: #fff3d6; --green: #1a7340;
+  --amber: #8a4a00; --amber-bg: #ffefc7; --green: #1a7340;
   --green-bg: #e0f4e6; --red: #b3261e; --red-bg: #fde7e4;
   --grey: #66625b; --grey-bg: #eceae5; --on: #fff; }
 @media (prefers-color-scheme: dark) { :root { --paper: #161513;
@@ -1741,7 +1747,7 @@ body { margin: 0 auto; padding: 0 16px 64px; max-width: 860px;
   font: 16px/1.5 system-ui, sans-serif; }
 body > header { display: flex; gap: 4px 20px; align-items: baseline;
   flex-wrap: wrap; padding: 20px 0 8px; }
-h1 { font-size: 22px; margin: 0; flex: 1; }
+h1 { font-size: 22px; margin: 0; flex: 1; white-space: nowrap; }
 h2 { font-size: 17px; margin: 28px 0 10px; }
 h3 { font-size: 18px; line-height: 1.35; margin: 10px 0; }
 h4 { font-size: 12px; letter-spacing: .05em; text-transform: uppercase;
@@ -1761,13 +1767,16 @@ li { white-space: normal; }
 .expired, .withdrawn { --tone: var(--grey); --tint: var(--grey-bg); }
 .status { color: var(--tone); background: var(--tint); font-weight: 600;
   border-radius: 99px; padding: 1px 11px; font-size: 14px; }
-.tag { border: 1px solid var(--line); border-radius: 99px; padding: 0 9px; }
+.tag { border: 1px solid var(--line); border-radius: 12px; padding: 0 9px;
+  overflow-wrap: anywhere; min-width: 0; }
+.tool { font: 600 15px ui-monospace, Consolas, monospace; margin: 0;
+  overflow-wrap: anywhere; }
 .part { border-top: 1px solid var(--line); padding: 10px 0 0; margin: 12px 0; }
 .exact { background: var(--sunk); border: 1px solid var(--line);
   border-radius: 8px; padding: 10px 12px; }
 pre, code { font: 14px/1.45 ui-monospace, Consolas, monospace; }
 pre { margin: 4px 0 0; }
-dl { display: grid; grid-template-columns: max-content 1fr;
+dl { display: grid; grid-template-columns: 6.5em 1fr;
   gap: 2px 14px; margin: 0; font-size: 14px; }
 dt { color: var(--soft); }
 dd { margin: 0; }
@@ -1779,6 +1788,7 @@ form { border-top: 1px solid var(--line); padding-top: 12px; display: flex;
 textarea { flex: 1 1 220px; min-height: 44px; height: 44px; padding: 10px;
   font: inherit; font-size: 16px; line-height: 1.3; color: inherit;
   background: var(--sunk); border: 1px solid var(--line); border-radius: 8px; }
+::placeholder { color: var(--soft); opacity: 1; }
 button { font: inherit; font-weight: 600; min-height: 44px; cursor: pointer;
   padding: 8px 22px; border-radius: 8px; border: 1px solid transparent; }
 .approve { background: var(--green); color: var(--on); }
@@ -1791,8 +1801,9 @@ li { background: var(--card); border: 1px solid var(--line);
   padding: 8px 14px; margin: 0 0 8px; font-size: 15px; }
 li p { margin: 2px 0; }
 .soft { color: var(--soft); font-size: 14px; }
-.over form { display: none; }
-.over { opacity: .7; }
+.over form { visibility: hidden; }
+#lost { position: fixed; bottom: 0; left: 16px; right: 16px;
+  border-color: var(--red); }
 @media (max-width: 520px) { dl { grid-template-columns: 1fr; }
   dd { margin-bottom: 6px; } button { flex: 1; } textarea { flex-basis: 100%; } }
 """
@@ -1812,19 +1823,23 @@ async function refresh() {
   const page = new DOMParser().parseFromString(await reply.text(),
                                                "text/html");
   local(page);
-  for (const card of list.querySelectorAll(".card")) {
+  const all = !page.querySelector("#more .empty");
+  for (const card of list.querySelectorAll(".card:not(.over)")) {
     const fresh = page.getElementById(card.id);
-    if (fresh) card.querySelector(".live").replaceWith(
-      fresh.querySelector(".live"));
-    else if (!card.classList.contains("over")) {
-      card.classList.add("over");
-      card.querySelector(".live").textContent = "no longer waiting";
+    const live = card.querySelector(".live");
+    if (fresh) live.textContent = fresh.querySelector(".live").textContent;
+    else if (all) {
+      card.className = "card withdrawn over";
+      card.querySelector(".status").textContent = "no longer waiting";
+      live.textContent = "";
     }
   }
   for (const card of page.querySelectorAll("#waiting .card"))
     if (!document.getElementById(card.id)) list.append(card);
-  for (const id of ["count", "reviewed", "more"])
-    document.getElementById(id).replaceWith(page.getElementById(id));
+  for (const id of ["count", "reviewed", "more"]) {
+    const old = document.getElementById(id), now = page.getElementById(id);
+    if (old.innerHTML !== now.innerHTML) old.replaceWith(now);
+  }
   document.title = page.title;
 }
 async function keepFresh() {
@@ -1897,12 +1912,16 @@ def quoted(value: Any, indent: str) -> str:
         indent if escape[1] == "n" else ""), text)
 
 
-def pretty_json(text: str) -> Html:
-    """Stored JSON for a <pre>; text that is damaged is shown as it is."""
+def stored_json(text: str | None) -> Any:
+    """The value of stored JSON; of a damaged row, the text as it is."""
     try:
-        return marked(pretty(json.loads(text)))
+        return None if text is None else json.loads(text)
     except (ValueError, RecursionError):
-        return marked(visible(text))
+        return f"DAMAGED: {text}"
+
+
+def pretty_json(text: str) -> Html:
+    return marked(pretty(stored_json(text)))
 
 
 # ---- the templates ----
@@ -1920,7 +1939,7 @@ PAGE = """<!doctype html>
 <header>
   <h1><a href="/">Review desk</a></h1>
   <a href="/history">History</a>
-  <span class="soft">signed in as {who}</span>
+  <span class="soft">{who}</span>
 </header>
 <main>
 {main}
@@ -1932,8 +1951,8 @@ PAGE = """<!doctype html>
 
 DESK = """<p id="lost" class="empty" role="status" hidden>The server does not
 answer; this list may be old. Reload to sign in again.</p>
-<h2>Waiting <span id="count">{count}</span></h2>
-<div id="waiting" aria-live="polite">
+<h2 aria-live="polite">Waiting <span id="count">{count}</span></h2>
+<div id="waiting">
 {waiting}
 </div>
 <div id="more">{more}</div>
@@ -1991,7 +2010,7 @@ LARGE = """<p>This request is large, {size}. <a
 ROW = """<li class="{status}">
   <p><span class="status">{status}</span> {times}</p>
   <p><a href="/review/{request_id}">{description}</a></p>
-  <p class="soft">{ending}</p>
+  {endings}
 </li>
 """
 
@@ -2007,8 +2026,8 @@ class View(NamedTuple):
 
 
 def page(title: str, main: Html, who: str) -> Html:
-    return fill(PAGE, title=title, main=main, who=who, style=Html(STYLE),
-                script=Html(SCRIPT))
+    return fill(PAGE, title=title, main=main, style=Html(STYLE),
+                script=Html(SCRIPT), who=f"signed in as {who}" if who else "")
 
 
 def desk_page(view: View, waiting: list[ReviewRequest], count: int,
@@ -2028,7 +2047,7 @@ def desk_page(view: View, waiting: list[ReviewRequest], count: int,
 def review_page(view: View, there: ReviewRequest) -> Html:
     """One request with everything about it, the buttons after it all."""
     return page(f"{there.status}: {there.request_id}",
-                card(view, there, "review", whole=True), view.who)
+                safe_card(view, there, "review", whole=True), view.who)
 
 
 def history_page(view: View, rows: list[ReviewRequest]) -> Html:
@@ -2044,13 +2063,14 @@ def problem_page(status: int, refusal: Refusal) -> Html:
         '<div class="card rejected"><h3>{message}</h3><p>{hint}</p>'
         '<p class="soft">{status} {reason}</p><p><a href="/">Back to the '
         "desk</a></p></div>", message=refusal.message, hint=refusal.hint,
-        status=status, reason=refusal.reason), "-")
+        status=status, reason=refusal.reason), "")
 
 
-def safe_card(view: View, there: ReviewRequest, back: str) -> Html:
+def safe_card(view: View, there: ReviewRequest, back: str,
+              whole: bool = False) -> Html:
     """A card, whatever is in its row: one bad row never hides the others."""
     try:
-        return card(view, there, back)
+        return card(view, there, back, whole)
     except Exception:
         log.exception("hitl: a card cannot be shown")
         return fill('<article class="card rejected" id="request-{id}"><p>This '
@@ -2061,25 +2081,24 @@ def safe_card(view: View, there: ReviewRequest, back: str) -> Html:
 def card(view: View, there: ReviewRequest, back: str,
          whole: bool = False) -> Html:
     """A request: what will run, what the agent says, what we know."""
-    size = sum(len(part or "") for part in (
+    size = sum(len((part or "").encode()) for part in (
         there.action_description, there.arguments, there.agent_context,
         there.why))
-    waiting = there.status == Status.WAITING
     large = size > CARD_BYTES and not whole
     description = there.action_description
     if large and len(description) > 200:
         description = description[:200] + " ..."    # no buttons stand there
     category = fill('<span class="tag">{word}</span>', word=there.category
                     ) if there.category else Html("")
-    form = Html("") if not waiting or not there.intact else fill(
-        FORM_TEMPLATE, request_id=there.request_id, back=back,
-        shown_at=instant(view.at))
     body = fill(LARGE, size=readable_size(size),
                 request_id=there.request_id) if large else fill(
-        BODY, exact=exact_call(there), claims=definitions(claims(there)), open=Html(" open" * whole),
-        context_size=readable_size(len(there.agent_context)),
-        context=pretty_json(there.agent_context),
-        facts=definitions(facts(there, whole)), form=form)
+        BODY, exact=exact_call(there), claims=definitions(claims(there)),
+        open=Html(" open" * whole), context=pretty_json(there.agent_context),
+        context_size=readable_size(len(there.agent_context.encode())),
+        facts=definitions(facts(there, whole)), form=Html("") if
+        there.status != Status.WAITING or not there.intact else fill(
+            FORM_TEMPLATE, request_id=there.request_id, back=back,
+            shown_at=instant(view.at)))
     return fill(CARD, status=there.status, request_id=there.request_id,
                 category=category, times=times(view, there),
                 description=description, body=body)
@@ -2087,10 +2106,13 @@ def card(view: View, there: ReviewRequest, back: str,
 
 def exact_call(there: ReviewRequest) -> Html:
     if there.tool is None and there.arguments is None:
-        return Html("<h4>No tool and no arguments were sent</h4>")
-    return fill("<h4>Runs exactly this</h4>\n    <pre>{tool} {arguments}</pre>",
-                tool=there.tool or "(no tool)", arguments=pretty_json(
-                    there.arguments) if there.arguments else "")
+        return Html("Only this description was sent: no tool, no arguments.")
+    return fill("<h4>Runs exactly this</h4>\n    {tool}\n    {arguments}",
+                tool=fill('<p class="tool">{name}</p>', name=there.tool)
+                if there.tool else "without a tool's name",
+                arguments=fill("<pre>{json}</pre>", json=pretty_json(
+                    there.arguments)) if there.arguments
+                else "without arguments")
 
 
 def definitions(pairs: Iterable[tuple[str, Any]]) -> Html:
@@ -2165,14 +2187,18 @@ def reviewed_row(there: ReviewRequest) -> Html:
         description = there.action_description
         if len(description) > 300:
             description = description[:300] + " ..."
-        parts = [f"by {decider(there)}" if there.decided_by else
-                 "nobody decided in time" if there.status == Status.EXPIRED
-                 else "nobody waited any more", there.reason,
-                 outcome_words(there) if there.outcome else ""]
+        endings = [
+            f"by {decider(there)}" if there.decided_by else
+            "nobody decided in time" if there.status == Status.EXPIRED
+            else "nobody waited any more",
+            there.reason and f"reason: {there.reason}",
+            there.outcome and f"outcome: {outcome_words(there)}"]
         return fill(ROW, status=there.status, request_id=there.request_id,
                     description=description,
                     times=clock_time(there.decided_at) or Html(""),
-                    ending=" - ".join(filter(None, parts)))
+                    endings=joined(fill('<p class="soft">{text}</p>',
+                                        text=text)
+                                   for text in endings if text))
     except Exception:
         log.exception("hitl: a row cannot be shown")
         return fill('<li class="expired">{id} cannot be shown</li>',
@@ -2454,9 +2480,10 @@ def text_field(body: Mapping[str, Any], name: str, limit: int,
                required: bool = False) -> str | None:
     """A field that is a text, or None where it may be left out."""
     value = body.get(name)
-    if value is None and not required:
+    blank = value is None or isinstance(value, str) and not value.strip()
+    if blank and not required:
         return None
-    if not isinstance(value, str) or required and not value.strip():
+    if blank or not isinstance(value, str):
         raise Refusal("bad-field", f'"{name}" must be a text',
                       f'send "{name}": "..."')
     if len(value) > limit // 4 and len(value.encode()) > limit:
@@ -3200,9 +3227,8 @@ class Desk:
     def listed(self, there: ReviewRequest) -> dict[str, Any]:
         return self.shape(there.summary) | {
             "action_description": there.action_description,
-            "tool": there.tool, "arguments": json.loads(
-                there.arguments or "null"), "agent": there.agent,
-            "checkpoint_id": there.checkpoint_id}
+            "tool": there.tool, "arguments": stored_json(there.arguments),
+            "agent": there.agent, "checkpoint_id": there.checkpoint_id}
 
     def get_desk(self, request: Request, _: Connection) -> bytes:
         return self.html(request, desk_page(
@@ -3214,7 +3240,7 @@ class Desk:
         if "application/json" not in request.fields.accept:
             return self.html(request, review_page(self.view(request), there))
         return self.json(request, there._asdict() | self.listed(there) | {
-            "agent_context": json.loads(there.agent_context),
+            "agent_context": stored_json(there.agent_context), "claim": None,
             "attended": self.attended(there.request_id)})
 
     def get_history(self, request: Request, _: Connection) -> bytes:
@@ -4840,9 +4866,16 @@ def link_with(url: str, token: str) -> str:
 DELETE = {"table": "users", "condition": "last_login < '2020-01-01'"}
 
 
-def demo(timeout: float, keys: Iterator[str] | None,
+def demo(timeout: float, keys: Iterator[str],
          say: Callable[[str], None]) -> None:
     """A sample agent that wants to delete, a desk, and a person: you."""
+    import queue
+    pressed: queue.Queue[str] = queue.Queue()
+
+    def read() -> None:
+        for key in keys:
+            pressed.put(key)
+    threading.Thread(target=read, daemon=True).start()
     with Workshop(timeout, 8765) as shop:
         gate = shop.gate("demo agent", {
             "task": "remove users who have not logged in since 2020",
@@ -4850,23 +4883,23 @@ def demo(timeout: float, keys: Iterator[str] | None,
         say(f"hitl.py {__version__} demo: an agent wants to delete records, "
             "and waits for you.\n\nReview it in a browser:\n"
             f"{shop.link}\n(if it asks: name reviewer, token {shop.token})\n"
-            + ("Or press a to approve, r to reject, here.\n" if keys else ""))
+            "Or press a to approve, r to reject, here.\n")
         say(f"agent: read_records(users) -> {shop.read_records('users')}")
         say(f"agent: delete_records({DELETE['table']}, "
             f"{DELETE['condition']!r}) ...")
-        if keys:
-            threading.Thread(target=decide_by_keys, args=(shop, keys, say),
-                             daemon=True).start()
+        threading.Thread(target=decide_by_keys, daemon=True, args=(
+            shop, iter(pressed.get, None), say)).start()
         try:
             gone = gate.call("delete_records", DELETE, shop.delete_records)
             say(f"agent: approved, {gone} records deleted")
         except (CollaborationError, ReviewTimeoutError) as error:
             say(f"agent: stopped by {type(error).__name__}: {error}")
         say(f"records now: {shop.read_records('users')}")
-        if keys and sys.stdin.isatty():
-            say("The desk stays open so that you can look at it: press a key "
+        if sys.stdin.isatty():
+            say("The desk stays open so that you can look at it: press Ctrl-C "
                 "to end.")
-            next(keys, None)
+            while True:
+                time.sleep(1)
 
 
 def decide_by_keys(shop: Workshop, keys: Iterator[str],
@@ -5291,11 +5324,12 @@ def reviewer_client(args: Any) -> Client:
         raise ConfigError("no reviewer's token",
                           "set HITL_REVIEWER_TOKEN; serve printed it")
     try:
+        name = name_value(name or "reviewer")
         url = url_value(args.server_url or environment("HITL_SERVER_URL")
                         or rules.gate["server_url"])
     except ValueError as error:
-        raise ConfigError(f"server_url {error}") from None
-    return Client(url, basic(name or "reviewer", token))
+        raise ConfigError(f"HITL_REVIEWER or server_url {error}") from None
+    return Client(url, basic(name, token))
 
 
 def asked(client: Client, method: str, path: str, body: Any = None
@@ -5311,6 +5345,9 @@ def asked(client: Client, method: str, path: str, body: Any = None
 
 def whole_id(client: Client, start: str) -> str:
     """The request_id that begins so, if only one does."""
+    if not REQUEST_ID.fullmatch(start):
+        raise ConfigError(f'"{visible(start)}" is no request_id',
+                          "`hitl.py list --all` prints them")
     listed = (asked(client, "GET", "/pending")["waiting"]
               + asked(client, "GET", "/history")["reviewed"])
     ids = [there["request_id"] for there in listed
@@ -5545,7 +5582,7 @@ def cmd_list(args: Any) -> int:
         say(json.dumps(rows, indent=2))
         return 0
     for there in rows:
-        say(f"{there['status']:10} {there['request_id'][:12]:12} "
+        say(f"{there['status']:10} {there['request_id']:32} "
             f"{visible(there['action_description'])}")
     if not rows:
         say("nothing waits")
@@ -5627,7 +5664,7 @@ def cmd_token(args: Any) -> int:
         raise ConfigError(f"the name {error}") from None
     token = fresh_token()
     say(f"for {args.name}, shown once: {token}\n\nin checkpoints.toml:\n\n"
-        f'[[reviewer]]\nname = {json.dumps(args.name)}\n'
+        f'[[reviewer]]\nname = {json.dumps(args.name, ensure_ascii=False)}\n'
         f'token_sha256 = "{token_hash(token)}"')
     return 0
 
@@ -5671,7 +5708,10 @@ def cmd_mcp(args: Any) -> int:
     """a proxy before an MCP server on stdio: -- SERVER CMD..."""
     command = command_behind(args)
     gate = Gate(args.config)
-    proxy = Proxy(gate, command, args.name or server_name(command))
+    try:
+        proxy = Proxy(gate, command, args.name or server_name(command))
+    except OSError as error:
+        raise ConfigError(f"{command[0]}: {error.strerror}") from None
     return proxy.run(sys.stdin.fileno(), sys.stdout.buffer)
 
 
@@ -5705,12 +5745,13 @@ def cmd_demo(args: Any) -> int:
 def cmd_verify(args: Any) -> int:
     """the guide's verification, for real; writes the evidence"""
     output = Path(args.output).absolute()
-    evidence = verify(args.model, args.timeout, say)
     try:
-        output.write_text(json.dumps(evidence, indent=2) + "\n")
+        output.write_text("")           # before the work, not after it
     except OSError as error:
         raise ConfigError(f"{output}: {error.strerror}",
                           "name another file by --output") from None
+    evidence = verify(args.model, args.timeout, say)
+    output.write_text(json.dumps(evidence, indent=2) + "\n")
     say(f"\n{'verified' if evidence['verified'] else 'NOT VERIFIED'}; the "
         f"evidence is in {output}")
     return 0 if evidence["verified"] else 1
@@ -5787,7 +5828,7 @@ def command_line() -> Any:
     import argparse
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="hitl.py", formatter_class=plain,
+        prog="hitl", formatter_class=plain,
         description="A person decides before an AI agent acts.",
         epilog="first: python3 hitl.py demo\n`COMMAND --help` has an example.")
     parser.add_argument("--version", action="store_true",
@@ -5803,6 +5844,10 @@ def command_line() -> Any:
             command.add_argument(option, **OPTIONS[option])
         command.set_defaults(function=function)
     return parser
+
+
+EXIT_STATUS = ((ConfigError, 2), (ReviewTimeoutError, 3),
+               (UnreachableError, 4))
 
 
 def print_error(error: Exception) -> None:
@@ -5832,9 +5877,8 @@ def main(argv: list[str] | None = None) -> int:
         return int(args.function(args))
     except HitlError as error:
         print_error(error)
-        return (2 if isinstance(error, ConfigError) else
-                3 if isinstance(error, ReviewTimeoutError) else
-                4 if isinstance(error, UnreachableError) else 1)
+        return next((status for kind, status in EXIT_STATUS
+                     if isinstance(error, kind)), 1)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:             # `hitl.py log | head`
