@@ -1130,6 +1130,15 @@ CREATE TRIGGER asked_as_waiting BEFORE INSERT ON pending_reviews
 WHEN NEW.status <> 'waiting' OR NEW.outcome IS NOT NULL
 BEGIN SELECT RAISE(ABORT, 'a request begins as waiting'); END;
 
+CREATE TRIGGER never_replaced BEFORE INSERT ON pending_reviews
+WHEN EXISTS (SELECT 1 FROM pending_reviews WHERE request_id = NEW.request_id)
+  OR EXISTS (SELECT 1 FROM pending_reviews WHERE id = NEW.id)
+BEGIN SELECT RAISE(IGNORE); END;        -- not by INSERT OR REPLACE either
+
+CREATE TRIGGER stays_in_order BEFORE UPDATE ON pending_reviews
+WHEN NEW.id IS NOT OLD.id
+BEGIN SELECT RAISE(ABORT, 'what was asked cannot change'); END;
+
 CREATE TRIGGER asked_once BEFORE UPDATE OF id, request_id, digest,
   received_at, deadline, timestamp, asked_by, agent, tool, checkpoint_id,
   category, why, config_digest, action_description, arguments, agent_context
@@ -1143,10 +1152,10 @@ BEGIN SELECT RAISE(ABORT, 'a decision is final'); END;
 
 CREATE TRIGGER claimed_once BEFORE UPDATE OF outcome, claim, outcome_at,
   outcome_text ON pending_reviews                                -- promise 3
-WHEN NOT (OLD.status = 'approved' AND (
+WHEN NOT coalesce(OLD.status = 'approved' AND (
     (OLD.outcome IS NULL AND NEW.outcome IN ('running', 'lapsed')) OR
     (OLD.outcome = 'running' AND NEW.outcome IN ('executed', 'failed')
-     AND NEW.claim = OLD.claim)))
+     AND NEW.claim = OLD.claim)), 0)
 BEGIN SELECT RAISE(ABORT, 'one approval runs one call, once'); END;
 
 CREATE TRIGGER nothing_is_forgotten BEFORE DELETE ON pending_reviews
@@ -1198,8 +1207,7 @@ class Asked(NamedTuple):
 
 ASKED = ", ".join(Asked._fields)
 SUBMIT = (f"INSERT INTO pending_reviews ({ASKED}) VALUES "
-          f"({', '.join('?' * len(Asked._fields))}) "
-          "ON CONFLICT (request_id) DO NOTHING")
+          f"({', '.join('?' * len(Asked._fields))})")
 
 
 class Head(NamedTuple):
@@ -1235,7 +1243,11 @@ class Store:
                  clock: Callable[[], float] = time.time) -> None:
         self.path, self.clock = path, clock
         self.lock = lock_database(path)
-        self.db = open_database(path)
+        try:
+            self.db = open_database(path)
+        except BaseException:
+            self.lock.close()
+            raise
         self.head = last_head(self.db)
         self.changes: list[Change] = []
         self.spoilt = False
@@ -1266,10 +1278,10 @@ class Store:
         one that failed. (A Refusal is no failure: it comes before a change,
         or after one that stands; the server answers it inside.)
 
-        When SQLite has rolled the whole turn back by itself (full disk, I/O
-        error), or it could not begin, the turn is spoilt and nothing begins
-        anew in it: a row stored then would stand where its neighbours are
-        gone. Raises sqlite3.Error."""
+        Where SQLite has rolled the whole turn back by itself (an I/O error,
+        some full disks), or it could not begin, the turn is spoilt and
+        nothing begins anew in it: a row stored then would stand where its
+        neighbours are gone. Raises sqlite3.Error."""
         import sqlite3
         if self.spoilt:
             raise sqlite3.OperationalError("this turn was rolled back")
@@ -1286,7 +1298,7 @@ class Store:
             if not self.spoilt:
                 self.db.execute("ROLLBACK TO request")
                 self.db.execute("RELEASE request")
-            if len(self.changes) > mark and not self.spoilt:
+            if self.head != head and not self.spoilt:
                 del self.changes[mark:]
                 self.head = head
                 self.recount()
@@ -1418,11 +1430,12 @@ class Store:
             raise damaged(there)
         if there.status == Status.APPROVED and there.outcome is None and (
                 there.lapses_at is None or there.lapses_at > self.now):
-            self.db.execute(
-                "UPDATE pending_reviews SET outcome = 'running', claim = ?, "
-                "outcome_at = ? WHERE request_id = ? AND outcome IS NULL "
-                "AND status = 'approved'", (claim, self.now, request_id))
-            self.audit("claimed", request_id, by, "{}")
+            if self.db.execute(
+                    "UPDATE pending_reviews SET outcome = 'running', claim = "
+                    "?, outcome_at = ? WHERE request_id = ? AND outcome IS "
+                    "NULL AND status = 'approved'",
+                    (claim, self.now, request_id)).rowcount:
+                self.audit("claimed", request_id, by, "{}")
             return self.request(request_id)
         if there.outcome == Outcome.RUNNING and there.claim == claim:
             return there
@@ -1444,12 +1457,13 @@ class Store:
             raise Refusal("not-claimed", "this claim does not hold this "
                           "request", about=there)
         if there.outcome == Outcome.RUNNING:
-            self.db.execute(
-                "UPDATE pending_reviews SET outcome = ?, outcome_at = ?, "
-                "outcome_text = ? WHERE request_id = ? AND outcome = "
-                "'running'", (outcome, self.now, text, request_id))
-            self.audit(outcome, request_id, by,
-                       READABLE.encode({"text": text}))
+            if self.db.execute(
+                    "UPDATE pending_reviews SET outcome = ?, outcome_at = ?, "
+                    "outcome_text = ? WHERE request_id = ? AND outcome = "
+                    "'running'",
+                    (outcome, self.now, text, request_id)).rowcount:
+                self.audit(outcome, request_id, by,
+                           READABLE.encode({"text": text}))
             return self.request(request_id)
         if there.outcome != outcome:
             raise Refusal("already-finished", f"this call is {there.outcome} "
@@ -1540,15 +1554,21 @@ def lock_database(path: Path) -> Any:
     import sqlite3
     beside = path.with_name(path.name + ".lock")
     try:
-        os.close(os.open(beside, os.O_CREAT | os.O_RDWR, 0o600))
+        with contextlib.suppress(FileExistsError):
+            # never open it again: closing it would drop our own lock (POSIX)
+            os.close(os.open(beside, os.O_CREAT | os.O_EXCL, 0o600))
         lock = sqlite3.connect(beside, timeout=0, isolation_level=None,
                                check_same_thread=False)
-        lock.execute("BEGIN EXCLUSIVE")
-    except sqlite3.OperationalError:
-        raise bad_database(path, "another server runs on this database",
-                           "stop it, or use --database") from None
-    except OSError as error:
-        raise bad_database(path, f"cannot write here: {error.strerror}",
+        try:
+            lock.execute("BEGIN EXCLUSIVE")
+        except BaseException:
+            lock.close()
+            raise
+    except (sqlite3.Error, OSError) as error:
+        if "locked" in str(error):
+            raise bad_database(path, "another server runs on this database",
+                               "stop it, or use --database") from None
+        raise bad_database(path, f"its lock file cannot be used: {error}",
                            "use --database with a folder of your own"
                            ) from None
     return lock
@@ -1562,8 +1582,12 @@ def open_database(path: Path) -> Any:
         raise bad_database(path, "is a folder", "name a file")
     if not path.exists():
         create_database(path)
-    with open(path, "rb") as file:
-        header = file.read(100)
+    try:
+        with open(path, "rb") as file:
+            header = file.read(100)
+    except OSError as error:
+        raise bad_database(path, f"cannot be read: {error.strerror}",
+                           "see to its owner and mode") from None
     if len(header) < 100 or not header.startswith(b"SQLite format 3\0"):
         raise bad_database(path, "is empty" if not header else
                            "is not an SQLite database",
@@ -1571,6 +1595,10 @@ def open_database(path: Path) -> Any:
     if int.from_bytes(header[68:72], "big") != APPLICATION_ID:
         raise bad_database(path, "belongs to another program",
                            "use --database with another file")
+    page_size = int.from_bytes(header[16:18], "big")
+    pages = int.from_bytes(header[28:32], "big")
+    if path.stat().st_size < pages * (65536 if page_size == 1 else page_size):
+        raise bad_database(path, "was cut short", "restore a backup")
     db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None,
                          check_same_thread=False, cached_statements=256)
     try:
@@ -1583,7 +1611,7 @@ def open_database(path: Path) -> Any:
     except ConfigError:
         db.close()
         raise
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.Error, ValueError, TypeError, LookupError) as error:
         faults = [str(error)]
     if faults:
         db.close()
@@ -1609,29 +1637,31 @@ def create_database(path: Path) -> None:
     if path.with_name(path.name + "-wal").exists():
         raise bad_database(path, "is gone, but its -wal file is there",
                            "restore it, or move the -wal file away")
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
+    fresh = path.with_name(path.name + ".new")
     try:
-        os.close(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        db = sqlite3.connect(fresh, isolation_level=None)
-        settings(db, path)
-        db.executescript(
-            f"BEGIN; PRAGMA application_id = {APPLICATION_ID}; "
-            f"PRAGMA user_version = {SCHEMA_VERSION}; {SCHEMA} COMMIT;")
-        db.close()
+        fresh.unlink(missing_ok=True)       # of a start that did not end
+        os.close(os.open(fresh, os.O_CREAT | os.O_EXCL, 0o600))
+        with contextlib.closing(sqlite3.connect(
+                fresh, isolation_level=None)) as db:
+            settings(db, path)
+            db.executescript(
+                f"BEGIN; PRAGMA application_id = {APPLICATION_ID}; "
+                f"PRAGMA user_version = {SCHEMA_VERSION}; {SCHEMA} COMMIT;")
         os.replace(fresh, path)
         if os.name == "posix":      # the new name itself must be on disk
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
-    except OSError as error:
-        raise bad_database(path, f"cannot be made: {error.strerror}",
+    except (OSError, sqlite3.Error) as error:
+        raise bad_database(path, f"cannot be made: {error}",
                            "use --database with a folder of your own"
                            ) from None
 
 
 def schema_of(db: Any) -> list[Any]:
+    # names with sqlite_ are SQLite's own, and refused to anybody else
     return db.execute("SELECT name, sql FROM sqlite_master WHERE name NOT "
-                      "LIKE 'sqlite%' ORDER BY name").fetchall()
+                      "LIKE 'sqlite\\_%' ESCAPE '\\' ORDER BY name").fetchall()
 
 
 def database_faults(db: Any, size: int) -> Iterator[str]:
@@ -1661,27 +1691,34 @@ def database_faults(db: Any, size: int) -> Iterator[str]:
 def row_faults(db: Any, there: ReviewRequest) -> Iterator[str]:
     """Where a request disagrees with its audit rows, or with its digest."""
     name = f'request "{visible(str(there.request_id))}"'
-    events = db.execute(
-        "SELECT event, actor, sequence FROM audit_log WHERE request_id = ? "
-        "ORDER BY sequence", (there.request_id,)).fetchall()
-    if not events or events[0][0] != "submitted":
-        yield f"{name} has no audit row"
+    rows = db.execute("SELECT * FROM audit_log WHERE request_id = ? ORDER BY "
+                      "sequence", (there.request_id,)).fetchall()
+    events = [row[2] for row in rows]
+    if events[:1] != ["submitted"] or "submitted" in events[1:]:
+        yield f"{name} has no audit row, or more than one begins it"
         return
-    *row, known = db.execute("SELECT * FROM audit_log WHERE sequence = ?",
-                             (events[0][2],)).fetchone()
     before = db.execute("SELECT hash FROM audit_log WHERE sequence = ?",
-                        (events[0][2] - 1,)).fetchone() or (GENESIS,)
-    asked = tuple(getattr(there, column) for column in Asked._fields)
-    if row_hash(before[0], (*row, *asked)) != known or not there.intact:
+                        (rows[0][0] - 1,)).fetchone() or (GENESIS,)
+    if audit_hash(db, before[0], rows[0]) != rows[0][6] or not there.intact:
         yield f"{name} is not what was asked"
-    said = next((e for e in events if e[0] in set(Status)), None)
-    if (said[0] if said else Status.WAITING) != there.status or (
-            there.decided_by and there.decided_by != said[1]):
+    said = next((row for row in rows if row[2] in set(Status)), None)
+    detail = json.loads(said[5]) if said else {}
+    if (said[2] if said else Status.WAITING) != there.status or (
+            there.decided_by and there.decided_by != said[4]) or (
+            (there.reason, there.signed_in) !=
+            (detail.get("reason"), detail.get("signed_in"))):
         yield f"{name} is {there.status}, the audit log says otherwise"
-    last = {"submitted": None, "claimed": Outcome.RUNNING}.get(
-        events[-1][0], events[-1][0])
+    last = {"claimed": Outcome.RUNNING}.get(events[-1], events[-1])
     if there.outcome != (last if last in set(Outcome) else None):
         yield f"{name} has outcome {there.outcome}, the audit log otherwise"
+
+
+def audit_hash(db: Any, previous: str, row: tuple[Any, ...]) -> str:
+    """The hash an audit row should have, behind this one."""
+    asked = (db.execute(
+        f"SELECT {ASKED} FROM pending_reviews WHERE request_id = ?",
+        (row[3],)).fetchone() or ()) if row[2] == "submitted" else ()
+    return row_hash(previous, row[:6] + asked)
 
 
 def last_head(db: Any) -> Head:
@@ -1705,8 +1742,7 @@ def audit_faults(db: Any, noted: str = "") -> Iterator[str]:
     for row in db.execute("SELECT * FROM audit_log ORDER BY sequence"):
         if row[0] != head.sequence + 1:
             yield f"audit row {head.sequence + 1} is missing"
-        elif row[2] != "submitted" and (       # row_faults looks at those
-                row_hash(head.hash, row[:-1]) != row[-1]):
+        elif audit_hash(db, head.hash, row) != row[-1]:
             yield f"audit row {row[0]} was changed, or one before it"
         head = Head(row[0], row[-1])
         seen = seen or row[-1] == noted
@@ -2072,7 +2108,7 @@ def safe_card(view: View, there: ReviewRequest, back: str,
     try:
         return card(view, there, back, whole)
     except Exception:
-        log.exception("hitl: a card cannot be shown")
+        log.exception("a card cannot be shown")
         return fill('<article class="card rejected" id="request-{id}"><p>This '
                     'request cannot be shown here: <span class="live"></span>'
                     "{id}</p></article>", id=there.request_id)
@@ -2200,7 +2236,7 @@ def reviewed_row(there: ReviewRequest) -> Html:
                                         text=text)
                                    for text in endings if text))
     except Exception:
-        log.exception("hitl: a row cannot be shown")
+        log.exception("a row cannot be shown")
         return fill('<li class="expired">{id} cannot be shown</li>',
                     id=there.request_id)
 
@@ -2755,7 +2791,8 @@ class Desk:
         self.again: dict[Connection, None] = {}  # more of them is here
         self.answers: list[tuple[Connection, Request | None, bytes]] = []
         self.instant = time.monotonic()
-        self.swept, self.stopping, self.dated = 0.0, False, (0, "")
+        self.swept, self.soonest = 0.0, math.inf    # a sweep; a poll's end
+        self.stopping, self.failing, self.dated = False, False, (0, "")
 
     def server_bind(self) -> None:
         """Bind, without http.server's getfqdn: with dead DNS that takes half
@@ -2784,7 +2821,8 @@ class Desk:
         """1 take what is readable, 2 look once more: more may have come
         meanwhile, and a commit costs the same, 3 commit, 4 answer, 5 look at
         the clock, 6 let new connections in."""
-        ready = self.selector.select(patience)
+        ready = self.selector.select(max(0, min(
+            patience, self.due - time.monotonic())))
         self.instant = time.monotonic()
         self.store.tick()
         again, self.again = self.again, {}
@@ -2794,11 +2832,16 @@ class Desk:
         if self.answers:
             self.take(self.selector.select(0))
             self.commit()
-        if self.instant - self.swept >= SWEEP_SECONDS:
-            self.swept = self.instant
+        if self.instant >= self.due:
             self.sweep()
         if knocking:
             self.accept()
+
+    @property
+    def due(self) -> float:
+        """When to sweep: now and then, and soon when a poll's time is up."""
+        return min(self.swept + SWEEP_SECONDS,
+                   max(self.soonest, self.swept + 0.02))
 
     def take(self, ready: list[tuple[Any, int]]) -> bool:
         """Read and write where that can be done now -> whether somebody
@@ -2843,6 +2886,7 @@ class Desk:
 
     def sweep(self) -> None:
         """What is past its time: connections, polls, requests."""
+        self.swept = self.instant
         late = [c for c in self.half_open if c.until <= self.instant]
         for connection in late:
             if connection.held is not None:
@@ -2853,6 +2897,7 @@ class Desk:
         for connection in [c for c in self.parked
                            if c.until <= self.instant]:
             self.release(connection)
+        self.soonest = min((c.until for c in self.parked), default=math.inf)
         for request_id in [r for r, at in self.polled.items()
                            if at + RECENT_SECONDS < self.instant]:
             del self.polled[request_id]
@@ -2860,9 +2905,12 @@ class Desk:
         try:
             for there in self.store.overdue():
                 self.store.attempt(self.store.expire, there)
+            self.failing = False
         except sqlite3.Error as error:
-            log.error("hitl: the database fails: %s", error)
-        stored, changes = self.store.commit()
+            if not self.failing:            # once, not four times a second
+                log.error("the database fails: %s", error)
+            self.failing = True
+        _, changes = self.store.commit()
         self.tell(changes)
 
     def accept(self) -> None:
@@ -2927,6 +2975,7 @@ class Desk:
         """Hold a poll until the request changes or its time is up."""
         request_id = connection.waits_for = request.request_id
         connection.until = self.instant + seconds
+        self.soonest = min(self.soonest, connection.until)
         self.half_open.pop(connection, None)
         self.parked[connection] = None
         self.waiters.setdefault(request_id, {})[connection] = None
@@ -3052,10 +3101,10 @@ class Desk:
             else:
                 data = self.answered(answer, request, connection)
         except sqlite3.Error as error:
-            log.error("hitl: the database fails: %s", visible(str(error)))
+            log.error("the database fails: %s", visible(str(error)))
             data = self.problem(request, STORAGE_FAILED)
         except Exception:
-            log.exception("hitl: a fault of ours in %s", request.route.answer)
+            log.exception("a fault of ours in %s", request.route.answer)
             data = self.problem(request, Refusal(
                 "internal", "a fault of ours; nothing was changed",
                 "the server's log has it"))
@@ -3756,7 +3805,7 @@ class Gate:
             except UnreachableError as error:
                 if error.reason == "lost":
                     raise
-                log.warning("hitl: %s; still waiting", error.message)
+                log.warning("%s; still waiting", error.message)
                 time.sleep(max(0, min(1.0, left)))
             if time.monotonic() - said >= PROGRESS_SECONDS:
                 said = time.monotonic()
@@ -3877,7 +3926,7 @@ class Gate:
             if reply.status != 200:
                 raise self._refused(held, reply)
         except HitlError as fault:
-            log.warning("hitl: the outcome of %s was not recorded: %s",
+            log.warning("the outcome of %s was not recorded: %s",
                         held.request_id, fault.message)
 
     # ---- the decorator ----
@@ -4637,7 +4686,7 @@ class Proxy:
         if held is None:
             return self.passes(message, line)
         if "id" not in message:
-            log.error("hitl: a tools/call without an id was dropped")
+            log.error("a tools/call without an id was dropped")
             return
         held.tick = self.progress(params)
         with self.lock:
@@ -5633,6 +5682,10 @@ def cmd_log(args: Any) -> int:
     try:
         if args.verify:
             head, faults = last_head(db), list(audit_faults(db, args.head))
+            if args.json:
+                say(json.dumps({"rows": head.sequence, "head": head.hash,
+                                "faults": faults}))
+                return 1 if faults else 0
             for fault in faults:
                 say(f"FAULT {fault}")
             say(f"{path}: {head.sequence} rows, head {head.hash}: "
