@@ -93,6 +93,8 @@ Changes: 1.0.0 the first: checkpoints, store, server, page, gate, evidence.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import enum
 import functools
 import hashlib
 import inspect
@@ -107,10 +109,9 @@ import threading
 import time
 import unicodedata
 from collections.abc import (
-    Awaitable, Callable, Iterable, Iterator, Mapping)
+    Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping)
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, ParamSpec, TypeVar, overload
 
@@ -226,7 +227,7 @@ REQUEST_ID = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._:-]{1,128}")
 # SCHEMA, in Store, in the page's words and in Gate._end.
 
 
-class Status(StrEnum):
+class Status(enum.StrEnum):
     WAITING = "waiting"
     APPROVED = "approved"
     REJECTED = "rejected"
@@ -234,7 +235,7 @@ class Status(StrEnum):
     WITHDRAWN = "withdrawn"
 
 
-class Outcome(StrEnum):
+class Outcome(enum.StrEnum):
     RUNNING = "running"
     EXECUTED = "executed"
     FAILED = "failed"
@@ -309,8 +310,15 @@ def no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-STRICT = json.JSONDecoder(
-    object_pairs_hook=unique_pairs, parse_constant=no_constant)
+def finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:40]} is no finite number")
+    return value
+
+
+STRICT = json.JSONDecoder(object_pairs_hook=unique_pairs, parse_float=finite,
+                          parse_constant=no_constant)
 CANONICAL = json.JSONEncoder(
     sort_keys=True, separators=(",", ":"), allow_nan=False)
 json_text = json.encoder.encode_basestring_ascii    # one text, as JSON
@@ -346,11 +354,11 @@ def check_depth(value: Any) -> None:
     """ValueError where lists and objects nest deeper than MAX_DEPTH."""
     level = [value]
     for _ in range(MAX_DEPTH + 1):
-        level = [inner for outer in level if isinstance(outer, (dict, list))
-                 for inner in (outer.values() if isinstance(outer, dict)
-                               else outer)]
+        level = [v for v in level if isinstance(v, (dict, list))]
         if not level:
             return
+        level = [inner for outer in level for inner in (
+            outer.values() if isinstance(outer, dict) else outer)]
     raise ValueError(f"nested deeper than {MAX_DEPTH}")
 
 
@@ -400,24 +408,30 @@ def parse_timestamp(value: Any) -> str:
 # invisible, changes direction, controls a terminal or imitates ASCII becomes
 # U+XXXX between two brackets that themselves never pass unescaped, so no two
 # texts are shown alike. (CVE-2024-27936 in Deno's prompt; "Trojan Source",
-# Boucher and Anderson 2021.) Accented Latin and whole words of another script
-# are left readable; a word that mixes scripts, or that consists of
-# look-alikes only, is not.
+# Boucher and Anderson 2021.) Accented Latin and words of other scripts stay
+# readable; of a script that has ASCII's shapes, a word that also has ASCII
+# letters, or consists of look-alikes only, is escaped.
 BRACKETS = "\u27e6\u27e7"
 UNSEEN = re.compile(
-    "[\u0300-\u036f\u0488\u0489\u115f\u1160\u17b4\u17b5\u180b-\u180f\u1ab0-"
+    "[\u0300-\u036f\u0483-\u0489\u115f\u1160\u17b4\u17b5\u180b-\u180f\u1ab0-"
     "\u1aff\u1dc0-\u1dff\u20d0-\u20ff\u2800\u3164\ufe00-\ufe0f\ufe20-\ufe2f"
     "\uffa0\U0001d159\U000e0100-\U000e01ef"       # no width, or overlaid
-    "\u037e\u2010-\u2012\u2024\u2044\u2212\u2215\u2216\u2571\u29f5\u29f8\ufe68"
-    "\uff0e\uff0f\uff3c\ua789\u0131\u017f\u0196\u01c0\u01c3\u0251\u0261\u0269"
-    "\u029f\u05c0" + BRACKETS + "]")               # ; - . / \ : I l ! a g
-LOOKALIKES = frozenset(          # of Cyrillic, Greek and Armenian
+    "\u037e\u05c0\u2010-\u2012\u2024\u2044\u2212\u2215\u2216\u2236\u2571\u29f5"
+    "\u29f8\ua789\ufe68\uff02\uff0e\uff0f\uff3c\uff3f"    # ; | - . / \ : " _
+    "\u0131\u017f\u0196\u01c0\u01c3\u13a0-\u13ff\u2c80-\u2cff\ua4d0-\ua4ff"
+    "\uab70-\uabbf" + BRACKETS + "]")     # I l !, Cherokee, Coptic, Lisu
+SHAPED_LIKE_ASCII = re.compile(     # IPA, Greek, Cyrillic, Armenian, Georgian
+    "[\u0250-\u058f\u10a0-\u10ff\u1c80-\u1cbf\u1d00-\u1dbf\u1f00-\u1fff\u2c00-"
+    "\u2dff\ua640-\ua69f\ua720-\ua7ff\uab30-\uab6f\U00010280-\U000104ff]")
+LOOKALIKES = frozenset(
     "\u0410\u0412\u0415\u0405\u0406\u0408\u041a\u041c\u041d\u041e\u0420\u0421"
     "\u0422\u0423\u0425\u0430\u0435\u043e\u0440\u0441\u0443\u0445\u0455\u0456"
-    "\u0458\u04bb\u0501\u051b\u051d\u0391\u0392\u0395\u0396\u0397\u0399\u039a"
-    "\u039c\u039d\u039f\u03a1\u03a4\u03a5\u03a7\u03b1\u03b9\u03bd\u03bf\u03c1"
-    "\u03f2\u03f3\u0570\u0578\u057d\u0581\u0585\u0555")
-WORD = re.compile(r"([\w\u0300-\u036f]+)")
+    "\u0458\u0474\u0475\u04ba\u04bb\u04c0\u04cf\u0501\u050c\u051a\u051b\u051c"
+    "\u051d\u0391\u0392\u0395\u0396\u0397\u0399\u039a\u039c\u039d\u039f\u03a1"
+    "\u03a4\u03a5\u03a7\u03b1\u03b9\u03bd\u03bf\u03c1\u03c5\u03f2\u03f3\u054d"
+    "\u054f\u0555\u0570\u0578\u057d\u0581\u0585\u0251\u0261\u0269\u029f")
+WORD = re.compile(r"(\w+)")
+MARKED = re.compile(r"(?<=[\x00-\x7f])[^\x00-\x7f]")
 RUN_OF_SPACES = re.compile(" {9,}")
 
 
@@ -444,11 +458,13 @@ def visible(text: str) -> str:
     """The text with everything unseen or misleading as visible escapes:
     printable, on one line, and different for every different text."""
     if not (text.isascii() and text.isprintable()):
-        always = {ord(c): shown(c) for c in set(text) if unseen(c)}
-        beyond = {ord(c): shown(c) for c in set(text)
-                  if c > "\u024f" and c.isalnum()} | always
+        always = {ord(c): shown(c) for c in set(text) if unseen(c)} | {
+            ord(c): shown(c) for c in set(MARKED.findall(text))
+            if unicodedata.category(c)[0] == "M"}   # a mark upon ASCII
+        shaped = {ord(c): shown(c) for c in set(text)
+                  if SHAPED_LIKE_ASCII.match(c)} | always
         text = "".join(
-            word.translate(beyond if misleading(word) else always)
+            word.translate(shaped if misleading(word) else always)
             for word in WORD.split(text))
     if " " * 9 in text:          # padding pushes words out of sight
         text = RUN_OF_SPACES.sub(lambda run: (
@@ -472,6 +488,8 @@ def readable_seconds(seconds: float) -> str:
 
 CATEGORIES = ("high-impact", "data-risk", "destructive")
 EFFECTS = ("review", "allow", "deny")
+MAX_MATCHED = 4096              # characters a pattern looks at: re cannot be
+                                # interrupted, and a longer text waits
 TEMPLATE_NAME = re.compile(r"\{([A-Za-z_]\w*(?:\.\w+)*)\}")
 INVISIBLE = {c: None for c in map(ord, "\u115f\u1160\u2800\u3164\uffa0")}
 
@@ -505,20 +523,22 @@ class Checkpoint:
             return True
         text = text_of(self.kind, arguments)
         parts = commands_in(text) if self.kind == "shell" else [text]
+        long = len(text) > MAX_MATCHED
         if self is ODD_COMMAND:
             return parts is None
         if self.effect == "allow":      # a redirection could write anywhere
-            return bool(parts) and not re.search("[<>]", text) and all(
+            return bool(parts) and not long and not re.search("[<>]", text) and all(
                 self.find(self.action_pattern, part) for part in parts or ())
-        return not text or any(self.find(self.action_pattern, part)
+        return not text or long or any(self.find(self.action_pattern, part)
                                for part in (text, *(parts or ())))
 
     def arguments_match(self, arguments: Mapping[str, Any]) -> bool:
         """Whether every argument pattern matches. Where an argument is
-        missing or not a text, review and deny match and allow does not."""
+        missing, not a text or very long, review and deny match and allow
+        does not."""
         for name, pattern in self.arguments.items():
             value = argument(arguments, name)
-            if not isinstance(value, str):
+            if not isinstance(value, str) or len(value) > MAX_MATCHED:
                 if self.effect == "allow":
                     return False
             elif not any(self.find(pattern, text) for _, text in (
@@ -670,7 +690,7 @@ def views(text: str) -> tuple[tuple[str, str], ...]:
     plain = unicodedata.normalize("NFKC", text)
     clean = "".join(c for c in plain if c.isprintable() and (
         not UNSEEN.match(c))).translate(INVISIBLE)
-    last = re.split(r"__|[./:]", clean)[-1]
+    last = next(filter(None, re.split(r"__|[./:]", clean)[::-1]), clean)
     ways = {"raw name": text, "NFKC form": plain,
             "name without invisible characters": clean,
             "casefolded name": clean.casefold(), "last part": last,
@@ -680,9 +700,9 @@ def views(text: str) -> tuple[tuple[str, str], ...]:
 
 def odd_name(tool: str) -> str:
     """Why a tool's name always waits, or "": it is not plain ASCII."""
-    if tool and tool.isascii() and tool.isprintable():
+    if tool and tool.isascii() and tool.isprintable() and len(tool) < 257:
         return ""
-    return (f'the name "{visible(tool)}" has characters that are not plain '
+    return "the name is very long" if len(tool) > 256 else (f'the name "{visible(tool)}" has characters that are not plain '
             'ASCII' if tool else "the name is empty")
 
 
@@ -707,15 +727,14 @@ MISSING = object()
 
 
 def argument(arguments: Mapping[str, Any], name: str) -> Any:
-    """The argument of this name, or inside one by a dotted name; MISSING."""
-    if name in arguments:
-        return arguments[name]
+    """The argument of this name, or inside one by a dotted name. MISSING if
+    there is none, or both and they differ: one would hide the other."""
     value: Any = arguments
     for part in name.split("."):
-        if not (isinstance(value, Mapping) and part in value):
-            return MISSING
-        value = value[part]
-    return value
+        value = value.get(part, MISSING) if isinstance(
+            value, Mapping) else MISSING
+    plain = arguments.get(name, value)
+    return plain if value is MISSING or plain == value else MISSING
 
 
 def describe(checkpoint: Checkpoint, tool: str,
@@ -767,7 +786,7 @@ def text_value(value: Any) -> str:
 
 def seconds_value(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or (
-            not value > 0):
+            not value > 0) or value != math.inf and value > 1e12:
         raise ValueError("must be a number of seconds above 0, or inf")
     return value
 
@@ -787,7 +806,8 @@ def port_value(value: Any) -> int:
 def url_value(value: Any) -> str:
     if not isinstance(value, str) or not re.fullmatch(
             r"https?://([\w.-]+|\[[0-9A-Fa-f:]+\])(:[0-9]{1,5})?/?", value,
-            re.ASCII):
+            re.ASCII) or int((re.findall(r":([0-9]+)/?$", value)
+                             or "0")[0]) > 65535:
         raise ValueError('must be like "http://127.0.0.1:8765", no path')
     return value.rstrip("/")
 
@@ -819,13 +839,18 @@ def pattern_value(value: Any) -> str:
     if value[0] in "*?":        # a glob: say what it is as a regex
         body = "".join({"*": ".*", "?": "."}.get(c, re.escape(c))
                        for c in value.strip("*"))
+        regex = body + "$" * (value[-1] != "*") if body else "."
         raise ValueError(f"{value!r} is a glob; as a regular expression "
-                         f"write {body + '$' * (value[-1] != '*')!r}")
+                         f"write {json.dumps(regex)}")
+    import warnings
     try:
-        re.compile(value)
-    except (re.error, OverflowError, RecursionError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            re.compile(value)
+            endless = explosive(value)
+    except (re.error, OverflowError, RecursionError, Warning) as error:
         raise ValueError(f"is not a regular expression: {error}") from None
-    if explosive(value):
+    if endless:
         raise ValueError(
             f"{value!r} repeats a repeat, as (a+)+ does: on some names it "
             "would not end, and Python's re cannot be interrupted; write it "
@@ -836,7 +861,15 @@ def pattern_value(value: Any) -> str:
 def patterns_value(value: Any) -> dict[str, str]:
     if not isinstance(value, dict) or not value:
         raise ValueError('must be like { table = "users|orders" }')
-    return {name: pattern_value(pattern) for name, pattern in value.items()}
+    for name, pattern in value.items():
+        if isinstance(pattern, dict):
+            raise ValueError(f'of a dotted name needs quotes: "{name}.'
+                             f'{next(iter(pattern), "...")}" = "..."')
+        try:
+            pattern_value(pattern)
+        except ValueError as error:
+            raise ValueError(f"of {name}: {error}") from None
+    return value
 
 
 def template_value(value: Any) -> str:
@@ -907,12 +940,18 @@ def explosive(pattern: str) -> bool:
 
     def ambiguous(branches: list[Any]) -> bool:
         """Alternatives that do not each begin with a letter of their own."""
-        first = [chr(b[0][1]).lower() if len(b) and b[0][0] is op.LITERAL
+        first = [chr(b[0][1]).casefold() if len(b) and b[0][0] is op.LITERAL
                  else "" for b in branches]
         return "" in first or len(set(first)) < len(first)
 
-    for kind, value in parts(_parser.parse(pattern)):
-        if kind in repeats and value[1] > 9:
+    tree = _parser.parse(pattern)
+    row = 0                             # open repeats side by side
+    for kind, value in tree:
+        row = row + 1 if kind in repeats and value[1] > 8 else 0
+        if row > 2:
+            return True
+    for kind, value in parts(tree):
+        if kind in repeats and value[1] > 8:
             for inner, detail in parts(value[2]):
                 if inner in repeats and detail[0] != detail[1]:
                     return True
@@ -936,7 +975,7 @@ def find_configuration(path: str | os.PathLike[str] | None = None) -> Path:
     here = Path("checkpoints.toml").absolute()
     beside = Path(__file__).absolute().with_name("checkpoints.toml")
     for candidate in (here, beside):
-        if candidate.exists():
+        if os.path.lexists(candidate):
             return candidate
     raise ConfigError(
         f"no checkpoints.toml in {here.parent} or {beside.parent}",
@@ -1050,11 +1089,12 @@ def covered(checkpoints: tuple[Checkpoint, ...]) -> Iterator[str]:
     """A warning for each checkpoint an earlier one plainly hides."""
     for n, later in enumerate(checkpoints):
         for earlier in checkpoints[:n]:
-            plain = later.action_pattern.rstrip("*").strip("^$")
+            plain = re.sub(r".\*$", "", later.action_pattern)
             same = earlier.action_pattern == later.action_pattern
+            simple = re.fullmatch(r"[\w*|-]+", earlier.action_pattern)
             if (not earlier.arguments and earlier.effect != "allow"
                     and earlier.kind == later.kind) and (
-                    same or re.fullmatch(r"[\w-]+", plain) and
+                    same or simple and re.fullmatch(r"[\w-]+", plain) and
                     earlier.find(earlier.action_pattern, plain)):
                 yield (f'checkpoint "{later.checkpoint_id}" is never '
                        f'reached: "{earlier.checkpoint_id}" above it matches '
@@ -3346,9 +3386,9 @@ class Client:
 
     def fetch(self, method: str, path: str, data: bytes | None = None, *,
               seconds: float, **headers: str) -> tuple[int, Any, bytes]:
-        """One request -> status, headers and body, in so many seconds;
-        UnreachableError if nothing whole comes back. A header's name is
-        written with _ for -."""
+        """One request -> status, headers and body; UnreachableError if
+        nothing whole comes back. `seconds` bounds connecting, sending and
+        all of the answer each. A header's name is written with _ for -."""
         import http.client
         import urllib.request
         fields = {"User-Agent": f"hitl.py/{__version__}", **{
@@ -3360,8 +3400,15 @@ class Client:
                     self.server_url + path, data, fields, method=method),
                     timeout=seconds) as reply:
                 text = reply.read(MAX_REPLY + 1)
+                if len(text) <= MAX_REPLY and (reply.length or (
+                        not reply.chunked and reply.length is None)):
+                    raise http.client.IncompleteRead(b"")
         except (OSError, http.client.HTTPException, ValueError) as error:
-            why = getattr(error, "reason", error) or type(error).__name__
+            why = getattr(error, "reason", error)
+            if isinstance(error, ValueError):   # it could quote the token
+                why = "the request could not be written"
+            elif isinstance(error, http.client.HTTPException):
+                why = f"the answer is cut short ({type(error).__name__})"
             raise UnreachableError(
                 f"no answer from {self.server_url}: {visible(str(why))}",
                 "is it running? `python3 hitl.py serve` starts it; "
@@ -3382,6 +3429,10 @@ class Client:
         if status // 100 == 3:
             raise self.nonsense(f"a redirect ({status})")
         if kind not in ("application/json", "application/problem+json"):
+            if status >= 500:           # a proxy, whose server is away
+                raise UnreachableError(
+                    f"no answer from {self.server_url}: {status} from what "
+                    "stands between", "is hitl.py's server running?")
             raise self.nonsense(f"{status} with {visible(kind)}, not JSON")
         try:
             value = parse_json(text)
@@ -3462,7 +3513,8 @@ CLAIM_RETRY_SECONDS = 30        # for a claim whose reply was lost
 GRACE_SECONDS = 5               # of the network, beyond a poll's own wait
 PROGRESS_SECONDS = 15           # between lines that say what is waited for
 CUT_BYTES = 160 * 1024          # of each end of a context that is too large
-CONTEXT_DEPTH = 24              # levels of a context; deeper is text
+CONTEXT_DEPTH = 24              # levels of a context; deeper is left out
+CONTEXT_NODES = 200_000         # values of a context; more are left out
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -3522,7 +3574,9 @@ class Gate:
                 or self.configuration.gate["server_url"])
         except ValueError as error:
             raise ConfigError(f"server_url {error}") from None
-        self.token = token or os.environ.get("HITL_AGENT_TOKEN", "")
+        self.token = (token or os.environ.get("HITL_AGENT_TOKEN", "")).strip()
+        if not re.fullmatch(r"[!-~]*", self.token):
+            raise ConfigError("the agent's token is not plain ASCII")
         self.client = Client(self.server_url, self.token and
                              f"Bearer {self.token}")
         self._free: set[str] = set()    # names no checkpoint can stop
@@ -3554,11 +3608,25 @@ class Gate:
         with self._reporting(held):                                 # 6 report
             return execute(**held.approved())                       # 5 run
 
+    @overload
     async def acall(self, tool: str, arguments: Mapping[str, Any],
-                    execute: Callable[..., Awaitable[T] | T], *,
+                    execute: Callable[..., Coroutine[Any, Any, T]], *,
                     context: Any = None, request_id: str | None = None,
                     timeout_seconds: float | None = None,
-                    checkpoint: str | None = None) -> T:
+                    checkpoint: str | None = None) -> T: ...
+
+    @overload
+    async def acall(self, tool: str, arguments: Mapping[str, Any],
+                    execute: Callable[..., T], *,
+                    context: Any = None, request_id: str | None = None,
+                    timeout_seconds: float | None = None,
+                    checkpoint: str | None = None) -> T: ...
+
+    async def acall(self, tool: str, arguments: Mapping[str, Any],
+                    execute: Callable[..., Any], *,
+                    context: Any = None, request_id: str | None = None,
+                    timeout_seconds: float | None = None,
+                    checkpoint: str | None = None) -> Any:
         """The same for asyncio: waits on a thread of its own, so the event
         loop goes on; a cancelled wait withdraws its request."""
         if tool in self._free and checkpoint is None:
@@ -3621,7 +3689,8 @@ class Gate:
     async def _aobtain(self, held: Held) -> None:
         import asyncio
         try:
-            await in_thread(self._obtain, held)
+            with sigterm_as_exit():     # this thread may be the main one
+                await in_thread(self._obtain, held)
         except asyncio.CancelledError:
             held.cancelled = True
             await in_thread(self._withdraw, held, "cancelled")
@@ -3645,6 +3714,7 @@ class Gate:
                checkpoint: str | None) -> Held | None:
         """The call held by a checkpoint, or None: it may run."""
         rules = self.configuration
+        check_call(tool, arguments, request_id)
         if checkpoint is not None:
             match = Match(rules.named(checkpoint), "the code names it")
         else:
@@ -3689,8 +3759,8 @@ class Gate:
             "timestamp": instant(time.time()), "tool": tool,
             "arguments": parse_json(text), "digest": held.digest,
             "checkpoint_id": rule.checkpoint_id, "category": rule.category,
-            "why": match.why[:MAX_WHY // 4], "agent": self.agent or
-            agent_name(), "config_digest": rules.digest}
+            "why": match.why[:MAX_WHY // 4],
+            "agent": cut(self.agent or agent_name(), MAX_NAME), "config_digest": rules.digest}
         if lifetime != math.inf:
             held.body["timeout_seconds"] = lifetime
         return held
@@ -3775,7 +3845,8 @@ class Gate:
               (401, 403, 404, 421) or reply.status >= 500 else HitlError)
         return kind(f"the server refused: "
                     f"{visible(str(reply.body.get('title', reply.status)))}",
-                    visible(str(reply.body.get("detail", ""))),
+                    visible(str(reply.body.get("detail") or "is server_url "
+                                "that of hitl.py's server?")),
                     reason=reply.reason, request_id=held.request_id)
 
     # ---- 3 wait ----
@@ -3784,9 +3855,10 @@ class Gate:
         """The state once it is no longer waiting: by long polls that the
         server answers the moment a person decides. A server that goes away
         is ridden out until the deadline."""
-        said = time.monotonic()
+        said, away = time.monotonic(), 0.0
         while state.status == Status.WAITING:
-            left = held.deadline - time.monotonic()
+            began = time.monotonic()
+            left = held.deadline - began
             if left <= 0 or held.cancelled:
                 return self._give_up(held)
             held.tick()
@@ -3795,18 +3867,21 @@ class Gate:
                 reply = self.client.exchange(
                     "GET", f"/pending/{held.request_id}?wait={wait:.3f}",
                     seconds=wait + GRACE_SECONDS)
-                if reply.status >= 500:
-                    raise self._refused(held, reply)
-                if reply.status != 200:
-                    error = self._refused(held, reply)
-                    error.reason = "lost"
-                    raise error
-                state = self._state(held, reply)
             except UnreachableError as error:
-                if error.reason == "lost":
-                    raise
-                log.warning("%s; still waiting", error.message)
-                time.sleep(max(0, min(1.0, left)))
+                reply = Reply(503, {"title": error.message})
+            if reply.status == 200:
+                state = self._state(held, reply)
+                if state.status == Status.EXPIRED:
+                    raise self._nobody(held)
+            elif reply.status < 500:
+                raise self._refused(held, reply)
+            elif away < time.monotonic():
+                away = time.monotonic() + PROGRESS_SECONDS
+                log.warning("%s; still waiting",
+                            visible(str(reply.body.get("title"))))
+            if state.status == Status.WAITING and (
+                    time.monotonic() - began < wait / 2):   # answered early
+                time.sleep(max(0, min(0.5, left)))
             if time.monotonic() - said >= PROGRESS_SECONDS:
                 said = time.monotonic()
                 log.warning(
@@ -3816,24 +3891,26 @@ class Gate:
                     "any time" if left == math.inf else f"{left:.0f} s")
         return state
 
+    def _nobody(self, held: Held, more: str = "") -> ReviewTimeoutError:
+        seconds = min(held.timeout_seconds, held.lifetime_seconds)
+        return ReviewTimeoutError(
+            f'nobody decided "{visible(held.description)}" within '
+            f"{seconds:g} s; nothing ran{more}", "raise timeout_seconds in "
+            f"{self.configuration.path}: people usually need 300 or more",
+            reason="still-waiting" if more else "",
+            request_id=held.request_id)
+
     def _give_up(self, held: Held) -> Summary:
         """The end of a wait. Unless the request is to outlive it, it is
         withdrawn, and the answer decides: a reviewer may have been faster."""
-        where = self.configuration.path
-        error = ReviewTimeoutError(
-            f'nobody decided "{visible(held.description)}" within '
-            f"{held.timeout_seconds:g} s; nothing ran",
-            f"raise timeout_seconds in {where}: people usually need 300 or "
-            "more", request_id=held.request_id)
         if held.lifetime_seconds > held.timeout_seconds and not held.cancelled:
-            error.reason = "still-waiting"
-            error.message += "; the request still waits, and the same call " \
-                f'with request_id "{held.request_id}" picks up its decision'
-            raise error
+            raise self._nobody(held, "; the request still waits, and the same "
+                               "call with request_id "
+                               f'"{held.request_id}" picks up its decision')
         state = self._withdraw(held, "cancelled" if held.cancelled
                                else "timeout")
         if state is None or state.status in (Status.WAITING, Status.EXPIRED):
-            raise error
+            raise self._nobody(held)
         return state
 
     def _withdraw(self, held: Held, why: str) -> Summary | None:
@@ -3891,6 +3968,7 @@ class Gate:
                                              Outcome.RUNNING):
             raise ChangedError("the server's reply to the claim is no "
                                "approval; nothing ran",
+                               "is server_url the right one?",
                                request_id=held.request_id)
         if held.cancelled:
             self._report(held, RuntimeError("cancelled before it ran"))
@@ -3915,8 +3993,10 @@ class Gate:
     def _report(self, held: Held, error: BaseException | None) -> None:
         """Record what became of the call; a failure here changes nothing of
         the call, and is logged."""
-        text = "" if error is None else masked(
-            f"{type(error).__name__}: {error}"[:500], self.token)
+        text = "" if error is None else type(error).__name__
+        with contextlib.suppress(Exception):    # an error may have no words
+            text += f": {error}" if error else ""
+        text = cut(masked(text, self.token), 500)
         try:
             reply = self._insist(
                 "POST", f"/outcome/{held.request_id}", held, {
@@ -3982,6 +4062,12 @@ class Gate:
         functools.update_wrapper(wrapper, function)
         wrapper.__name__ = getattr(function, "__name__", tool)
         wrapper.__signature__ = binder.signature  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {
+            name: p.annotation for name, p in
+            binder.signature.parameters.items() if p.annotation is not p.empty}
+        if binder.signature.return_annotation is not inspect.Signature.empty:
+            wrapper.__annotations__["return"] = (
+                binder.signature.return_annotation)
         return wrapper
 
 
@@ -3995,23 +4081,27 @@ class Binder:
     def __init__(self, function: Callable[..., Any],
                  hide: Iterable[str]) -> None:
         call = getattr(function, "__call__", function)
-        if not callable(function) or isinstance(function, type) or any(
+        made = hasattr(function, "name") and not hasattr(function, "__name__")
+        if made or not callable(function) or isinstance(
+                function, (type, staticmethod, classmethod)) or any(
                 test(f) for f in (function, call) for test in (
                     inspect.isgeneratorfunction, inspect.isasyncgenfunction)):
             raise TypeError(
                 f"guard cannot hold {function!r}: it takes a function, a "
                 "method or a callable that is not a generator (a generator "
-                "runs piece by piece, after the gate); put @gate.guard below "
-                "@staticmethod, @classmethod and @property")
+                "runs piece by piece, after the gate); put @gate.guard "
+                "directly above def, below every other decorator")
         self.function = function
-        self.signature = inspect.signature(function)
+        self.signature = signature_of(function)
         parameters = list(self.signature.parameters.values())
         self.hidden = {hide} if isinstance(hide, str) else set(hide)
         unknown = self.hidden - {p.name for p in parameters}
         if unknown:
             raise TypeError(f"hide names no parameter of {function!r}: "
                             f"{', '.join(sorted(unknown))}")
-        if parameters and parameters[0].name in ("self", "cls"):
+        scope = getattr(function, "__qualname__", "").rpartition("<locals>.")
+        if parameters and parameters[0].name in ("self", "cls") and (
+                "." in scope[2]):               # a method, not a function
             self.hidden.add(parameters[0].name)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -4034,11 +4124,16 @@ class Binder:
             raise TypeError("an argument stands twice: "
                             f"{', '.join(named.keys() & extra.keys())}")
 
+        enums = {name: type(value) for name, value in named.items()
+                 if isinstance(value, enum.Enum)}   # shown by their values
+        named |= {name: named[name].value for name in enums}
+
         def run(**approved: Any) -> Any:
             for name in named:
+                value = approved[name]
                 bound.arguments[name] = (
-                    tuple(approved[name]) if isinstance(
-                        bound.arguments[name], tuple) else approved[name])
+                    enums[name](value) if name in enums else tuple(value)
+                    if isinstance(bound.arguments[name], tuple) else value)
             if extra:
                 bound.arguments[rest] = {k: approved[k] for k in extra}
             return self.function(*bound.args, **bound.kwargs)
@@ -4051,6 +4146,20 @@ def tool_name(function: Any) -> str:
     while isinstance(function, functools.partial):
         function = function.func
     return str(getattr(function, "__name__", type(function).__name__))
+
+
+def signature_of(function: Any) -> inspect.Signature:
+    """The signature, its annotations evaluated where they can be: frameworks
+    that ask for that do not look behind a __signature__."""
+    for evaluate in (True, False):
+        try:
+            return inspect.signature(function, eval_str=evaluate)
+        except (NameError, TypeError, AttributeError, SyntaxError):
+            continue
+        except ValueError as error:
+            raise TypeError(f"guard cannot hold {function!r}: {error}"
+                            ) from None
+    raise TypeError(f"guard cannot hold {function!r}: it has no signature")
 
 
 def is_async(function: Any) -> bool:
@@ -4093,15 +4202,26 @@ def sigterm_as_exit() -> Iterator[None]:
     """While a call waits, SIGTERM ends the process through SystemExit, so
     that the request is withdrawn; only where nobody else handles it."""
     import signal
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+    global waiting
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    if not waiting and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, exit_by_signal)
+    waiting += 1
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        waiting -= 1
+        if not waiting and signal.getsignal(signal.SIGTERM) is exit_by_signal:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+waiting = 0         # calls that wait in the main thread
+
+
+def exit_by_signal(number: int, frame: Any) -> NoReturn:
+    sys.exit(128 + number)
 
 
 def logged(error: HitlError) -> HitlError:
@@ -4110,95 +4230,155 @@ def logged(error: HitlError) -> HitlError:
     return error
 
 
+def cut(text: str, size: int) -> str:
+    """The text, or its beginning, in so many bytes of UTF-8."""
+    return text.encode("utf-8", "replace")[:size].decode(errors="ignore")
+
+
+def check_call(tool: Any, arguments: Any, request_id: Any) -> None:
+    """HitlError for a call that cannot even be named."""
+    wrong = ("tool is no text" if not isinstance(tool, str) else
+             "arguments are no mapping" if not isinstance(arguments, Mapping)
+             else "request_id is no text" if not isinstance(
+                 request_id, (str, type(None))) else "")
+    with contextlib.suppress(AttributeError):
+        if not wrong and tool.encode("utf-8", "replace") != tool.encode(
+                "utf-8", "surrogatepass"):
+            wrong = "tool has a lone surrogate in its name"
+    if wrong:
+        raise HitlError(f"this call's {wrong}; nothing ran",
+                        "call(tool, arguments, execute, request_id=str(...))",
+                        reason="bad-arguments")
+
+
 def first_of(*values: float | None) -> float:
     return next(v for v in values if v is not None)
 
 
 def argument_text(tool: str, arguments: Mapping[str, Any]) -> str:
     """The arguments as canonical JSON, if reading that gives back an equal
-    value; a tuple, an integer key or an object would not."""
-    try:
-        text = canonical(dict(arguments))
-        same = parse_json(text) == arguments
-    except (TypeError, ValueError, RecursionError) as error:
-        text, same, why = "", False, str(error)
-    else:
-        why = "it changes on the way through JSON (a tuple, a key that is " \
-            "no text)"
-    if not same:
-        wrong = [name for name, value in arguments.items()
-                 if not survives(value)]
+    value of the same types; a tuple, an integer key or an enum would not."""
+    wrong = {str(name): why for name, value in arguments.items()
+             if (why := not_json(name) or not_json(value))}
+    if wrong:
         raise HitlError(
-            f"{visible(str(tool))}: the arguments are not plain JSON: "
-            f"{', '.join(map(str, wrong)) or 'names'}: {visible(why)}",
-            "pass text, finite numbers, true, false, None, lists and objects; "
-            "hide a parameter that is not part of the action: "
-            "@gate.guard(hide=[...])", reason="bad-arguments")
+            f"{visible(tool)}: the arguments are not plain JSON: " + "; ".join(
+                visible(f"{name}: {why}") for name, why in wrong.items()),
+            "pass text, finite numbers, true, false, None, lists and objects "
+            "(a model as its .model_dump(mode='json')); what is not part of "
+            "the action can be left out by @gate.guard(hide=[...])",
+            reason="bad-arguments")
+    text = canonical(dict(arguments))
     if len(text) > MAX_ARGUMENTS:
         raise HitlError(
-            f"{visible(str(tool))}: the arguments are {len(text)} bytes, over "
+            f"{visible(tool)}: the arguments are {len(text)} bytes, over "
             f"{MAX_ARGUMENTS}", "pass a reference, such as a file's name and "
             "SHA-256: nobody can review so much", reason="too-large")
     return text
 
 
-def survives(value: Any) -> bool:
-    try:
-        return bool(parse_json(canonical(value)) == value)
-    except (TypeError, ValueError, RecursionError):
+def not_json(value: Any) -> str:
+    """Why a value does not survive the way through JSON, or ""."""
+    try:        # two levels deeper, as it stands in the request
+        back = parse_json(canonical([[value]]))[0][0]
+    except (TypeError, ValueError, RecursionError) as error:
+        return str(error)
+    return "" if alike(value, back) else (
+        f"a {type(value).__name__} changes on the way through JSON")
+
+
+def alike(one: Any, two: Any) -> bool:
+    """Equal, and of the very same types all through."""
+    if type(one) is not type(two):
         return False
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(
+            type(k) is str and alike(v, two[k]) for k, v in one.items())
+    if isinstance(one, list):
+        return len(one) == len(two) and all(map(alike, one, two))
+    return bool(one == two)
 
 
-@functools.cache
 def agent_name() -> str:
     """HITL_AGENT, or user@host:folder."""
     import getpass
     import platform
     name = os.environ.get("HITL_AGENT")
     if not name:
+        user = folder = "?"
         with contextlib.suppress(OSError, KeyError, ImportError):
-            name = getpass.getuser()
-        name = f"{name or '?'}@{platform.node()}:{os.getcwd()}"
-    return name.encode("utf-8", "replace")[:MAX_NAME].decode(errors="ignore")
+            user = getpass.getuser()
+        with contextlib.suppress(OSError):
+            folder = os.getcwd()
+        name = f"{user}@{platform.node()}:{folder}"
+    return name
 
 
 # What looks like a secret leaves the process as its length only: a digest,
 # or a few characters of it, would give a short code away in a second.
-SECRET_NAME = re.compile(
-    r"passw|passphrase|passwd|^pwd$|^pin$|secret|token$|api[_-]?key|access["
-    r"_-]?key|private[_-]?key|authorization|credential|cookie|session[_-]?id|"
-    r"bearer|^otp$", re.IGNORECASE)
+SECRET_WORDS = (r"passw|passphrase|pwd|secret|token|api[_-]?key|access[_-]?key"
+                r"|private[_-]?key|authorization|credential|cookie|jwt|"
+                r"session[_-]?id|bearer")
+SECRET_NAME = re.compile(rf"({SECRET_WORDS})(?!s$|.*count)|^(pin|otp)$",
+                         re.IGNORECASE)
 SECRET_SHAPE = re.compile(
     r"\b(?:sk|pk|rk)[-_][\w-]{16,}|\bgh[pousr]_\w{20,}|\bgithub_pat_\w{20,}|"
     r"\bglpat-[\w-]{16,}|\bxox[a-z]-[\w-]{10,}|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|"
     r"\bAIza[\w-]{30,}|\bhf_\w{20,}|\bnpm_\w{20,}|\bpypi-[\w-]{20,}|"
     r"\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*|\bwhsec_[\w+/=]{16,}|"
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*KEY-----|\Z)|"
-    r"(?<=://)[^\s/:@]+:[^\s/@]+(?=@)|"
+    r"(?<=://)[^\s/:@]*:[^\s/@]+(?=@)|"
     r"(?i:\b(?:bearer|basic)) +[\w.~+/-]{12,}=*", re.DOTALL)
+# name = value in a text: a repr(), JSON inside a string, a shell line
+SECRET_ASSIGNED = re.compile(
+    rf"((?:{SECRET_WORDS})\w{{0,20}}[\\\"']*\s*[:=]\s*[\\\"']*)"
+    r"([^\s\\\"',;)}\]]{3,})", re.IGNORECASE)
 
 
-def masked(value: Any, own: str = "", level: int = 0) -> Any:
-    """A value as plain JSON, what looks like a secret masked; an object
-    that is not JSON becomes its repr(). `own` is this gate's token."""
-    def mask(text: str) -> str:
-        return f"[masked, {len(text)} characters]"
-    if value is None or isinstance(value, (bool, int)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    if isinstance(value, Mapping) and level < CONTEXT_DEPTH:
-        return {masked(str(k), own): mask(str(v)) if v and v is not True and
-                SECRET_NAME.search(str(k)) else masked(v, own, level + 1)
-                for k, v in value.items()}
-    if (isinstance(value, (list, tuple, set, frozenset))
-            and level < CONTEXT_DEPTH):
-        return [masked(v, own, level + 1) for v in value]
-    text = value if isinstance(value, str) else repr(value)
+def mask(text: str) -> str:
+    return f"[masked, {len(text)} characters]"
+
+
+def masked_text(text: str, own: str) -> str:
+    """A text without what looks like a secret, or is this gate's token."""
     text = text.encode("utf-8", "backslashreplace").decode()
     if own and own in text:
         text = text.replace(own, mask(own))
-    return SECRET_SHAPE.sub(lambda found: mask(found[0]), text)
+    text = SECRET_SHAPE.sub(lambda found: mask(found[0]), text)
+    return SECRET_ASSIGNED.sub(
+        lambda found: found[0] if found[2].startswith("[masked") else
+        found[1] + mask(found[2]), text)
+
+
+def masked(value: Any, own: str = "", path: tuple[int, ...] = (),
+           left: list[int] | None = None) -> Any:
+    """A value as plain JSON, what looks like a secret masked. A dataclass
+    becomes its fields, another object its repr(); what contains itself, or
+    lies very deep or far, becomes words."""
+    left = [CONTEXT_NODES] if left is None else left
+    left[0] -= 1
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, (int, float)) and type(value) in (int, float):
+        return value if abs(value) < 1e300 else str(type(value))
+    if isinstance(value, str):
+        return masked_text(value, own)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {f.name: getattr(value, f.name, None)
+                 for f in dataclasses.fields(value)}
+    elif not isinstance(value, (Mapping, list, tuple, set, frozenset)):
+        try:
+            return masked_text(repr(value), own)
+        except Exception:
+            return f"[a {type(value).__name__}]"
+    if id(value) in path or len(path) > CONTEXT_DEPTH or left[0] < 0:
+        return "[contains itself]" if id(value) in path else "[more]"
+    path += (id(value),)
+    if not isinstance(value, Mapping):
+        return [masked(v, own, path, left) for v in value]
+    return {masked_text(str(k), own): mask(str(v)) if v and v is not True and
+            SECRET_NAME.search(str(k)) and not isinstance(v, int) else
+            masked(v, own, path, left) for k, v in value.items()}
 
 
 # ================================= Adapters ================================
@@ -5227,7 +5407,7 @@ arguments = { environment = "prod" }    # only where this argument says so,
 
 [[checkpoint]]                  # data risk: something leaves the house
 checkpoint_id = "external-request"
-action_pattern = "send_|http_|api_request|publish|upload"
+action_pattern = "send|http|api.?request|publish|upload"
 description_template = "Send to {url}"
 category = "data-risk"
 
@@ -5566,6 +5746,10 @@ def cmd_check(args: Any) -> int:
     """which checkpoint decides about a call; alone: is all well?"""
     rules = load_configuration(find_configuration(args.config))
     if args.tool is None:
+        if args.json:
+            say(json.dumps({"path": str(rules.path), "checkpoints": [
+                dataclasses.asdict(c) for c in rules.checkpoints]}))
+            return 0
         warnings = (list(rules.warnings) + file_warnings(rules)
                     + ignored_warning(database_for(args, rules)))
         say(f"{rules.path}: {len(rules.checkpoints)} checkpoints, fine")
@@ -5608,7 +5792,8 @@ def cmd_check(args: Any) -> int:
 
 def cmd_init(args: Any) -> int:
     """write a commented checkpoints.toml here, if there is none"""
-    path = Path(args.config or "checkpoints.toml").absolute()
+    path = Path(args.config or environment("HITL_CONFIG")
+                or "checkpoints.toml").absolute()
     try:
         with open(path, "x", encoding="utf-8") as file:
             file.write(EXAMPLE)
