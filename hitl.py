@@ -527,10 +527,10 @@ class Checkpoint:
         if self is ODD_COMMAND:
             return parts is None
         if self.effect == "allow":      # a redirection could write anywhere
-            return bool(parts) and not long and not re.search("[<>]", text) and all(
-                self.find(self.action_pattern, part) for part in parts or ())
+            return bool(parts) and not long and not set("<>") & set(text) and (
+                all(self.find(self.action_pattern, p) for p in parts or ()))
         return not text or long or any(self.find(self.action_pattern, part)
-                               for part in (text, *(parts or ())))
+                                       for part in (text, *(parts or ())))
 
     def arguments_match(self, arguments: Mapping[str, Any]) -> bool:
         """Whether every argument pattern matches. Where an argument is
@@ -702,8 +702,9 @@ def odd_name(tool: str) -> str:
     """Why a tool's name always waits, or "": it is not plain ASCII."""
     if tool and tool.isascii() and tool.isprintable() and len(tool) < 257:
         return ""
-    return "the name is very long" if len(tool) > 256 else (f'the name "{visible(tool)}" has characters that are not plain '
-            'ASCII' if tool else "the name is empty")
+    return ("the name is empty" if not tool else "the name is very long"
+            if len(tool) > 256 else f'the name "{visible(tool)}" has '
+            "characters that are not plain ASCII")
 
 
 def name_match(checkpoint: Checkpoint, tool: str) -> str:
@@ -778,42 +779,44 @@ def template_parts(template: str) -> Iterator[str]:
 # A table of what each TOML table may hold: key -> (check, default). A check
 # takes the value and returns it, or raises ValueError with the cure.
 
-def text_value(value: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError("must be a text in quotes, and not empty")
-    return value
-
-
-def seconds_value(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or (
-            not value > 0) or value != math.inf and value > 1e12:
-        raise ValueError("must be a number of seconds above 0, or inf")
-    return value
-
-
-def poll_value(value: Any) -> float:
-    if seconds_value(value) > 60:
-        raise ValueError("must be 60 or less: a server holds no poll longer")
-    return value
-
-
-def port_value(value: Any) -> int:
-    if type(value) is not int or not 0 <= value <= 65535:
-        raise ValueError("must be a port, 0 to 65535 (0: any free one)")
-    return value
+def must(words: str, test: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A check that gives back what passes the test."""
+    def check(value: Any) -> Any:
+        if not test(value):
+            raise ValueError(f"must be {words}")
+        return value
+    return check
 
 
 def url_value(value: Any) -> str:
-    if not isinstance(value, str) or not re.fullmatch(
-            r"https?://([\w.-]+|\[[0-9A-Fa-f:]+\])(:[0-9]{1,5})?/?", value,
-            re.ASCII) or int((re.findall(r":([0-9]+)/?$", value)
-                             or "0")[0]) > 65535:
+    found = re.fullmatch(
+        r"(https?://(?:[\w.-]+|\[[0-9A-Fa-f:]+\])(?::([0-9]{1,5}))?)/?",
+        value if isinstance(value, str) else "", re.ASCII)
+    if not found or int(found[2] or 0) > 65535:
         raise ValueError('must be like "http://127.0.0.1:8765", no path')
-    return value.rstrip("/")
+    return found[1]
 
 
 def public_url_value(value: Any) -> str:
-    return value if value == "" else url_value(value)
+    return "" if value == "" else url_value(value)
+
+
+text_value = must("a text in quotes, and not empty",
+                  lambda v: isinstance(v, str) and v.strip())
+seconds_value = must(
+    "a number of seconds above 0, or inf", lambda v: type(v) in (int, float)
+    and (0 < v < 1e12 or v == math.inf))
+poll_value = must("a number of seconds, 60 at most: a server holds no poll "
+                  "longer", lambda v: type(v) in (int, float) and 0 < v <= 60)
+port_value = must("a port, 0 to 65535 (0: any free one)",
+                  lambda v: type(v) is int and 0 <= v <= 65535)
+sha256_value = must(
+    "a SHA-256 in hex: `hitl.py token NAME` prints one",
+    lambda v: isinstance(v, str) and re.fullmatch("[0-9a-f]{64}", v))
+name_value = must(
+    "a printable name without a colon, 64 characters at most", lambda v:
+    isinstance(v, str) and re.fullmatch(r"[^:]{1,64}", v)
+    and v.isprintable() and v.strip())
 
 
 def one_of(*words: str) -> Callable[[Any], str]:
@@ -830,7 +833,7 @@ def id_value(value: Any) -> str:
         raise ValueError("may hold letters, digits and . _ : - only")
     if value in ("unmatched", "odd-name", "odd-command"):
         raise ValueError(f'"{value}" is an id of our own: choose another')
-    return value
+    return str(value)
 
 
 def pattern_value(value: Any) -> str:
@@ -855,7 +858,7 @@ def pattern_value(value: Any) -> str:
             f"{value!r} repeats a repeat, as (a+)+ does: on some names it "
             "would not end, and Python's re cannot be interrupted; write it "
             "without the inner or the outer repeat")
-    return value
+    return str(value)
 
 
 def patterns_value(value: Any) -> dict[str, str]:
@@ -869,25 +872,11 @@ def patterns_value(value: Any) -> dict[str, str]:
             pattern_value(pattern)
         except ValueError as error:
             raise ValueError(f"of {name}: {error}") from None
-    return value
+    return dict(value)
 
 
 def template_value(value: Any) -> str:
-    list(template_parts(text_value(value)))
-    return value
-
-
-def sha256_value(value: Any) -> str:
-    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
-        raise ValueError("must be a SHA-256 in hex: `hitl.py token NAME` "
-                         "prints one")
-    return value
-
-
-def name_value(value: Any) -> str:
-    if not text_value(value).isprintable() or ":" in value or len(value) > 64:
-        raise ValueError("must be printable, without a colon, 64 at most")
-    return value
+    return "".join(template_parts(text_value(value))) and str(value)
 
 
 REQUIRED = object()
@@ -926,7 +915,7 @@ KEYS: dict[str, dict[str, tuple[Callable[[Any], Any], Any]]] = {
 def explosive(pattern: str) -> bool:
     """Whether a pattern could take exponential time: an open repeat around
     another repeat or around alternatives that can begin alike (ReDoS)."""
-    from re import _constants as op, _parser    # re's own reading of it
+    from re import _constants as op, _parser  # type: ignore[attr-defined]
     repeats = (op.MAX_REPEAT, op.MIN_REPEAT)
 
     def parts(item: Any) -> Iterator[Any]:
@@ -1116,7 +1105,7 @@ SCHEMA_VERSION = 1
 MAX_WAITING_PER_AGENT = 10_000  # one agent cannot fill the desk ...
 MAX_WAITING = 20_000            # ... and all together not the page's query
 CLAIM_SECONDS = 60              # a late approval can still be claimed for
-BUSY_SECONDS = 0.1              # another writer costs a 503, not a stopped loop
+BUSY_SECONDS = 0.1              # another writer costs a 503, not a stop
 
 SCHEMA = """
 CREATE TABLE pending_reviews (
@@ -1411,7 +1400,7 @@ class Store:
         if status is Status.APPROVED and there.deadline:
             lapses_at = max(there.deadline,
                             instant(self.time + CLAIM_SECONDS))
-        moved = self.db.execute(
+        moved: bool = self.db.execute(
             "UPDATE pending_reviews SET status = ?, decided_at = ?, "
             "decided_by = ?, signed_in = ?, reason = ?, lapses_at = ? "
             "WHERE request_id = ? AND status = 'waiting'",
@@ -1700,8 +1689,9 @@ def create_database(path: Path) -> None:
 
 def schema_of(db: Any) -> list[Any]:
     # names with sqlite_ are SQLite's own, and refused to anybody else
-    return db.execute("SELECT name, sql FROM sqlite_master WHERE name NOT "
-                      "LIKE 'sqlite\\_%' ESCAPE '\\' ORDER BY name").fetchall()
+    return list(db.execute(
+        "SELECT name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite$_%' "
+        "ESCAPE '$' ORDER BY name"))
 
 
 def database_faults(db: Any, size: int) -> Iterator[str]:
@@ -1744,7 +1734,7 @@ def row_faults(db: Any, there: ReviewRequest) -> Iterator[str]:
     said = next((row for row in rows if row[2] in set(Status)), None)
     detail = json.loads(said[5]) if said else {}
     if (said[2] if said else Status.WAITING) != there.status or (
-            there.decided_by and there.decided_by != said[4]) or (
+            said and there.decided_by not in (None, said[4])) or (
             (there.reason, there.signed_in) !=
             (detail.get("reason"), detail.get("signed_in"))):
         yield f"{name} is {there.status}, the audit log says otherwise"
@@ -1881,7 +1871,8 @@ li p { margin: 2px 0; }
 #lost { position: fixed; bottom: 0; left: 16px; right: 16px;
   border-color: var(--red); }
 @media (max-width: 520px) { dl { grid-template-columns: 1fr; }
-  dd { margin-bottom: 6px; } button { flex: 1; } textarea { flex-basis: 100%; } }
+  dd { margin-bottom: 6px; } button { flex: 1; }
+  textarea { flex-basis: 100%; } }
 """
 
 # Fetches the page while its tab is visible: new cards are added below, what
@@ -2656,8 +2647,8 @@ BEARER = 'WWW-Authenticate: Bearer realm="hitl.py"\r\n'
 
 
 CURES = {
-    "agent": "send -H 'Authorization: Bearer TOKEN', the HITL_AGENT_TOKEN that "
-             "serve has; where it has none, send no credentials",
+    "agent": "send -H 'Authorization: Bearer TOKEN', the HITL_AGENT_TOKEN "
+             "that serve has; where it has none, send no credentials",
     "reviewer": "sign in as a reviewer: curl -u reviewer:TOKEN ...; serve "
                 "printed the token"}
 STORAGE_FAILED = Refusal(
@@ -3103,7 +3094,8 @@ class Desk:
             raise Refusal(
                 "wrong-host", f'this server is not "{visible(host[:200])}"',
                 "if reviewers reach it by that name, put under [server] in "
-                f'checkpoints.toml: public_url = "http://{visible(host[:80])}"')
+                "checkpoints.toml: public_url = "
+                f'"http://{visible(host[:80])}"')
 
     def check_rights(self, route: Route, fields: Fields) -> Principal:
         """Who asks, if the route belongs to that kind (promise 5)."""
@@ -3356,8 +3348,9 @@ def open_desk(host: str, port: int, store: Store, tokens: Tokens,
     socket, BaseHTTPRequestHandler's class is the handler of a connection."""
     from http.server import BaseHTTPRequestHandler, HTTPServer
     handler = type("Handler", (Connection, BaseHTTPRequestHandler), {})
-    server = type("Server", (Desk, HTTPServer), {})
-    return server((host, port), handler, store, tokens, public_url, say)
+    server: Any = type("Server", (Desk, HTTPServer), {})
+    desk: Desk = server((host, port), handler, store, tokens, public_url, say)
+    return desk
 
 
 # ================================== Client =================================
@@ -3471,7 +3464,7 @@ def opener() -> Any:
             if left <= 0:
                 raise TimeoutError("timed out")
             self.sock.settimeout(left)
-            return self.sock.recv_into(buffer)
+            return int(self.sock.recv_into(buffer))
 
         def close(self) -> None:
             super().close()
@@ -3604,7 +3597,7 @@ class Gate:
                 state = self._wait(held, state)                     # 3 wait
                 self._claim(held, state)                            # 4 claim
         except HitlError as error:
-            return self._end(error)
+            return self._end(error)  # type: ignore[no-any-return]
         with self._reporting(held):                                 # 6 report
             return execute(**held.approved())                       # 5 run
 
@@ -3760,7 +3753,8 @@ class Gate:
             "arguments": parse_json(text), "digest": held.digest,
             "checkpoint_id": rule.checkpoint_id, "category": rule.category,
             "why": match.why[:MAX_WHY // 4],
-            "agent": cut(self.agent or agent_name(), MAX_NAME), "config_digest": rules.digest}
+            "agent": cut(self.agent or agent_name(), MAX_NAME),
+            "config_digest": rules.digest}
         if lifetime != math.inf:
             held.body["timeout_seconds"] = lifetime
         return held
@@ -3827,7 +3821,7 @@ class Gate:
             raise ChangedError("the server's reply is about another call; "
                                "nothing ran", "is server_url the right one?",
                                request_id=held.request_id)
-        state = Summary(*(body.get(name) for name in Summary._fields))
+        state = Summary._make(body.get(name) for name in Summary._fields)
         if state.status not in set(Status) or state.outcome not in (
                 None, *Outcome) or not all(
                 value is None or isinstance(value, str) for value in state):
@@ -4012,16 +4006,16 @@ class Gate:
     # ---- the decorator ----
 
     @overload
-    def guard(self, function: Callable[P, R], /) -> Callable[P, R]: ...
+    def guard(self, function: Callable[P, R]) -> Callable[P, R]: ...
 
     @overload
     def guard(self, *, checkpoint: str | None = None, name: str | None = None,
               hide: Iterable[str] = (), context: Any = None
               ) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
 
-    def guard(self, function: Any = None, /, *, checkpoint: str | None = None,
-              name: str | None = None, hide: Iterable[str] = (),
-              context: Any = None) -> Any:
+    def guard(self, function: Any = None, *,  # type: ignore[misc]
+              checkpoint: str | None = None, name: str | None = None,
+              hide: Iterable[str] = (), context: Any = None) -> Any:
         """A function whose calls go through the gate: def, async def,
         methods, callables; name, signature and types stay.
 
@@ -4045,23 +4039,26 @@ class Gate:
             log.warning("%s runs without review: no checkpoint matches",
                         visible(tool))
 
+        wrapper: Any
         if is_async(function):
-            async def wrapper(*args: Any, **kwargs: Any) -> Any:
+            async def wrapper_async(*args: Any, **kwargs: Any) -> Any:
                 if tool in self._free and checkpoint is None:
                     return await function(*args, **kwargs)
                 arguments, run = binder.bind(args, kwargs)
                 return await self.acall(tool, arguments, run, context=context,
                                         checkpoint=checkpoint)
+            wrapper = wrapper_async
         else:
-            def wrapper(*args: Any, **kwargs: Any) -> Any:
+            def wrapper_sync(*args: Any, **kwargs: Any) -> Any:
                 if tool in self._free and checkpoint is None:
                     return function(*args, **kwargs)
                 arguments, run = binder.bind(args, kwargs)
                 return self.call(tool, arguments, run, context=context,
                                  checkpoint=checkpoint)
+            wrapper = wrapper_sync
         functools.update_wrapper(wrapper, function)
         wrapper.__name__ = getattr(function, "__name__", tool)
-        wrapper.__signature__ = binder.signature  # type: ignore[attr-defined]
+        wrapper.__signature__ = binder.signature
         wrapper.__annotations__ = {
             name: p.annotation for name, p in
             binder.signature.parameters.items() if p.annotation is not p.empty}
@@ -4119,7 +4116,8 @@ class Binder:
             elif name not in self.hidden:
                 named[name] = (list(value) if kind is
                                inspect.Parameter.VAR_POSITIONAL else value)
-        extra = bound.arguments.get(rest, {}) if rest not in self.hidden else {}
+        extra = ({} if rest in self.hidden
+                 else bound.arguments.get(rest, {}))
         if named.keys() & extra.keys():
             raise TypeError("an argument stands twice: "
                             f"{', '.join(named.keys() & extra.keys())}")
@@ -4728,7 +4726,7 @@ class Proxy:
     def __init__(self, gate: Gate, command: list[str], name: str) -> None:
         import subprocess
         self.gate, self.name, self.command = gate, name, command
-        self.child = subprocess.Popen(command, stdin=subprocess.PIPE,
+        self.child: Any = subprocess.Popen(command, stdin=subprocess.PIPE,
                                       stdout=subprocess.PIPE)
         self.to_client, self.to_server = threading.Lock(), threading.Lock()
         self.lock = threading.Lock()            # over the tables below
@@ -4751,7 +4749,7 @@ class Proxy:
         except BaseException:               # a signal: leave no orphan
             self.child.terminate()
         try:
-            status = self.child.wait(10)
+            status: int = self.child.wait(10)
         except subprocess.TimeoutExpired:
             self.child.kill()
             status = self.child.wait()
@@ -5423,13 +5421,13 @@ category = "destructive"
 # For coding agents (`python3 hitl.py hook --help`) and `hitl.py run`: `kind`
 # holds shell commands and file edits whatever an agent calls them, and
 # action_pattern then looks at the command, or at the files an edit touches.
-# A command that cannot be taken apart ($(...), eval ...) waits. Take the # away
-# from those you want.
+# A command that cannot be taken apart ($(...), eval ...) waits. Take away the
+# number signs of those you want.
 
 # [[checkpoint]]
 # checkpoint_id = "shell-delete"
 # kind = "shell"
-# action_pattern = '\\b(rm|rmdir|shred|truncate|dd|mkfs)\\b|\\bgit (reset|clean)\\b'
+# action_pattern = '\\b(rm|rmdir|shred|truncate|dd)\\b|\\bgit (reset|clean)\\b'
 # description_template = "Delete: {command}"
 # category = "destructive"
 
@@ -5443,14 +5441,14 @@ category = "destructive"
 # [[checkpoint]]
 # checkpoint_id = "shell-deploy"
 # kind = "shell"
-# action_pattern = '\\bterraform (apply|destroy)\\b|\\b(kubectl|helm|ansible-playbook)\\b'
+# action_pattern = '\\bterraform (apply|destroy)\\b|\\b(kubectl|helm)\\b'
 # description_template = "Deploy: {command}"
 # category = "high-impact"
 
 # [[checkpoint]]
 # checkpoint_id = "shell-publish"
 # kind = "shell"
-# action_pattern = '\\b(npm|cargo|gem) publish\\b|\\btwine upload\\b|\\bdocker push\\b'
+# action_pattern = '\\b(npm|cargo) publish\\b|\\b(twine upload|docker push)\\b'
 # description_template = "Publish: {command}"
 # category = "high-impact"
 
@@ -5464,7 +5462,7 @@ category = "destructive"
 # [[checkpoint]]                # the agent's own leash
 # checkpoint_id = "own-rules"
 # kind = "edit"
-# action_pattern = 'checkpoints\\.toml|hitl\\.(py|db)|\\.(claude|codex|gemini|cursor|clinerules|github/hooks)\\b'
+# action_pattern = '(checkpoints\\.toml|hitl\\.py|hooks?\\.json|settings\\.json)\\b'
 # description_template = "Edit the rules of this agent: {file_path}"
 # effect = "deny"
 '''
@@ -5535,7 +5533,7 @@ def database_for(args: Any, rules: Configuration) -> Path:
     if given:
         return Path(given).absolute()
     folder = rules.path.parent if rules.path else Path.cwd()
-    return folder / rules.server["database"]
+    return folder / str(rules.server["database"])
 
 
 def reviewer_client(args: Any) -> Client:
@@ -6053,8 +6051,8 @@ COMMANDS: dict[Callable[[Any], int], tuple[str, str]] = {
     cmd_hook: ("--deadline --snippet --check --config",
                "hook --snippet claude"),
     cmd_mcp: ("--name --config command_words",
-              "mcp --name fs -- npx -y @modelcontextprotocol/server-filesystem "
-              "."),
+              "mcp --name fs -- npx -y "
+              "@modelcontextprotocol/server-filesystem ."),
     cmd_demo: ("--timeout", "demo"),
     cmd_verify: ("--model --output --timeout",
                  "verify --output evidence.json"),
