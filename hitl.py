@@ -286,6 +286,7 @@ class ReviewRequest(NamedTuple):
     arguments: str | None
     agent_context: str
     id: int
+    size: int                   # bytes of what the agent sent
 
     @property
     def summary(self) -> Summary:
@@ -1209,7 +1210,17 @@ BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END;
 CREATE TRIGGER audit_stays BEFORE DELETE ON audit_log
 BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END;
 """
-COLUMNS = ", ".join(ReviewRequest._fields)
+LARGE_BYTES = 8 * 1024          # a larger request is not listed in full
+SIZE = " + ".join(f"length(CAST(coalesce({name}, '') AS BLOB))" for name in (
+    "action_description", "arguments", "agent_context", "why"))
+COLUMNS = ", ".join(ReviewRequest._fields[:-1]) + f", {SIZE} AS size"
+BRIEF = COLUMNS     # a desk full of large requests must fit into memory
+for _name in ("arguments", "agent_context", "action_description"):
+    _cut = ("substr(action_description, 1, 200) || ' ...'" if _name ==
+            "action_description" else "'\"large: see its url\"'")
+    BRIEF = BRIEF.replace(
+        f" {_name},", f" CASE WHEN {SIZE} > {LARGE_BYTES} AND length({_name}) "
+        f"> 200 THEN {_cut} ELSE {_name} END AS {_name},", 1)
 SUMMARY = ", ".join(Summary._fields)
 GENESIS = "0" * 64              # the hash before the first audit row
 
@@ -1519,9 +1530,10 @@ class Store:
 
     # ---- reading ----
 
-    def select(self, where: str, *values: Any) -> list[ReviewRequest]:
+    def select(self, where: str, *values: Any,
+               columns: str = COLUMNS) -> list[ReviewRequest]:
         return list(map(ReviewRequest._make, self.db.execute(
-            f"SELECT {COLUMNS} FROM pending_reviews {where}", values)))
+            f"SELECT {columns} FROM pending_reviews {where}", values)))
 
     def find(self, request_id: str) -> ReviewRequest | None:
         rows = self.select("WHERE request_id = ?", request_id)
@@ -1549,14 +1561,15 @@ class Store:
         return self.select(
             "JOIN (SELECT id AS n, row_number() OVER (PARTITION BY agent "
             "ORDER BY id) AS turn FROM pending_reviews WHERE status = "
-            "'waiting') ON n = id ORDER BY turn, id LIMIT ?", limit)
+            "'waiting') ON n = id ORDER BY turn, id LIMIT ?", limit,
+            columns=BRIEF)
 
     def reviewed(self, limit: int,
                  before: int | None = None) -> list[ReviewRequest]:
         """What no longer waits, the newest request first."""
         return self.select("WHERE status <> 'waiting' AND id < ? "
                            "ORDER BY id DESC LIMIT ?", before or 1 << 62,
-                           limit)
+                           limit, columns=BRIEF)
 
 
 def unknown(request_id: str) -> Refusal:
@@ -1793,7 +1806,6 @@ def audit_faults(db: Any, noted: str = "") -> Iterator[str]:
 # What will run stands apart from what the agent says about it. No part is cut
 # where there are buttons; the page works without its script.
 
-CARD_BYTES = 8 * 1024           # a larger request has a page of its own
 HISTORY_ROWS = 200              # on one page of the history
 
 STYLE = """
@@ -2148,16 +2160,10 @@ def safe_card(view: View, there: ReviewRequest, back: str,
 def card(view: View, there: ReviewRequest, back: str,
          whole: bool = False) -> Html:
     """A request: what will run, what the agent says, what we know."""
-    size = sum(len((part or "").encode()) for part in (
-        there.action_description, there.arguments, there.agent_context,
-        there.why))
-    large = size > CARD_BYTES and not whole
-    description = there.action_description
-    if large and len(description) > 200:
-        description = description[:200] + " ..."    # no buttons stand there
+    large = there.size > LARGE_BYTES and not whole
     category = fill('<span class="tag">{word}</span>', word=there.category
                     ) if there.category else Html("")
-    body = fill(LARGE, size=readable_size(size),
+    body = fill(LARGE, size=readable_size(there.size),
                 request_id=there.request_id) if large else fill(
         BODY, exact=exact_call(there), claims=definitions(claims(there)),
         open=Html(" open" * whole), context=pretty_json(there.agent_context),
@@ -2168,7 +2174,7 @@ def card(view: View, there: ReviewRequest, back: str,
             shown_at=instant(view.at)))
     return fill(CARD, status=there.status, request_id=there.request_id,
                 category=category, times=times(view, there),
-                description=description, body=body)
+                description=there.action_description, body=body)
 
 
 def exact_call(there: ReviewRequest) -> Html:
@@ -4013,7 +4019,7 @@ class Gate:
               hide: Iterable[str] = (), context: Any = None
               ) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
 
-    def guard(self, function: Any = None, *,  # type: ignore[misc]
+    def guard(self, function: Any = None, *,
               checkpoint: str | None = None, name: str | None = None,
               hide: Iterable[str] = (), context: Any = None) -> Any:
         """A function whose calls go through the gate: def, async def,
