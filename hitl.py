@@ -1514,9 +1514,10 @@ class Store:
         """Requests past their deadline, and approvals nobody claimed."""
         return self.select(
             "WHERE status = 'waiting' AND deadline IS NOT NULL "
-            "AND deadline <= ? LIMIT 500", self.now) + self.select(
-            "WHERE status = 'approved' AND outcome IS NULL "
-            "AND lapses_at <= ? LIMIT 500", self.now)
+            "AND deadline <= ? LIMIT 500", self.now, columns=BRIEF
+            ) + self.select("WHERE status = 'approved' AND outcome IS NULL "
+                            "AND lapses_at <= ? LIMIT 500", self.now,
+                            columns=BRIEF)
 
     def expire(self, there: ReviewRequest) -> None:
         """Close one overdue request: `expired`, or `lapsed` if approved."""
