@@ -3597,14 +3597,15 @@ class Gate:
         try:
             held = self._match(tool, arguments, context, request_id,
                                timeout_seconds, checkpoint)         # 1 match
-            if held is None:
-                return execute(**arguments)
-            with self._withdrawing(held):
-                state = self._ask(held)                             # 2 ask
-                state = self._wait(held, state)                     # 3 wait
-                self._claim(held, state)                            # 4 claim
+            if held is not None:
+                with self._withdrawing(held):
+                    state = self._ask(held)                         # 2 ask
+                    state = self._wait(held, state)                 # 3 wait
+                    self._claim(held, state)                        # 4 claim
         except HitlError as error:
             return self._end(error)  # type: ignore[no-any-return]
+        if held is None:
+            return execute(**arguments)
         with self._reporting(held):                                 # 6 report
             return execute(**held.approved())                       # 5 run
 
