@@ -1217,7 +1217,7 @@ COLUMNS = ", ".join(ReviewRequest._fields[:-1]) + f", {SIZE} AS size"
 BRIEF = COLUMNS     # a desk full of large requests must fit into memory
 for _name in ("arguments", "agent_context", "action_description"):
     _cut = ("substr(action_description, 1, 200) || ' ...'" if _name ==
-            "action_description" else "'\"large: see its url\"'")
+            "action_description" else "'null'")
     BRIEF = BRIEF.replace(
         f" {_name},", f" CASE WHEN {SIZE} > {LARGE_BYTES} AND length({_name}) "
         f"> 200 THEN {_cut} ELSE {_name} END AS {_name},", 1)
@@ -3316,7 +3316,8 @@ class Desk:
         return self.shape(there.summary) | {
             "action_description": there.action_description,
             "tool": there.tool, "arguments": stored_json(there.arguments),
-            "agent": there.agent, "checkpoint_id": there.checkpoint_id}
+            "agent": there.agent, "checkpoint_id": there.checkpoint_id,
+            "large": there.size > LARGE_BYTES}      # then its url has it all
 
     def get_desk(self, request: Request, _: Connection) -> bytes:
         return self.html(request, desk_page(
