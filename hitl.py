@@ -410,8 +410,8 @@ def parse_timestamp(value: Any) -> str:
 # U+XXXX between two brackets that themselves never pass unescaped, so no two
 # texts are shown alike. (CVE-2024-27936 in Deno's prompt; "Trojan Source",
 # Boucher and Anderson 2021.) Accented Latin and words of other scripts stay
-# readable; of a script that has ASCII's shapes, a word that also has ASCII
-# letters, or consists of look-alikes only, is escaped.
+# readable; a word that also has ASCII letters, or consists of look-alikes
+# only, does not.
 BRACKETS = "\u27e6\u27e7"
 UNSEEN = re.compile(
     "[\u0300-\u036f\u0483-\u0489\u115f\u1160\u17b4\u17b5\u180b-\u180f\u1ab0-"
@@ -421,9 +421,8 @@ UNSEEN = re.compile(
     "\u29f8\ua789\ufe68\uff02\uff0e\uff0f\uff3c\uff3f"    # ; | - . / \ : " _
     "\u0131\u017f\u0196\u01c0\u01c3\u13a0-\u13ff\u2c80-\u2cff\ua4d0-\ua4ff"
     "\uab70-\uabbf" + BRACKETS + "]")     # I l !, Cherokee, Coptic, Lisu
-SHAPED_LIKE_ASCII = re.compile(     # IPA, Greek, Cyrillic, Armenian, Georgian
-    "[\u0250-\u058f\u10a0-\u10ff\u1c80-\u1cbf\u1d00-\u1dbf\u1f00-\u1fff\u2c00-"
-    "\u2dff\ua640-\ua69f\ua720-\ua7ff\uab30-\uab6f\U00010280-\U000104ff]")
+EAST_ASIAN = re.compile(    # no letter of these is mistaken for one of ASCII's
+    "[\u2e80-\u9fff\uac00-\ud7ff\uf900-\ufaff\U00020000-\U0003ffff]")
 LOOKALIKES = frozenset(
     "\u0410\u0412\u0415\u0405\u0406\u0408\u041a\u041c\u041d\u041e\u0420\u0421"
     "\u0422\u0423\u0425\u0430\u0435\u043e\u0440\u0441\u0443\u0445\u0455\u0456"
@@ -462,8 +461,8 @@ def visible(text: str) -> str:
         always = {ord(c): shown(c) for c in set(text) if unseen(c)} | {
             ord(c): shown(c) for c in set(MARKED.findall(text))
             if unicodedata.category(c)[0] == "M"}   # a mark upon ASCII
-        shaped = {ord(c): shown(c) for c in set(text)
-                  if SHAPED_LIKE_ASCII.match(c)} | always
+        shaped = {ord(c): shown(c) for c in set(text) if c > "\u024f" and
+                  c.isalnum() and not EAST_ASIAN.match(c)} | always
         text = "".join(
             word.translate(shaped if misleading(word) else always)
             for word in WORD.split(text))
@@ -539,12 +538,15 @@ class Checkpoint:
         does not."""
         for name, pattern in self.arguments.items():
             value = argument(arguments, name)
-            if not isinstance(value, str) or len(value) > MAX_MATCHED:
+            texts = [value]
+            if self.effect != "allow" and isinstance(value, str) and (
+                    len(value) <= MAX_MATCHED):
+                texts = [text for _, text in views(value)]
+            if not all(isinstance(text, str) and len(text) <= MAX_MATCHED
+                       for text in texts):
                 if self.effect == "allow":
                     return False
-            elif not any(self.find(pattern, text) for _, text in (
-                    views(value) if self.effect != "allow"
-                    else (("raw", value),))):
+            elif not any(self.find(pattern, text) for text in texts):
                 return False
         return True
 
@@ -578,6 +580,7 @@ class Configuration:
         order, up to the first that asks nothing of the arguments."""
         found = []
         odd = odd_name(tool)
+        tool = tool[:MAX_MATCHED // 18]     # NFKC can make 18 of one
         for checkpoint in self.checkpoints:
             why = name_match(checkpoint, tool)
             if why and not (odd and checkpoint.effect == "allow"):
@@ -934,9 +937,17 @@ def explosive(pattern: str) -> bool:
                  else "" for b in branches]
         return "" in first or len(set(first)) < len(first)
 
+    def flat(items: Any) -> Iterator[Any]:
+        """The same without the groups around parts of it."""
+        for kind, value in items:
+            if kind is op.SUBPATTERN:
+                yield from flat(value[-1])
+            else:
+                yield kind, value
+
     tree = _parser.parse(pattern)
     row = 0                             # open repeats side by side
-    for kind, value in tree:
+    for kind, value in flat(tree):
         row = row + 1 if kind in repeats and value[1] > 8 else 0
         if row > 2:
             return True
@@ -1079,7 +1090,7 @@ def covered(checkpoints: tuple[Checkpoint, ...]) -> Iterator[str]:
     """A warning for each checkpoint an earlier one plainly hides."""
     for n, later in enumerate(checkpoints):
         for earlier in checkpoints[:n]:
-            plain = re.sub(r".\*$", "", later.action_pattern)
+            plain = re.sub(r".\*$", "", later.action_pattern.strip("^$"))
             same = earlier.action_pattern == later.action_pattern
             simple = re.fullmatch(r"[\w*|-]+", earlier.action_pattern)
             if (not earlier.arguments and earlier.effect != "allow"
