@@ -617,11 +617,11 @@ class Configuration:
             f'there are: {", ".join(ids)}{did_you_mean(checkpoint_id, ids)}')
 
 
-ODD_NAME = Checkpoint("odd-name", "", "Call {tool} {arguments}")
+ODD_NAME = Checkpoint("odd-name", "", "")
 ODD_COMMAND = Checkpoint("odd-command", "", "Run {command}", kind="shell")
 UNMATCHED = {
-    "review": Checkpoint("unmatched", "", "Call {tool} {arguments}"),
-    "allow": Checkpoint("unmatched", "", "Call {tool}", effect="allow"),
+    "review": Checkpoint("unmatched", "", ""),
+    "allow": Checkpoint("unmatched", "", "", effect="allow"),
 }
 
 # Coding agents call the same thing by different names. `kind` selects it in
@@ -745,10 +745,8 @@ def argument(arguments: Mapping[str, Any], name: str) -> Any:
 def describe(checkpoint: Checkpoint, tool: str,
              arguments: Mapping[str, Any]) -> str:
     """The description_template filled in. It takes names only: no attribute,
-    no index, no format, and what is not there shows as not given. (Ours take
-    all {arguments} at once.)"""
-    if not checkpoint.action_pattern:
-        arguments = {**arguments, "arguments": arguments}
+    no index, no format, and what is not there shows as not given; where
+    nothing is there, the call itself is told."""
     if checkpoint.kind == "shell":
         arguments = {**arguments, "command": text_of("shell", arguments)}
 
@@ -759,9 +757,13 @@ def describe(checkpoint: Checkpoint, tool: str,
         if value is MISSING:
             return "(not given)"
         return value if isinstance(value, str) else canonical(value)
-    template = checkpoint.description_template
+    pieces = list(template_parts(checkpoint.description_template))
+    names = [n[1] for n in map(TEMPLATE_NAME.fullmatch, pieces) if n]
+    if all(n != "tool" and argument(arguments, n) is MISSING for n in names
+           ) and (names or not checkpoint.action_pattern):
+        return f"{tool} {canonical(dict(arguments))}"
     return "".join(TEMPLATE_NAME.sub(fill_in, piece)
-                   for piece in template_parts(template)).strip() or tool
+                   for piece in pieces).strip() or tool
 
 
 def template_parts(template: str) -> Iterator[str]:
@@ -979,7 +981,8 @@ def find_configuration(path: str | os.PathLike[str] | None = None) -> Path:
         if os.path.lexists(candidate):
             return candidate
     raise ConfigError(
-        f"no checkpoints.toml in {here.parent} or {beside.parent}",
+        f"no checkpoints.toml in {here.parent}" + (
+            f" or {beside.parent}" if beside != here else ""),
         "`python3 hitl.py init` writes one, or set HITL_CONFIG")
 
 
@@ -1164,6 +1167,8 @@ CREATE TABLE pending_reviews (
 CREATE INDEX waiting  ON pending_reviews (agent, id) WHERE status = 'waiting';
 CREATE INDEX due      ON pending_reviews (deadline)
   WHERE status = 'waiting' AND deadline IS NOT NULL;
+CREATE INDEX reviewed ON pending_reviews (decided_at, id)
+  WHERE status <> 'waiting';
 CREATE INDEX unclaimed ON pending_reviews (lapses_at)
   WHERE status = 'approved' AND outcome IS NULL;
 
@@ -1577,11 +1582,12 @@ class Store:
             columns=BRIEF)
 
     def reviewed(self, limit: int,
-                 before: int | None = None) -> list[ReviewRequest]:
-        """What no longer waits, the newest request first."""
-        return self.select("WHERE status <> 'waiting' AND id < ? "
-                           "ORDER BY id DESC LIMIT ?", before or 1 << 62,
-                           limit, columns=BRIEF)
+                 before: tuple[str, int] = ("~", 0)) -> list[ReviewRequest]:
+        """What no longer waits, the latest decision first; `before` is the
+        decided_at and id of one to go on behind."""
+        return self.select(
+            "WHERE status <> 'waiting' AND (decided_at, id) < (?, ?) ORDER BY "
+            "decided_at DESC, id DESC LIMIT ?", *before, limit, columns=BRIEF)
 
 
 def unknown(request_id: str) -> Refusal:
@@ -1787,7 +1793,10 @@ def open_for_reading(path: Path) -> Any:
     import sqlite3
     if not path.exists():
         raise bad_database(path, "no such database", "name it by --database")
-    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+    # without a -wal nobody writes, and none of ours need be left behind
+    alone = not path.with_name(path.name + "-wal").exists()
+    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro"
+                           f"{'&immutable=1' * alone}", uri=True)
 
 
 def audit_faults(db: Any, noted: str = "") -> Iterator[str]:
@@ -1894,8 +1903,10 @@ li p { margin: 2px 0; }
 .over form { visibility: hidden; }
 #lost { position: fixed; bottom: 0; left: 16px; right: 16px;
   border-color: var(--red); }
-@media (max-width: 520px) { dl { grid-template-columns: 1fr; }
-  dd { margin-bottom: 6px; } button { flex: 1; }
+.long { font-size: 15px; font-weight: 400; }
+.card > header + h3 { margin-top: 8px; }
+main > .card { margin-top: 12px; }
+@media (max-width: 520px) { button { flex: 1; }
   textarea { flex-basis: 100%; } }
 """
 
@@ -1935,12 +1946,29 @@ async function refresh() {
 }
 async function keepFresh() {
   const lost = document.getElementById("lost");
-  try { if (!document.hidden) { await refresh(); lost.hidden = true; } }
+  try { if (!document.hidden) {
+    await (list ? refresh() : refreshOne()); lost.hidden = true; } }
   catch { lost.hidden = false; }
-  setTimeout(keepFresh, 2000);
+  if (list || document.querySelector(".waiting form"))
+    setTimeout(keepFresh, 2000);
+}
+async function refreshOne() {
+  const reply = await fetch(location.origin + location.pathname,
+    {headers: {Accept: "text/html"}, cache: "no-store"});
+  if (!reply.ok) throw new Error(reply.status);
+  const page = new DOMParser().parseFromString(await reply.text(),
+                                               "text/html");
+  local(page);
+  const card = document.querySelector(".card"), now = page.getElementById(
+    card.id);
+  if (now.classList.contains("waiting")) card.querySelector(".live")
+    .textContent = now.querySelector(".live").textContent;
+  else card.replaceWith(now);
+  document.title = page.title;
 }
 local(document);
-if (list) setTimeout(keepFresh, 2000);
+if (list || document.querySelector(".waiting form"))
+  setTimeout(keepFresh, 2000);
 """
 
 
@@ -2033,6 +2061,8 @@ PAGE = """<!doctype html>
   <span class="soft">{who}</span>
 </header>
 <main>
+<p id="lost" class="empty" role="status" hidden>The server does not answer;
+this page may be old. Reload to sign in again.</p>
 {main}
 </main>
 <script>{script}</script>
@@ -2040,9 +2070,7 @@ PAGE = """<!doctype html>
 </html>
 """
 
-DESK = """<p id="lost" class="empty" role="status" hidden>The server does not
-answer; this list may be old. Reload to sign in again.</p>
-<h2 aria-live="polite">Waiting <span id="count">{count}</span></h2>
+DESK = """<h2 aria-live="polite">Waiting <span id="count">{count}</span></h2>
 <div id="waiting">
 {waiting}
 </div>
@@ -2059,7 +2087,7 @@ CARD = """<article class="card {status}" id="request-{request_id}">
     {category}
     <span class="live">{times}</span>
   </header>
-  <h3>{description}</h3>
+  <h3 class="{length}">{description}</h3>
   {body}
 </article>
 """
@@ -2087,7 +2115,6 @@ BODY = """<section class="exact">
 
 FORM_TEMPLATE = """<form method="post" action="/approve/{request_id}">
     <input type="hidden" name="shown_at" value="{shown_at}">
-    <input type="hidden" name="back" value="{back}">
     <textarea name="reason" rows="1" maxlength="1000"
       aria-label="Reason (optional)" placeholder="Reason (optional)"
       ></textarea>
@@ -2125,25 +2152,26 @@ def desk_page(view: View, waiting: list[ReviewRequest], count: int,
               reviewed: list[ReviewRequest]) -> Html:
     """What waits, with its buttons, and what was reviewed last."""
     empty = Html('<p class="soft">Nothing waits. A new request appears here '
-                 "by itself.</p>")
+                 "by itself<noscript> when you reload</noscript>.</p>")
     more = Html("") if count <= len(waiting) else fill(
         '<p class="empty">{n} more wait; they appear as these are decided.'
         "</p>", n=count - len(waiting))
     return page(f"({count}) Review desk" if count else "Review desk", fill(
         DESK, count=count, more=more if count else empty,
-        waiting=joined(safe_card(view, there, "/") for there in waiting),
+        waiting=joined(safe_card(view, there) for there in waiting),
         reviewed=joined(map(reviewed_row, reviewed))), view.who)
 
 
 def review_page(view: View, there: ReviewRequest) -> Html:
     """One request with everything about it, the buttons after it all."""
     return page(f"{there.status}: {there.request_id}",
-                safe_card(view, there, "review", whole=True), view.who)
+                safe_card(view, there, whole=True), view.who)
 
 
 def history_page(view: View, rows: list[ReviewRequest]) -> Html:
     older = Html("") if len(rows) < HISTORY_ROWS else fill(
-        '<p><a href="/history?before={id}">Older</a></p>', id=rows[-1].id)
+        '<p><a href="/history?before={at}_{id}">Older</a></p>', id=rows[-1].id,
+        at=rows[-1].decided_at)
     return page("History", fill(
         '<h2>History</h2><ol>{rows}</ol>{older}',
         rows=joined(map(reviewed_row, rows)), older=older), view.who)
@@ -2157,11 +2185,10 @@ def problem_page(status: int, refusal: Refusal) -> Html:
         status=status, reason=refusal.reason), "")
 
 
-def safe_card(view: View, there: ReviewRequest, back: str,
-              whole: bool = False) -> Html:
+def safe_card(view: View, there: ReviewRequest, whole: bool = False) -> Html:
     """A card, whatever is in its row: one bad row never hides the others."""
     try:
-        return card(view, there, back, whole)
+        return card(view, there, whole)
     except Exception:
         log.exception("a card cannot be shown")
         return fill('<article class="card rejected" id="request-{id}"><p>This '
@@ -2169,8 +2196,7 @@ def safe_card(view: View, there: ReviewRequest, back: str,
                     "{id}</p></article>", id=there.request_id)
 
 
-def card(view: View, there: ReviewRequest, back: str,
-         whole: bool = False) -> Html:
+def card(view: View, there: ReviewRequest, whole: bool = False) -> Html:
     """A request: what will run, what the agent says, what we know."""
     large = there.size > LARGE_BYTES and not whole
     category = fill('<span class="tag">{word}</span>', word=there.category
@@ -2182,17 +2208,20 @@ def card(view: View, there: ReviewRequest, back: str,
         context_size=readable_size(len(there.agent_context.encode())),
         facts=definitions(facts(there, whole)), form=Html("") if
         there.status != Status.WAITING or not there.intact else fill(
-            FORM_TEMPLATE, request_id=there.request_id, back=back,
+            FORM_TEMPLATE, request_id=there.request_id,
             shown_at=instant(view.at)))
     return fill(CARD, status=there.status, request_id=there.request_id,
                 category=category, times=times(view, there),
-                description=there.action_description, body=body)
+                description=there.action_description, body=body,
+                length="long" if len(there.action_description) > 200 else "")
 
 
 def exact_call(there: ReviewRequest) -> Html:
     if there.tool is None and there.arguments is None:
         return Html("Only this description was sent: no tool, no arguments.")
-    return fill("<h4>Runs exactly this</h4>\n    {tool}\n    {arguments}",
+    return fill("<h4>{title}</h4>\n    {tool}\n    {arguments}",
+                title="Runs exactly this" if there.status == Status.WAITING
+                else "Exactly this",
                 tool=fill('<p class="tool">{name}</p>', name=there.tool)
                 if there.tool else "without a tool's name",
                 arguments=fill("<pre>{json}</pre>", json=pretty_json(
@@ -2210,7 +2239,7 @@ def claims(there: ReviewRequest) -> Iterator[tuple[str, Any]]:
     yield "agent", there.agent
     yield "checkpoint", there.checkpoint_id
     yield "because", there.why
-    yield "its clock", clock_time(there.timestamp)
+    yield "asked at", clock_time(there.timestamp)
 
 
 def facts(there: ReviewRequest, whole: bool) -> Iterator[tuple[str, Any]]:
@@ -3298,7 +3327,7 @@ class Desk:
     # ---- the routes: a reviewer's ----
 
     def post_approve(self, request: Request, body: bytes) -> bytes:
-        """A decision, as JSON or from the page's form, which goes back."""
+        """A decision, as JSON or from a page's form, which leads home."""
         form = request.fields.content_type == FORM
         asks = parse_form(body) if form else parse_object(body)
         if asks.get("decision") not in ("approved", "rejected"):
@@ -3312,10 +3341,8 @@ class Desk:
             signed_in=request.who.signed_in,
             shown_at=text_field(asks, "shown_at", 40))
         if form and "text/html" in request.fields.accept:
-            back = ("/" if asks.get("back") == "/" else
-                    f"/review/{request.request_id}")
             return self.message(303, HTML, b"", request.close,
-                                f"Location: {back}\r\n")
+                                "Location: /\r\n")
         return self.about(request, there.summary)
 
     def get_waiting(self, request: Request, _: Connection) -> bytes:
@@ -3344,9 +3371,10 @@ class Desk:
             "attended": self.attended(there.request_id)})
 
     def get_history(self, request: Request, _: Connection) -> bytes:
-        before = parse_query(request.query).get("before", "")
-        rows = self.store.reviewed(HISTORY_ROWS, int(before) if re.fullmatch(
-            "[0-9]{1,18}", before) else None)
+        behind = re.fullmatch("([0-9TZ:.-]{24})_([0-9]{1,18})", parse_query(
+            request.query).get("before", ""))
+        rows = self.store.reviewed(HISTORY_ROWS, *(
+            [(behind[1], int(behind[2]))] if behind else []))
         if "application/json" not in request.fields.accept:
             return self.html(request, history_page(self.view(request), rows))
         return self.json(request, {"reviewed": list(map(self.listed, rows))})
@@ -3830,6 +3858,8 @@ class Gate:
             if (error.reason == "bad-reply" or held.cancelled
                     or time.monotonic() + pause >= give_up):
                 raise error
+            if pause == 0.8:            # about a second has passed
+                log.warning("%s; trying again", error.message)
             time.sleep(pause)
             pause = min(2 * pause, 1.0)
 
@@ -4527,9 +4557,14 @@ def hook(data: bytes, config: Path | None, seconds: float | None
     words for stderr. Whatever goes wrong is that dialect's refusal."""
     dialect = None
     try:
-        call = parse_json(data)
+        try:
+            call = parse_json(data)
+        except ValueError:
+            call = None
         if not isinstance(call, dict):
-            raise HitlError("the input is not a JSON object")
+            raise HitlError("the input is not a JSON object",
+                            "a coding agent runs this; `hitl.py hook "
+                            "--snippet AGENT` says how to install it")
         name = dialect_of(call)
         dialect = DIALECTS[name]
         tool, arguments = proposed(name, call)
@@ -4634,6 +4669,22 @@ SNIPPETS = {
                '"timeout": 86400, "failClosed": true}]}}'),
     "cline": (".clinerules/hooks/PreToolUse (make it executable)",
               "#!/bin/sh\nCMD\n"),
+    "opencode": (".opencode/plugin/hitl.js", """\
+export const Hitl = async () => ({
+  "tool.execute.before": async (input, output) => {
+    const call = {hook_event_name: "PreToolUse", session_id: input.sessionID,
+                  transcript_path: "", tool_name: input.tool,
+                  tool_input: output.args}
+    const run = Bun.spawn(["/bin/sh", "-c", CMD],
+      {stdin: new Blob([JSON.stringify(call)]), stdout: "pipe"})
+    const text = await new Response(run.stdout).text()
+    if ((await run.exited) !== 0) throw new Error("hitl: refused")
+    const said = JSON.parse(text).hookSpecificOutput
+    if (said && said.permissionDecision !== "allow")
+      throw new Error(said.permissionDecisionReason)
+  },
+})
+"""),
 }
 
 
@@ -4656,12 +4707,16 @@ def snippet(agent: str) -> tuple[str, str]:
     if agent == "cline":
         return where, text.replace("CMD", command)
     text = text.replace("CMD", json.dumps(command))
+    if agent == "opencode":
+        return where, text
     return where, json.dumps(json.loads(text), indent=2)
 
 
 def installed_lines(agent: str) -> Iterator[tuple[Path, str]]:
     """The lines that run this in an agent's settings, here or at home."""
     name = SNIPPETS[agent][0].partition(" (")[0].removeprefix("~/")
+    if agent == "opencode":
+        return                          # JavaScript: not ours to run
     for folder in (Path.cwd(), Path.home()):
         path = folder / name
         if not path.is_file():
@@ -5583,6 +5638,11 @@ def asked(client: Client, method: str, path: str, body: Any = None
           ) -> dict[str, Any]:
     """The server's answer; HitlError, with its words, if it refuses."""
     reply = client.exchange(method, path, body, seconds=15)
+    if reply.reason == "wrong-credentials":
+        raise HitlError("the server does not know this name and token",
+                        "HITL_REVIEWER_TOKEN is what serve printed or was "
+                        "given; of a [[reviewer]], set HITL_REVIEWER to the "
+                        "name as well", reason=reply.reason)
     if reply.status >= 400:
         raise HitlError(visible(str(reply.body.get("title"))),
                         visible(str(reply.body.get("detail"))),
@@ -5687,6 +5747,9 @@ def serving_tokens(rules: Configuration) -> tuple[Tokens, str | None]:
     """Who may sign in, and the reviewer's token if it was made here."""
     agent = read_token("HITL_AGENT_TOKEN")
     shared, made = None, None
+    if rules.reviewers and environment("HITL_REVIEWER_TOKEN"):
+        say("warning: HITL_REVIEWER_TOKEN is not used: each [[reviewer]] has "
+            "a token")
     if not rules.reviewers:
         shared = read_token("HITL_REVIEWER_TOKEN")
         if shared is None:
@@ -5798,9 +5861,14 @@ def cmd_check(args: Any) -> int:
         return 0
     words = {"review": "waits for a person", "allow": "runs without review",
              "deny": "is denied"}[match.effect]
-    say(f'{visible(args.tool)} {words}: checkpoint "{rule.checkpoint_id}" in '
-        f"{rules.path}")
-    say(f"  because  {match.why}")
+    named = rule in rules.checkpoints
+    say(f"{visible(args.tool)} {words}: " + (
+        f'checkpoint "{rule.checkpoint_id}" in ' if named else "by ")
+        + f"{rules.path}")
+    say(f"  because  {match.why}" + ("" if rule.checkpoint_id != "unmatched"
+        else f', and unmatched = "{rules.gate["unmatched"]}"'))
+    if args.tool == "run" and not named:
+        say("  but      `hitl.py run` always waits")
     if match.effect == "review":
         say("  shown as " + visible(describe(rule, args.tool, arguments)))
         seconds = first_of(rule.timeout_seconds, rules.gate["timeout_seconds"])
@@ -5816,8 +5884,8 @@ def cmd_init(args: Any) -> int:
         with open(path, "x", encoding="utf-8") as file:
             file.write(EXAMPLE)
     except FileExistsError:
-        raise ConfigError(f"{path} is there already",
-                          "it was not changed") from None
+        raise ConfigError(f"{path} is there already", "it was not changed; "
+                          "next: python3 hitl.py serve") from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     say(f"wrote {path}; next: python3 hitl.py serve")
@@ -5881,6 +5949,9 @@ def cmd_log(args: Any) -> int:
     """the audit log; with --verify: is it whole?"""
     import sqlite3
     path = database_for(args, configuration_for(args, needed=False))
+    if not re.fullmatch("([0-9a-f]{64})?", args.head):
+        raise ConfigError("--head is no SHA-256 in hex",
+                          "serve prints the head at start and stop")
     db = open_for_reading(path)
     try:
         if args.verify:
@@ -5933,7 +6004,7 @@ def cmd_hook(args: Any) -> int:
         say(f"{where}:\n\n{text}")
         return 0
     if args.check:
-        return check_hooks()
+        return check_hooks(args.config)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     answer, status, words = hook(sys.stdin.buffer.read(), args.config and
                                  Path(args.config), args.deadline)
@@ -5944,9 +6015,26 @@ def cmd_hook(args: Any) -> int:
     return status
 
 
-def check_hooks() -> int:
-    """Run every installed line on a sample call: would it really block?"""
-    found, bad = 0, 0
+def uncovered(rules: Configuration) -> list[str]:
+    """Words where a coding agent's own tools would run unasked."""
+    missing = {"shell", "edit"} - {c.kind for c in rules.checkpoints}
+    if not missing or rules.gate["unmatched"] == "review":
+        return []
+    what = {"shell": "shell commands", "edit": "file edits"}
+    return [f"{rules.path} has no checkpoint of kind "
+            f"{' or '.join(sorted(missing))}, and unmatched is allow: "
+            f"{' and '.join(what[k] for k in sorted(missing))} of coding "
+            "agents run without review"]
+
+
+def check_hooks(config: str | None) -> int:
+    """Run every installed line on a sample call: would it really block? And
+    do the rules hold what a coding agent does?"""
+    warnings = uncovered(load_configuration(
+        Path(config) if config else beside_or_named()))
+    found, bad = 0, len(warnings)
+    for warning in warnings:
+        say(f"warning: {warning}")
     for agent in SNIPPETS:
         for path, line in installed_lines(agent):
             found += 1
@@ -6083,7 +6171,12 @@ def command_line() -> Any:
     """The parser, from COMMANDS and OPTIONS."""
     import argparse
     plain = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            print_error(ConfigError(message, f"{self.prog} --help"))
+            sys.exit(2)
+    parser = Parser(
         prog="hitl", formatter_class=plain,
         description="A person decides before an AI agent acts.",
         epilog="first: python3 hitl.py demo\n`COMMAND --help` has an example.")
