@@ -1657,7 +1657,10 @@ def open_database(path: Path) -> Any:
                            "use --database with another file")
     page_size = int.from_bytes(header[16:18], "big")
     pages = int.from_bytes(header[28:32], "big")
-    if path.stat().st_size < pages * (65536 if page_size == 1 else page_size):
+    wal = path.with_name(path.name + "-wal")
+    whole = path.stat().st_size >= pages * (
+        65536 if page_size == 1 else page_size)
+    if not whole and not (wal.exists() and wal.stat().st_size):
         raise bad_database(path, "was cut short", "restore a backup")
     db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None,
                          check_same_thread=False, cached_statements=256)
@@ -3872,9 +3875,9 @@ class Gate:
                                "nothing ran", "is server_url the right one?",
                                request_id=held.request_id)
         state = Summary._make(body.get(name) for name in Summary._fields)
-        if state.status not in set(Status) or state.outcome not in (
-                None, *Outcome) or not all(
-                value is None or isinstance(value, str) for value in state):
+        if not all(value is None or isinstance(value, str)
+                   for value in state) or state.status not in set(
+                Status) or state.outcome not in (None, *Outcome):
             raise self.client.nonsense("with fields that make no sense")
         return state
 
@@ -4181,7 +4184,8 @@ class Binder:
                 value = approved[name]
                 bound.arguments[name] = (
                     enums[name](value) if name in enums else tuple(value)
-                    if isinstance(bound.arguments[name], tuple) else value)
+                    if self.signature.parameters[name].kind is
+                    inspect.Parameter.VAR_POSITIONAL else value)
             if extra:
                 bound.arguments[rest] = {k: approved[k] for k in extra}
             return self.function(*bound.args, **bound.kwargs)
@@ -4287,12 +4291,11 @@ def check_call(tool: Any, arguments: Any, request_id: Any) -> None:
     """HitlError for a call that cannot even be named."""
     wrong = ("tool is no text" if not isinstance(tool, str) else
              "arguments are no mapping" if not isinstance(arguments, Mapping)
-             else "request_id is no text" if not isinstance(
-                 request_id, (str, type(None))) else "")
-    with contextlib.suppress(AttributeError):
-        if not wrong and tool.encode("utf-8", "replace") != tool.encode(
-                "utf-8", "surrogatepass"):
-            wrong = "tool has a lone surrogate in its name"
+             else "request_id is not 1 to 128 of A-Za-z0-9._:-" if not (
+                 request_id is None or isinstance(request_id, str)
+                 and REQUEST_ID.fullmatch(request_id))
+             else "tool has a lone surrogate in its name"
+             if re.search("[\ud800-\udfff]", tool) else "")
     if wrong:
         raise HitlError(f"this call's {wrong}; nothing ran",
                         "call(tool, arguments, execute, request_id=str(...))",
@@ -4307,7 +4310,8 @@ def argument_text(tool: str, arguments: Mapping[str, Any]) -> str:
     """The arguments as canonical JSON, if reading that gives back an equal
     value of the same types; a tuple, an integer key or an enum would not."""
     wrong = {str(name): why for name, value in arguments.items()
-             if (why := not_json(name) or not_json(value))}
+             if (why := "its name is no text" if type(name) is not str
+                 else not_json(name) or not_json(value))}
     if wrong:
         raise HitlError(
             f"{visible(tool)}: the arguments are not plain JSON: " + "; ".join(
@@ -4367,8 +4371,7 @@ def agent_name() -> str:
 SECRET_WORDS = (r"passw|passphrase|pwd|secret|token|api[_-]?key|access[_-]?key"
                 r"|private[_-]?key|authorization|credential|cookie|jwt|"
                 r"session[_-]?id|bearer")
-SECRET_NAME = re.compile(rf"({SECRET_WORDS})(?!s$|.*count)|^(pin|otp)$",
-                         re.IGNORECASE)
+SECRET_NAME = re.compile(rf"{SECRET_WORDS}|^(pin|otp)$", re.IGNORECASE)
 SECRET_SHAPE = re.compile(
     r"\b(?:sk|pk|rk)[-_][\w-]{16,}|\bgh[pousr]_\w{20,}|\bgithub_pat_\w{20,}|"
     r"\bglpat-[\w-]{16,}|\bxox[a-z]-[\w-]{10,}|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|"
@@ -4380,7 +4383,7 @@ SECRET_SHAPE = re.compile(
 # name = value in a text: a repr(), JSON inside a string, a shell line
 SECRET_ASSIGNED = re.compile(
     rf"((?:{SECRET_WORDS})\w{{0,20}}[\\\"']*\s*[:=]\s*[\\\"']*)"
-    r"([^\s\\\"',;)}\]]{3,})", re.IGNORECASE)
+    r"((?<=\")[^\"]{3,}|(?<=')[^']{3,}|[^\s\\\"',;)}\]]{3,})", re.IGNORECASE)
 
 
 def mask(text: str) -> str:
@@ -4408,7 +4411,8 @@ def masked(value: Any, own: str = "", path: tuple[int, ...] = (),
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, (int, float)) and type(value) in (int, float):
-        return value if abs(value) < 1e300 else str(type(value))
+        return value if abs(value) < 1e300 else (
+            repr(value) if isinstance(value, float) else "[a large int]")
     if isinstance(value, str):
         return masked_text(value, own)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -4425,7 +4429,8 @@ def masked(value: Any, own: str = "", path: tuple[int, ...] = (),
     if not isinstance(value, Mapping):
         return [masked(v, own, path, left) for v in value]
     return {masked_text(str(k), own): mask(str(v)) if v and v is not True and
-            SECRET_NAME.search(str(k)) and not isinstance(v, int) else
+            (found := SECRET_NAME.search(str(k))) and not (
+                isinstance(v, int) and not found[1]) else
             masked(v, own, path, left) for k, v in value.items()}
 
 
