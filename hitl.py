@@ -62,7 +62,9 @@ How to audit this file
 The path of a call is what decides whether a call runs: the rooms marked *
 below, in reading order. Each room uses only rooms above it, and each effect
 has one address. The reviewer's half (Store to Server) and the agent's half
-(Client, Gate) meet only over HTTP, so each can be read alone.
+(Client, Gate) meet only over HTTP, so each can be read alone: they share the
+first three rooms. Tools are run in Gate.call and acall, and by what `require`
+hands an approval to: the MCP server, the coding agent.
 `grep -n '^# ====' hitl.py` prints this map with line numbers.
 
   * Errors        the ways it can go wrong, each with its hint
@@ -85,7 +87,7 @@ HITL_REVIEWER_TOKEN. A flag wins over the environment, that over the file.
 Is this copy whole and current? `python3 hitl.py --version` prints its version
 and its own SHA-256, to compare with the one you trust.
 
-Changes: 1.0.0 the first: checkpoints, store, server, page, gate, evidence.
+Changes: 1.0.0 the first: checkpoints, store, server, page, gate, adapters.
 """
 # /// script
 # requires-python = ">=3.11"
@@ -108,12 +110,14 @@ import sys
 import threading
 import time
 import unicodedata
+from collections import Counter
 from collections.abc import (
-    Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping)
+    Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Mapping)
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, ParamSpec, TypeVar, overload
+from typing import (Any, NamedTuple, NoReturn, ParamSpec, TypedDict, TypeVar,
+                    Unpack, overload)
 
 __version__ = "1.0.0"
 __all__ = [
@@ -211,6 +215,9 @@ MAX_ARGUMENTS = 64 * 1024       # bytes: more is a document, not an action
 MAX_DESCRIPTION = 64 * 1024     # bytes: a sentence with arguments filled in
 MAX_CONTEXT = 512 * 1024        # bytes: beyond it a gate sends both ends
 MAX_DEPTH = 32                  # levels of JSON: nobody reads deeper
+MAX_NAME = 256                  # bytes of a tool's or an agent's name
+MAX_WHY = 4096                  # bytes of a reason or an explanation
+MAX_YEARS = 100                 # of a deadline: beyond it, leave it out
 REQUEST_ID = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._:-]{1,128}")
 
 # Status is the person's word, and final. Outcome is the call's fate.
@@ -224,7 +231,10 @@ REQUEST_ID = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._:-]{1,128}")
 #
 # Each arrow (an indent) is one guarded UPDATE in the Store, and a trigger in
 # the database refuses every other move. A new status would be added here, in
-# SCHEMA, in Store, in the page's words and in Gate._end.
+# SCHEMA and database_faults, as a move of Store, in REFUSALS, in the page's
+# STYLE, SCRIPT and reviewed_row, and where Gate._wait and _claim look at it.
+# The deadline is watched in four places: Desk.sweep and Store.decide (the
+# server's clock), Gate._wait and _give_up (the gate's own).
 
 
 class Status(enum.StrEnum):
@@ -320,8 +330,9 @@ def finite(text: str) -> float:
 
 STRICT = json.JSONDecoder(object_pairs_hook=unique_pairs, parse_float=finite,
                           parse_constant=no_constant)
-CANONICAL = json.JSONEncoder(
-    sort_keys=True, separators=(",", ":"), allow_nan=False)
+# canonical JSON: sorted keys, no spaces, ASCII, no NaN or infinity
+canonical = json.JSONEncoder(
+    sort_keys=True, separators=(",", ":"), allow_nan=False).encode
 json_text = json.encoder.encode_basestring_ascii    # one text, as JSON
 READABLE = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
@@ -363,11 +374,6 @@ def check_depth(value: Any) -> None:
     raise ValueError(f"nested deeper than {MAX_DEPTH}")
 
 
-def canonical(value: Any) -> str:
-    """Canonical JSON: sorted keys, no spaces, ASCII, no NaN or infinity."""
-    return CANONICAL.encode(value)
-
-
 def digest_of(description: str, arguments: str | None,
               tool: str | None) -> str:
     """SHA-256 over canonical `{"action_description","arguments","tool"}`.
@@ -383,10 +389,7 @@ def digest_of(description: str, arguments: str | None,
 
 def instant(seconds: float) -> str:
     """Unix seconds as ISO 8601 UTC with milliseconds; such texts sort."""
-    return utc_text(datetime.fromtimestamp(seconds, timezone.utc))
-
-
-def utc_text(moment: datetime) -> str:
+    moment = datetime.fromtimestamp(seconds, timezone.utc)
     return moment.isoformat(timespec="milliseconds")[:-6] + "Z"
 
 
@@ -397,8 +400,8 @@ def parse_timestamp(value: Any) -> str:
             moment = datetime.fromisoformat(value)
             if moment.tzinfo is None:
                 moment = moment.replace(tzinfo=timezone.utc)
-            return utc_text(moment.astimezone(timezone.utc))
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return instant(moment.timestamp())
+        if type(value) in (int, float):
             return instant(value)
     except (ValueError, OverflowError, OSError):
         pass
@@ -590,12 +593,9 @@ class Configuration:
         if any(m.checkpoint.kind == "shell" for m in found):
             found.append(Match(ODD_COMMAND, "the command cannot be taken "
                                "apart, so no pattern can vouch for it"))
-        if odd:
-            found.append(Match(ODD_NAME, odd))
-        else:
-            found.append(Match(UNMATCHED[self.gate["unmatched"]],
-                               "no checkpoint matches"))
-        return tuple(found)
+        last = Match(UNMATCHED[self.gate["unmatched"]],
+                     "no checkpoint matches")
+        return (*found, Match(ODD_NAME, odd) if odd else last)
 
     def first_match(self, tool: str, arguments: Mapping[str, Any]) -> Match:
         """The checkpoint that decides about this call."""
@@ -606,12 +606,9 @@ class Configuration:
     def named(self, checkpoint_id: str) -> Checkpoint:
         """The checkpoint of this id, ConfigError if there is none;
         "unmatched" is the one that holds what no other names."""
-        if checkpoint_id == "unmatched":
-            return UNMATCHED["review"]
-        for checkpoint in self.checkpoints:
-            if checkpoint.checkpoint_id == checkpoint_id:
-                return checkpoint
-        ids = [c.checkpoint_id for c in self.checkpoints]
+        ids = {c.checkpoint_id: c for c in self.checkpoints}
+        if checkpoint_id in ids or checkpoint_id == "unmatched":
+            return ids.get(checkpoint_id, UNMATCHED["review"])
         raise ConfigError(
             f'no checkpoint "{checkpoint_id}" in {self.path}',
             f'there are: {", ".join(ids)}{did_you_mean(checkpoint_id, ids)}')
@@ -653,11 +650,14 @@ def text_of(kind: str, arguments: Mapping[str, Any]) -> str:
             with contextlib.suppress(ValueError):
                 value = parse_json(value)       # Cline's list is a text
         if isinstance(value, list) and all(isinstance(v, str) for v in value):
-            shell = len(value) == 3 and value[1] in ("-c", "-lc")
+            shell = len(value) == 3 and value[1] in ("-c", "-lc") and (
+                re.fullmatch("(/usr)?(/bin/)?(ba|z|da)?sh", value[0]))
             value = value[2] if shell else (
                 "\n" if name == "commands" else " ").join(value)
         if isinstance(value, str):
             texts.append(value)
+        elif value is not None:
+            return ""
     return "\n".join(texts)
 
 
@@ -713,12 +713,10 @@ def odd_name(tool: str) -> str:
 
 def name_match(checkpoint: Checkpoint, tool: str) -> str:
     """Why a checkpoint's pattern finds this name, or ""."""
-    if checkpoint.kind != "tool":
-        name = (tool if checkpoint.effect == "allow" else views(tool)[-1][1])
-        known = name.casefold() in KINDS[checkpoint.kind][0]
-        return f"action_pattern {checkpoint.action_pattern!r} finds the " \
-            f"{checkpoint.kind} text" if known else ""
     ways = views(tool)[:1] if checkpoint.effect == "allow" else views(tool)
+    if checkpoint.kind != "tool":
+        known = ways[-1][1].casefold() in KINDS[checkpoint.kind][0]
+        return f'kind = "{checkpoint.kind}" and its action_pattern' * known
     for way, text in ways:
         hit = checkpoint.find(checkpoint.action_pattern, text)
         if hit:
@@ -784,6 +782,15 @@ def template_parts(template: str) -> Iterator[str]:
 # ---- reading the file ----
 # A table of what each TOML table may hold: key -> (check, default). A check
 # takes the value and returns it, or raises ValueError with the cure.
+
+@contextlib.contextmanager
+def config_error(what: str) -> Iterator[None]:
+    """A check's ValueError, as the ConfigError about this."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"{what} {error}") from None
+
 
 def must(words: str, test: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """A check that gives back what passes the test."""
@@ -969,14 +976,15 @@ def did_you_mean(word: Any, known: Any) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def find_configuration(path: str | os.PathLike[str] | None = None) -> Path:
-    """The file in force: the one given, HITL_CONFIG, ./checkpoints.toml, the
-    one beside hitl.py; never further up, where an agent may write."""
+def find_configuration(path: str | os.PathLike[str] | None = None,
+                       local: bool = True) -> Path:
+    """The file in force: the one given, HITL_CONFIG, ./checkpoints.toml (not
+    for a hook: an agent may write there), the one beside hitl.py."""
     chosen = path or os.environ.get("HITL_CONFIG")
     if chosen:
         return Path(chosen).absolute()
-    here = Path("checkpoints.toml").absolute()
     beside = Path(__file__).absolute().with_name("checkpoints.toml")
+    here = Path("checkpoints.toml").absolute() if local else beside
     for candidate in (here, beside):
         if os.path.lexists(candidate):
             return candidate
@@ -998,8 +1006,7 @@ def load_configuration(path: Path) -> Configuration:
                           "`python3 hitl.py init` writes one") from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError,
-            ValueError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     check_tables(path, tables)
     checkpoints = tuple(
@@ -1021,14 +1028,6 @@ def load_configuration(path: Path) -> Configuration:
         checked(path, "[server]", "server", tables.get("server", {})),
         checkpoints, {r["name"]: r["token_sha256"] for r in reviewers},
         tuple(covered(checkpoints)))
-
-
-def default_configuration() -> Configuration:
-    """What `serve` runs on without a file: [server]'s defaults. It has no
-    checkpoints, so no Gate can be made of it."""
-    return Configuration(
-        None, "", checked(Path(), "", "gate", {}),
-        checked(Path(), "", "server", {}), (), {}, ())
 
 
 def check_tables(path: Path, tables: dict[str, Any]) -> None:
@@ -1069,16 +1068,11 @@ def checked(path: Path, place: str, kind: str,
                 else f"known: {', '.join(known)}{did_you_mean(key, known)}")
     values = {}
     for key, (check, default) in known.items():
-        if key not in table:
-            if default is REQUIRED:
-                raise ConfigError(f'{path}: {place}: "{key}" is missing',
-                                  f'add {key} = "..."')
-            values[key] = default
-            continue
-        try:
-            values[key] = check(table[key])
-        except ValueError as error:
-            raise ConfigError(f"{path}: {place}: {key} {error}") from None
+        if default is REQUIRED and key not in table:
+            raise ConfigError(f'{path}: {place}: "{key}" is missing',
+                              f'add {key} = "..."')
+        with config_error(f"{path}: {place}: {key}"):
+            values[key] = check(table[key]) if key in table else default
     return values
 
 
@@ -1297,17 +1291,22 @@ class Store:
 
     def __init__(self, path: Path,
                  clock: Callable[[], float] = time.time) -> None:
+        import sqlite3
         self.path, self.clock = path, clock
+        self.changes: list[Change] = []
+        self.spoilt = False
         self.lock = lock_database(path)
         try:
             self.db = open_database(path)
+            self.head = last_head(self.db)
+            self.recount()
+        except (sqlite3.Error, ValueError, TypeError) as error:
+            self.close()
+            raise bad_database(path, f"is damaged: {error}",
+                               "restore a backup") from None
         except BaseException:
             self.lock.close()
             raise
-        self.head = last_head(self.db)
-        self.changes: list[Change] = []
-        self.spoilt = False
-        self.recount()
         self.tick()
 
     def close(self) -> None:
@@ -1323,9 +1322,9 @@ class Store:
 
     def recount(self) -> None:
         """How many requests wait, per agent, from the table itself."""
-        self.waiting_per_agent: dict[str | None, int] = dict(self.db.execute(
-            "SELECT agent, count(*) FROM pending_reviews "
-            "WHERE status = 'waiting' GROUP BY agent"))
+        self.waiting_per_agent: Counter[str | None] = Counter(dict(
+            self.db.execute("SELECT agent, count(*) FROM pending_reviews "
+                            "WHERE status = 'waiting' GROUP BY agent")))
         self.waiting_count = sum(self.waiting_per_agent.values())
 
     def attempt(self, change: Callable[..., T], *args: Any) -> T:
@@ -1439,9 +1438,25 @@ class Store:
                        READABLE.encode(detail))
             self.waiting_count -= 1
             self.waiting_per_agent[there.agent] -= 1
-            if not self.waiting_per_agent[there.agent]:
+            if self.waiting_per_agent[there.agent] < 1:
                 del self.waiting_per_agent[there.agent]
         return moved
+
+    def proceed(self, there: ReviewRequest, outcome: Outcome, actor: str,
+                claim: str | None = None,
+                text: str | None = None) -> ReviewRequest:
+        """One guarded move of an approved call's outcome, or Refusal."""
+        if not self.db.execute(
+                "UPDATE pending_reviews SET outcome = ?, claim = ?, "
+                "outcome_at = ?, outcome_text = ? WHERE request_id = ? AND "
+                "status = 'approved' AND outcome IS ?",
+                (outcome, claim, self.now, text, there.request_id,
+                 there.outcome)).rowcount:
+            raise damaged(there)
+        self.audit("claimed" if outcome is Outcome.RUNNING else outcome,
+                   there.request_id, actor, "{}" if text is None else
+                   READABLE.encode({"text": text}))
+        return self.request(there.request_id)
 
     def decide(self, request_id: str, decision: Status, by: str,
                **detail: Any) -> ReviewRequest:
@@ -1468,10 +1483,8 @@ class Store:
         """Nobody waits any more -> the request as it is now, which tells
         whether a reviewer was faster."""
         there = self.request(request_id)
-        if why == "timeout":
-            self.leave(there, Status.EXPIRED, by, why=why)
-        else:
-            self.leave(there, Status.WITHDRAWN, by, why=why)
+        self.leave(there, Status.EXPIRED if why == "timeout" else
+                   Status.WITHDRAWN, by, why=why)
         return self.request(request_id)
 
     def claim(self, request_id: str, digest: str, claim: str,
@@ -1486,13 +1499,7 @@ class Store:
             raise damaged(there)
         if there.status == Status.APPROVED and there.outcome is None and (
                 there.lapses_at is None or there.lapses_at > self.now):
-            if self.db.execute(
-                    "UPDATE pending_reviews SET outcome = 'running', claim = "
-                    "?, outcome_at = ? WHERE request_id = ? AND outcome IS "
-                    "NULL AND status = 'approved'",
-                    (claim, self.now, request_id)).rowcount:
-                self.audit("claimed", request_id, by, "{}")
-            return self.request(request_id)
+            return self.proceed(there, Outcome.RUNNING, by, claim)
         if there.outcome == Outcome.RUNNING and there.claim == claim:
             return there
         if there.status != Status.APPROVED:
@@ -1513,14 +1520,7 @@ class Store:
             raise Refusal("not-claimed", "this claim does not hold this "
                           "request", about=there)
         if there.outcome == Outcome.RUNNING:
-            if self.db.execute(
-                    "UPDATE pending_reviews SET outcome = ?, outcome_at = ?, "
-                    "outcome_text = ? WHERE request_id = ? AND outcome = "
-                    "'running'",
-                    (outcome, self.now, text, request_id)).rowcount:
-                self.audit(outcome, request_id, by,
-                           READABLE.encode({"text": text}))
-            return self.request(request_id)
+            return self.proceed(there, outcome, by, claim, text)
         if there.outcome != outcome:
             raise Refusal("already-finished", f"this call is {there.outcome} "
                           "already", about=there)
@@ -1539,11 +1539,8 @@ class Store:
         """Close one overdue request: `expired`, or `lapsed` if approved."""
         if there.status == Status.WAITING:
             self.leave(there, Status.EXPIRED, "server")
-        elif self.db.execute(
-                "UPDATE pending_reviews SET outcome = 'lapsed', outcome_at = "
-                "? WHERE request_id = ? AND outcome IS NULL",
-                (self.now, there.request_id)).rowcount:
-            self.audit("lapsed", there.request_id, "server", "{}")
+        else:
+            self.proceed(there, Outcome.LAPSED, "server")
 
     # ---- reading ----
 
@@ -1619,11 +1616,8 @@ def lock_database(path: Path) -> Any:
             os.close(os.open(beside, os.O_CREAT | os.O_EXCL, 0o600))
         lock = sqlite3.connect(beside, timeout=0, isolation_level=None,
                                check_same_thread=False)
-        try:
-            lock.execute("BEGIN EXCLUSIVE")
-        except BaseException:
-            lock.close()
-            raise
+        lock.execute("BEGIN EXCLUSIVE")     # if refused, lock is collected
+        return lock
     except (sqlite3.Error, OSError) as error:
         if "locked" in str(error):
             raise bad_database(path, "another server runs on this database",
@@ -1631,7 +1625,6 @@ def lock_database(path: Path) -> Any:
         raise bad_database(path, f"its lock file cannot be used: {error}",
                            "use --database with a folder of your own"
                            ) from None
-    return lock
 
 
 def open_database(path: Path) -> Any:
@@ -1675,6 +1668,13 @@ def open_database(path: Path) -> Any:
         db.close()
         raise
     except (sqlite3.Error, ValueError, TypeError, LookupError) as error:
+        # SQLITE_BUSY, LOCKED, READONLY, IOERR, FULL, CANTOPEN: not damage
+        if getattr(error, "sqlite_errorcode", 0) & 255 in (5, 6, 8, 10, 13,
+                                                           14):
+            db.close()
+            raise bad_database(path, f"cannot be used now: {error}",
+                               "stop what holds it, see to its mode and disk, "
+                               "or use --database") from None
         faults = [str(error)]
     if faults:
         db.close()
@@ -1769,11 +1769,13 @@ def row_faults(db: Any, there: ReviewRequest) -> Iterator[str]:
     detail = json.loads(said[5]) if said else {}
     if (said[2] if said else Status.WAITING) != there.status or (
             said and there.decided_by not in (None, said[4])) or (
-            (there.reason, there.signed_in) !=
-            (detail.get("reason"), detail.get("signed_in"))):
+            (there.reason, there.signed_in, there.decided_at) !=
+            (detail.get("reason"), detail.get("signed_in"),
+             said and said[1])):
         yield f"{name} is {there.status}, the audit log says otherwise"
     last = {"claimed": Outcome.RUNNING}.get(events[-1], events[-1])
-    if there.outcome != (last if last in set(Outcome) else None):
+    if there.outcome != (last if last in set(Outcome) else None) or (
+            there.outcome_text != json.loads(rows[-1][5]).get("text")):
         yield f"{name} has outcome {there.outcome}, the audit log otherwise"
 
 
@@ -2203,7 +2205,7 @@ def card(view: View, there: ReviewRequest, whole: bool = False) -> Html:
     """A request: what will run, what the agent says, what we know."""
     large = there.size > LARGE_BYTES and not whole
     category = fill('<span class="tag">{word}</span>', word=there.category
-                    ) if there.category else Html("")
+                    ) if there.category in CATEGORIES else Html("")
     body = fill(LARGE, size=readable_size(there.size),
                 request_id=there.request_id) if large else fill(
         BODY, exact=exact_call(there), claims=definitions(claims(there)),
@@ -2241,6 +2243,7 @@ def claims(there: ReviewRequest) -> Iterator[tuple[str, Any]]:
     """What the agent's side says of itself, for what that is worth."""
     yield "agent", there.agent
     yield "checkpoint", there.checkpoint_id
+    yield "category", there.category
     yield "because", there.why
     yield "asked at", clock_time(there.timestamp)
 
@@ -2252,18 +2255,15 @@ def facts(there: ReviewRequest, whole: bool) -> Iterator[tuple[str, Any]]:
                       else there.asked_by)
     yield "received", clock_time(there.received_at)
     yield "deadline", clock_time(there.deadline)
-    if there.decided_at:
-        yield there.status, clock_time(there.decided_at)
-    if there.decided_by:
-        yield "decided by", decider(there)
+    yield there.status, clock_time(there.decided_at)
+    yield "decided by", decider(there)
     yield "reason", there.reason
-    if there.outcome:
-        yield "outcome", outcome_words(there)
+    yield "outcome", outcome_words(there)
     yield "request_id", there.request_id
     yield "digest", whole and there.digest
     yield "its rules", whole and there.config_digest
-    if not there.intact:
-        yield "DAMAGED", "what is stored is not what was asked"
+    yield "DAMAGED", "what is stored is not what was asked" * (
+        not there.intact)
 
 
 def clock_time(text: str | None) -> Html | None:
@@ -2294,8 +2294,7 @@ def decider(there: ReviewRequest) -> str:
 
 
 def outcome_words(there: ReviewRequest) -> str:
-    return f"{there.outcome}" + (
-        f": {there.outcome_text}" if there.outcome_text else "")
+    return ": ".join(filter(None, (there.outcome, there.outcome_text)))
 
 
 def reviewed_row(there: ReviewRequest) -> Html:
@@ -2337,8 +2336,6 @@ def readable_size(size: int) -> str:
 MAX_HEAD = 16 * 1024            # bytes: browsers stay below 8 KiB
 MAX_FIELDS = 64                 # header fields: browsers send about 20
 MAX_BODY = 1 << 20              # bytes: context, arguments and their escapes
-MAX_NAME = 256                  # characters of a tool's or an agent's name
-MAX_WHY = 4096                  # characters of a reason or an explanation
 REQUEST_SECONDS = 15            # from a request's first byte to its last
 ANSWER_SECONDS = 60             # for a client to take its answer
 IDLE_SECONDS = 75               # a connection kept for the next request
@@ -2346,7 +2343,6 @@ LINGER_SECONDS = 2              # to let a refused client read the refusal
 MAX_POLL_SECONDS = 60           # one long poll; proxies cut longer ones
 SLOW_SECONDS = 1                # before wrong credentials are answered
 RECENT_SECONDS = 10             # a poll this recent: somebody waits
-MAX_YEARS = 100                 # of a deadline: beyond it, leave it out
 MAX_CONNECTIONS = 8000 if os.name == "posix" else 480   # select() on Windows
 SWEEP_SECONDS = 0.25            # how often deadlines are looked at
 PAGE_CARDS = 100                # waiting requests on the page at once
@@ -2516,19 +2512,24 @@ def token_hash(token: str | bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def fresh_token() -> str:
+    import secrets
+    return secrets.token_urlsafe(32)        # 256 bits
+
+
 def identify(authorization: str, tokens: Tokens) -> Principal | None:
     """Whose credentials these are; None for nobody's. Digests are compared,
     in constant time and as ASCII (compare_digest refuses other text)."""
     import base64
     from hmac import compare_digest
     scheme, _, value = authorization.partition(" ")
-    name, token = b"", value.strip().encode("latin-1")
+    reviewer, token = "", value.strip().encode("latin-1")
     basic = scheme.lower() == "basic"
     if basic:
         try:
-            pair = base64.b64decode(token, validate=True)
-            name, _, token = pair.partition(b":")
-            name.decode("utf-8")
+            name, _, token = base64.b64decode(
+                token, validate=True).partition(b":")
+            reviewer = name.decode("utf-8") or "reviewer"
         except ValueError:
             return None
     elif scheme.lower() != "bearer":
@@ -2536,7 +2537,6 @@ def identify(authorization: str, tokens: Tokens) -> Principal | None:
     known = token_hash(token)
     if tokens.agent and compare_digest(known, tokens.agent):
         return Principal("agent", "token")
-    reviewer = name.decode("utf-8") or "reviewer"
     expected = tokens.named.get(reviewer, tokens.shared)
     if (basic and expected and compare_digest(known, expected)
             and reviewer.isprintable() and len(reviewer) <= 64):
@@ -2548,14 +2548,11 @@ def identify(authorization: str, tokens: Tokens) -> Principal | None:
 def check_origin(fields: Fields, own: tuple[str, ...]) -> None:
     """Refusal where another site's page sent this (CSRF). A browser says so
     in Sec-Fetch-Site or Origin; who sends neither is no browser."""
-    if fields.origin is None and fields.site is None:
-        return
-    if fields.origin != "null" and (
-            fields.site == "same-origin" if fields.site is not None
-            else fields.origin in own):
-        return
-    raise Refusal("cross-site", "another site's page sent this",
-                  "decide on the page itself, opened at its own address")
+    if fields.origin == "null" or (
+            fields.site != "same-origin" if fields.site is not None
+            else fields.origin not in (None, *own)):
+        raise Refusal("cross-site", "another site's page sent this",
+                      "decide on the page itself, opened at its own address")
 
 
 @functools.lru_cache(maxsize=256)
@@ -2635,7 +2632,7 @@ def asked_from(body: dict[str, Any], by: Principal, at: float,
                       "A-Z a-z 0-9 . _ : -, and not . or ..",
                       "a UUID is fine")
     description = text_field(body, "action_description", MAX_DESCRIPTION, True)
-    texts = {name: text_field(body, name, limit) if name in body else None
+    texts = {name: text_field(body, name, limit)
              for name, limit in OPTIONAL_FIELDS.items()}
     arguments = body.get("arguments")
     if not (arguments is None or isinstance(arguments, dict)):
@@ -2657,11 +2654,11 @@ def asked_from(body: dict[str, Any], by: Principal, at: float,
         raise Refusal("bad-digest", "the digest sent is not that of the "
                       "action_description, arguments and tool sent",
                       f"it would be {digest}")
-    return Asked(request_id, digest, now,
-                 deadline_from(body.get("timeout_seconds"), at), timestamp,
-                 str(by), texts["agent"], texts["tool"],
-                 texts["checkpoint_id"], texts["category"], texts["why"],
-                 texts["config_digest"], description or "", arguments, context)
+    return Asked(
+        request_id, digest, now,
+        deadline_from(body.get("timeout_seconds"), at), timestamp, str(by),
+        **texts, action_description=description or "", arguments=arguments,
+        agent_context=context)
 
 
 def deadline_from(timeout: Any, at: float) -> str | None:
@@ -2669,7 +2666,7 @@ def deadline_from(timeout: Any, at: float) -> str | None:
     promised to stop waiting."""
     if timeout is None:
         return None
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or (
+    if type(timeout) not in (int, float) or (
             not 0 < timeout < MAX_YEARS * 31_557_600):
         raise Refusal("bad-field", '"timeout_seconds" must be a number above '
                       f"0 and below {MAX_YEARS} years",
@@ -2727,7 +2724,7 @@ class Connection:
         self.held: bytes | None = None          # an answer sent later
         self.answering = False          # an answer is not sent out so far
         self.refused = False            # what still comes in is discarded
-        self.close_connection = False
+        self.close_connection = self.stalled = False
         self.until = server.instant + REQUEST_SECONDS
 
     def readable(self) -> None:
@@ -2756,11 +2753,11 @@ class Connection:
         is answered."""
         if self.answering:
             return
-        head = None
+        head = b""
         try:
             if self.request is None:
                 head = self.next_head()
-                if head is None:
+                if not head:
                     return
                 self.request = self.server.admit(head)
                 if self.request.fields.expect:
@@ -2774,13 +2771,15 @@ class Connection:
                 self.server.dispatch(self, request, body)
         except Refusal as refusal:
             self.refused = self.answering = self.close_connection = True
-            self.server.refuse(self, head or b"", refusal)
+            self.server.refuse(self, head, refusal)
         except OSError:
             self.drop()
 
-    def next_head(self) -> bytes | None:
-        """The head that is here whole, if it is."""
+    def next_head(self) -> bytes:
+        """The head that is here whole; b"" if none is."""
         end = self.inbox.find(b"\r\n\r\n", 0, MAX_HEAD + 4)
+        if end == 0:
+            raise bad_head("there is no request line")
         if end < 0:
             if len(self.inbox) > MAX_HEAD:
                 raise Refusal("head-too-large", f"the head is over {MAX_HEAD} "
@@ -2788,36 +2787,28 @@ class Connection:
             if NOT_HTTP.search(self.inbox):
                 raise bad_head("this is not HTTP, or its lines do not end in "
                                "CR LF (https is for a proxy in front)")
-            return None
+            return b""
         head = bytes(self.inbox[:end])
         del self.inbox[:end + 4]
         return head
 
     def send(self, data: bytes) -> None:
-        """Send an answer now, or what the socket takes now and the rest
-        when it is writable."""
-        try:
-            sent = self.connection.send(data)
-        except (BlockingIOError, InterruptedError):
-            sent = 0
-        except OSError:
-            return self.drop()
-        self.outbox = memoryview(data)[sent:]
-        if self.outbox:
-            self.until = self.server.instant + ANSWER_SECONDS
-            self.server.watch(self, writing=True)
-        else:
-            self.sent_all()
+        self.outbox = memoryview(data)
+        self.until = self.server.instant + ANSWER_SECONDS
+        self.writable()
 
     def writable(self) -> None:
+        """Send what the socket takes now, and the rest when it can."""
         try:
             self.outbox = self.outbox[self.connection.send(self.outbox):]
         except (BlockingIOError, InterruptedError):
-            return
+            pass
         except OSError:
             return self.drop()
+        if self.stalled != bool(self.outbox):
+            self.stalled = not self.stalled
+            self.server.watch(self, writing=self.stalled)
         if not self.outbox:
-            self.server.watch(self, writing=False)
             self.sent_all()
 
     def sent_all(self) -> None:
@@ -2858,7 +2849,8 @@ class Desk:
         super().__init__(address, handler)  # type: ignore[call-arg]
         self.socket.setblocking(False)
         port = self.socket.getsockname()[1]
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(*address[:1] * 2)
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(
+            address[0], address[0])
         host = f"[{host}]" if ":" in host else host
         self.url = public_url or f"http://{host}:{port}"
         self.public_host = public_url.partition("://")[2].lower()
@@ -2890,7 +2882,7 @@ class Desk:
             self.turn(0 if self.again else poll_interval)
         for connection in list(self.parked):
             self.release(connection)
-        for connection in [*self.half_open, *self.parked]:
+        for connection in list(self.half_open):
             connection.drop()
         self.selector.close()
         self.server_close()  # type: ignore[attr-defined]
@@ -2968,16 +2960,15 @@ class Desk:
     def sweep(self) -> None:
         """What is past its time: connections, polls, requests."""
         self.swept = self.instant
-        late = [c for c in self.half_open if c.until <= self.instant]
-        for connection in late:
-            if connection.held is not None:
-                answer, connection.held = connection.held, None
-                connection.send(answer)
+        for late in [c for c in (*self.half_open, *self.parked)
+                     if c.until <= self.instant]:
+            if late in self.parked:
+                self.release(late)
+            elif late.held is None:
+                late.drop()
             else:
-                connection.drop()
-        for connection in [c for c in self.parked
-                           if c.until <= self.instant]:
-            self.release(connection)
+                answer, late.held = late.held, None
+                late.send(answer)
         self.soonest = min((c.until for c in self.parked), default=math.inf)
         for request_id in [r for r, at in self.polled.items()
                            if at + RECENT_SECONDS < self.instant]:
@@ -2987,12 +2978,11 @@ class Desk:
             for there in self.store.overdue():
                 self.store.attempt(self.store.expire, there)
             self.failing = False
-        except sqlite3.Error as error:
+        except (sqlite3.Error, ValueError, TypeError) as error:
             if not self.failing:            # once, not four times a second
                 log.error("the database fails: %s", error)
             self.failing = True
-        _, changes = self.store.commit()
-        self.tell(changes)
+        self.tell(self.store.commit()[1])
 
     def accept(self) -> None:
         """Let new connections in; at the limit the oldest half-open one
@@ -3041,15 +3031,20 @@ class Desk:
         if connection in self.half_open or connection in self.parked:
             self.selector.unregister(connection.connection)
         self.half_open.pop(connection, None)
-        self.parked.pop(connection, None)
         self.again.pop(connection, None)
-        request_id = connection.waits_for
-        if request_id:
-            self.waiters.get(request_id, {}).pop(connection, None)
-            if not self.waiters.get(request_id):
-                self.waiters.pop(request_id, None)
-                if gone:
-                    self.polled.pop(request_id, None)
+        request_id = self.unpark(connection)
+        if gone and request_id not in self.waiters:
+            self.polled.pop(request_id, None)
+
+    def unpark(self, connection: Connection) -> str:
+        """Out of the tables of polls -> the request_id it waited for."""
+        request_id, connection.waits_for = connection.waits_for or "", None
+        self.parked.pop(connection, None)
+        others = self.waiters.get(request_id, {})
+        others.pop(connection, None)
+        if not others:
+            self.waiters.pop(request_id, None)
+        return request_id
 
     def park(self, connection: Connection, request: Request,
              seconds: float) -> None:
@@ -3063,13 +3058,8 @@ class Desk:
 
     def release(self, connection: Connection) -> None:
         """Answer a parked poll with what its request is now."""
-        request_id, connection.waits_for = connection.waits_for or "", None
-        self.parked.pop(connection, None)
+        request_id = self.unpark(connection)
         self.half_open[connection] = None
-        if request_id in self.waiters:
-            self.waiters[request_id].pop(connection, None)
-            if not self.waiters[request_id]:
-                del self.waiters[request_id]
         self.polled[request_id] = self.instant
         import sqlite3
         try:
@@ -3255,10 +3245,10 @@ class Desk:
         return summary._asdict() | {
             "url": f"{self.url}/review/{summary.request_id}"}
 
-    def about(self, request: Request | None, summary: Summary,
-              status: int = 200, fields: str = "") -> bytes:
+    def about(self, request: Request, summary: Summary, status: int = 200,
+              fields: str = "") -> bytes:
         return self.message(status, JSON, self.shape_json(summary).encode(),
-                            request is None or request.close, fields)
+                            request.close, fields)
 
     def shape_json(self, summary: Summary) -> str:
         """shape() as JSON; written out, since every poll takes this way."""
@@ -3267,10 +3257,9 @@ class Desk:
             for name, value in zip(Summary._fields, summary)),
             json_text(f"{self.url}/review/{summary.request_id}"))
 
-    def json(self, request: Request | None, value: Any, status: int = 200,
-             fields: str = "") -> bytes:
-        return self.message(status, JSON, json.dumps(value).encode(),
-                            request is None or request.close, fields)
+    def json(self, request: Request, value: Any) -> bytes:
+        return self.message(200, JSON, json.dumps(value).encode(),
+                            request.close)
 
     def html(self, request: Request, text: str) -> bytes:
         return self.message(200, HTML, text.encode(), request.close)
@@ -3289,19 +3278,15 @@ class Desk:
     def get_pending(self, request: Request,
                     connection: Connection) -> bytes | None:
         summary = self.store.summary(request.request_id)
-        wait = 0.0
-        if request.query:
-            text = parse_query(request.query).get("wait", "0")
-            if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
-                raise Refusal("bad-field", '"wait" is not a number of seconds',
-                              "ask for ?wait=5")
-            wait = float(text)
-        if summary.status != Status.WAITING:
-            return self.about(request, summary)
-        self.polled[request.request_id] = self.instant
-        if wait:
-            self.park(connection, request, min(wait, MAX_POLL_SECONDS))
-            return None
+        text = parse_query(request.query).get("wait", "0")
+        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
+            raise Refusal("bad-field", '"wait" is not a number of seconds',
+                          "ask for ?wait=5")
+        if summary.status == Status.WAITING:
+            self.polled[request.request_id] = self.instant
+            if wait := min(float(text), MAX_POLL_SECONDS):
+                self.park(connection, request, wait)
+                return None
         return self.about(request, summary)
 
     def post_claim(self, request: Request, body: bytes) -> bytes:
@@ -3406,7 +3391,7 @@ def open_desk(host: str, port: int, store: Store, tokens: Tokens,
 # ================================== Client =================================
 # How another process talks to the server, and the only outgoing requests to
 # it. urllib.request, without proxies (the environment could route approvals
-# through a stranger), without redirects, with a bounded answer and a total
+# through a stranger), without redirects, with a bounded answer in a bounded
 # time: whatever answers instead of the server is an UnreachableError.
 
 MAX_REPLY = 64 << 20            # bytes: `list` of a full desk is the largest
@@ -3525,24 +3510,15 @@ def opener() -> Any:
             super().__init__(sock, *args, **kwargs)
             self.fp = io.BufferedReader(Bounded(sock, self.fp), 1 << 16)
 
-    class HttpConnection(http.client.HTTPConnection):
-        response_class = Response
-
-    class HttpsConnection(http.client.HTTPSConnection):
-        response_class = Response
-
-    class Http(urllib.request.HTTPHandler):
-        def http_open(self, request: Any) -> Any:
-            return self.do_open(HttpConnection, request)
-
-    class Https(urllib.request.HTTPSHandler):
-        def https_open(self, request: Any) -> Any:
-            return self.do_open(HttpsConnection, request)
+    class Handler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
+        def do_open(self, http_class: Any, req: Any, **more: Any) -> Any:
+            kind: Any = type("Connection", (http_class,), {
+                "response_class": Response})
+            return super().do_open(kind, req, **more)
 
     made = urllib.request.OpenerDirector()      # no proxies, no redirects,
-    for handler in (Http(), Https()):           # no file:, and an error's
-        made.add_handler(handler)               # answer is an answer
-    return made
+    made.add_handler(Handler())                 # no file:, and an error's
+    return made                                 # answer is an answer
 
 
 # =================================== Gate ==================================
@@ -3576,20 +3552,26 @@ class Held:
     timeout_seconds: float
     lifetime_seconds: float
     body: dict[str, Any]
-    deadline: float = 0.0       # on the monotonic clock
-    digest: str = ""
-    claim: str = ""             # a nonce: the same claim may be retried
+    deadline: float             # on the monotonic clock
+    digest: str
+    claim: str                  # a nonce: the same claim may be retried
     cancelled: bool = False
     tick: Callable[[], None] = lambda: None     # called while it waits
-
-    def rename(self, request_id: str) -> None:
-        self.request_id = self.body["request_id"] = request_id
 
     def approved(self) -> dict[str, Any]:
         """The arguments, parsed from the bytes that were digested, stored
         and shown: what runs is what was approved (promise 2)."""
         arguments: dict[str, Any] = parse_json(self.arguments)
         return arguments
+
+
+class How(TypedDict, total=False):
+    """What one call may say for itself, over the configuration."""
+
+    context: Any
+    request_id: str | None
+    timeout_seconds: float | None
+    checkpoint: str | None      # one that holds it, whatever the name
 
 
 class Gate:
@@ -3611,12 +3593,10 @@ class Gate:
                               'it can be "raise" or "return"')
         self.configuration = load_configuration(find_configuration(config))
         self.context, self.on_reject, self.agent = context, on_reject, agent
-        try:
+        with config_error("server_url"):
             self.server_url = url_value(
                 server_url or os.environ.get("HITL_SERVER_URL")
                 or self.configuration.gate["server_url"])
-        except ValueError as error:
-            raise ConfigError(f"server_url {error}") from None
         self.token = (token or os.environ.get("HITL_AGENT_TOKEN", "")).strip()
         if not re.fullmatch(r"[!-~]*", self.token):
             raise ConfigError("the agent's token is not plain ASCII")
@@ -3627,19 +3607,18 @@ class Gate:
     # ---- the story ----
 
     def call(self, tool: str, arguments: Mapping[str, Any],
-             execute: Callable[..., T], *, context: Any = None,
-             request_id: str | None = None,
-             timeout_seconds: float | None = None,
-             checkpoint: str | None = None) -> T:
+             execute: Callable[..., T], **how: Unpack[How]) -> T:
         """execute(**arguments), after a person approved where a checkpoint
-        matches; `checkpoint` names one that holds whatever the name. Raises
-        CollaborationError, ReviewTimeoutError or another HitlError, and then
-        nothing ran; what execute raises passes through."""
-        if tool in self._free and checkpoint is None:
+        matches. Raises CollaborationError, ReviewTimeoutError or another
+        HitlError, and then nothing ran; what execute raises passes through.
+        """
+        if tool in self._free and how.get("checkpoint") is None:
             return execute(**arguments)
+        if is_async(execute):
+            raise TypeError(f"{visible(str(tool))} is async: await "
+                            "gate.acall(...), or nothing would run in here")
         try:
-            held = self._match(tool, arguments, context, request_id,
-                               timeout_seconds, checkpoint)         # 1 match
+            held = self._match(tool, arguments, **how)              # 1 match
             if held is not None:
                 with self._withdrawing(held):
                     state = self._ask(held)                         # 2 ask
@@ -3649,35 +3628,31 @@ class Gate:
             return self._end(error)  # type: ignore[no-any-return]
         if held is None:
             return execute(**arguments)
-        with self._reporting(held):                                 # 6 report
-            return execute(**held.approved())                       # 5 run
+        try:
+            result = execute(**held.approved())                     # 5 run
+        except BaseException as error:
+            self._report(held, error)
+            raise
+        self._report(held, None)                                    # 6 report
+        return result
 
     @overload
     async def acall(self, tool: str, arguments: Mapping[str, Any],
-                    execute: Callable[..., Coroutine[Any, Any, T]], *,
-                    context: Any = None, request_id: str | None = None,
-                    timeout_seconds: float | None = None,
-                    checkpoint: str | None = None) -> T: ...
+                    execute: Callable[..., Coroutine[Any, Any, T]],
+                    **how: Unpack[How]) -> T: ...
 
     @overload
     async def acall(self, tool: str, arguments: Mapping[str, Any],
-                    execute: Callable[..., T], *,
-                    context: Any = None, request_id: str | None = None,
-                    timeout_seconds: float | None = None,
-                    checkpoint: str | None = None) -> T: ...
+                    execute: Callable[..., T], **how: Unpack[How]) -> T: ...
 
     async def acall(self, tool: str, arguments: Mapping[str, Any],
-                    execute: Callable[..., Any], *,
-                    context: Any = None, request_id: str | None = None,
-                    timeout_seconds: float | None = None,
-                    checkpoint: str | None = None) -> Any:
+                    execute: Callable[..., Any], **how: Unpack[How]) -> Any:
         """The same for asyncio: waits on a thread of its own, so the event
         loop goes on; a cancelled wait withdraws its request."""
-        if tool in self._free and checkpoint is None:
+        if tool in self._free and how.get("checkpoint") is None:
             return await awaited(execute(**arguments))
         try:
-            held = self._match(tool, arguments, context, request_id,
-                               timeout_seconds, checkpoint)
+            held = self._match(tool, arguments, **how)
             if held is not None:
                 await self._aobtain(held)
         except HitlError as error:
@@ -3692,16 +3667,13 @@ class Gate:
         await in_thread(self._report, held, None)
         return result
 
-    def require(self, tool: str, arguments: Mapping[str, Any], *,
-                context: Any = None, request_id: str | None = None,
-                timeout_seconds: float | None = None,
-                checkpoint: str | None = None) -> dict[str, Any]:
+    def require(self, tool: str, arguments: Mapping[str, Any],
+                **how: Unpack[How]) -> dict[str, Any]:
         """The approved arguments, claimed, for middleware that runs the tool
         itself. Raises as call() does, whatever on_reject says: there is no
         result that could carry a refusal. The outcome stays `running`."""
         try:
-            held = self._match(tool, arguments, context, request_id,
-                               timeout_seconds, checkpoint)
+            held = self._match(tool, arguments, **how)
             if held is None:
                 return dict(arguments)
             self._obtain(held)
@@ -3709,14 +3681,11 @@ class Gate:
             raise logged(error)
         return held.approved()
 
-    async def arequire(self, tool: str, arguments: Mapping[str, Any], *,
-                       context: Any = None, request_id: str | None = None,
-                       timeout_seconds: float | None = None,
-                       checkpoint: str | None = None) -> dict[str, Any]:
+    async def arequire(self, tool: str, arguments: Mapping[str, Any],
+                       **how: Unpack[How]) -> dict[str, Any]:
         """require() for asyncio."""
         try:
-            held = self._match(tool, arguments, context, request_id,
-                               timeout_seconds, checkpoint)
+            held = self._match(tool, arguments, **how)
             if held is None:
                 return dict(arguments)
             await self._aobtain(held)
@@ -3753,9 +3722,10 @@ class Gate:
 
     # ---- 1 match ----
 
-    def _match(self, tool: str, arguments: Mapping[str, Any], context: Any,
-               request_id: str | None, timeout_seconds: float | None,
-               checkpoint: str | None) -> Held | None:
+    def _match(self, tool: str, arguments: Mapping[str, Any], *,
+               context: Any = None, request_id: str | None = None,
+               timeout_seconds: float | None = None,
+               checkpoint: str | None = None) -> Held | None:
         """The call held by a checkpoint, or None: it may run."""
         rules = self.configuration
         check_call(tool, arguments, request_id)
@@ -3776,12 +3746,10 @@ class Gate:
                 f'denied by checkpoint "{rule.checkpoint_id}"; nobody was '
                 "asked and nothing ran", f"{match.why}, in {rules.path}")
         text = argument_text(tool, arguments)
-        try:
+        with config_error("timeout_seconds"):
             timeout = seconds_value(first_of(
                 timeout_seconds, rule.timeout_seconds,
                 rules.gate["timeout_seconds"]))
-        except ValueError as error:
-            raise ConfigError(f"timeout_seconds {error}") from None
         lifetime = first_of(rule.lifetime_seconds,
                             rules.gate["lifetime_seconds"], timeout)
         description = describe(rule, tool, parse_json(text))
@@ -3791,24 +3759,22 @@ class Gate:
                             "name fewer arguments in description_template",
                             reason="too-large")
         import secrets
-        held = Held(tool, text, rule, description,
-                    request_id or secrets.token_hex(16), timeout, lifetime,
-                    {}, time.monotonic() + timeout,
-                    digest_of(description, text, tool), secrets.token_hex(16))
         given = self.context if context is None else context
-        held.body = {
-            "request_id": held.request_id, "action_description": description,
+        digest = digest_of(description, text, tool)
+        body = {
+            "action_description": description, "tool": tool,
+            "arguments": parse_json(text), "digest": digest,
             "agent_context": self._snapshot(
                 given() if callable(given) else given),
-            "timestamp": instant(time.time()), "tool": tool,
-            "arguments": parse_json(text), "digest": held.digest,
+            "timestamp": instant(time.time()),
             "checkpoint_id": rule.checkpoint_id, "category": rule.category,
             "why": match.why[:MAX_WHY // 4],
             "agent": cut(self.agent or agent_name(), MAX_NAME),
             "config_digest": rules.digest}
-        if lifetime != math.inf:
-            held.body["timeout_seconds"] = lifetime
-        return held
+        return Held(tool, text, rule, description,
+                    request_id or secrets.token_hex(16), timeout, lifetime,
+                    body, time.monotonic() + timeout, digest,
+                    secrets.token_hex(16))
 
     def _snapshot(self, context: Any) -> Any:
         """The context as JSON with secrets masked; both ends, with size and
@@ -3831,7 +3797,11 @@ class Gate:
         the same request_id was asked before."""
         give_up = time.monotonic() + min(UNREACHABLE_SECONDS,
                                          held.timeout_seconds)
-        reply = self._insist("POST", "/pending", held, held.body, give_up)
+        lifetime = None if held.lifetime_seconds == math.inf else (
+            held.lifetime_seconds)
+        reply = self._insist("POST", "/pending", held, {
+            **held.body, "request_id": held.request_id,
+            "timeout_seconds": lifetime}, give_up)
         if reply.status not in (200, 201):
             raise self._refused(held, reply)
         state = self._state(held, reply)
@@ -3976,10 +3946,9 @@ class Gate:
         try:
             with sigterm_as_exit():
                 yield
-        except Exception:
-            raise
-        except BaseException:
-            self._withdraw(held, "interrupted")
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                self._withdraw(held, "interrupted")
             raise
 
     # ---- 4 claim ----
@@ -4027,15 +3996,6 @@ class Gate:
         return visible(who)
 
     # ---- 6 report ----
-
-    @contextlib.contextmanager
-    def _reporting(self, held: Held) -> Iterator[None]:
-        try:
-            yield
-        except BaseException as error:
-            self._report(held, error)
-            raise
-        self._report(held, None)
 
     def _report(self, held: Held, error: BaseException | None) -> None:
         """Record what became of the call; a failure here changes nothing of
@@ -4092,33 +4052,26 @@ class Gate:
             log.warning("%s runs without review: no checkpoint matches",
                         visible(tool))
 
-        wrapper: Any
-        if is_async(function):
-            async def wrapper_async(*args: Any, **kwargs: Any) -> Any:
-                if tool in self._free and checkpoint is None:
-                    return await function(*args, **kwargs)
-                arguments, run = binder.bind(args, kwargs)
-                return await self.acall(tool, arguments, run, context=context,
-                                        checkpoint=checkpoint)
-            wrapper = wrapper_async
-        else:
-            def wrapper_sync(*args: Any, **kwargs: Any) -> Any:
-                if tool in self._free and checkpoint is None:
-                    return function(*args, **kwargs)
-                arguments, run = binder.bind(args, kwargs)
-                return self.call(tool, arguments, run, context=context,
-                                 checkpoint=checkpoint)
-            wrapper = wrapper_sync
-        functools.update_wrapper(wrapper, function)
-        wrapper.__name__ = getattr(function, "__name__", tool)
-        wrapper.__signature__ = binder.signature
-        wrapper.__annotations__ = {
-            name: p.annotation for name, p in
-            binder.signature.parameters.items() if p.annotation is not p.empty}
-        if binder.signature.return_annotation is not inspect.Signature.empty:
-            wrapper.__annotations__["return"] = (
-                binder.signature.return_annotation)
-        return wrapper
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if tool in self._free and checkpoint is None:
+                return function(*args, **kwargs)
+            arguments, run = binder.bind(args, kwargs)
+            call: Any = self.acall if is_async(function) else self.call
+            return call(tool, arguments, run, context=context,
+                        checkpoint=checkpoint)
+
+        async def async_wrapper(*args: Any, **kwargs: Any) -> Any:
+            return await wrapper(*args, **kwargs)
+        made: Any = async_wrapper if is_async(function) else wrapper
+        functools.update_wrapper(made, function)
+        made.__name__ = getattr(function, "__name__", tool)
+        made.__signature__ = binder.signature
+        kinds = {name: p.annotation for name, p in
+                 binder.signature.parameters.items()}
+        kinds["return"] = binder.signature.return_annotation
+        made.__annotations__ = {name: kind for name, kind in kinds.items()
+                                if kind is not inspect.Signature.empty}
+        return made
 
 
 class Binder:
@@ -4529,8 +4482,7 @@ def proposed(name: str, data: Mapping[str, Any]
              ) -> tuple[str, dict[str, Any]]:
     """The tool call a hook's input proposes; HitlError without a name."""
     dialect = DIALECTS[name]
-    tool, arguments = inside(data, dialect.tool), inside(data,
-                                                         dialect.arguments)
+    tool, arguments = (inside(data, path) for path in dialect[:2])
     if name == "cline" and tool is None:
         tool = inside(data, "preToolUse.toolName")
         arguments = inside(data, "preToolUse.parameters")
@@ -4543,10 +4495,8 @@ def proposed(name: str, data: Mapping[str, Any]
             arguments = parse_json(arguments)
     if not isinstance(tool, str) or not tool:
         raise HitlError("the call names no tool", reason="bad-hook")
-    if arguments is None:
-        arguments = {}
-    return tool, arguments if isinstance(arguments, dict) else {
-        "input": arguments}
+    return tool, arguments if isinstance(arguments, dict) else (
+        {} if arguments is None else {"input": arguments})
 
 
 def with_why(answer: Any, why: str) -> Any:
@@ -4573,7 +4523,7 @@ def hook(data: bytes, config: Path | None, seconds: float | None
         name = dialect_of(call)
         dialect = DIALECTS[name]
         tool, arguments = proposed(name, call)
-        gate = Gate(config or beside_or_named(), context=call,
+        gate = Gate(find_configuration(config, local=False), context=call,
                     agent=hook_agent(name, call))
         why = decide_hook(gate, tool, arguments,
                           str(inside(call, dialect.session)),
@@ -4606,7 +4556,7 @@ def decide_hook(gate: Gate, tool: str, arguments: dict[str, Any],
     first that is free or alive counts, so a repeat attaches to what waits,
     claims what is approved, and is told at once what was rejected; one that
     is spent or expired makes room for a new asking."""
-    held = gate._match(tool, arguments, None, None, seconds, None)
+    held = gate._match(tool, arguments, timeout_seconds=seconds)
     if held is None:
         return None
     limit = min(seconds, held.checkpoint.timeout_seconds or math.inf)
@@ -4614,12 +4564,10 @@ def decide_hook(gate: Gate, tool: str, arguments: dict[str, Any],
     held.lifetime_seconds = max(first_of(
         held.checkpoint.lifetime_seconds,
         gate.configuration.gate["lifetime_seconds"], HOOK_LIFETIME), limit + 1)
-    held.body["timeout_seconds"] = min(held.lifetime_seconds,
-                                       MAX_YEARS * 31_000_000)
     key = hashlib.sha256(f"{session}\n{held.digest}".encode()).hexdigest()[:32]
     began = time.monotonic()
     for number in range(1, 1000):
-        held.rename(f"{key}-{number}")
+        held.request_id = f"{key}-{number}"
         held.deadline = began + limit
         try:
             return f"approved by {gate._obtain(held)}"
@@ -4632,13 +4580,6 @@ def decide_hook(gate: Gate, tool: str, arguments: dict[str, Any],
                 raise
     raise AlreadyClaimedError("this call was approved a thousand times in "
                               "this session")
-
-
-def beside_or_named() -> Path:
-    """HITL_CONFIG or the file beside hitl.py: never the agent's working
-    directory, where it may write."""
-    return Path(os.environ.get("HITL_CONFIG") or Path(
-        __file__).absolute().with_name("checkpoints.toml")).absolute()
 
 
 def hook_agent(name: str, call: Mapping[str, Any]) -> str:
@@ -4730,7 +4671,10 @@ def installed_lines(agent: str) -> Iterator[tuple[Path, str]]:
         if agent == "cline":
             yield path, text
             continue
-        found: list[Any] = [json.loads(text)]
+        try:
+            found: list[Any] = [json.loads(text)]
+        except ValueError as error:
+            raise ConfigError(f"{path}: not plain JSON: {error}") from None
         while found:
             value = found.pop()
             if isinstance(value, (dict, list)):
@@ -4835,9 +4779,7 @@ class Proxy:
             status = self.child.wait()
         with contextlib.suppress(OSError):
             self.child.stdin.close()
-        with self.lock:
-            held = list(self.held.values())
-        for call in held:                   # nobody is there to run them
+        for call in list(self.held.values()):   # nobody is there to run them
             call.cancelled = True
             self.gate._withdraw(call, "the MCP server ended")
         return 128 - status if status < 0 else status
@@ -4849,9 +4791,7 @@ class Proxy:
                 self.from_client(line)
             except (BrokenPipeError, ValueError):   # the server is gone
                 return
-        with self.lock:
-            held = list(self.held.values())
-        for call in held:
+        for call in list(self.held.values()):
             self.cancel(call)
         with contextlib.suppress(OSError):
             self.child.stdin.close()
@@ -4865,8 +4805,11 @@ class Proxy:
             open_ids = [*self.sent, *self.held]
             self.sent.clear()
         for key in open_ids:
-            self.answer({"jsonrpc": "2.0", "id": json.loads(key), "error": {
-                "code": -32000, "message": "the MCP server ended"}})
+            self.fault(-32000, "the MCP server ended", json.loads(key))
+
+    def fault(self, code: int, words: str, key: Any = None) -> None:
+        self.answer({"jsonrpc": "2.0", "id": key, "error": {
+            "code": code, "message": words}})
 
     def answer(self, message: Any) -> None:
         line = message if isinstance(message, bytes) else (
@@ -4886,21 +4829,18 @@ class Proxy:
         except ValueError:
             # what we cannot read strictly, a server might read as a call
             if b"call" in line or b"\\u" in line:
-                self.answer({"jsonrpc": "2.0", "id": None, "error": {
-                    "code": -32700, "message": "hitl: not strict JSON"}})
+                self.fault(-32700, "hitl: not strict JSON")
             else:
                 self.forward(line)
             return
         if isinstance(message, list) and any(
                 inside(m, "method") == "tools/call" for m in message):
-            self.answer({"jsonrpc": "2.0", "id": None, "error": {
-                "code": -32600, "message": "hitl: send calls one by one"}})
+            self.fault(-32600, "hitl: send calls one by one")
         elif inside(message, "method") == "tools/call":
             self.gated(message, line)
         elif inside(message, "method") == "notifications/cancelled":
             key = canonical(inside(message, "params.requestId"))
-            with self.lock:
-                call = self.held.get(key)
+            call = self.held.get(key)
             if call is None:
                 self.forward(line)
             else:
@@ -4935,10 +4875,11 @@ class Proxy:
             if not isinstance(tool, str) or not isinstance(arguments, dict):
                 raise HitlError("this tools/call names no tool")
             held = self.gate._match(
-                f"mcp__{self.name}__{tool}", arguments, {
-                    "MCP server": self.command, "client": self.seen.get(
-                        "client"), "the server says of this tool (untrusted)":
-                    self.seen.get(tool, "nothing")}, None, None, None)
+                f"mcp__{self.name}__{tool}", arguments, context={
+                    "MCP server": self.command,
+                    "client": self.seen.get("client"),
+                    "the server says of this tool (untrusted)":
+                        self.seen.get(tool, "nothing")})
         except HitlError as error:
             return self.refuse(message, logged(error))
         if held is None:
@@ -4949,24 +4890,21 @@ class Proxy:
         held.tick = self.progress(params)
         with self.lock:
             self.held[key] = held
-        thread = threading.Thread(target=self.wait, daemon=True,
-                                  args=(message, held, key, call))
-        thread.start()
+        threading.Thread(target=self.wait, daemon=True,
+                         args=(message, held, key, call)).start()
 
     def wait(self, message: dict[str, Any], held: Held, key: str,
              call: str) -> None:
         """Hold one call until a person decides, then send it or refuse."""
         try:
             self.gate._obtain(held)
-            error = None
-        except HitlError as refusal:
-            error = refusal
-        with self.lock:
+        except HitlError as error:      # a cancelled call is never answered
+            return None if held.cancelled else (
+                self.refuse(message, logged(error)))
+        finally:
             self.held.pop(key, None)
         if held.cancelled:
-            return                      # never answered
-        if error is not None:
-            return self.refuse(message, logged(error))
+            return
         message["params"]["arguments"] = held.approved()    # promise 2
         try:
             self.passes(message, (json.dumps(message) + "\n").encode(), call)
@@ -5009,7 +4947,7 @@ class Proxy:
     def from_server(self, line: bytes) -> None:
         """Note what passes by: answers, and what tools say of themselves."""
         try:
-            message = json.loads(line)
+            message = parse_json(line)
         except ValueError:
             return
         if not isinstance(message, dict) or "id" not in message or (
@@ -5073,7 +5011,7 @@ def execute(argv: list[str], cwd: str, executable: str) -> int:
 # ================================= Evidence ================================
 # The whole path, for real: a desk on a free port, a database, the page, a
 # gate, and a small agent whose tools work on a table of records in a scratch
-# SQLite file (the only SQL outside the Store). `demo` lets a person decide;
+# SQLite file (SQL on a file that is not the desk's). `demo` lets a person decide;
 # `verify` decides as the page's buttons would, compares what it sees with the
 # guide's expectations and writes the evidence down.
 
@@ -5095,14 +5033,13 @@ class Workshop:
 
     def __init__(self, timeout: float, port: int = 0,
                  say: Callable[[str], None] | None = None) -> None:
-        import secrets
         import tempfile
         self.scratch = tempfile.TemporaryDirectory(prefix="hitl-")
         folder = Path(self.scratch.name)
         self.rules = folder / "checkpoints.toml"
         self.rules.write_text(SAMPLE_RULES.format(timeout=timeout))
         self.records, self.database = folder / "records.db", folder / "hitl.db"
-        self.token = secrets.token_urlsafe(32)
+        self.token = fresh_token()
         self.store = Store(self.database)
         tokens = Tokens(None, token_hash(self.token), {})
         try:
@@ -5138,25 +5075,23 @@ class Workshop:
     # ---- the agent's tools ----
 
     def reset(self) -> None:
-        self.sql("DROP TABLE IF EXISTS users", change=True)
-        self.sql("CREATE TABLE users (name TEXT, last_login TEXT)",
-                 change=True)
-        for name, year in (("ana", 2026), ("ben", 2019), ("cleo", 2018)):
-            self.sql("INSERT INTO users VALUES (?, ?)", name, f"{year}-05-01",
-                     change=True)
+        self.sql("DROP TABLE IF EXISTS users")
+        self.sql("CREATE TABLE users (name TEXT, last_login TEXT)")
+        self.sql("INSERT INTO users VALUES ('ana', '2026-05-01'), "
+                 "('ben', '2019-05-01'), ('cleo', '2018-05-01')")
 
-    def sql(self, text: str, *values: Any, change: bool = False) -> Any:
+    def sql(self, text: str) -> Any:
         import sqlite3
         with contextlib.closing(sqlite3.connect(self.records)) as db, db:
-            cursor = db.execute(text, values)
-            return cursor.rowcount if change else cursor.fetchall()
+            cursor = db.execute(text)
+            return cursor.fetchall() if cursor.description else cursor.rowcount
 
     def read_records(self, table: str) -> Any:
         return self.sql(f"SELECT name, last_login FROM {table}")
 
     def delete_records(self, table: str, condition: str) -> Any:
         """What the sample agent wants; a real tool, which really deletes."""
-        return self.sql(f"DELETE FROM {table} WHERE {condition}", change=True)
+        return self.sql(f"DELETE FROM {table} WHERE {condition}")
 
 
 def basic(name: str, token: str) -> str:
@@ -5176,13 +5111,6 @@ DELETE = {"table": "users", "condition": "last_login < '2020-01-01'"}
 def demo(timeout: float, keys: Iterator[str],
          say: Callable[[str], None]) -> None:
     """A sample agent that wants to delete, a desk, and a person: you."""
-    import queue
-    pressed: queue.Queue[str] = queue.Queue()
-
-    def read() -> None:
-        for key in keys:
-            pressed.put(key)
-    threading.Thread(target=read, daemon=True).start()
     with Workshop(timeout, 8765) as shop:
         gate = shop.gate("demo agent", {
             "task": "remove users who have not logged in since 2020",
@@ -5194,8 +5122,8 @@ def demo(timeout: float, keys: Iterator[str],
         say(f"agent: read_records(users) -> {shop.read_records('users')}")
         say(f"agent: delete_records({DELETE['table']}, "
             f"{DELETE['condition']!r}) ...")
-        threading.Thread(target=decide_by_keys, daemon=True, args=(
-            shop, iter(pressed.get, None), say)).start()
+        threading.Thread(target=decide_by_keys, daemon=True,
+                         args=(shop, keys, say)).start()
         try:
             gone = gate.call("delete_records", DELETE, shop.delete_records)
             say(f"agent: approved, {gone} records deleted")
@@ -5258,9 +5186,10 @@ def verification(shop: Workshop, lines: list[str]) -> Iterator[Finding]:
     """The guide's verification, step by step: trigger, approve; trigger,
     reject; trigger, and nobody decides. `lines` is the log as it grows."""
     gate = shop.gate("verification", {"plan": ["read", "delete"], "step": 2})
-    me, reader = shop.reviewer("verifier"), page_reader()
+    me = shop.reviewer("verifier")
 
-    def trigger() -> tuple[threading.Thread, dict[str, Any], float]:
+    def trigger() -> Generator[Finding, None, tuple[
+            threading.Thread, dict[str, Any]]]:
         result: dict[str, Any] = {}
 
         def run() -> None:
@@ -5273,9 +5202,6 @@ def verification(shop: Workshop, lines: list[str]) -> Iterator[Finding]:
         thread = threading.Thread(target=run)
         began = time.monotonic()
         thread.start()
-        return thread, result, began
-
-    def row_waiting(began: float) -> Iterator[Finding]:
         with contextlib.closing(open_for_reading(shop.database)) as db:
             ids: list[Any] = []
             while not ids and time.monotonic() < began + 5:
@@ -5286,17 +5212,16 @@ def verification(shop: Workshop, lines: list[str]) -> Iterator[Finding]:
             "trigger delete_records", "1 row with status waiting within 1 s",
             f"{len(ids)} row after {took:.3f} s", len(ids) == 1 and took < 1)
         shop.waiting_id = ids[0][0] if ids else ""
+        return thread, result
 
     def records() -> int:
         return len(shop.read_records("users"))
 
     # 1 approve
-    thread, result, began = trigger()
-    yield from row_waiting(began)
+    thread, result = yield from trigger()
     status, _, data = me.fetch("GET", "/", seconds=5, Accept="text/html")
     description = f"Delete users where {DELETE['condition']}"
-    form = reader(shop.waiting_id)
-    form.feed(data.decode())
+    form = card_on(data, shop.waiting_id)
     yield Finding("open the page", f"200, and it shows: {description}",
                   f"{status}, and it shows: {form.description}",
                   status == 200 and form.description == description)
@@ -5318,34 +5243,29 @@ def verification(shop: Workshop, lines: list[str]) -> Iterator[Finding]:
 
     # 2 reject
     shop.reset()
-    thread, result, began = trigger()
-    yield from row_waiting(began)
-    form = reader(shop.waiting_id)
-    form.feed(me.fetch("GET", "/", seconds=5)[2].decode())
-    form.click(me, "rejected")
+    thread, result = yield from trigger()
+    card_on(me.fetch("GET", "/", seconds=5)[2], shop.waiting_id).click(
+        me, "rejected")
     thread.join(10)
     yield Finding("click Reject", "CollaborationError reaches the caller",
                   f"{type(result.get('raised')).__name__}: "
                   f"{result.get('raised')}",
                   type(result.get("raised")) is CollaborationError)
-    logged_lines = [line for line in lines
-                    if "CollaborationError: rejected" in line]
+    line = next((line for line in reversed(lines)
+                 if "CollaborationError: rejected" in line), "")
     yield Finding("read the log", "a line with CollaborationError: rejected",
-                  (logged_lines or ["none"])[-1], bool(logged_lines))
+                  line or "none", bool(line))
     yield Finding("look at the records", "nothing ran: 3 left",
                   f"{records()} left", records() == 3)
 
     # 3 nobody decides
-    thread, result, began = trigger()
-    yield from row_waiting(began)
-    thread.join(gate.configuration.gate["timeout_seconds"] + 10)
-    yield Finding("wait (time-out set to "
-                  f"{gate.configuration.gate['timeout_seconds']} s here)",
-                  "TimeoutError", f"{type(result.get('raised')).__name__}, a "
-                  "TimeoutError" if isinstance(result.get("raised"),
-                                               TimeoutError)
-                  else repr(result), isinstance(result.get("raised"),
-                                                TimeoutError))
+    thread, result = yield from trigger()
+    limit = gate.configuration.gate["timeout_seconds"]
+    thread.join(limit + 10)
+    late = isinstance(result.get("raised"), TimeoutError)
+    yield Finding(f"wait (time-out set to {limit} s here)", "TimeoutError",
+                  f"{type(result['raised']).__name__}, a TimeoutError"
+                  if late else repr(result), late)
     reply = me.exchange("POST", f"/approve/{shop.waiting_id}",
                         {"decision": "approved"}, seconds=5)
     yield Finding("click too late", "409, the row is expired, nothing runs",
@@ -5358,53 +5278,35 @@ def verification(shop: Workshop, lines: list[str]) -> Iterator[Finding]:
                   not faults)
 
 
-def page_reader() -> type:
-    """A reader of the page, as a browser is: the card of one request, its
-    description, its form, and what its buttons send."""
-    from html.parser import HTMLParser
+class Card(NamedTuple):
+    """One request's card, as a browser sees it on the page."""
 
-    class PageReader(HTMLParser):
-        def __init__(self, request_id: str) -> None:
-            super().__init__()
-            self.id, self.inside, self.heading = request_id, False, False
-            self.description = self.style = self.action = ""
-            self.fields: dict[str, str] = {}
-            self.buttons: list[str] = []
+    style: str
+    description: str
+    action: str
+    fields: dict[str, str]
+    buttons: list[str]
 
-        def handle_starttag(self, tag: str, pairs: Any) -> None:
-            given = dict(pairs)
-            if tag == "article":
-                self.inside = given.get("id") == f"request-{self.id}"
-                if self.inside:
-                    self.style = given["class"]
-            if not self.inside:
-                return
-            self.heading = tag == "h3"
-            if tag == "form":
-                self.action = given["action"]
-            elif tag == "input":
-                self.fields[given["name"]] = given["value"]
-            elif tag == "button":
-                self.buttons.append(given["value"])
+    def click(self, client: Client, decision: str) -> int:
+        """Post the form as a browser does -> the status."""
+        from urllib.parse import urlencode
+        form = {**self.fields, "reason": "", "decision": decision}
+        return client.fetch(
+            "POST", self.action, urlencode(form).encode(), seconds=5,
+            Content_Type=FORM, Accept="text/html", Origin=client.server_url,
+            Sec_Fetch_Site="same-origin")[0]
 
-        def handle_endtag(self, tag: str) -> None:
-            self.heading = False
-            self.inside = self.inside and tag != "article"
 
-        def handle_data(self, data: str) -> None:
-            if self.inside and self.heading:
-                self.description += data
-
-        def click(self, client: Client, decision: str,
-                  reason: str = "") -> int:
-            """Post the form as a browser does -> the status."""
-            from urllib.parse import urlencode
-            form = {**self.fields, "reason": reason, "decision": decision}
-            return client.fetch(
-                "POST", self.action, urlencode(form).encode(), seconds=5,
-                Content_Type=FORM, Accept="text/html", Origin=
-                client.server_url, Sec_Fetch_Site="same-origin")[0]
-    return PageReader
+def card_on(page: bytes, request_id: str) -> Card:
+    """The card of a request on the page; an empty one if it is not there."""
+    from html import unescape
+    text = re.search(rf'<article class="([^"]*)" id="request-{request_id}">'
+                     r"(.*?)</article>", page.decode(), re.DOTALL) or [""] * 3
+    found = functools.partial(re.findall, string=text[2], flags=re.DOTALL)
+    return Card(text[1], unescape("".join(found("<h3[^>]*>(.*?)</h3>"))),
+                "".join(found('<form [^>]*action="([^"]*)"')),
+                dict(found('<input [^>]*name="([^"]*)" value="([^"]*)"')),
+                found('<button [^>]*value="([^"]*)"'))
 
 
 def verify(model: str, timeout: float, say: Callable[[str], None]
@@ -5548,27 +5450,22 @@ category = "destructive"
 '''
 
 
-class Keys:
+@contextlib.contextmanager
+def key_presses() -> Iterator[Iterator[str]]:
     """Key presses as they come: single keys from a terminal, else the first
     letter of each line."""
-
-    def __init__(self) -> None:
-        self.saved: Any = None
-        if sys.stdin.isatty() and os.name == "posix":
-            import termios
-            import tty
-            self.saved = termios.tcgetattr(sys.stdin)
-            tty.setcbreak(sys.stdin)
-
-    def __iter__(self) -> Iterator[str]:
-        while text := (sys.stdin.read(1) if self.saved
-                       else sys.stdin.readline()):
-            yield text.strip()[:1].lower()
-
-    def close(self) -> None:
-        if self.saved:
-            import termios
-            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self.saved)
+    lines = iter(sys.stdin.readline, "")
+    if not sys.stdin.isatty() or os.name != "posix":
+        yield (line.strip()[:1].lower() for line in lines)
+        return
+    import termios
+    import tty
+    saved = termios.tcgetattr(sys.stdin)
+    tty.setcbreak(sys.stdin)
+    try:
+        yield iter(lambda: sys.stdin.read(1).lower(), "")
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, saved)
 
 
 def say(text: str = "") -> None:
@@ -5576,18 +5473,9 @@ def say(text: str = "") -> None:
     print(text, flush=True)
 
 
-def environment(name: str) -> str:
-    return os.environ.get(name, "")
-
-
-def fresh_token() -> str:
-    import secrets
-    return secrets.token_urlsafe(32)        # 256 bits
-
-
 def read_token(name: str) -> str | None:
     """A token from the environment; ConfigError if it is a poor one."""
-    token = environment(name)
+    token = os.environ.get(name)
     if token and not re.fullmatch(r"[!-~]{16,}", token):
         raise ConfigError(
             f"{name} is shorter than 16 characters, or not plain ASCII",
@@ -5597,19 +5485,21 @@ def read_token(name: str) -> str | None:
 
 def configuration_for(args: Any, needed: bool = True) -> Configuration:
     """The configuration in force; where there is none and none is needed,
-    the defaults."""
+    the defaults: no checkpoints, so no Gate can be made of it."""
     try:
         path = find_configuration(args.config)
     except ConfigError:
         if needed:
             raise
-        return default_configuration()
+        gate, server = (checked(Path(), "", kind, {}) for kind in
+                        ("gate", "server"))
+        return Configuration(None, "", gate, server, (), {}, ())
     return load_configuration(path)
 
 
 def database_for(args: Any, rules: Configuration) -> Path:
     """Flag, environment, file, default; the file's is relative to itself."""
-    given = args.database or environment("HITL_DATABASE")
+    given = args.database or os.environ.get("HITL_DATABASE")
     if given:
         return Path(given).absolute()
     folder = rules.path.parent if rules.path else Path.cwd()
@@ -5620,22 +5510,21 @@ def reviewer_client(args: Any) -> Client:
     """The server, as the reviewer who types."""
     import getpass
     rules = configuration_for(args, needed=False)
-    name = environment("HITL_REVIEWER")
+    name = os.environ.get("HITL_REVIEWER")
     if not name:
         with contextlib.suppress(OSError, KeyError, ImportError):
             name = getpass.getuser()
-    token = environment("HITL_REVIEWER_TOKEN")
+    token = os.environ.get("HITL_REVIEWER_TOKEN")
     if not token and sys.stdin.isatty():
         token = getpass.getpass("reviewer's token (serve printed it): ")
     if not token:
         raise ConfigError("no reviewer's token",
                           "set HITL_REVIEWER_TOKEN; serve printed it")
-    try:
+    with config_error("HITL_REVIEWER"):
         name = name_value(name or "reviewer")
-        url = url_value(args.server_url or environment("HITL_SERVER_URL")
+    with config_error("server_url"):
+        url = url_value(args.server_url or os.environ.get("HITL_SERVER_URL")
                         or rules.gate["server_url"])
-    except ValueError as error:
-        raise ConfigError(f"HITL_REVIEWER or server_url {error}") from None
     return Client(url, basic(name, token))
 
 
@@ -5695,13 +5584,11 @@ def cmd_serve(args: Any) -> int:
     rules = configuration_for(args, needed=False)
     warnings = list(rules.warnings) + file_warnings(rules)
     host = args.host or rules.server["host"]
-    try:
-        port = port_value(rules.server["port"] if args.port is None
-                          else args.port)
+    with config_error("--port"):
+        port = port_value(first_of(args.port, rules.server["port"]))
+    with config_error("--public-url"):
         public_url = public_url_value(args.public_url
                                       or rules.server["public_url"])
-    except ValueError as error:
-        raise ConfigError(f"--port or --public-url {error}") from None
     tokens, token = serving_tokens(rules)
     check_exposure(host, public_url, tokens, args.allow_clear_text)
     database = database_for(args, rules)
@@ -5728,9 +5615,9 @@ def cmd_serve(args: Any) -> int:
     say(f"configuration {rules.path or 'none found: defaults of [server]'}")
     say(f"database {store.path.absolute()}")
     say(f"audit log: {store.head.sequence} rows, head {store.head.hash}")
-    if environment("SSH_CONNECTION"):
+    if os.environ.get("SSH_CONNECTION"):
         import getpass
-        there = environment("SSH_CONNECTION").split()[2]
+        there = os.environ["SSH_CONNECTION"].split()[2]
         bound = desk.url.rpartition(":")[2]
         say(f"from your own machine: ssh -L {bound}:127.0.0.1:{bound} "
             f"{getpass.getuser()}@{there}")
@@ -5752,7 +5639,7 @@ def serving_tokens(rules: Configuration) -> tuple[Tokens, str | None]:
     """Who may sign in, and the reviewer's token if it was made here."""
     agent = read_token("HITL_AGENT_TOKEN")
     shared, made = None, None
-    if rules.reviewers and environment("HITL_REVIEWER_TOKEN"):
+    if rules.reviewers and os.environ.get("HITL_REVIEWER_TOKEN"):
         say("warning: HITL_REVIEWER_TOKEN is not used: each [[reviewer]] has "
             "a token")
     if not rules.reviewers:
@@ -5834,29 +5721,29 @@ def cmd_check(args: Any) -> int:
     if args.tool is None:
         if args.json:
             say(json.dumps({"path": str(rules.path), "checkpoints": [
-                dataclasses.asdict(c) for c in rules.checkpoints]}))
+                {name: str(v) if v == math.inf else v
+                 for name, v in dataclasses.asdict(c).items()}
+                for c in rules.checkpoints]}))
             return 0
-        warnings = (list(rules.warnings) + file_warnings(rules)
-                    + ignored_warning(database_for(args, rules)))
+        warnings = [*rules.warnings, *file_warnings(rules),
+                    *ignored_warning(database_for(args, rules))]
         say(f"{rules.path}: {len(rules.checkpoints)} checkpoints, fine")
         for c in rules.checkpoints:
             say(f"  {c.checkpoint_id:20} {c.effect:7} {c.action_pattern}")
         say(f"  {'(what none matches)':20} {rules.gate['unmatched']}")
         for warning in warnings:
             say(f"warning: {warning}")
-        url = environment("HITL_SERVER_URL") or rules.gate["server_url"]
+        url = os.environ.get("HITL_SERVER_URL") or rules.gate["server_url"]
         try:
             asked(Client(url), "GET", "/healthz")
             say(f"server {url}: answers")
         except HitlError as error:
             say(f"server {url}: {error.message}")
         return 0
-    try:
+    with config_error("JSON of the arguments:"):
         arguments = parse_json(args.arguments)
         if not isinstance(arguments, dict):
             raise ValueError('it must be like {"table": "users"}')
-    except ValueError as error:
-        raise ConfigError(f"JSON of the arguments: {error}") from None
     match = rules.first_match(args.tool, arguments)
     rule = match.checkpoint
     answer = {"tool": args.tool, "effect": match.effect,
@@ -5883,7 +5770,7 @@ def cmd_check(args: Any) -> int:
 
 def cmd_init(args: Any) -> int:
     """write a commented checkpoints.toml here, if there is none"""
-    path = Path(args.config or environment("HITL_CONFIG")
+    path = Path(args.config or os.environ.get("HITL_CONFIG")
                 or "checkpoints.toml").absolute()
     try:
         with open(path, "x", encoding="utf-8") as file:
@@ -5979,7 +5866,7 @@ def cmd_log(args: Any) -> int:
                     "request_id", "actor", "detail", "hash"), row))))
             else:
                 say(" ".join(visible(str(part)) for part in row[:6]))
-    except (sqlite3.DatabaseError, ValueError, KeyError, IndexError,
+    except (sqlite3.DatabaseError, ValueError, LookupError,
             TypeError) as error:
         say(f"FAULT {path}: {visible(str(error))}")
         return 1
@@ -5990,10 +5877,8 @@ def cmd_log(args: Any) -> int:
 
 def cmd_token(args: Any) -> int:
     """a token for one reviewer, and the lines that make it known"""
-    try:
+    with config_error("the name"):
         name_value(args.name)
-    except ValueError as error:
-        raise ConfigError(f"the name {error}") from None
     token = fresh_token()
     say(f"for {args.name}, shown once: {token}\n\nin checkpoints.toml:\n\n"
         f'[[reviewer]]\nname = {json.dumps(args.name, ensure_ascii=False)}\n'
@@ -6036,7 +5921,7 @@ def check_hooks(config: str | None) -> int:
     """Run every installed line on a sample call: would it really block? And
     do the rules hold what a coding agent does?"""
     warnings = uncovered(load_configuration(
-        Path(config) if config else beside_or_named()))
+        find_configuration(config, local=False)))
     found, bad = 0, len(warnings)
     for warning in warnings:
         say(f"warning: {warning}")
@@ -6083,11 +5968,8 @@ def command_behind(args: Any) -> list[str]:
 
 def cmd_demo(args: Any) -> int:
     """see it happen: a sample agent asks, you decide"""
-    keys = Keys()
-    try:
-        demo(args.timeout, iter(keys), say)
-    finally:
-        keys.close()
+    with key_presses() as keys:
+        demo(first_of(args.timeout, 300.0), keys, say)
     return 0
 
 
@@ -6099,7 +5981,7 @@ def cmd_verify(args: Any) -> int:
     except OSError as error:
         raise ConfigError(f"{output}: {error.strerror}",
                           "name another file by --output") from None
-    evidence = verify(args.model, args.timeout, say)
+    evidence = verify(args.model, first_of(args.timeout, 2.0), say)
     output.write_text(json.dumps(evidence, indent=2) + "\n")
     say(f"\n{'verified' if evidence['verified'] else 'NOT VERIFIED'}; the "
         f"evidence is in {output}")
@@ -6225,8 +6107,6 @@ def main(argv: list[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 2
-    if getattr(args, "timeout", 0) is None:
-        args.timeout = {"demo": 300.0, "verify": 2.0}.get(args.command)
     try:
         return int(args.function(args))
     except HitlError as error:
