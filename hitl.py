@@ -524,16 +524,20 @@ class Checkpoint:
         edit; of a command, `allow` needs every part to the letter."""
         if self.kind == "tool":
             return True
-        text = text_of(self.kind, arguments)
-        parts = commands_in(text) if self.kind == "shell" else [text]
-        long = len(text) > MAX_MATCHED
+        texts, unseen = texts_of(self.kind, arguments)
+        text, parts = "\n".join(texts), list(texts)
+        odd = unseen or len(text) > MAX_MATCHED
+        if self.kind == "shell":
+            taken = [commands_in(one) for one in texts]
+            odd = odd or not texts or None in taken
+            parts = [part for one in taken for part in one or ()]
         if self is ODD_COMMAND:
-            return parts is None
+            return odd
         if self.effect == "allow":      # a redirection could write anywhere
-            return bool(parts) and not long and not set("<>") & set(text) and (
-                all(self.find(self.action_pattern, p) for p in parts or ()))
-        return not text or long or any(self.find(self.action_pattern, part)
-                                       for part in (text, *(parts or ())))
+            return bool(parts) and not odd and not set("<>") & set(text) and (
+                all(self.find(self.action_pattern, part) for part in parts))
+        return not text or unseen or len(text) > MAX_MATCHED or any(
+            self.find(self.action_pattern, part) for part in (text, *parts))
 
     def arguments_match(self, arguments: Mapping[str, Any]) -> bool:
         """Whether every argument pattern matches. Where an argument is
@@ -629,46 +633,64 @@ KINDS = {
     "shell": (frozenset((
         "bash", "shell", "sh", "local_shell", "powershell", "terminal",
         "run_shell_command", "run_commands", "run_command", "run_in_terminal",
-        "execute_command", "exec_command", "exec", "run")),
+        "run_terminal_cmd", "execute_command", "exec_command", "execute_bash",
+        "shell_command", "exec", "run", "monitor")),
         ("command", "commands", "cmd", "script", "argv")),
     "edit": (frozenset((
         "write", "edit", "multiedit", "notebookedit", "apply_patch", "patch",
         "write_file", "replace", "edit_file", "create", "create_file",
-        "write_to_file", "replace_in_file", "insert_edit_into_file",
-        "str_replace_editor", "str_replace_based_edit_tool")),
-        ("file_path", "path", "filepath", "filePath", "notebook_path",
-         "absolute_path", "patch", "patchText", "diff", "input", "command")),
+        "write_to_file", "write_new_file", "replace_in_file", "apply_diff",
+        "replace_string_in_file", "multi_replace_string_in_file", "editor",
+        "insert_content", "insert_edit_into_file", "search_and_replace",
+        "delete_file", "move_file", "str_replace_editor",
+        "str_replace_based_edit_tool")),
+        ("file_path", "path", "filepath", "filePath", "target_file",
+         "notebook_path", "absolute_path", "patch", "patchText", "diff",
+         "edits", "input", "command")),
 }
+SHELLS = frozenset(("sh", "bash", "zsh", "dash", "ksh", "fish", "ash"))
+SHELL_PATH = re.compile(rf"(/(usr/)?bin/)?({'|'.join(sorted(SHELLS))})")
+BEFORE = frozenset((            # words that may stand before a command
+    "then", "do", "else", "elif", "if", "while", "until", "!", "{", "time",
+    "coproc", "env", "sudo", "nohup", "command", "builtin", "nice", "xargs"))
+COMMENT = re.compile(r"""('[^']*'|"(?:\\.|[^"\\])*"|\\.#?)"""
+                     r"""|(?<![^\s;&|()])#[^\n]*""", re.DOTALL)
 
 
-def text_of(kind: str, arguments: Mapping[str, Any]) -> str:
-    """What a call of this kind does, as text; "" if it cannot be seen."""
-    texts = []
+def texts_of(kind: str, arguments: Mapping[str, Any]
+             ) -> tuple[list[str], bool]:
+    """The texts that say what a call of this kind does, each by itself, and
+    whether there is one that cannot be read."""
+    texts, unseen = [], False
     for name in KINDS[kind][1]:
         value = arguments.get(name)
-        if isinstance(value, str) and value[:1] == "[":
+        if isinstance(value, str) and value.lstrip()[:1] == "[":
             with contextlib.suppress(ValueError):
                 value = parse_json(value)       # Cline's list is a text
         if isinstance(value, list) and all(isinstance(v, str) for v in value):
-            shell = len(value) == 3 and value[1] in ("-c", "-lc") and (
-                re.fullmatch("(/usr)?(/bin/)?(ba|z|da)?sh", value[0]))
-            value = value[2] if shell else (
-                "\n" if name == "commands" else " ").join(value)
+            if name == "commands":              # each in a shell of its own
+                texts += value
+                continue
+            value = value[2] if len(value) == 3 and value[1] in (
+                "-c", "-lc") and SHELL_PATH.fullmatch(value[0]) else (
+                " ".join(value))
         if isinstance(value, str):
             texts.append(value)
-        elif value is not None:
-            return ""
-    return "\n".join(texts)
+        unseen = unseen or not isinstance(value, (str, type(None)))
+    return [text for text in texts if text.strip()], unseen
 
 
 def commands_in(text: str) -> list[str] | None:
-    """The simple commands of a shell text, unquoted; None where it cannot be
-    taken apart cheaply: substitutions, here-documents, `eval`, a command's
-    name in a variable, quotes that do not close."""
+    """The simple commands of a shell text, unquoted, with and without what
+    stands before them (`sudo`, `A=1`), and those inside `sh -c`; None where
+    it cannot be taken apart cheaply: substitutions, here-documents, `eval`,
+    a command's name in a variable or a glob, quotes that do not close, a
+    shell that reads its orders elsewhere."""
     import shlex
-    if not text.strip() or re.search(r"`|\$\(|[<>]\(|<<|\$'|\\\n", text):
+    if re.search(r"`|\$\(|[<>]\(|<<|\$'|\\\n", text):
         return None
-    words = shlex.shlex(text, posix=True, punctuation_chars=";&|()<>\n")
+    words = shlex.shlex(COMMENT.sub(lambda found: found[1] or "", text),
+                        posix=True, punctuation_chars=";&|()<>\n")
     words.whitespace, words.commenters = " \t\r", ""
     words.whitespace_split = True
     commands: list[list[str]] = [[]]
@@ -680,11 +702,26 @@ def commands_in(text: str) -> list[str] | None:
                 commands[-1].append(word)
     except ValueError:
         return None
-    for command in commands:
-        first = next((w for w in command if not re.match(r"\w+=", w)), "")
-        if "$" in first or first in ("eval", "exec", "source", "."):
+    parts: list[str] = []
+    for command in filter(None, commands):
+        bare = command
+        while bare and (bare[0] in BEFORE or re.match(r"\w+=|-", bare[0])):
+            bare = bare[1:]
+        parts += dict.fromkeys((" ".join(command), " ".join(bare)))
+        first = bare[0].rpartition("/")[2] if bare else ""
+        if first in ("eval", "exec", "source", ".") or (
+                re.search(r"[$*?\[{]", first) and first not in ("[", "[[")):
             return None
-    return [" ".join(command) for command in commands if command]
+        if first in SHELLS:
+            inner = next((v for o, v in zip(bare[1:], bare[2:])
+                          if re.fullmatch("-[a-z]*c", o)), None)
+            file = any(word[:1] not in "-<>" for word in bare[1:])
+            more = (commands_in(inner) if inner else [] if file and
+                    inner is None else None)
+            if more is None:
+                return None
+            parts += more
+    return [part for part in parts if part]
 
 
 def views(text: str) -> tuple[tuple[str, str], ...]:
@@ -746,7 +783,11 @@ def describe(checkpoint: Checkpoint, tool: str,
     no index, no format, and what is not there shows as not given; where
     nothing is there, the call itself is told."""
     if checkpoint.kind == "shell":
-        arguments = {**arguments, "command": text_of("shell", arguments)}
+        arguments = {**arguments, "command": "\n".join(
+            texts_of("shell", arguments)[0])}
+    if checkpoint.kind == "edit":
+        arguments = {"file_path": "\n".join(texts_of("edit", arguments)[0]),
+                     **arguments}
 
     def fill_in(found: re.Match[str]) -> str:
         if found[1] == "tool":
