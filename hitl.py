@@ -144,6 +144,7 @@ class HitlError(RuntimeError):
                  reason: str = "", request_id: str = "") -> None:
         super().__init__(message)
         self.message, self.hint, self.request_id = message, hint, request_id
+        self.decided_at = ""            # of a rejection
         self.reason = reason or type(self).reason
 
     def __str__(self) -> str:
@@ -3999,10 +4000,12 @@ class Gate:
         """
         who = (state.decided_by or "").partition(":")[2]
         if state.status == Status.REJECTED:
-            raise CollaborationError(
+            error = CollaborationError(
                 f"rejected by {visible(who)}" + (
                     f": {visible(state.reason)}" if state.reason else ""),
                 request_id=held.request_id)
+            error.decided_at = state.decided_at or ""
+            raise error
         if state.status != Status.APPROVED or state.outcome == Outcome.LAPSED:
             ended = state.outcome or state.status
             raise ReviewTimeoutError(
@@ -4436,6 +4439,7 @@ def masked(value: Any, own: str = "", path: tuple[int, ...] = (),
 
 WHY = "{why}"                   # where an answer holds the explanation
 HOOK_LIFETIME = 86_400          # a request outlives the hook that asked
+REJECTED_SECONDS = 600          # a no stands so long; then it may be asked anew
 
 
 class Dialect(NamedTuple):
@@ -4475,6 +4479,9 @@ DIALECTS = {
         "toolName", "toolArgs", "sessionId", {"permissionDecision": "allow"},
         {"permissionDecision": "deny", "permissionDecisionReason": WHY}, 25,
         True),
+    "copilot-pascal": Dialect(*FLAT, claude(    # Claude's names, 30 s
+        hookEventName=PRE, permissionDecision="allow",
+        permissionDecisionReason=WHY), DENIED, 25, True),
     "copilot-permission": Dialect(
         "toolName", "toolArgs", "sessionId", {"behavior": "allow"},
         {"behavior": "deny", "message": WHY, "interrupt": False}, 25, True),
@@ -4499,7 +4506,8 @@ def dialect_of(data: Mapping[str, Any]) -> str:
     if data.get("hookName") == "permissionRequest":
         return "copilot-permission"
     if event == PRE:
-        return "codex" if "turn_id" in data else "claude"
+        return ("codex" if "turn_id" in data else "claude"
+                if "transcript_path" in data else "copilot-pascal")
     if event == ASK:
         return ("permission" if "transcript_path" in data
                 else "copilot-permission")
@@ -4567,7 +4575,8 @@ def hook(data: bytes, config: Path | None, seconds: float | None
         gate = Gate(find_configuration(config, local=False), context=call,
                     agent=hook_agent(name, call))
         why = decide_hook(gate, tool, arguments,
-                          str(inside(call, dialect.session)),
+                          str(inside(call, dialect.session) or [
+                              call.get("cwd"), call.get("transcript_path")]),
                           seconds or dialect.seconds)
         if why is None:
             return {}, 0, ""            # no opinion: its own flow goes on
@@ -4575,10 +4584,11 @@ def hook(data: bytes, config: Path | None, seconds: float | None
     except (CollaborationError, ReviewTimeoutError) as error:
         told = isinstance(error, (DeniedError, ReviewTimeoutError)) or (
             type(error) is CollaborationError)
-        why = f"{error.message}. " + (
-            "Repeat this very call later to pick up the decision."
-            if error.reason == "still-waiting" else
-            "Do not retry or rephrase it; tell the user.")
+        why = f"{error.message}. Do not retry or rephrase it; tell the user."
+        if error.reason == "still-waiting":
+            why = (f"{error.message.partition('; the request')[0]}; the "
+                   "request still waits. Repeat this very call later to pick "
+                   "up the decision.")
         if told and dialect:
             return with_why(dialect.rejected, why), 0, ""
         fault: BaseException = error
@@ -4595,7 +4605,7 @@ def decide_hook(gate: Gate, tool: str, arguments: dict[str, Any],
     """Who approved this call, None if nothing matches; raises as the gate
     does. The request_id is a digest of session and call with a number: the
     first that is free or alive counts, so a repeat attaches to what waits,
-    claims what is approved, and is told at once what was rejected; one that
+    claims what is approved, and is told at once what was just rejected; one that
     is spent or expired makes room for a new asking."""
     held = gate._match(tool, arguments, timeout_seconds=seconds)
     if held is None:
@@ -4614,6 +4624,10 @@ def decide_hook(gate: Gate, tool: str, arguments: dict[str, Any],
             return f"approved by {gate._obtain(held)}"
         except AlreadyClaimedError:
             continue
+        except CollaborationError as error:
+            if not "" < error.decided_at < instant(
+                    time.time() - REJECTED_SECONDS):
+                raise
         except ReviewTimeoutError as error:
             if error.reason not in (*Status, *Outcome):
                 raise
@@ -4666,7 +4680,10 @@ export const Hitl = async () => ({
       {stdin: new Blob([JSON.stringify(call)]), stdout: "pipe"})
     const text = await new Response(run.stdout).text()
     if ((await run.exited) !== 0) throw new Error("hitl: refused")
-    const said = JSON.parse(text).hookSpecificOutput
+    const answer = JSON.parse(text)
+    if (Object.prototype.toString.call(answer) !== "[object Object]")
+      throw new Error("hitl: refused")
+    const said = answer.hookSpecificOutput
     if (said && said.permissionDecision !== "allow")
       throw new Error(said.permissionDecisionReason)
   },
@@ -4699,30 +4716,59 @@ def snippet(agent: str) -> tuple[str, str]:
     return where, json.dumps(json.loads(text), indent=2)
 
 
-def installed_lines(agent: str) -> Iterator[tuple[Path, str]]:
-    """The lines that run this in an agent's settings, here or at home."""
+def installed_lines(agent: str) -> Iterator[tuple[Path, str, str]]:
+    """The lines that run this in an agent's settings, here or at home, each
+    with what is wrong in the settings around it."""
     name = SNIPPETS[agent][0].partition(" (")[0].removeprefix("~/")
     if agent == "opencode":
         return                          # JavaScript: not ours to run
-    for folder in (Path.cwd(), Path.home()):
-        path = folder / name
+    for path in (folder / name for folder in (Path.cwd(), Path.home())):
         if not path.is_file():
             continue
         text = path.read_text(encoding="utf-8")
         if agent == "cline":
-            yield path, text
+            yield path, text, ""
             continue
         try:
-            found: list[Any] = [json.loads(text)]
+            root = json.loads(text)
         except ValueError as error:
             raise ConfigError(f"{path}: not plain JSON: {error}") from None
+        off = "hooks are switched off" * bool(inside(root, "disableAllHooks"))
+        found: list[tuple[Any, Any]] = [(root, "*")]
         while found:
-            value = found.pop()
-            if isinstance(value, (dict, list)):
-                found += value.values() if isinstance(value, dict) else value
-            elif isinstance(value, str) and "hitl" in value and (
-                    " hook" in value):
-                yield path, value
+            value, matcher = found.pop()
+            if isinstance(value, list):
+                found += [(inner, matcher) for inner in value]
+            elif isinstance(value, dict):
+                matcher = value.get("matcher", matcher)
+                found += [(inner, matcher) for inner in value.values()]
+                for line in value.values():
+                    if isinstance(line, str) and "hitl" in line and (
+                            " hook" in line):
+                        yield path, line, off or misfit(agent, value, matcher)
+
+
+# after how many seconds an agent gives up on a hook, if its settings say none
+GIVES_UP = {"claude": 600, "codex": 600, "gemini": 60, "copilot": 30,
+            "cursor": 60}
+
+
+def misfit(agent: str, settings: dict[str, Any], matcher: Any) -> str:
+    """Why these settings let calls pass although the line blocks, or ""."""
+    given = settings.get("timeoutSec" if agent == "copilot" else "timeout")
+    seconds = GIVES_UP[agent] if not isinstance(given, (int, float)) else (
+        given / 1000 if agent == "gemini" else given)
+    line = next(v for v in settings.values()
+                if isinstance(v, str) and " hook" in v)
+    deadline = re.search(r"--deadline[ =]([0-9.]+)", line)
+    wanted = float(deadline[1]) if deadline else DIALECTS[
+        agent if agent != "copilot" else "copilot-pascal"].seconds
+    if seconds <= wanted:
+        return (f"the agent gives up after {seconds:g} s, before the hook's "
+                f"deadline of {wanted:g} s, and lets the call run")
+    if matcher not in ("", "*", ".*"):
+        return f"it is run for {matcher!r} only"
+    return ""
 
 
 SAMPLES: dict[str, dict[str, Any]] = {
@@ -4803,7 +4849,6 @@ class Proxy:
     def run(self, source: int, sink: Any) -> int:
         """Serve until the client or the server ends -> the server's exit
         status."""
-        import subprocess
         self.sink = sink
         back = threading.Thread(target=self.pump_back)
         back.start()
@@ -4813,11 +4858,7 @@ class Proxy:
             back.join()
         except BaseException:               # a signal: leave no orphan
             self.child.terminate()
-        try:
-            status: int = self.child.wait(10)
-        except subprocess.TimeoutExpired:
-            self.child.kill()
-            status = self.child.wait()
+        status = self.end_child()
         with contextlib.suppress(OSError):
             self.child.stdin.close()
         for call in list(self.held.values()):   # nobody is there to run them
@@ -4836,6 +4877,18 @@ class Proxy:
             self.cancel(call)
         with contextlib.suppress(OSError):
             self.child.stdin.close()
+        self.end_child()
+
+    def end_child(self) -> int:
+        """Wait for the server; one that does not end by itself is ended ->
+        its exit status."""
+        import subprocess
+        for stop in (self.child.terminate, self.child.kill):
+            try:
+                return int(self.child.wait(3))
+            except subprocess.TimeoutExpired:
+                stop()
+        return int(self.child.wait())
 
     def pump_back(self) -> None:
         """Server to client; when it ends, open calls are answered."""
@@ -4867,9 +4920,11 @@ class Proxy:
     def from_client(self, line: bytes) -> None:
         try:
             message = parse_json(line)
+            if b"\r" in line.rstrip(b"\r\n"):      # one line, or several?
+                raise ValueError
         except ValueError:
             # what we cannot read strictly, a server might read as a call
-            if b"call" in line or b"\\u" in line:
+            if b"call" in line or b"\\u" in line or b"\r" in line[:-2]:
                 self.fault(-32700, "hitl: not strict JSON")
             else:
                 self.forward(line)
@@ -4930,6 +4985,8 @@ class Proxy:
             return
         held.tick = self.progress(params)
         with self.lock:
+            if key in self.held:        # cancel could not tell them apart
+                return self.refuse(message, HitlError("this id waits already"))
             self.held[key] = held
         threading.Thread(target=self.wait, daemon=True,
                          args=(message, held, key, call)).start()
@@ -5936,13 +5993,17 @@ def cmd_hook(args: Any) -> int:
         return 0
     if args.check:
         return check_hooks(args.config)
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    answer, status, words = hook(sys.stdin.buffer.read(), args.config and
-                                 Path(args.config), args.deadline)
-    if words:
-        print(words, file=sys.stderr)
-    if answer is not None:
-        say(json.dumps(answer))
+    signal.signal(signal.SIGTERM, exit_by_signal)
+    try:
+        answer, status, words = hook(sys.stdin.buffer.read(16 << 20),
+                                     args.config and Path(args.config),
+                                     args.deadline)
+        if words:
+            print(words, file=sys.stderr)
+        if answer is not None:
+            say(json.dumps(answer))
+    except BaseException:       # a closed stdin or stdout: nothing was allowed
+        os._exit(2)
     return status
 
 
@@ -5967,9 +6028,9 @@ def check_hooks(config: str | None) -> int:
     for warning in warnings:
         say(f"warning: {warning}")
     for agent in SNIPPETS:
-        for path, line in installed_lines(agent):
+        for path, line, fault in installed_lines(agent):
             found += 1
-            fault = blocks(agent, line)
+            fault = fault or blocks(agent, line)
             bad += bool(fault)
             say(f"{agent}: {path}: " + (f"DOES NOT BLOCK: {fault}" if fault
                                         else "blocks when nobody answers"))
@@ -5981,8 +6042,12 @@ def check_hooks(config: str | None) -> int:
 
 def cmd_mcp(args: Any) -> int:
     """a proxy before an MCP server on stdio: -- SERVER CMD..."""
+    import signal
     command = command_behind(args)
-    gate = Gate(args.config)
+    gate = Gate(find_configuration(args.config, local=False))
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), exit_by_signal)
     try:
         proxy = Proxy(gate, command, args.name or server_name(command))
     except OSError as error:
