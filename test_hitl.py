@@ -1,0 +1,5496 @@
+"""The tests of hitl.py: the same rooms in the same order, one test for each
+numbered promise, hostile input, and the whole trip as one story in a browser.
+
+    python3 -m pytest -W error test_hitl.py     # a minute, pytest alone
+    HITL_LONG=1 python3 -m pytest ...           # the long ones as well
+    python3 test_hitl.py bench                  # the figures of the README
+
+Real server, real SQLite, real sockets, a real browser where there is one; no
+mocks of our own code. Each test's docstring is a sentence of the
+specification.
+"""
+from __future__ import annotations
+
+import asyncio
+import base64
+import colorsys
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unicodedata
+import urllib.request
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import urlencode
+
+with contextlib.suppress(ImportError):     # not on Windows
+    import pty
+try:
+    import pytest
+except ImportError:                     # the bench needs none
+    class Missing:
+        """Stands where pytest's marks and fixtures would."""
+
+        def __getattr__(self, name):
+            return self
+
+        def __call__(self, *args, **kwargs):
+            return args[0] if args and callable(args[0]) else self
+    pytest = Missing()
+
+HERE = Path(__file__).absolute().parent
+FILE = HERE / "hitl.py"
+sys.path.insert(0, str(HERE))
+import hitl                                                     # noqa: E402
+
+long = pytest.mark.skipif(
+    not os.environ.get("HITL_LONG"), reason="long: set HITL_LONG=1")
+
+# ================================== Tools ==================================
+# A desk on a free port with a database of its own, a reviewer and an agent to
+# talk to it, a gate, a served process that can be killed, a browser.
+
+RULES = """
+[gate]
+timeout_seconds = 20
+
+[[checkpoint]]
+checkpoint_id = "delete-records"
+action_pattern = "delete_*"
+description_template = "Delete {table} where {condition}"
+category = "destructive"
+"""
+CALL = {"table": "users", "condition": "id = 3"}
+REVIEWER_TOKEN = "reviewer-token-of-the-tests"
+AGENT_TOKEN = "agent-token-of-the-tests"
+JSON = {"Content-Type": "application/json"}
+
+
+class Clock:
+    """A clock that is turned by hand."""
+
+    def __init__(self) -> None:
+        self.time = 1_800_000_000.0
+
+    def __call__(self) -> float:
+        return self.time
+
+
+class Desk:
+    """A real server in a thread, on a free port, with a real database."""
+
+    def __init__(self, folder: Path, agent_token: str | None = None,
+                 clock=time.time, named=None, port=0, **more) -> None:
+        self.folder, self.clock, self.more = folder, clock, more
+        self.tokens = hitl.Tokens(
+            agent_token and hitl.token_hash(agent_token),
+            None if named else hitl.token_hash(REVIEWER_TOKEN), named or {})
+        self.agent_token = agent_token
+        self.database = folder / "hitl.db"
+        self.lines: list[str] = []
+        self.start(port)
+
+    def start(self, port: int = 0) -> None:
+        self.store = hitl.Store(self.database, self.clock)
+        self.server = hitl.open_desk("127.0.0.1", port, self.store,
+                                     self.tokens, say=self.lines.append,
+                                     **self.more)
+        self.url, self.port = self.server.url, self.server.server_port
+        self.thread = threading.Thread(target=self.server.serve_forever,
+                                       args=(0.02,))
+        self.thread.start()
+
+    def stop(self) -> None:
+        self.server.stop()
+        self.thread.join()
+        self.store.close()
+
+    def restart(self) -> None:
+        """Stop, and start again on the same port and database."""
+        self.stop()
+        self.start(self.port)
+
+    def reviewer(self, name: str = "ana", token: str = REVIEWER_TOKEN):
+        return hitl.Client(self.url, hitl.basic(name, token))
+
+    def agent(self):
+        return hitl.Client(self.url, self.agent_token and
+                           f"Bearer {self.agent_token}" or "")
+
+    def post(self, request_id: str = "r-1", **fields):
+        """POST /pending with the four fields and these -> Reply."""
+        return self.agent().exchange(
+            "POST", "/pending", four(request_id) | fields, seconds=10)
+
+    def decide(self, request_id: str, decision: str = "approved", **fields):
+        return self.reviewer().exchange(
+            "POST", f"/approve/{request_id}", {"decision": decision} | fields,
+            seconds=10)
+
+    def state(self, request_id: str) -> dict:
+        return self.agent().exchange("GET", f"/pending/{request_id}",
+                                     seconds=10).body
+
+    def waiting(self, count: int = 1) -> list[dict]:
+        """What waits, once it is so many requests (or 10 s are over)."""
+        def enough():
+            rows = self.reviewer().exchange("GET", "/pending",
+                                            seconds=10).body["waiting"]
+            return rows if len(rows) >= count else None
+        return until(enough) or []
+
+    def rows(self, sql: str, *values) -> list:
+        """What another process sees in the database."""
+        with contextlib.closing(hitl.open_for_reading(self.database)) as db:
+            return db.execute(sql, values).fetchall()
+
+    def raw(self, data: bytes, seconds: float = 5.0) -> bytes:
+        """Bytes on a socket of their own -> all that comes back."""
+        with socket.create_connection(("127.0.0.1", self.port),
+                                      seconds) as sock:
+            sock.sendall(data)
+            return read_all(sock)
+
+    def page(self, path: str = "/") -> str:
+        return self.reviewer().fetch("GET", path, seconds=10,
+                                     Accept="text/html")[2].decode()
+
+
+def four(request_id: str = "r-1") -> dict:
+    """The guide's four fields."""
+    return {"request_id": request_id,
+            "action_description": "Delete users where id = 3",
+            "agent_context": {"task": "clean up"},
+            "timestamp": "2026-11-22T18:00:00Z"}
+
+
+def read_all(sock: socket.socket) -> bytes:
+    """All that a socket gives until it is closed, reset or silent."""
+    data = b""
+    with contextlib.suppress(OSError):
+        while part := sock.recv(1 << 16):
+            data += part
+    return data
+
+
+def until(test, seconds: float = 10.0):
+    """The first true value of test(), looked at again and again."""
+    end = time.monotonic() + seconds
+    while not (value := test()):
+        if time.monotonic() > end:
+            return value
+        time.sleep(0.01)
+    return value
+
+
+def in_background(function, *args):
+    """Run in a thread -> a function that joins and returns or raises."""
+    box: dict = {}
+
+    def run() -> None:
+        try:
+            box["value"] = function(*args)
+        except BaseException as error:
+            box["error"] = error
+    thread = threading.Thread(target=run)
+    thread.start()
+
+    def result(seconds: float = 30.0):
+        thread.join(seconds)
+        assert not thread.is_alive(), "it still runs"
+        if "error" in box:
+            raise box["error"]
+        return box["value"]
+    return result
+
+
+def command(*words: str, folder: Path = HERE, stdin: str | None = "",
+            seconds: float = 60, **environ: str):
+    """Run hitl.py as a user does -> CompletedProcess with text."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("HITL_")}
+    return subprocess.run(
+        [sys.executable, "-W", "error", str(FILE), *words], cwd=folder,
+        input=stdin, text=True, capture_output=True, timeout=seconds,
+        env=env | environ)
+
+
+class Served:
+    """`hitl.py serve` as a process of its own, which can be killed."""
+
+    def __init__(self, folder: Path, *words: str, port: int = 0,
+                 **environ: str) -> None:
+        self.folder, self.words, self.environ = folder, words, environ
+        self.port = port
+        self.start()
+
+    def start(self) -> None:
+        env = {k: v for k, v in os.environ.items()
+               if not k.startswith("HITL_")}
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "error", str(FILE), "serve", "--database",
+             str(self.folder / "hitl.db"), "--port", str(self.port),
+             *self.words], cwd=self.folder, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, env=env | {
+                "HITL_REVIEWER_TOKEN": REVIEWER_TOKEN} | self.environ)
+        self.lines: list[str] = []
+        threading.Thread(target=self.read, daemon=True).start()
+        assert until(lambda: any("audit log" in line for line in self.lines)
+                     or self.process.poll() is not None)
+        link = [line for line in self.lines if line.startswith("http")]
+        assert link, self.lines
+        self.link = link[0]
+        self.url = re.sub(r"//.*@", "//", self.link).rstrip("/")
+        self.port = int(self.url.rpartition(":")[2])
+
+    def read(self) -> None:
+        with self.process.stdout:
+            for line in self.process.stdout:
+                self.lines.append(line.rstrip("\n"))
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        code = self.process.wait(20)
+        until(lambda: self.process.stdout.closed, 0.1)
+        return code
+
+    def reviewer(self, name: str = "ana"):
+        return hitl.Client(self.url, hitl.basic(name, REVIEWER_TOKEN))
+
+    def agent(self):
+        return hitl.Client(self.url)
+
+
+@pytest.fixture
+def desk(tmp_path):
+    """A desk with open agent routes, as on loopback."""
+    it = Desk(tmp_path)
+    yield it
+    it.stop()
+
+@pytest.fixture
+def make_desk(tmp_path):
+    """A maker of desks with other settings; all are stopped at the end."""
+    made = []
+
+    def make(**settings):
+        folder = tmp_path / f"desk{len(made)}"
+        folder.mkdir()
+        made.append(Desk(folder, **settings))
+        return made[-1]
+    yield make
+    for it in made:
+        it.stop()
+
+@pytest.fixture
+def make_gate(tmp_path, monkeypatch):
+    """A maker of gates: rules as text, a desk or a URL."""
+    for name in list(os.environ):
+        if name.startswith("HITL_") and name != "HITL_LONG":
+            monkeypatch.delenv(name)
+
+    def make(where=None, rules: str = RULES, **more):
+        path = tmp_path / "checkpoints.toml"
+        path.write_text(rules)
+        if where is not None:
+            more["server_url"] = getattr(where, "url", where)
+        return hitl.Gate(path, **more)
+    return make
+
+@pytest.fixture
+def make_rules(tmp_path):
+    """A maker of configurations: text -> hitl.Configuration."""
+    def make(text: str):
+        path = tmp_path / "checkpoints.toml"
+        path.write_text(text)
+        return hitl.load_configuration(path)
+    return make
+
+
+# ---- a browser: chromedriver speaks plain HTTP (W3C WebDriver) ----
+
+class Browser:
+    """Headless Chromium through chromedriver; needs no package."""
+
+    CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+    DRIVER = shutil.which("chromedriver")
+
+    def __init__(self, width: int = 1100, height: int = 900,
+                 script: bool = True, dark: bool = False) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.base = f"http://127.0.0.1:{port}"
+        self.process = subprocess.Popen(
+            [self.DRIVER, f"--port={port}"], stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL)
+        assert until(lambda: self.ready(), 20), "chromedriver does not start"
+        arguments = [
+            "--headless=new", "--no-sandbox", "--disable-gpu",
+            "--disable-quic", "--no-first-run", "--disable-sync",
+            "--disable-background-networking", "--disable-component-update",
+            f"--window-size={width},{height}", *(
+                ["--blink-settings=preferredColorScheme=0"] if dark else [])]
+        options = {"binary": self.CHROMIUM, "args": arguments}
+        if not script:
+            options["prefs"] = {
+                "profile.managed_default_content_settings.javascript": 2}
+        self.session = "/session/" + self.ask("POST", "/session", {
+            "capabilities": {"alwaysMatch": {
+                "browserName": "chrome", "goog:chromeOptions": options}}}
+            )["sessionId"]
+
+    def ready(self) -> bool:
+        with contextlib.suppress(OSError, ValueError):
+            return self.ask("GET", "/status")["ready"]
+        return False
+
+    def ask(self, method: str, path: str, body=None):
+        """One WebDriver command -> its value; AssertionError if it fails."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(
+            self.base + path, data, {"Content-Type": "application/json"},
+            method=method)
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(request, timeout=60) as reply:
+                return json.load(reply)["value"]
+        except urllib.request.HTTPError as error:
+            raise AssertionError(error.read().decode()[:500]) from None
+
+    def open(self, url: str) -> None:
+        self.ask("POST", self.session + "/url", {"url": url})
+
+    def run(self, script: str, *args):
+        """The value of a script in the page."""
+        return self.ask("POST", self.session + "/execute/sync",
+                        {"script": script, "args": list(args)})
+
+    def text(self, css: str = "body") -> str:
+        return self.run("const e = document.querySelector(arguments[0]);"
+                        "return e ? e.innerText : ''", css)
+
+    def find(self, css: str) -> str:
+        found = self.ask("POST", self.session + "/element",
+                         {"using": "css selector", "value": css})
+        return f"{self.session}/element/{next(iter(found.values()))}"
+
+    def click(self, css: str) -> None:
+        self.ask("POST", self.find(css) + "/click", {})
+
+    def type(self, css: str, text: str) -> None:
+        self.ask("POST", self.find(css) + "/value", {"text": text})
+
+    def screenshot(self, path: Path) -> None:
+        Path(path).write_bytes(base64.b64decode(
+            self.ask("GET", self.session + "/screenshot")))
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):
+            self.ask("DELETE", self.session)
+        self.process.terminate()
+        self.process.wait(10)
+
+
+needs_browser = pytest.mark.skipif(
+    not (Browser.CHROMIUM and Browser.DRIVER),
+    reason="no browser: Debian's packages chromium and chromium-driver")
+
+
+# =============================== Vocabulary ================================
+# JSON that two readers cannot read differently, one digest for one call, and
+# text that cannot lie: what is shown can be read back to the very text.
+
+RULES_LETTERS = (
+    'aZ09 _-\\"\'{[&;\n\0\x1b\x7f\xa0\xe9\u0301\u0430\u0435\u03bf\u0661\u200b'
+    '\u202e\u2028\u27e6\u27e7\u3164\ufeff\uff41\U0001d41d\U0001f600')
+
+
+def rules_id(value) -> str:
+    """A short name of a case."""
+    return ascii(value)[:40]
+
+
+def some_text(rng) -> str:
+    """Up to eleven letters, or runs of nine: spaces may be hidden."""
+    return "".join(rng.choices(RULES_LETTERS, k=rng.randrange(12))).replace(
+        " ", " " * rng.choice((1, 9)))
+
+
+def some_json(rng, depth: int = 4):
+    """A JSON value, of any kind and up to so many levels."""
+    kind = rng.randrange(5 if depth else 3)
+    if kind < 2:
+        return some_text(rng)
+    if kind == 2:
+        return rng.choice([None, True, 2**53 + 1, 10**4000, -0.0, 1.0, 5e-324,
+                           1.7e308, rng.random(), -rng.getrandbits(900)])
+    inner = [some_json(rng, depth - 1) for _ in range(rng.randrange(4))]
+    return inner if kind == 3 else {some_text(rng): v for v in inner}
+
+
+@pytest.mark.parametrize("data, why", [
+    ('[{"a": 1, "\\u0061": 2}]', "a name appears twice in one JSON object"),
+    ("NaN", "NaN is not JSON"), ('{"a": -Infinity}', "-Infinity is not JSON"),
+    ("[-1e999]", "-1e999 is no finite number"), ("9" * 5000, "digits"),
+    ('{"\\uDC00\\ud800": 1}', "a lone surrogate is not text"),
+    ('"\ud800"', "a lone surrogate is not text"), (b'"\xc0\xaf"', "utf-8"),
+    (b"\xef\xbb\xbf{}", "Expecting value"), ("{}".encode("utf-16"), "utf-8"),
+    ("{} {}", "something stands behind"), ("01", "something stands behind"),
+    (b"{}\0", "something stands behind"), ("", "Expecting value"),
+    *((bad, "") for bad in ("[1,]", "\xa01", "+1", ".5", "'a'", "{a: 1}",
+                            '"\t"', '"a', "\u0661", "True")),
+    *((levels, "nested deeper than 32") for levels in (
+        "[" * 100_000, "[" * 33 + "]" * 33, '{"a":' * 33 + "[]" + "}" * 33,
+        '[{"a":' * 16 + "{}" + "}]" * 16))], ids=rules_id)
+def test_json_that_could_be_read_in_two_ways_is_refused(data, why):
+    """Strict JSON: UTF-8, no duplicates, no NaN, no infinity, 32 levels at
+    most, nothing behind it; else ValueError with the reason."""
+    with pytest.raises(ValueError, match=re.escape(why) or None):
+        hitl.parse_json(data)
+
+
+def test_the_digest_is_sha256_over_canonical_json():
+    """Canonical JSON (sorted keys, no spaces, ASCII) is one text for one
+    value; the digest is SHA-256 over that of action_description, arguments
+    and tool, null where absent."""
+    rng = random.Random(22)
+    calls = [("null", None, "null"), ("null", "null", None), ("", {}, ""),
+             ("[{" * 99, {"wide": [[1]] * 99}, "t"),        # 32 levels pass:
+             ("", {"deep": json.loads("[" * 30 + "]" * 30)}, "t")]
+    calls += [(some_text(rng), {"a": some_json(rng)}, some_text(rng))
+              for _ in range(500)]
+    for what, arguments, tool in calls:
+        call = {"action_description": what, "tool": tool,
+                "arguments": arguments}
+        text = hitl.canonical(call)
+        assert text.isascii() and hitl.parse_json(text.encode()) == call
+        loose = json.dumps(call, ensure_ascii=False, indent=1)
+        assert hitl.canonical(hitl.parse_json(loose)) == text
+        given = None if arguments is None else hitl.canonical(arguments)
+        assert hitl.digest_of(what, given, tool) == (
+            hashlib.sha256(text.encode()).hexdigest())
+    assert hitl.canonical({"b": [1, {}], "a": "\u00e9"}) == (
+        '{"a":"\\u00e9","b":[1,{}]}')
+    for bad in (float("nan"), [float("-inf")]):
+        with pytest.raises(ValueError):
+            hitl.canonical(bad)
+
+
+def test_a_timestamp_is_iso_8601_or_unix_seconds():
+    """ISO 8601 (no offset means UTC) or Unix seconds are stored as UTC;
+    anything else is told what it must be."""
+    for given, stored in (
+            ("2026-11-22T18:00:00", "2026-11-22T18:00:00.000Z"),
+            ("2026-11-22T18:00:00.123456+05:30", "2026-11-22T12:30:00.123Z"),
+            (1795370400, "2026-11-22T18:00:00.000Z")):
+        assert hitl.parse_timestamp(given) == stored
+    for bad in ("", "soon", "2026-13-01", "\ud800", "1795370400", True, None,
+                [], "0001-01-01T00:00:00+05:00", -1e20, 10**400,
+                float("nan"), float("inf"), 1795370400000):
+        with pytest.raises(ValueError, match="ISO 8601 or Unix seconds$"):
+            hitl.parse_timestamp(bad)
+
+
+@pytest.mark.parametrize("left, right, end", [
+    ("", "", 0x11000), ("a", "", 0x3400), ("\u0430", "\u0430", 0x3400),
+    *(pytest.param(left, right, sys.maxunicode, marks=long) for left, right
+      in (("", ""), ("a", "\u0301"), ("\u0430", "a")))], ids=rules_id)
+def test_no_two_texts_are_shown_alike(left, right, end):
+    """Every code point, alone, beside others and in runs, is shown on one
+    line, printable, and so that the text can be read back to the letter."""
+    rng = random.Random(7)
+    texts = [some_text(rng) + some_text(rng) for _ in range(500)]
+    for n in range(0, end, 512):
+        texts.append(" ".join(left + chr(c) + right
+                              for c in range(n, n + 512)))
+    for text in texts:
+        shown = hitl.visible(text)
+        assert shown.isprintable() and text == re.sub(
+            "\u27e6(?:U\\+([0-9A-F]{4,6})|space x([0-9]+))\u27e7",
+            lambda found: chr(int(found[1], 16)) if found[1]
+            else " " * int(found[2]), shown)
+
+
+@pytest.mark.parametrize("marked", [    # <a>: this a is to be an escape
+    "<\u0430>dmin x_<\u0437>", "<\u0440><\u0430><\u0443>", "<\u0578><\u0585>",
+    "prod<\u0301> x<\u20d2> y<\u093c>", "<\u27e6>U+0041<\u27e7>",
+    "<\uff44><\uff45> <\U0001d41d>", "<\ufb01>le",
+    "a<\n>b<\r><\t>c", "<\x1b>[2J<\x07><\0>", "a<\u202e>b<\u2028>", "<\ud800>",
+    "us<\u00ad>e<\u200b>rs", "a<\xa0>b<\u3164><\u2800><\U000e0041><\uff3f>",
+    "rm<\u2215>x<\u2024>y<\u2236>", "<\ua4d3><\u13a0><\u2c9f>",   # Lisu ...
+    "<\u051c><\u0474><\u050c> <\u054d><\u054f> <\u03c5>", "<\u0391><\u0392>",
+    "dr<\u0d20>p <\u146d>ro<\u146f>",      # Malayalam's o, Cree's P and d
+    "user<\u0661> <\u0661>",
+    # and plain words of any script stay readable
+    "Delete users where id = 3; -- it's 100% {x}", "a" + 8 * " " + "b",
+    "Stra\u00dfe l\u00f6schen, caf\u00e9 \u00e0 No\u00ebl \u20ac 5 \u2026",
+    "\u0437\u0430\u043f\u0438\u0441\u044c \u0395\u03bb\u03bb\u03ac\u03b4",
+    "\ud55c\uad6d\uc5b4 \u05e9\u05dc\u05d5\u05dd delete\u5220\u9664"],
+    ids=rules_id)
+def test_what_deceives_the_eye_is_shown_as_escapes(marked):
+    """Invisible, direction-changing and control characters, look-alikes,
+    words that mix scripts and padding are shown as visible escapes."""
+    assert hitl.visible(re.sub("(?s)<(.)>", r"\1", marked)) == re.sub(
+        "(?s)<(.)>", lambda c: f"\u27e6U+{ord(c[1]):04X}\u27e7", marked)
+    assert hitl.visible("\n" + " " * 10_000 + "x" + " " * 8) == (
+        "\u27e6U+000A\u27e7\u27e6space x10000\u27e7x" + " " * 8)    # padding
+
+
+# =============================== Checkpoints ===============================
+# A rule that is silently not there is a door left open: whatever is wrong
+# with the file is a ConfigError in full sentences; and whatever a call is
+# called, a rule that means it finds it.
+
+def rule(checkpoint_id: str = '"a"', **keys: str) -> str:
+    """A [[checkpoint]]; values are TOML, "" leaves a required one out."""
+    keys = {"checkpoint_id": checkpoint_id, "action_pattern": '"delete_*"',
+            "description_template": '"Delete {table}"'} | keys
+    return "[[checkpoint]]\n" + "".join(
+        f"{key} = {value}\n" for key, value in keys.items() if value)
+
+
+FIRST = 'checkpoint 1 "a": '
+WRONG_FILES = [     # text before a rule, place in the message, its cure
+    ("[gate]\n[gate]\n", "not valid TOML: Cannot declare", "at line 2"),
+    ("[checkpoint]\n#", '"checkpoint" is not written', "[[checkpoint]]?"),
+    ("checkpoint = [1]\n#", '"checkpoint" is not written', "[[checkpoint]]?"),
+    ("[[checkpoints]]\n", "unknown table or key", "mean [[checkpoint]]?"),
+    ("[[gate]]\n", '"gate" is not written [gate]', "did you mean [gate]?"),
+    ("[rules]\n", 'unknown table or key "rules"', "known: [gate], [server]"),
+    ("poll_seconds = 3\n", '"poll_seconds" stands outside any table',
+     "put poll_seconds under [gate]"),
+    ("[server]\nunmatched = 3\n", '[server]: unknown key "unmatched"',
+     "put unmatched under [gate]"),
+    ("[gate]\npoll_seconds = 61\n", "[gate]: poll_seconds", "60"),
+    ('[gate]\nunmatched = "Review"\n', "[gate]: unmatched", "mean review?"),
+    *((f'[gate]\nserver_url = "{url}"\n', "[gate]: server_url",
+       'must be like "http://127.0.0.1:8765", no path')
+      for url in ("localhost", "http://h:99999", "http://h/x")),
+    ("[server]\nport = 70000\n", "[server]: port", "0 to 65535"),
+    ("[[reviewer]]\n", 'reviewer 1: "name" is missing', 'add name = "..."'),
+    ('[[reviewer]]\nname = "a:b"\n', 'reviewer 1 "a:b": name', "a colon"),
+    ('[[reviewer]]\nname = "ana"\ntoken_sha256 = "x"\n', 'reviewer 1 "ana": '
+     "token_sha256", "`hitl.py token NAME` prints one"),
+    (rule(), 'checkpoint_id "a" appears twice', "give each its own"),
+    (rule('"a b"'), 'checkpoint 1 "a b": checkpoint_id', "letters, digits"),
+    *((rule(f'"{ours}"'), f'checkpoint 1 "{ours}": checkpoint_id',
+       "choose another") for ours in ("unmatched", "odd-name")),
+    (rule(action_pattern=""), FIRST + '"action_pattern" is missing',
+     'add action_pattern = "..."'),
+    *((rule(**{key: value}), FIRST + key, cure) for key, values, cure in (
+        ("action_pattern", ['""', "1"], "a regular expression in quotes"),
+        ("action_pattern", ['"("'], "unterminated subpattern at position 0"),
+        ("action_pattern", ["'[[a]'", "'" + "(" * 3000 + ")" * 3000 + "'"],
+         "is not a regular expression: "),
+        ("arguments", ['"x"', "{}"], 'like { table = "users|orders" }'),
+        ("arguments", ["{ table = '(' }"], "of table: is not a regular"),
+        ("arguments", ["{ a.b = 'x' }"], 'needs quotes: "a.b" = "..."'),
+        ("category", ['"destructiv"'], "did you mean destructive?"),
+        ("effect", ['"refuse"'], "one of review, allow, deny"),
+        ("timeout_seconds", ["0", "nan", "-inf", "true", '"30"', "9" * 400],
+         "a number of seconds above 0"),
+        ("description_template", ['" "', "7"], "in quotes, and not empty"),
+        ("description_template", [f'"{bad}"' for bad in (
+            "{", "}", "{0}", "{}", "{a!r}", "{a:>9}", "{a[0]}", "{a.}")],
+         "is no argument's name: write {tool} or {argument}"))
+      for value in values),
+    *((rule(**{key: '"review"'}), f'{FIRST}unknown key "{key}"', cure)
+      for key, cure in (("unmatched", "put unmatched under [gate]"),
+                        ("action_patern", "did you mean action_pattern?"),
+                        ("colour", "known: checkpoint_id, action_")))]
+
+
+@pytest.mark.parametrize("text, place, cure", WRONG_FILES, ids=rules_id)
+def test_a_wrong_file_says_file_place_and_cure(tmp_path, make_rules, text,
+                                               place, cure):
+    """Whatever is wrong in checkpoints.toml is a ConfigError that names
+    file, checkpoint, key and cure."""
+    with pytest.raises(hitl.ConfigError) as error:
+        make_rules(text + rule())
+    assert str(error.value).startswith(
+        f"{tmp_path / 'checkpoints.toml'}: {place}")
+    assert cure in str(error.value)
+
+
+def test_a_file_that_cannot_be_read_is_an_error(tmp_path):
+    """A missing file, a folder, a binary file: ConfigError, for a Gate too;
+    never "no checkpoints"."""
+    path = tmp_path / "checkpoints.toml"
+    for load in (hitl.load_configuration, hitl.Gate):
+        with pytest.raises(hitl.ConfigError, match="`python3 hitl.py init` "):
+            load(path)
+    with pytest.raises(hitl.ConfigError, match="Is a directory|denied"):
+        hitl.load_configuration(tmp_path)
+    whole = hitl.EXAMPLE.encode()
+    for data, says in (
+            *((bad, "not valid TOML: ") for bad in (
+                b"\xff\xfe", hitl.EXAMPLE.encode("utf-16"), b"\0", b"a\xe9",
+                b"a = " + b"[" * 9999, b"a = " + b"9" * 5000)),
+            *((bad, r"no \[\[checkpoint.*init` writes an example") for bad in (
+                b"", b"# nothing\n[gate]\n", b"checkpoint = []"))):
+        path.write_bytes(data)
+        with pytest.raises(hitl.ConfigError, match=says):
+            hitl.load_configuration(path)
+    path.write_bytes(b"\xef\xbb\xbf" + whole)               # Notepad's BOM
+    assert len(hitl.load_configuration(path).checkpoints) == 3
+
+
+@pytest.mark.parametrize("glob, name", [
+    ("*_prod", "db_prod"), ("*prod*", "my_product"), ("?elete", "delete"),
+    ("*.delete", "db.delete"), ("*", "other")])
+def test_the_regex_that_a_glob_is_told_to_become_works(make_rules, glob, name):
+    """A pattern that only makes sense as a glob is refused with the regex to
+    write instead: written as it is told, it catches what the glob meant."""
+    with pytest.raises(hitl.ConfigError) as error:
+        make_rules(rule(action_pattern=f'"{glob}"'))
+    told = error.value.message.rpartition("write ")[2]
+    rules = make_rules(rule(action_pattern=told))
+    assert rules.first_match(name, {}).effect == "review"
+    assert (rules.first_match("other", {}).effect == "review") == (glob == "*")
+
+
+def test_a_damaged_file_never_loses_a_rule_silently(make_rules):
+    """A half-written file, or one with a line dropped or doubled, is refused
+    or holds what it still names; it never has no checkpoints."""
+    def holds(text: str) -> int:
+        """How many checkpoints still hold; 0 where the file is refused."""
+        with contextlib.suppress(hitl.ConfigError):
+            rules = make_rules(text)
+            count = len(rules.checkpoints)
+            assert 1 <= count == text.count("\n[[checkpoint]]")
+            assert all(rules.first_match(tool, {}).effect == "review" for tool
+                       in ("deploy_x", "send_x", "delete_x")[:count])
+            return count
+        return 0
+
+    text, step = hitl.EXAMPLE, 1 if os.environ.get("HITL_LONG") else 19
+    cuts = {*range(0, len(text), step), *(
+        found.end() for found in re.finditer("\n", text))}
+    taken = [n for n in (holds(text[:cut]) for cut in sorted(cuts)) if n]
+    assert set(taken) == {1, 2, 3} and taken == sorted(taken)
+    lines = [line for line in text.splitlines(True) if line[0] not in "#\n"]
+    changed = [holds("".join(lines[:n] + again + lines[n + 1:]))
+               for n, line in enumerate(lines) for again in ([], [line] * 2)]
+    assert set(changed) == {0, 3} and changed.count(0) >= 20
+
+
+def test_where_the_file_is_found(tmp_path, monkeypatch):
+    """--config, HITL_CONFIG, ./checkpoints.toml, the one beside hitl.py;
+    never further up, and a broken link or a wrong path is not passed over."""
+    (beside := tmp_path / "tool").mkdir()
+    (here := tmp_path / "a").mkdir()
+    monkeypatch.setattr(hitl, "__file__", str(beside / "hitl.py"))
+    monkeypatch.delenv("HITL_CONFIG", raising=False)
+    monkeypatch.chdir(here)
+    (tmp_path / "checkpoints.toml").write_text(rule())
+    with pytest.raises(hitl.ConfigError) as error:
+        hitl.find_configuration()
+    assert str(error.value).startswith(
+        f"no checkpoints.toml in {here} or {beside}")
+    (beside / "checkpoints.toml").write_text(rule())
+    assert hitl.find_configuration() == beside / "checkpoints.toml"
+    (here / "checkpoints.toml").symlink_to("gone")
+    assert hitl.find_configuration() == here / "checkpoints.toml"
+    monkeypatch.setenv("HITL_CONFIG", "env.toml")
+    assert hitl.find_configuration() == here / "env.toml"
+    assert hitl.find_configuration("flag.toml") == here / "flag.toml"
+
+
+# ---- matching ----
+
+def test_the_first_checkpoint_that_matches_decides(make_rules):
+    """Checkpoints are tried in file order, the first that matches decides;
+    `allow` and `deny` make exceptions and absolute refusals possible."""
+    rules = make_rules(
+        rule('"tidy"', action_pattern='"delete_tmp"', effect='"allow"')
+        + rule('"never"', action_pattern='"delete_all"', effect='"deny"')
+        + rule('"users"', arguments='{ table = "users" }')
+        + rule('"rest"', arguments="{ table = '^(?!log)' }"))
+    for tool, table, *decided in (
+            ("delete_tmp", "users", "allow", "tidy"),
+            ("Delete_tmp", "users", "review", "users"),
+            ("x_DELETE_ALL_y", "logs", "deny", "never"),
+            ("delete_x", "orders", "review", "rest"),
+            ("delete_x", "logs", "allow", "unmatched"),
+            ("read", "users", "allow", "unmatched")):
+        match = rules.first_match(tool, {"table": table})
+        assert [match.effect, match.checkpoint.checkpoint_id] == decided
+
+
+@pytest.mark.parametrize("names, odd", [
+    (["thread_file", "READ_file", "x.read_file", "mcp__x__read_file",
+      "read_file ", "read_file2"], False),
+    (["", "\n", "read_file\n", "read\u200b_file", "re\u0430d_file", "\ud800",
+      "\uff52ead_file", "l\u00f6schen", "\u524a\u9664", "a" * 257], True)])
+def test_allow_needs_the_whole_raw_name_to_the_letter(make_rules, names, odd):
+    """effect = "allow" needs a case-sensitive full match of the raw name; a
+    name that is not plain ASCII always waits, but deny denies it."""
+    review = '[gate]\nunmatched = "review"\n'
+    allow, anything, deny = (make_rules(review + rule(
+        action_pattern=f"'{pattern}'", effect=f'"{effect}"'))
+        for pattern, effect in (("read_[a-z]+", "allow"),
+                                (r"[\s\S]*", "allow"), (".*", "deny")))
+    assert allow.first_match("read_file", {}).effect == "allow"
+    for name in names:
+        assert allow.first_match(name, {}).effect == "review"
+        assert (anything.first_match(name, {}).effect == "review") == odd
+        assert deny.first_match(name, {}).effect == "deny"
+
+
+@pytest.mark.parametrize("table, review, allow", [
+    ("users", True, True), ("Users", True, False), ("all_users", True, False),
+    ("\uff55s\u200bers", True, False), ("x\nusers\ny", True, False),
+    ("logs", False, False), ("", False, False), (None, True, False),
+    (False, True, False), (["logs"], True, False), ({"a": "b"}, True, False),
+    ("l" * 65536, True, False),                     # too long to be searched
+    ("\ufdfa" * 4096, True, False)], ids=rules_id)  # 18 times that as NFKC
+def test_a_missing_argument_counts_as_a_match_for_review_only(
+        make_rules, table, review, allow):
+    """For review and deny an argument that is missing, of another type or
+    too long counts as a match; for allow it does not."""
+    for effect, stops in (("review", review), ("deny", review),
+                          ("allow", allow)):
+        rules = make_rules(rule(effect=f'"{effect}"', arguments=(
+            '{ table = "users" }'), action_pattern='"delete_x"'))
+        name = "Table" if table is None else "table"
+        match = rules.first_match("delete_x", {name: table})
+        assert (match.checkpoint.checkpoint_id == "a") == stops
+
+
+def test_argument_patterns_reach_inside_by_dotted_names(make_rules):
+    """A dotted name is an argument inside an argument, which a second one
+    cannot hide; all patterns must match, over line ends too."""
+    rules = make_rules(rule(arguments='{ "a.b" = "prod", sql = "drop.x" }'))
+    for arguments, effect in (
+            ({"a": {"b": "PROD"}, "sql": "DROP\nx"}, "review"),
+            ({"a.b": "prod"}, "review"), ({"a": {}}, "review"),
+            ({"a": [{"b": "dev"}]}, "review"), ({"a": {"b": "dev"}}, "allow"),
+            ({"a": {"b": "prod"}, "sql": "select x"}, "allow"),
+            ({"a": {"b": "prod"}, "a.b": "dev"}, "review")):
+        call = {"sql": "; drop x"} | arguments
+        assert rules.first_match("delete_x", call).effect == effect
+
+
+@pytest.mark.parametrize("name, why", [
+    ("Delete_Records", '"Delete_" at 0 to 7 of the raw name'),
+    ("mcp__db__delete_records", '"delete_" at 9 to 16 of the raw name'),
+    ("de\u200blete_x", 'of the name without invisible characters "delete_x"'),
+    ("\uff44\uff45lete", 'of the NFKC form "delete"'), ("d\u0435lete_x", '"d'
+     '\u27e6U+0435\u27e7lete_x" has characters that are not plain ASCII')],
+    ids=ascii)
+def test_each_spelling_waits_and_says_why(make_rules, name, why):
+    """Any view of the name counts: raw, casefolded, NFKC, without invisible
+    characters, the last part; the reason names pattern, view and span."""
+    match = make_rules(hitl.EXAMPLE).first_match(name, {})
+    assert match.effect == "review" and why in match.why
+
+
+def disguises(name: str):
+    """Spellings of a tool's name that a view sees through."""
+    for prefix in ("", "mcp__a_b__c__", "a.b.", "a/b/", "a::", "re", "x y "):
+        for word in (name, name.upper(), name.title(), name + "_v2"):
+            yield prefix + word
+    for small in (0xff41, 0x1d41a, 0x1d5ee, 0x1d68a):     # width and style
+        yield "".join(chr(small + ord(c) - 97) if c.islower() else c
+                      for c in name)
+    for c in ("\u00ad\u034f\u061c\u115f\u180e\u200b\u200d\u202e\u2800\u3164"
+              "\ufe0f\ufeff\uffa0\U000e0041\n\r\t\0\x7f"):
+        for at in range(len(name) + 1):
+            yield name[:at] + c + name[at:]
+
+
+@pytest.mark.parametrize("name, decides", [
+    ("delete_records", "delete-records"), ("deploy_model", "deploy-model"),
+    ("send_email", "external-request"), ("http_post", "external-request"),
+    ("api_request", "external-request"), ("apiRequest", "external-request"),
+    ("sendEmail", "external-request"), ("publish", "external-request")])
+def test_no_spelling_passes_a_shipped_rule(make_rules, name, decides):
+    """Case, name spaces, width, style, invisible characters, look-alikes
+    and line ends: hundreds of spellings, and none passes."""
+    rules = make_rules(hitl.EXAMPLE)
+    for spelling in disguises(name):
+        match = rules.first_match(spelling, {"environment": "prod"})
+        assert (match.effect, match.checkpoint.checkpoint_id) == (
+            "review", decides), ascii(spelling)
+    for latin, other in zip("aeopsih", "\u0430\u0435\u043e\u0440\u0455\u0456"
+                            "\u04bb"):
+        fake = name.replace(latin, other, 1)
+        assert rules.first_match(fake, {}).effect == "review" or fake == name
+
+
+@pytest.mark.parametrize("pattern", ["^delete_user$", r"\bdelete_user\b",
+                                     "(?-i:^[Dd]elete_)"])
+def test_anchors_do_not_lose_a_name_space_or_a_disguise(make_rules, pattern):
+    """The last part after `__` `.` `/` `:` and the disguised name are seen
+    by an anchored pattern too, one that minds case as well."""
+    rules = make_rules(rule(action_pattern=f"'{pattern}'"))
+    for name in ("DELETE_USER", "mcp__db__delete_user", "db.delete_user",
+                 "a/b/Delete_User", "db:delete_user", "de\u200blete_user",
+                 "x\uff0edelete\u00ad_user", "x__\U0001d41delete_user\n"):
+        match = rules.first_match(name, {})
+        assert match.checkpoint.checkpoint_id == "a", ascii(name)
+    camel = make_rules(rule(action_pattern="'(?-i:^Drop$)'"))
+    assert camel.first_match("mcp__x__Drop", {}).effect == "review"
+
+
+@pytest.mark.parametrize("pattern", r"""(a+)+$ (a*)*$ (a|a)*$ (a|ab)*c
+    ([a-z]+)*! (x+x+)+y (a?){30}b (\w+\s?)*$ (\w\d|\d\w)+$ (a+){2,}$ ((a|b)+)+$
+    (?=(a+)+$)x (?:a|.b|..)+$ (?:a{1,9}){10,}$ (|a)+$ x*(y|(z+)*)$
+    (?i:(A|a.|b))*$ a*a*a*a*b .*.*.*.*=x (a*)(a*)(a*)(a*)b""".split())
+def test_a_pattern_that_would_not_end_is_refused(make_rules, pattern):
+    """A pattern with nested unbounded repeats, or with many in a row, is
+    refused: `re` cannot be interrupted and holds every thread."""
+    for bad in (rule(action_pattern=f"'{pattern}'"),
+                rule(arguments=f"{{ table = '{pattern}' }}")):
+        with pytest.raises(hitl.ConfigError, match="repeats a repeat"):
+            make_rules(bad)
+
+
+def test_ordinary_patterns_are_taken_and_fast(make_rules):
+    """What people write is accepted, and never holds an agent up."""
+    start = time.thread_time()
+    for pattern in r"""delete|drop|truncate ^rm$ \bdrop\b (?i)prod drop\s+table
+            ^(?!dev) send_(mail|sms) [^a-z] rm\s+-[rf]+ (?:GET|POST)\s a{2,5}
+            ^(\d{3}-)+$ .*prod.* [a-z]+_prod$ (foo|bar)+x (ab|cd)*$ (a{3})+$
+            """.split():
+        rules = make_rules(rule(arguments=f"{{ table = '{pattern}' }}"))
+        for unit in ("a", " ", "pro ", "1-", "ab", "drop\n"):
+            rules.first_match("delete_x", {"table": (unit * 4096)[:4096]})
+    assert time.thread_time() - start < 20
+
+
+# ---- templates, warnings ----
+
+@pytest.mark.parametrize("template, text", [
+    ("{tool}: {a} {o.i} {o.n.0}", "t: x 1 (not given)"),
+    ("{o} {none}", '{"i":1,"n":["\\u00e9"]} null'), ("{empty}", "t"),
+    ("{gone} {o.gone} {a.gone} {tool}", "(not given) " * 3 + "t"),
+    ("{a.__class__} {tool.upper} {o.keys} {a}", "(not given) " * 3 + "x"),
+    ("{braces} {{tool}} {{{tool}}}", "{tool}{0}%s {tool} {t}"),
+    ("{x.y} {lines}", "dotted a\n\nb"),
+    ("{two.b}{a}", "(not given)x")])    # "two.b" and two's b: neither
+def test_a_template_takes_names_and_never_fails(make_rules, template, text):
+    """{tool} and argument names, dotted for nested ones; no attribute or
+    index; what is not there shows as not given; values are no templates."""
+    arguments = {"a": "x", "o": {"i": 1, "n": ["\u00e9"]}, "none": None,
+                 "braces": "{tool}{0}%s", "x.y": "dotted", "empty": "  ",
+                 "lines": "a\n\nb", "tool": "not me", "two.b": "dev",
+                 "two": {"b": "prod"}}
+    checkpoint = make_rules(rule(
+        description_template=f'"{template}"')).checkpoints[0]
+    assert hitl.describe(checkpoint, "t", arguments) == text
+
+
+@pytest.mark.parametrize("first, then, warned", [
+    ("delete_*", {}, True), ("send_|delete", {}, True),
+    ("delete", {"action_pattern": '"delete_x"'}, True),
+    ("delete", {"action_pattern": '"^delete_x$"'}, True),
+    ("delete_*", {"arguments": '{ table = "x" }'}, True),
+    ('delete_*"\neffect = "allow', {}, False),
+    ('delete_*"\narguments.table = "x', {}, False),
+    ("delete_x", {}, False), ("delete_", {}, False),
+    ("^delete_x$", {"action_pattern": '"delete_x"'}, False)])
+def test_a_checkpoint_that_an_earlier_one_covers_is_a_warning(
+        make_rules, first, then, warned):
+    """A checkpoint that an earlier one plainly covers is worth a warning,
+    and one that can be reached is not."""
+    rules = make_rules(rule(action_pattern=f'"{first}"') + rule('"b"', **then))
+    assert list(rules.warnings) == warned * [
+        'checkpoint "b" is never reached: "a" above it matches the same '
+        "calls; put the narrower one first"]
+
+
+# ---- `check` and `init` ----
+
+def test_check_says_which_checkpoint_decides_and_why(tmp_path):
+    """`check TOOL JSON` says what becomes of a call, which checkpoint
+    decides and why; --json says it to a program."""
+    path = tmp_path / "rules.toml"
+    path.write_text(hitl.EXAMPLE)
+
+    def check(*words: str):
+        done = command("check", *words, "--config", str(path),
+                       folder=tmp_path, PYTHONIOENCODING="cp1252")
+        return done.returncode, done.stdout.splitlines(), done.stderr
+
+    assert check("deploy_model", '{"model": "m\\nn"}') == (0, [
+        'deploy_model waits for a person: checkpoint "deploy-model" in '
+        f"{path}",
+        "  because  action_pattern 'deploy_*' finds \"deploy_\" at 0 to 7 of "
+        'the raw name "deploy_model"',      # cp1252 has no such brackets:
+        "  shown as Deploy model m\\u27e6U+000A\\u27e7n to (not given)",
+        "  waits    30 s"], "")
+    status, lines, _ = check("read", "{}", "--json")
+    assert status == 0 and json.loads(lines[0]) == {
+        "tool": "read", "effect": "allow", "checkpoint_id": "unmatched",
+        "why": "no checkpoint matches"}
+    assert check("x", '{"table": 1e400}') == (2, [], (
+        "hitl: error: JSON of the arguments: 1e400 is no finite number\n"))
+
+
+def test_check_alone_lints_the_file_and_the_installation(tmp_path, desk):
+    """`check` alone lists the checkpoints, warns, and tries the server; a
+    file that everybody can write is refused with status 2."""
+    path = tmp_path / "checkpoints.toml"
+    path.write_text(rule() + rule('"b"'))
+    path.chmod(0o664)
+    done = command("check", folder=tmp_path, HITL_SERVER_URL=desk.url)
+    said = done.stdout.splitlines()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert said[:2] + said[3:4] + said[5:] == [
+        f"{path}: 2 checkpoints, fine", f"  {'a':20} review  delete_*",
+        f"  {'(what none matches)':20} allow",
+        f"warning: {path} can be written by its group",
+        f"server {desk.url}: answers"]
+    assert said[4].startswith('warning: checkpoint "b" is never reached')
+    listed = json.loads(command("check", "--json", folder=tmp_path).stdout)
+    assert [c["checkpoint_id"] for c in listed["checkpoints"]] == ["a", "b"]
+    path.chmod(0o666)
+    done = command("check", folder=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", (
+        f"hitl: error: {path} can be written by everybody\n"
+        f"hitl: hint: chmod go-w {path}\n"))
+
+
+def test_init_writes_the_shipped_file_and_never_overwrites(tmp_path):
+    """`init` writes the commented checkpoints.toml that is shipped, with the
+    mission's three; what is there stays, a broken link too."""
+    path = tmp_path / "checkpoints.toml"
+    assert command("init", folder=tmp_path).stdout == (
+        f"wrote {path}; next: python3 hitl.py serve\n")
+    assert path.read_bytes() == (HERE / "checkpoints.toml").read_bytes()
+    rules = hitl.load_configuration(path)
+    assert [(c.checkpoint_id, c.category) for c in rules.checkpoints] == [
+        ("deploy-model", "high-impact"), ("external-request", "data-risk"),
+        ("delete-records", "destructive")]
+    assert rules.warnings == () and rules.gate["timeout_seconds"] == 30
+    (tmp_path / "link").symlink_to("gone")
+    for there in (path, tmp_path / "link"):
+        done = command("init", "--config", str(there), folder=tmp_path)
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", (
+            f"hitl: error: {there} is there already\n"
+            "hitl: hint: it was not changed; next: python3 hitl.py serve\n"))
+    assert not (tmp_path / "gone").exists()
+
+
+# ================================== Store ==================================
+# The database itself refuses what must not happen, whatever is above it; the
+# Store's methods make every move that may happen; files that are not ours, or
+# not whole, are not opened; the audit log shows what was done to it.
+
+PATHS = {                           # the legal way into each state
+    "waiting": "", "approved": "approve", "rejected": "reject",
+    "expired": "withdraw:timeout", "withdrawn": "withdraw",
+    "running": "approve claim", "executed": "approve claim finish",
+    "failed": "approve claim finish:failed", "lapsed": "approve expire"}
+
+
+def put(store, name="r-1", life="", agent="a", context="{}"):
+    """A request into the turn -> (summary, whether it is new)."""
+    return store.submit(hitl.Asked(
+        name, hitl.digest_of("Delete", None, None), store.now,
+        hitl.instant(store.time + float(life)) if life else None, store.now,
+        "agent:a", agent, None, None, None, None, None, "Delete", None,
+        context))
+
+
+def act(store, step, name="r-1"):
+    """One turn with one request, `verb:value` -> its outcome or status then,
+    or the reason of the refusal; `+1` only turns the clock."""
+    verb, _, value = step.partition(":")
+    text = "Drop" if value == "other" else "Delete"
+    nonce = value if value == "n-2" else "n-1"
+    outcome = hitl.Outcome(value if value == "failed" else "executed")
+    store.clock.time += float(verb) if verb[0] == "+" else 0
+    changes = {
+        "ask": lambda: put(store, name, value),
+        "withdraw": lambda: store.withdraw(name, value or "gone", "agent:a"),
+        "claim": lambda: store.claim(name, hitl.digest_of(text, None, None),
+                                     nonce, "agent:a"),
+        "finish": lambda: store.finish(name, nonce, outcome, "", "agent:a"),
+        "expire": lambda: store.expire(store.request(name)),
+        "sweep": lambda: [*map(store.expire, store.overdue())],
+        **{verb: lambda word=word: store.decide(
+            name, word, "reviewer:ana", reason="no", signed_in="token")
+           for verb, word in (("approve", hitl.Status.APPROVED),
+                              ("reject", hitl.Status.REJECTED))}}
+
+    def change():
+        try:
+            changes.get(verb, str)()
+            there = store.request(name)
+            return str(there.outcome or there.status)
+        except hitl.Refusal as refusal:
+            return refusal.reason
+    store.tick()
+    result = store.attempt(change)
+    assert store.commit()[0]
+    return result
+
+
+def tell(store, story, name="r-1"):
+    return [act(store, step, name) for step in story.split()][-1]
+
+
+def names(store):
+    return [there.request_id for there in store.waiting(999)]
+
+
+def edited(path):
+    """A connection that is not the Store's, with no transaction open."""
+    return contextlib.closing(sqlite3.connect(path, isolation_level=None))
+
+
+def chain_faults(path):
+    with contextlib.closing(hitl.open_for_reading(path)) as db:
+        return list(hitl.audit_faults(db))
+
+
+def together(count, function):
+    """function(0), function(1) ... at once -> their values."""
+    return [value() for value in
+            [in_background(function, n) for n in range(count)]]
+
+
+@pytest.fixture
+def store(tmp_path):
+    it = hitl.Store(tmp_path / "hitl.db", Clock())
+    yield it
+    it.close()
+
+@pytest.fixture(scope="session")
+def used(tmp_path_factory):
+    """The bytes of a database with a request in every state."""
+    it = hitl.Store(tmp_path_factory.mktemp("used") / "hitl.db", Clock())
+    for state, story in PATHS.items():
+        assert tell(it, "ask:99 " + story, state) == state
+    it.close()
+    return it.path.read_bytes()
+
+@pytest.fixture
+def every(tmp_path, used):
+    """The path of a copy."""
+    path = tmp_path / "hitl.db"
+    path.write_bytes(used)
+    return path
+
+@pytest.fixture
+def unlocked(every):
+    """The copy, open, with no trigger in the way of an edit."""
+    with edited(every) as db:
+        for name, in db.execute("SELECT name FROM sqlite_master WHERE "
+                                "type = 'trigger'").fetchall():
+            db.execute(f"DROP TRIGGER {name}")
+        yield db
+
+
+# ---- what the schema refuses by itself ----
+
+def allowed(db, sql, *values):
+    """Whether a statement changes anything (it is then undone)."""
+    db.execute("BEGIN")
+    try:
+        return db.execute(sql, values).rowcount > 0
+    except sqlite3.IntegrityError:
+        return False
+    finally:
+        db.execute("ROLLBACK")
+
+
+SET = "UPDATE pending_reviews SET "
+
+
+def test_the_database_allows_only_the_arrows(every):
+    """Only what waits can become something else; an outcome moves from none
+    to running or lapsed, from running to its end, and keeps its claim."""
+    words, ends = {*map(str, hitl.Status)}, [None, *map(str, hitl.Outcome)]
+    fates = {"approved": {("running", "n-1"), ("running", "n-2"),
+                          ("lapsed", None)},
+             "running": {("executed", "n-1"), ("failed", "n-1")}}
+    move, end = (f"UPDATE pending_reviews SET {what} WHERE request_id = ?"
+                 for what in ("status = ?, decided_by = ?, decided_at = ?",
+                              "outcome = ?, claim = ?"))
+    with edited(every) as db:
+        for old in PATHS:
+            assert {new for new in words if allowed(
+                db, move, new, "reviewer:b" if new in ("approved", "rejected")
+                else None, None if new == "waiting" else "now", old)} == (
+                    words - {"waiting"} if old == "waiting" else set()), old
+            assert {(new, nonce) for new in ends
+                    for nonce in ("n-1", "n-2", None)
+                    if allowed(db, end, new, nonce, old)} == fates.get(
+                        old, set()), old
+
+
+INSERT = ("INSERT {} INTO pending_reviews (request_id, digest, received_at, "
+          "timestamp, asked_by, action_description, agent_context{}) VALUES "
+          "('{}', printf('%064d', 0), 'x', 'x', 'agent:a', 'other', '{{}}'{})")
+DECIDE = SET + "status = '{}', decided_at = 'x'{}"
+AUDIT = "{} INTO audit_log VALUES ({}, 'x', 'approved', 'w', 'x', '', '')"
+NEVER = [
+    DECIDE.format("approved", ""), DECIDE.format("rejected", ""),
+    *(DECIDE.format("approved", f", decided_by = '{who}'")
+      for who in ("", "ana", "reviewer:", "agent:ana")),
+    DECIDE.format("expired", ", decided_by = 'reviewer:ana'"),
+    DECIDE.format("maybe", ""), SET + "status = 'expired'",
+    DECIDE.format("approved", ", decided_by = 'reviewer:a', outcome = "
+                  "'running', claim = 'c'"),
+    SET + "claim = 'c'", "DELETE FROM pending_reviews",
+    SET + "outcome_text = 'x' WHERE request_id = 'approved'",
+    SET + "rowid = 99 WHERE request_id = 'waiting'",
+    *(SET + f"{column} = {column} || '1'" for column in
+      ("id", *hitl.Asked._fields)),                         # promise 2
+    INSERT.format("", ", status, decided_at, decided_by", "new",
+                  ", 'approved', 'x', 'reviewer:ana'"),
+    INSERT.format("", ", outcome", "new", ", 'lapsed'"),
+    INSERT.format("", "", "", ""), INSERT.format("", "", "n" * 129, ""),
+    *(INSERT.format(instead, "", "waiting", "") + end
+      for instead, end in [("", ""), ("OR REPLACE", ""),
+                           ("", " ON CONFLICT (request_id) DO UPDATE SET "
+                            "action_description = 'other'")]),
+    "UPDATE audit_log SET detail = detail", "DELETE FROM audit_log",
+    *(AUDIT.format("INSERT", n) for n in (-1, 0, 1)),
+    AUDIT.format("REPLACE", 1)]
+
+
+def test_the_database_refuses_by_itself(every):
+    """An approval without a reviewer, a request that begins decided, a
+    change of what was asked, a deletion, an edit of the audit log: none
+    gets past the schema, whatever the status."""
+    with edited(every) as db:
+        assert [sql for sql in NEVER if allowed(db, sql)] == []
+        assert allowed(db, INSERT.format("", "", "new", ""))
+        assert allowed(db, AUDIT.format("INSERT", 999))
+
+
+# ---- every move that may happen, by the Store's methods ----
+
+STORIES = {
+    "a decision is final":
+        "ask reject=rejected approve=already-decided withdraw=rejected "
+        "claim=not-approved",
+    "a withdrawal tells who was faster":
+        "ask approve=approved withdraw=approved withdraw:timeout=approved",
+    "what was withdrawn cannot be approved":
+        "ask withdraw=withdrawn approve=withdrawn",
+    "silence is not consent":
+        "ask withdraw:timeout=expired approve=expired claim=not-approved",
+    "one approval runs one call, once; a lost reply is asked for again":
+        "ask claim=not-approved approve claim:other=arguments-changed "
+        "claim=running claim=running claim:n-2=already-claimed "
+        "finish:n-2=not-claimed finish=executed finish=executed "
+        "finish:failed=already-finished claim=already-claimed",
+    "a request expires at its deadline, not before":
+        "ask:30 +29.999 sweep=waiting +0.001 sweep=expired approve=expired",
+    "a decision at the deadline is too late even before the sweep":
+        "ask:30 +30 approve=expired sweep=expired",
+    "without a deadline nothing expires or lapses":
+        "ask +1e9 sweep=waiting approve +1e9 sweep=approved claim=running",
+    "an approval lapses at the deadline, before the sweep as after it":
+        "ask:300 +240 approve +59.999 sweep=approved +0.001 claim=lapsed "
+        "sweep=lapsed claim=lapsed finish=not-claimed",
+    "or a minute after the decision if that is later":
+        "ask:30 +29 approve +59.999 sweep=approved +0.001 sweep=lapsed",
+    "what there is not is unknown": "approve=unknown claim=unknown"}
+
+
+def test_the_moves_of_a_request(store):
+    """Each story ends step by step as it says, with one audit row a move."""
+    for number, (sentence, story) in enumerate(STORIES.items()):
+        for step in story.split():
+            step, _, expected = step.partition("=")
+            became = act(store, step, f"r-{number}")
+            assert expected in ("", became), (sentence, step)
+    assert store.waiting_count == len(names(store)) == 0
+    assert chain_faults(store.path) == []
+
+
+def test_a_decision_is_recorded_with_its_reviewer(store):
+    """A decision names its reviewer, how they signed in, when and why; who
+    comes too late is told, and what the clock ended names the server."""
+    tell(store, "ask:9 reject")
+    there = store.request("r-1")
+    assert (there.decided_by, there.decided_at, there.reason, there.signed_in
+            ) == ("reviewer:ana", store.now, "no", "token")
+    with pytest.raises(hitl.Refusal, match="this request is rejected by ana "
+                       f"since {there.decided_at}"):
+        store.decide("r-1", hitl.Status.APPROVED, "reviewer:bob")
+    tell(store, "ask:9 +9 sweep", "r-2")
+    assert store.db.execute("SELECT event, actor FROM audit_log").fetchall(
+        ) == [("submitted", "agent:a"), ("rejected", "reviewer:ana"),
+              ("submitted", "agent:a"), ("expired", "server")]
+
+
+def test_what_was_damaged_is_neither_approved_nor_run(store):
+    """What is stored no longer has its digest: it cannot be approved, nor
+    an approval of it claimed (promise 2)."""
+    tell(store, "ask", "r-1")
+    tell(store, "ask approve", "r-2")
+    with edited(store.path) as db:
+        db.execute("DROP TRIGGER asked_once")
+        db.execute(SET + "action_description = 'Read'")
+    assert act(store, "approve") == act(store, "claim", "r-2") == "damaged"
+    assert names(store) == ["r-1"]
+
+
+def test_of_twelve_at_once_one_wins(desk):
+    """The same request sent twelve times at once is one row, one 201; of
+    twelve decisions one is recorded and the others learn which; of twelve
+    claims one may run the call."""
+    codes = together(12, lambda n: desk.post(
+        timestamp=n, agent_context={"attempt": n}).status)
+    assert sorted(codes) == [200] * 11 + [201]
+    other = desk.post(action_description="Delete everything")
+    assert (other.status, other.reason) == (409, "id-taken")
+    replies = together(12, lambda n: desk.reviewer(f"r{n}").exchange(
+        "POST", "/approve/r-1", {"decision": "approved"}, seconds=10))
+    won, = [r.body for r in replies if r.status == 200]
+    lost = [r.body["request"] for r in replies if r.status == 409]
+    assert len(lost) == 11 and all(body == won for body in lost)
+    codes = together(12, lambda n: desk.agent().exchange(
+        "POST", "/claim/r-1", {"digest": won["digest"], "claim": f"n-{n}"},
+        seconds=10).status)
+    assert sorted(codes) == [200] + [409] * 11
+    assert desk.rows("SELECT event, actor FROM audit_log") == [
+        ("submitted", "agent:unauthenticated"),
+        ("approved", won["decided_by"]), ("claimed", "agent:unauthenticated")]
+
+
+def test_a_full_desk_refuses_what_is_new(store, monkeypatch):
+    """Over the limit of an agent, or of all, a new request is refused, and
+    one that waits already is met; agents take turns on the page."""
+    monkeypatch.setattr(hitl, "MAX_WAITING_PER_AGENT", 2)
+    monkeypatch.setattr(hitl, "MAX_WAITING", 3)
+
+    def ask(name):
+        try:
+            return store.attempt(put, store, name, "", name[0])[1]
+        except hitl.Refusal as refusal:
+            return refusal.reason
+    assert [*map(ask, ("a-1", "a-2", "a-3", "a-1", "b-1", "c-1"))] == [
+        True, True, "too-many-waiting", False, True, "too-many-waiting"]
+    assert store.commit()[0] and names(store) == ["a-1", "b-1", "a-2"]
+    act(store, "approve", "b-1")
+    assert [*map(ask, ("a-3", "b-2"))] == ["too-many-waiting", True]
+
+
+# ---- the disk ----
+
+@contextlib.contextmanager
+def no_room(path):
+    """No file of this process grows beyond the -wal as it is now: SQLite
+    meets it where it writes, mostly at COMMIT."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    wal = path.with_name(path.name + "-wal").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max(wal, 40960), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def let_grow(db, more):
+    """Let the database grow by so many pages: beyond is SQLITE_FULL."""
+    count, = db.execute("PRAGMA page_count").fetchone()
+    db.execute(f"PRAGMA max_page_count = {count + more}")
+
+
+def test_one_that_fails_leaves_its_neighbours(store):
+    """Each request runs inside its own savepoint: the COMMIT of a turn
+    keeps nothing of one that failed and all of its neighbours."""
+    store.attempt(put, store, "r-1")
+    with pytest.raises(ZeroDivisionError):
+        store.attempt(lambda: put(store, "r-2") and 1 / 0)
+    store.attempt(put, store, "r-3")
+    stored, changes = store.commit()
+    assert stored and [c.request_id for c in changes] == ["r-1", "r-3"]
+    assert names(store) == ["r-1", "r-3"] and store.waiting_count == 2
+    assert chain_faults(store.path) == []
+
+
+def test_a_turn_that_fails_stores_nothing(store):
+    """When COMMIT fails, or SQLite rolls a whole turn back before it,
+    nothing of the turn is stored and nothing begins anew in it; the next
+    turn with room is as if it had never been."""
+    for cache in 2000, 2:           # 2 pages: it writes before COMMIT
+        store.db.execute(f"PRAGMA cache_size = {cache}")
+        act(store, "ask", f"before-{cache}")
+        head, waited, failed = store.head, names(store), []
+        with no_room(store.path):
+            for n in range(20):
+                try:
+                    store.attempt(put, store, f"r-{n}", "", "a",
+                                  '"%s"' % ("x" * 50_000))
+                except sqlite3.Error as error:
+                    failed.append((n, str(error)))
+            assert store.commit() == (False, [])
+        assert [n for n, _ in failed] == (
+            [] if cache > 2 else list(range(failed[0][0], 20)))
+        assert {why for _, why in failed[1:]} <= {"this turn was rolled back"}
+        assert (store.head, names(store)) == (head, waited)
+        assert store.waiting_count == len(waited)
+        assert act(store, "ask", f"after-{cache}") == "waiting"
+    assert chain_faults(store.path) == []
+
+
+def test_an_audit_row_that_does_not_fit_leaves_no_gap(store):
+    """When only the audit row meets the full disk, its change is undone
+    and the chain goes on where it was."""
+    for n in range(80):
+        store.attempt(put, store, f"r-{n}")
+    assert store.commit()[0]
+    failed = 0
+    for n in range(80):
+        let_grow(store.db, n // 20)
+        try:
+            store.attempt(store.decide, f"r-{n}", hitl.Status.APPROVED,
+                          "reviewer:ana")
+        except sqlite3.Error:
+            failed += 1
+        store.commit()
+        assert store.head == hitl.last_head(store.db)
+    let_grow(store.db, 10_000)
+    assert failed and act(store, "ask", "after") == "waiting"
+    assert chain_faults(store.path) == []
+
+
+def test_a_full_disk_is_503_and_loses_nothing(desk):
+    """On a full disk every answer of a turn that is not stored is 503, what
+    was acknowledged is there, and it goes on when there is room."""
+    def flood():
+        def post(number):
+            return [(name, desk.post(name, agent_context="x" * 9000).status)
+                    for name in (f"r-{number}-{n}" for n in range(6))]
+        return dict(sum(together(12, post), []))
+    desk.post()
+    let_grow(desk.store.db, 40)
+    codes = flood()
+    assert set(codes.values()) == {201, 503}
+    stored = {r for r, in desk.rows("SELECT request_id FROM pending_reviews")}
+    assert {r for r in codes if codes[r] == 201} == stored - {"r-1"}
+    let_grow(desk.store.db, 10_000)
+    assert {v for k, v in flood().items() if codes[k] == 503} == {201}
+    desk.restart()
+    assert len(desk.waiting(73)) == 73 and chain_faults(desk.database) == []
+
+
+OTHER = """import sqlite3, sys
+db = sqlite3.connect(sys.argv[1], isolation_level=None)
+print(*db.execute("SELECT request_id, status FROM pending_reviews"))
+db.execute("BEGIN IMMEDIATE"); print("held", flush=True); input()"""
+
+
+def test_another_process_reads_and_does_not_stop_the_desk(desk):
+    """The guide's own check, in another process: the row is `waiting`. One
+    that holds the write lock costs a quick 503; reading goes on, and
+    writing when it lets go."""
+    desk.post()
+    with subprocess.Popen(
+            [sys.executable, "-c", OTHER, str(desk.database)], text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == "('r-1', 'waiting')\n"
+        assert other.stdout.readline() == "held\n"
+        began = time.monotonic()
+        assert {desk.decide("r-1").status for _ in range(6)} == {503}
+        assert time.monotonic() - began < 5
+        assert "Delete users where id = 3" in desk.page()
+        other.communicate("\n")
+    assert desk.decide("r-1").status == 200
+
+
+# ---- files that are not opened ----
+
+def with_sql(sql, trigger=""):
+    """An edit by somebody who puts the trigger back afterwards."""
+    text = trigger and re.search(f"CREATE TRIGGER {trigger} .*?END",
+                                 hitl.SCHEMA, re.S)[0]
+
+    def change(path):
+        with edited(path) as db:
+            db.executescript(f"{text and 'DROP TRIGGER ' + trigger}; {sql}; "
+                             f"{text}; PRAGMA wal_checkpoint(TRUNCATE)")
+    return change
+
+
+def shortened(keep):
+    return lambda path: os.truncate(path, int(path.stat().st_size * keep))
+
+
+UNFIT = {
+    "zero bytes": (shortened(0), "is empty"),
+    "a text": (lambda path: path.write_text("hello\n" * 99),
+               "is not an SQLite database"),
+    "cut in half": (shortened(0.5), "was cut short"),
+    "cut at its end": (shortened(0.999), "was cut short"),
+    "another program's": (with_sql("PRAGMA application_id = 7"),
+                          "belongs to another program"),
+    "newer": (with_sql("PRAGMA user_version = 9999"), "by a newer hitl.py"),
+    "a dropped trigger": (with_sql("DROP TRIGGER claimed_once"),
+                          "tables or triggers"),
+    "a trigger named sqlite...": (with_sql(
+        "CREATE TRIGGER sqliteyes AFTER INSERT ON audit_log BEGIN SELECT 1; "
+        "END"), "tables or triggers"),
+    "an approval nobody made": (with_sql(DECIDE.format(
+        "approved", ", decided_by = 'reviewer:a' WHERE status = 'waiting'")),
+        "is approved, the audit log says otherwise"),
+    "another reviewer": (with_sql(
+        SET + "decided_by = 'reviewer:eve' WHERE status = 'approved'",
+        "decided_once"), "the audit log says otherwise"),
+    "a used approval again": (with_sql(
+        SET + "outcome = NULL, claim = NULL WHERE outcome = 'executed'",
+        "claimed_once"), "the audit log otherwise"),
+    "other words": (with_sql(SET + "action_description = 'Read'",
+                             "asked_once"), "is not what was asked"),
+    "a longer deadline": (with_sql(SET + "deadline = '2099'", "asked_once"),
+                          "is not what was asked"),
+    "bytes for a text": (with_sql(SET + "action_description = x'00'",
+                                  "asked_once"), "damaged"),
+    "a byte of the schema": (lambda path: path.write_bytes(
+        path.read_bytes().replace(b"BEGIN SELECT", b"B\xc7GIN SELECT", 1)),
+        "damaged"),
+    "a request without a log": (with_sql(INSERT.format("", "", "new", "")),
+                                "has no audit row")}
+@pytest.mark.parametrize("name", UNFIT)
+def test_an_unfit_file_refuses_to_start(every, used, name):
+    """A zero-byte, foreign, newer, cut or edited file refuses to start,
+    says why, is left as it is, and can be replaced at once."""
+    damage, words = UNFIT[name]
+    damage(every)
+    before = every.read_bytes()
+    with pytest.raises(hitl.ConfigError, match=words) as refused:
+        hitl.Store(every)
+    assert refused.value.reason == "bad-database" and refused.value.hint
+    assert str(every) in refused.value.message
+    assert every.read_bytes() == before != used
+    every.write_bytes(used)
+    hitl.Store(every).close()
+
+@pytest.mark.parametrize("spoil", [
+    lambda path: path.mkdir(),
+    lambda path: path.with_name("hitl.db.lock").write_text("x" * 999),
+    lambda path: path.with_name("hitl.db-wal").write_bytes(b"x" * 100)])
+def test_a_strange_file_in_the_way_is_an_error_message(tmp_path, spoil):
+    """A folder with the database's name, a lock file that is none, a
+    -wal whose database is gone: a ConfigError, never a new database."""
+    spoil(tmp_path / "hitl.db")
+    with pytest.raises(hitl.ConfigError):
+        hitl.Store(tmp_path / "hitl.db")
+    assert not (tmp_path / "hitl.db").is_file()
+
+@pytest.mark.parametrize("count", [99, pytest.param(3000, marks=long)])
+def test_a_flipped_bit_approves_nothing(used, tmp_path, count):
+    """With a bit flipped anywhere the file refuses, or nothing that was
+    waiting became approved."""
+    path, chance, opened = tmp_path / "hitl.db", random.Random(1), 0
+    for _ in range(count):
+        data = bytearray(used)
+        data[chance.randrange(len(used))] ^= 1 << chance.randrange(8)
+        for beside in tmp_path.glob("hitl.db[-.]*"):
+            beside.unlink()
+        path.write_bytes(data)
+        with contextlib.suppress(hitl.ConfigError), contextlib.closing(
+                hitl.Store(path, Clock())) as it:
+            opened += 1
+            with contextlib.suppress(sqlite3.Error):
+                assert "approved" not in [
+                    there and there.status for there in (
+                        it.find("waiting"), *it.select("WHERE id = 1"))]
+    assert 0 < opened < count
+
+
+def test_one_server_a_database(every):
+    """A second server is refused, in this process and then in another; the
+    first lives on, and its files are its owner's alone."""
+    every.chmod(0o600)                  # the others have its mode
+    first = hitl.Store(every, Clock())
+    with pytest.raises(hitl.ConfigError, match="another server runs"):
+        hitl.Store(every)               # must not drop the first one's lock
+    other = command("serve", "--port", "0", "--database", str(every),
+                    seconds=20)
+    assert other.returncode == 2, other.stderr
+    assert f"{every}: another server runs on this database" in other.stderr
+    assert act(first, "ask") == "waiting"
+    modes = {path.name: path.stat().st_mode & 0o777
+             for path in every.parent.glob("hitl.db*")}
+    assert modes.keys() >= {"hitl.db" + end for end in
+                            ("", "-wal", "-shm", ".lock")}
+    assert os.name != "posix" or set(modes.values()) == {0o600}
+    first.close()
+    hitl.Store(every).close()
+
+
+def test_a_database_in_use_is_not_called_damaged(every):
+    """A file that another program holds is not blamed on damage."""
+    with edited(every) as db:
+        db.executescript("PRAGMA locking_mode = EXCLUSIVE; BEGIN IMMEDIATE")
+        with pytest.raises(hitl.ConfigError) as refused:
+            hitl.Store(every)
+    assert "damaged" not in refused.value.message
+    assert "begin anew" not in refused.value.hint
+
+
+def test_a_database_that_git_would_take_is_warned_of(tmp_path):
+    """There is a warning when the database lies in a git work tree and is
+    not ignored."""
+    if not shutil.which("git"):
+        pytest.skip("no git")
+    path = tmp_path / "hitl.db"
+    assert hitl.ignored_warning(path) == []
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    assert "add hitl.db* to .gitignore" in hitl.ignored_warning(path)[0]
+    (tmp_path / ".gitignore").write_text("hitl.db*\n")
+    assert hitl.ignored_warning(path) == []
+
+
+def test_what_a_crash_leaves_is_taken_up(store):
+    """After a crash at any moment the next start has all that was
+    acknowledged: half a new file, a -wal, a checkpoint that did not end."""
+    folder, before = store.path.parent, store.path.read_bytes()
+    for n in range(20):
+        store.attempt(put, store, f"r-{n}", "", "a", '"%s"' % ("x" * 9000))
+    assert store.commit()[0]
+    wal = (folder / "hitl.db-wal").read_bytes()
+    store.db.execute("PRAGMA wal_checkpoint(FULL)")
+    first_page = store.path.read_bytes()[:4096]
+    for number, whole in enumerate([before, first_page + before[4096:]]):
+        crashed = folder / str(number)
+        crashed.mkdir()
+        (crashed / "hitl.db.new").write_bytes(b"half")
+        (crashed / "hitl.db").write_bytes(whole)
+        (crashed / "hitl.db-wal").write_bytes(wal)
+        again = hitl.Store(crashed / "hitl.db")
+        assert names(again) == names(store) and len(names(again)) == 20
+        again.close()
+
+
+# ========================= Promise 6: nothing lost =========================
+
+@pytest.mark.parametrize("kills", [3, pytest.param(60, marks=long)])
+def test_promise_6_nothing_acknowledged_is_lost(tmp_path, make_gate,
+                                                kills):
+    """Once the server has answered, nothing is lost: killed with -9 in
+    traffic, every request and decision is there, every waiting agent
+    gets its decision, and no tool ran twice."""
+    desk, chance = Served(tmp_path), random.Random(3)
+    gate = make_gate(desk)
+    calls, runs, posts, decisions = [], [], [], {}
+    over, idle = threading.Event(), threading.Event()
+
+    def sent(client, *words):
+        with contextlib.suppress(hitl.UnreachableError):
+            return client.exchange(*words, seconds=5)
+
+    def agent(number):
+        for n in range(10_000):
+            if over.is_set():
+                return
+            name = f"a-{number}-{n}"
+            with contextlib.suppress(hitl.UnreachableError):    # refused
+                gate.call("delete_records", CALL, request_id=name,
+                          execute=lambda **_: runs.append(name))
+                calls.append(name)
+
+    def review():
+        while not idle.wait(0.01):
+            name = f"p-{chance.random()}"
+            reply = sent(desk.agent(), "POST", "/pending", four(name))
+            if reply and reply.status == 201:
+                posts.append(name)
+            reply = sent(desk.reviewer(), "GET", "/pending")
+            for there in reply.body["waiting"] if reply else ():
+                name = there["request_id"]
+                word = "approved" if name[0] == "a" else "rejected"
+                reply = sent(desk.reviewer(), "POST", f"/approve/{name}",
+                             {"decision": word})
+                if reply and reply.status == 200:
+                    decisions[name] = word
+    reviewer = in_background(review)
+    agents = [in_background(agent, n) for n in range(3)]
+    try:
+        end = time.monotonic() + 20         # however slow the machine is
+        while kills and time.monotonic() < end:
+            ran = len(runs)
+            assert until(lambda: posts and len(runs) > ran)
+            time.sleep(0.1 * chance.random())
+            desk.stop(signal.SIGKILL)
+            desk.start()
+            kills -= 1
+        over.set()
+        for result in agents:
+            result()
+    finally:
+        over.set()
+        idle.set()
+        reviewer()
+        desk.stop()
+    with edited(tmp_path / "hitl.db") as db:
+        rows = dict(db.execute(
+            "SELECT request_id, status FROM pending_reviews"))
+        assert list(hitl.audit_faults(db)) == []
+    assert sorted(runs) == sorted(calls) and posts and decisions
+    assert set(posts) <= set(rows)
+    assert decisions.items() <= rows.items()
+
+
+# ====================== Promise 8: tampering is shown ======================
+
+def verifies(db, noted=""):
+    """What log --verify would say."""
+    try:
+        return next(hitl.audit_faults(db, noted), None) is None
+    except (sqlite3.DatabaseError, ValueError, KeyError, TypeError):
+        return False
+
+
+def test_promise_8_any_changed_character_shows(unlocked):
+    """The audit log shows tampering: change one character anywhere in any
+    row, and verifying it fails."""
+    columns = "at", "event", "request_id", "actor", "detail", "hash"
+    rows = unlocked.execute("SELECT * FROM audit_log").fetchall()
+    assert verifies(unlocked) and len(rows) > 20
+    unlocked.execute("BEGIN")
+    for row in {row[2]: row for row in rows}.values():      # one an event
+        for column, text in zip(columns, row[1:]):
+            sql = f"UPDATE audit_log SET {column} = ? WHERE sequence = ?"
+            for place, was in enumerate(text):
+                unlocked.execute(sql, (text[:place] + chr(ord(was) ^ 1)
+                                       + text[place + 1:], row[0]))
+                assert not verifies(unlocked), (row[0], column, place)
+            unlocked.execute(sql, (text, row[0]))
+    assert verifies(unlocked)
+
+
+FORGED = ("INSERT INTO audit_log SELECT (SELECT max(sequence) + 1 FROM "
+          "audit_log), at, '{}', request_id, actor, detail, hash FROM "
+          "audit_log WHERE sequence = 1")
+UNDECIDE = SET + ("status = 'waiting', decided_at = NULL, decided_by = NULL, "
+                  "signed_in = NULL, reason = NULL WHERE status = 'rejected'")
+TAMPERED = [
+    *(f"DELETE FROM audit_log WHERE sequence {which}" for which in (
+        "= 1", "= 7", "> 0")),
+    "UPDATE audit_log SET sequence = sequence + 1000",
+    "UPDATE audit_log SET detail = x'00' WHERE sequence = 3",
+    *map(FORGED.format, ("approved", "claimed", "submitted")),
+    "UPDATE audit_log SET (at, event, request_id, actor, detail, hash) = "
+    "(SELECT at, event, request_id, actor, detail, hash FROM audit_log AS o "
+    "WHERE o.sequence = 9 - audit_log.sequence) WHERE sequence IN (4, 5)",
+    "DELETE FROM pending_reviews WHERE id = 3",
+    SET + "action_description = 'x' WHERE id = 5", UNDECIDE,
+    UNDECIDE + "; UPDATE audit_log SET event = 'submitted' "
+    "WHERE event = 'rejected'"]
+CUT_END = ("DELETE FROM pending_reviews WHERE id = (SELECT max(id) FROM "
+           "pending_reviews); DELETE FROM audit_log WHERE request_id NOT "
+           "IN (SELECT request_id FROM pending_reviews)")
+
+
+def test_promise_8_an_edited_log_shows(unlocked):
+    """Delete, swap, insert or rename rows: verifying fails, even where
+    the requests were edited to agree. A cut-off end, with its requests,
+    shows against a head that was noted."""
+    head = hitl.last_head(unlocked).hash
+
+    def shows(sql, noted=""):
+        unlocked.execute("BEGIN")
+        for statement in sql.split("; "):
+            assert unlocked.execute(statement).rowcount > 0
+        whole = verifies(unlocked, noted)
+        unlocked.execute("ROLLBACK")
+        return not whole
+    assert verifies(unlocked, head)
+    assert [sql for sql in TAMPERED if not shows(sql)] == []
+    assert not shows(CUT_END) and shows(CUT_END, head)
+
+
+def log_of(path, *words):
+    """The `log` command -> exit status, what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        status = hitl.main(["log", "--database", str(path), *words])
+    return status, out.getvalue()
+
+
+def test_log_verify_says_whole_or_where(every, unlocked):
+    """`log --verify` exits 0 and prints the head, or 1 and the faults."""
+    head = hitl.last_head(unlocked)
+    assert log_of(every, "--verify", "--head", head.hash) == (
+        0, f"{every}: {head.sequence} rows, head {head.hash}: whole\n")
+    status, out = log_of(every, "--verify", "--head", "f" * 64)
+    assert status == 1 and "is not in the log: its end was cut" in out
+    unlocked.execute("UPDATE audit_log SET at = at || '0' WHERE sequence = 3")
+    status, out = log_of(every, "--verify")
+    assert status == 1 and out.startswith("FAULT audit row 3 was changed")
+    assert "damaged or edited" in out and "--head" in out
+    assert log_of(every.with_name("none")) == (2, "")
+
+
+def test_log_lists_every_change_beside_a_running_server(desk):
+    """`log` prints a line per change, `--json` an object per line, also
+    while the server runs."""
+    desk.post()
+    desk.decide("r-1", "rejected", reason="no")
+    listed = command("log", "--database", str(desk.database)).stdout
+    assert [line.split(" ")[2:5] for line in listed.splitlines()] == [
+        ["submitted", "r-1", "agent:unauthenticated"],
+        ["rejected", "r-1", "reviewer:ana"]]
+    last = json.loads(log_of(desk.database, "--json")[1].splitlines()[1])
+    assert (last["sequence"], last["event"], last["hash"]) == (
+        2, "rejected", desk.store.head.hash)
+    assert json.loads(last["detail"])["reason"] == "no"
+    assert log_of(desk.database, "--verify")[0] == 0
+
+
+# ================================== Server =================================
+# One port, eleven routes, two kinds of principals. Tables wherever a table is
+# the specification; every answer is read as a client reads it.
+
+REVIEWER = hitl.basic("ana", REVIEWER_TOKEN)
+AGENT = f"Bearer {AGENT_TOKEN}"
+YES, FORM = {"decision": "approved"}, "application/x-www-form-urlencoded"
+LOCAL, CLOSE = "Host: localhost", "Connection: close"
+HEALTH = "GET /healthz HTTP/1.1"
+
+
+def desk_ask(desk, method, path, who="", body=None, **fields):
+    """One request, headers with _ for - -> status, headers, JSON or text."""
+    if body is not None:
+        fields = {"Content_Type": "application/json"} | fields
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    status, headers, text = hitl.Client(desk.url, who).fetch(
+        method, path, body, seconds=20, **fields)
+    return status, headers, (json.loads(text) if "json" in
+                             headers.get_content_type() else text.decode())
+
+
+def http(line: str, *fields: str, body: bytes = b"") -> bytes:
+    """A request as bytes, with nothing added."""
+    return "\r\n".join((line, *fields, "", "")).encode("latin-1") + body
+
+
+def http_post(body, *fields: str) -> bytes:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return http("POST /pending HTTP/1.1", LOCAL, *fields, "Content-Type: "
+                "application/json", f"Content-Length: {len(data)}", body=data)
+
+
+def statuses(data: bytes) -> list[int]:
+    """The status of every answer in what came back."""
+    return [int(n) for n in re.findall(rb"HTTP/1\.1 (\d{3}) ", data)]
+
+
+def knock(desk, data: bytes) -> socket.socket:
+    """A connection of its own, on which these bytes were sent."""
+    sock = socket.create_connection(("127.0.0.1", desk.port), 10)
+    sock.sendall(data)
+    return sock
+
+
+def long_poll(desk, request_id: str = "r-1") -> socket.socket:
+    sock = knock(desk, http(f"GET /pending/{request_id}?wait=60 HTTP/1.1",
+                            LOCAL, CLOSE))
+    assert until(lambda: attended(desk, request_id))
+    return sock
+
+
+def attended(desk, request_id: str = "r-1") -> bool:
+    return desk_ask(desk, "GET", f"/review/{request_id}", REVIEWER,
+                    Accept="application/json")[2]["attended"]
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Wrong credentials are answered in the next turn."""
+    monkeypatch.setattr(hitl, "SLOW_SECONDS", 0)
+    monkeypatch.setattr(hitl, "SWEEP_SECONDS", 0)
+
+
+def test_the_story_by_curl(desk):
+    """The four fields are 201 with a Location, the same again 200, other
+    content 409; approved is 200 once."""
+    status, headers, said = desk_ask(desk, "POST", "/pending", "", four())
+    assert (status, headers["Location"]) == (201, "/review/r-1")
+    assert (said["status"], said["deadline"]) == ("waiting", None)
+    again = four() | {"timestamp": 1, "agent_context": [1]}
+    assert desk_ask(desk, "POST", "/pending", "", again)[::2] == (200, said)
+    other = desk.post(action_description="other")
+    assert (other.status, other.body["request"]) == (409, said)
+    done, again = desk.decide("r-1"), desk.decide("r-1")
+    assert (done.status, again.status) == (200, 409)
+    assert again.body["request"] == done.body
+    assert done.body["decided_by"] == "reviewer:ana"
+
+
+def test_every_refusal_says_the_cure(desk, at_once, monkeypatch):
+    """A refusal is problem+json with a stable word, its status and the cure
+    (the words of the store have their tests there)."""
+    desk.post("no")
+    desk.decide("no", "rejected")
+    r, form, told = REVIEWER, {"Content_Type": FORM}, set()
+
+    def refused(reason, path, who, body, fields=(), cure=None):
+        status, headers, said = desk_ask(
+            desk, "GET" if body is None else "POST", path, who, body,
+            **dict(fields))
+        assert (said["reason"], status) == (reason, hitl.REFUSALS[reason])
+        assert headers.get_content_type() == "application/problem+json"
+        assert said["title"] and said["detail"].endswith(cure or "")
+        assert (headers["Retry-After"] is not None) == (status in (429, 503))
+        told.add(reason)
+    typed = "add -H 'Content-Type: application/json'"
+    for name in four():
+        refused("missing-field", "/pending", "", {
+            k: v for k, v in four().items() if k != name}, (),
+            "required are " + ", ".join(four()))
+    for case in (
+            ("bad-request", "/approve/no", r, b"a", form),
+            ("bad-json", "/pending", "", b"[1]"),
+            ("bad-field", "/pending", "", four() | {"x": 1}),
+            ("bad-digest", "/pending", "", four() | {"digest": "1"}),
+            ("bad-decision", "/approve/no", r, {"decision": "yes"}, (),
+             'send {"decision": "approved"} or {"decision": "rejected", '
+             '"reason": "..."}'),
+            ("not-signed-in", "/approve/no", "", YES, (), "sign in as a "
+             "reviewer: curl -u reviewer:TOKEN ...; serve printed the token"),
+            ("wrong-credentials", "/", "Bearer x", None),
+            ("not-your-route", "/pending", r, four()),
+            ("cross-site", "/pending", "", {}, {"Origin": "null"}),
+            ("no-such-route", "/x", "", None),
+            ("unknown", "/pending/x", "", None),
+            ("already-decided", "/approve/no", r, YES),
+            ("too-large", "/pending", "", b"1" * (1 << 20) + b"1"),
+            ("wrong-type", "/pending", "", four(), form, typed),
+            ("wrong-type", "/approve/no", r, YES, form, typed),
+            ("head-too-large", "/?" + "a" * 17000, "", None),
+            ("wrong-host", "/", r, None, {"Host": "desk.lan:1"},
+             'checkpoints.toml: public_url = "http://desk.lan:1"')):
+        refused(*case)
+    with contextlib.closing(sqlite3.connect(desk.database)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        refused("storage-failed", "/pending", "", four("kept-out"))
+    monkeypatch.setattr(hitl, "MAX_WAITING", 0)
+    refused("too-many-waiting", "/pending", "", four("kept-out"))
+    assert not desk.rows("SELECT 1 FROM pending_reviews WHERE request_id = "
+                         "'kept-out'")
+    assert told >= {w for w, status in hitl.REFUSALS.items()
+                    if status not in (405, 409, 411, 500, 503)}
+
+
+def test_one_shape(desk):
+    """Every reply about a request has one shape; a list adds what a reviewer
+    needs, a review everything, and no list has contexts."""
+    call = {"tool": "delete_users", "arguments": {"b": [1], "a": "é"},
+            "agent": "bot", "checkpoint_id": "delete-records"}
+    first = desk.post("r-1", **call).body
+    waiting, mine = desk.waiting(), {
+        "claim": "c", "digest": first["digest"], "outcome": "executed"}
+    replies = [first, desk.state("r-1"), desk.decide("r-1").body, *(
+        desk_ask(desk, "POST", path, "", mine)[2]
+        for path in ("/claim/r-1", "/outcome/r-1"))]
+    shape = {"request_id", "status", "outcome", "digest", "deadline",
+             "decided_by", "decided_at", "reason", "url"}
+    assert [set(reply) for reply in replies] == [shape] * 5
+    assert [r["outcome"] for r in replies[2:]] == [None, "running", "executed"]
+    past, whole = (desk_ask(desk, "GET", path, REVIEWER,
+                            Accept="application/json")[2]
+                   for path in ("/history", "/review/r-1"))
+    for row in waiting + past["reviewed"]:
+        assert set(row) == shape | {"action_description", "large", *call}
+        assert row | call == row
+    assert whole["agent_context"] == {"task": "clean up"}
+
+
+def test_only_what_is_listed(desk):
+    """A verb that the table of rights does not list is 405 and told what is
+    allowed, a path that it does not list 404, whoever asks."""
+    for path in {route.path for route in hitl.ROUTES}:
+        listed = [r.method for r in hitl.ROUTES if r.path == path]
+        for verb in {"HEAD", "PUT", "DELETE", "OPTIONS", "GET", "POST",
+                     "TRACE"} - set(listed):
+            answer = desk.raw(http(f"{verb} {path} HTTP/1.1", LOCAL, CLOSE))
+            assert statuses(answer) == [405], (verb, path)
+            assert f"\r\nAllow: {', '.join(listed)}\r\n".encode() in answer
+    for path in ("/pending/", "/Pending", "//", "//pending", "/pending;x",
+                 "/review/%00", "/review/%zz", "/review/%0d%0aX:y",
+                 "/review/" + "a" * 129, "/review/a%2Fb", "/.git/config"):
+        for who in ("", REVIEWER):
+            assert desk_ask(desk, "GET", path, who)[0] == 404, path
+
+
+def test_wrong_credentials_are_slow(desk, monkeypatch):
+    """Wrong credentials are answered slowly, but nobody is locked out; who
+    sends none is asked at once, and a page's script gets no dialog."""
+    assert hitl.SLOW_SECONDS >= 1
+    monkeypatch.setattr(hitl, "SWEEP_SECONDS", 0)
+    monkeypatch.setattr(hitl, "SLOW_SECONDS", 60)
+    with contextlib.ExitStack() as stack:
+        wrong = [stack.enter_context(knock(desk, http(
+            "GET / HTTP/1.1", LOCAL, "Authorization: Bearer x")))
+            for _ in range(20)]
+        assert desk_ask(desk, "GET", "/", REVIEWER)[0] == 200
+        status, headers, _ = desk_ask(desk, "GET", "/", Sec_Fetch_Dest="empty")
+        assert status == 401 and "Basic" in headers["WWW-Authenticate"]
+        for sock in wrong:
+            sock.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                sock.recv(1)
+    monkeypatch.setattr(hitl, "SLOW_SECONDS", 0.1)
+    for destination, scheme in (("empty", "Script"), ("document", "Basic")):
+        start = time.monotonic()
+        status, headers, _ = desk_ask(desk, "GET", "/", hitl.basic("a", "no"),
+                                      Sec_Fetch_Dest=destination)
+        assert status == 401 and time.monotonic() - start >= 0.1
+        assert headers["WWW-Authenticate"].split()[0] == scheme
+
+
+def test_who_decided(make_desk, at_once):
+    """With the shared token any name is recorded as typed, with the word
+    that it is shared; named reviewers have a token each."""
+    ana, bo = "a-token-of-anas-own", "b-token-of-bos-own"
+    shared, named = make_desk(), make_desk(named={
+        "ana": hitl.token_hash(ana), "bo": hitl.token_hash(bo)})
+    for desk, name, token, how in (
+            (shared, "Zoë Łuk", REVIEWER_TOKEN, "shared token"),
+            (named, "bo", bo, "own token"), (named, "", "", None),
+            (named, "bo", ana, None), (named, "ana", REVIEWER_TOKEN, None),
+            (named, "eve", ana, None), *(
+                (shared, name, REVIEWER_TOKEN, None)
+                for name in ("a" * 65, "a\u202eb", "a\nb"))):
+        desk.post()
+        assert desk_ask(desk, "POST", "/approve/r-1", hitl.basic(
+            name, token), YES)[0] == (200 if how else 401), name
+        assert not how or desk.rows(
+            "SELECT decided_by, signed_in FROM pending_reviews") == [
+                (f"reviewer:{name}", how)]
+
+
+def test_the_form_goes_back_to_the_page(desk):
+    """The page's buttons post a form and come back to the page (303), never
+    to another site; a form that says both words is refused."""
+    for n, back in enumerate(("/", "", "//evil.example", "https://evil",
+                              "/\\evil", "/%0d%0aSet-Cookie:a=b")):
+        desk.post(f"r-{n}")
+        form = f"decision=rejected&reason=caf%C3%A9&back={back}".encode()
+        for body, expected in ((b"decision=approved&" + form, 400),
+                               (form, 303)):
+            status, headers, _ = desk_ask(
+                desk, "POST", f"/approve/r-{n}", REVIEWER, body,
+                Content_Type=FORM, Accept="text/html")
+            assert status == expected and headers["Set-Cookie"] is None
+        assert headers["Location"] == "/"
+        assert desk.state(f"r-{n}")["reason"] == "café"
+
+
+def test_security_headers_on_every_answer(desk, at_once):
+    """The security headers stand on every answer, with no cookie and no
+    CORS on any."""
+    for method, path, who, body in (
+            ("GET", "/", REVIEWER, None), ("GET", "/", "", None),
+            ("GET", "/", "Bearer x", None), ("POST", "/pending", "", four()),
+            ("POST", "/pending", "", b"{"), ("GET", "/nowhere", "", None),
+            ("GET", "/" + "a" * 20000, "", None),
+            ("OPTIONS", "/approve/r-1", "", None)):
+        headers = desk_ask(desk, method, path, who, body, Origin=desk.url)[1]
+        policy = headers["Content-Security-Policy"]
+        assert "unsafe" not in policy and "frame-ancestors 'none'" in policy
+        assert [headers[name] for name in (
+            "X-Content-Type-Options", "X-Frame-Options", "Referrer-Policy",
+            "Cache-Control")] == ["nosniff", "DENY", "same-origin", "no-store"]
+        assert not re.search("(?im)^(set-cookie|access-control)", str(headers))
+
+
+def test_long_polls(desk, monkeypatch):
+    """A poll is held up to `wait` seconds, 60 at most; a wait that is no
+    number is 400; all who wait are answered when it is decided."""
+    assert hitl.MAX_POLL_SECONDS == 60
+    desk.post()
+    start = time.monotonic()
+    with monkeypatch.context() as patch:
+        for wait, most in (("0.2", 60), ("999", 0.2)):
+            patch.setattr(hitl, "MAX_POLL_SECONDS", most)
+            assert desk_ask(desk, "GET", f"/pending/r-1?wait={wait}")[2][
+                "status"] == "waiting"
+    assert time.monotonic() - start >= 0.4
+    for wait in ("nan", "inf", "-1", "%20", "5s", "0x5", "&" * 40):
+        assert desk_ask(desk, "GET", f"/pending/r-1?wait={wait}")[0] == 400
+    polls = [long_poll(desk) for _ in range(40)]
+    desk.decide("r-1", reason="go")
+    for sock in polls:
+        with sock:
+            answer = read_all(sock)
+            assert statuses(answer) == [200] and b'"go"' in answer
+
+
+def test_who_hangs_up_waits_no_more(desk):
+    """A parked poll is somebody who waits; once all are closed, nobody."""
+    desk.post()
+    with long_poll(desk):
+        long_poll(desk).close()
+        assert not until(lambda: not attended(desk), 0.05)
+    assert until(lambda: not attended(desk), hitl.RECENT_SECONDS / 2)
+
+
+# ---- serve: the process ----
+
+@pytest.fixture
+def serve(tmp_path, monkeypatch, capsys):
+    """`serve WORDS...` -> exit status and what it said: why it refuses, or
+    else that its port is taken."""
+    for name in [n for n in os.environ if n.startswith("HITL_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words, **environ):
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        with socket.create_server(("0.0.0.0", 0)) as taken:
+            status = hitl.main([
+                "serve", "--database", str(tmp_path / "hitl.db"), "--port",
+                str(taken.getsockname()[1]), *words])
+        return status, capsys.readouterr().err
+    return run
+
+
+FREE, POOR = r"cannot listen on .*\n.*--port 0", r"good one.*: [\w-]{43}\n"
+OPEN, CLEAR = "agents have no token", "in clear text"
+SHORT, PROXY = "fifteen-letters", "--public-url=https://d.example"
+
+
+@pytest.mark.parametrize("words, agent, reviewer, expected", [
+    ("--host 127.0.0.1", "", "", FREE), ("--host localhost", "", "", FREE),
+    ("--host 0.0.0.0", "", "", OPEN),
+    ("--host 0.0.0.0 " + PROXY, "", "", OPEN),
+    ("--host 0.0.0.0 --allow-clear-text", "", "", OPEN),
+    *((f"--host {host}", AGENT_TOKEN, "", CLEAR) for host in (
+        "0.0.0.0", "::", "0", "192.0.2.1", "host.example")),
+    ("--host 0.0.0.0 --public-url=http://d.example", AGENT_TOKEN, "", CLEAR),
+    ("--host 0.0.0.0 " + PROXY, AGENT_TOKEN, "", FREE),
+    ("--host 0.0.0.0 --allow-clear-text", AGENT_TOKEN, "", FREE),
+    ("", AGENT_TOKEN, REVIEWER_TOKEN, FREE),
+    ("", "", "sixteen-letters-", FREE),
+    ("", AGENT_TOKEN, AGENT_TOKEN, POOR), ("", SHORT, "", POOR),
+    *(("", "", token, POOR) for token in (
+        SHORT, "with a blank in it", "é" * 20, "line\nline\nline\nline")),
+    *((f"--public-url={url}", "", "", "--public-url") for url in (
+        "desk.example", "https://", "ftp://x", "https://x/a\r\nb:c",
+        "https://x/path")), ("--port=70000", "", "", "--port")])
+def test_what_serve_refuses(serve, words, agent, reviewer, expected):
+    """Off loopback serve needs an agent token, and https or
+    --allow-clear-text; a token under 16 characters, or the same for agent and
+    reviewer, is refused and a good one printed."""
+    status, said = serve(*words.split(" ") * bool(words),
+                         HITL_AGENT_TOKEN=agent, HITL_REVIEWER_TOKEN=reviewer)
+    assert status == 2 and re.search(expected, said), said
+    assert not (reviewer and reviewer in said)
+
+
+def test_a_configuration_that_serve_refuses(serve, tmp_path):
+    """serve refuses a configuration that everybody can write, and an agent's
+    token that is a named reviewer's own."""
+    rules = tmp_path / "checkpoints.toml"
+    rules.write_text(f'{RULES}\n[[reviewer]]\nname = "ana"\ntoken_sha256 = '
+                     f'"{hitl.token_hash(AGENT_TOKEN)}"\n')
+    for mode, said in ((0o666, "written by everybody\nhitl: hint: chmod go-w"),
+                       (0o664, "have the same token")):
+        rules.chmod(mode)
+        assert said in serve(HITL_AGENT_TOKEN=AGENT_TOKEN)[1]
+
+
+def test_what_serve_prints(serve, tmp_path):
+    """serve prints the link with its fresh token, absolute paths, the ssh
+    line and each change of state, each on its own line; a second one on the
+    same database is refused; SIGTERM ends it with 0 and the log's head."""
+    rules = tmp_path / "checkpoints.toml"
+    rules.write_text(RULES)
+    rules.chmod(0o664)
+    served = Served(tmp_path, HITL_REVIEWER_TOKEN="",
+                    SSH_CONNECTION="198.51.100.1 5000 192.0.2.7 22")
+    token = re.fullmatch(r"http://reviewer:([\w-]{43})@127\.0\.0\.1:"
+                         f"{served.port}/", served.link)[1]
+    assert "another server runs" in serve()[1]
+    served.agent().exchange("POST", "/pending", four(), seconds=10)
+    assert desk_ask(served, "POST", "/approve/r-1", hitl.basic("ana", token), {
+        "decision": "rejected", "reason": "a\nb"})[0] == 200
+    assert served.stop() == 0
+    assert until(lambda: "stopped" in served.lines[-1])
+    with contextlib.closing(hitl.open_for_reading(tmp_path / "hitl.db")) as db:
+        head = db.execute("SELECT hash FROM audit_log WHERE sequence = 2")
+        last = f"stopped; audit log: 2 rows, head {head.fetchone()[0]}"
+    assert [re.sub(r"^\d\d:\d\d:\d\d ", "", line)
+            for line in served.lines[-3:]] == [
+        "submitted r-1 by agent:unauthenticated",
+        "rejected  r-1 by reviewer:ana", last]
+    ssh = f"ssh -L {served.port}:127.0.0.1:{served.port} "
+    assert [s for s in served.lines if ssh in s and s.endswith("@192.0.2.7")]
+    assert set(served.lines) >= {
+        f"name reviewer, token {token}", f"configuration {rules}",
+        f"database {tmp_path / 'hitl.db'}",
+        f"audit log: 0 rows, head {hitl.GENESIS}",
+        f"warning: {rules} can be written by its group"}
+
+
+def test_lines_that_cannot_be_printed(tmp_path):
+    """A name that stdout cannot encode is printed escaped, and a stdout that
+    nobody reads (`serve | head`) costs lines, not the server; a given token
+    is not printed."""
+    served = Served(tmp_path, PYTHONIOENCODING="latin-1")
+    try:
+        for n in range(4):
+            served.agent().exchange("POST", "/pending", four(f"r-{n}"),
+                                    seconds=10)
+            assert desk_ask(served, "POST", f"/approve/r-{n}", hitl.basic(
+                "Łukasz", REVIEWER_TOKEN), YES)[0] == 200
+            assert n or until(lambda: r"\u0141ukasz" in served.lines[-1])
+            with open(os.devnull) as nothing:   # closes our end of the pipe
+                if not n:
+                    os.dup2(nothing.fileno(), served.process.stdout.fileno())
+        assert REVIEWER_TOKEN not in "".join(served.lines)
+    finally:
+        served.stop(signal.SIGKILL)
+
+
+def test_no_getfqdn(make_desk, monkeypatch):
+    """The server binds without asking DNS for its own name."""
+    for name in ("getfqdn", "gethostbyaddr"):
+        monkeypatch.setattr(socket, name, None)
+    assert desk_ask(make_desk(), "GET", "/healthz")[0] == 200
+
+
+# ================================ Promise 5 ================================
+# An agent cannot decide: every route times every credential, from ROUTES.
+
+CREDENTIALS = [     # and whose they are, where agents have a token
+    ("", "none"), (AGENT, "agent"), (f"BEARER {AGENT_TOKEN}", "agent"),
+    (hitl.basic("ana", AGENT_TOKEN), "agent"),
+    (hitl.basic("", AGENT_TOKEN), "agent"),
+    *((who, "wrong") for who in (
+        f"Bearer {REVIEWER_TOKEN}", hitl.basic("ana", "wrong-token-of-nobody"),
+        "Bearer wrong-token-of-nobody", hitl.basic("ana", ""),
+        f"Bearer {hitl.token_hash(AGENT_TOKEN)}", f"{AGENT}, {REVIEWER}", " ",
+        "Basic !!!", "Basic", "Basic YW5h", "Digest a", "Bearer caf\xe9\xff",
+        "Basic \xe9\xe9\xe9\xe9", "Basic " + base64.b64encode(
+            b"\xff:" + REVIEWER_TOKEN.encode()).decode())),
+    (hitl.basic("", REVIEWER_TOKEN), "reviewer"), (REVIEWER, "reviewer")]
+
+
+@pytest.mark.parametrize("agent_token", [None, AGENT_TOKEN])
+def test_promise_5(make_desk, at_once, agent_token):
+    """Each route belongs to one kind of principal: an agent's credential on
+    a reviewer's route is 403, always, and nothing but a reviewer's decides."""
+    desk = make_desk(agent_token=agent_token)
+    desk.post()                     # "why" keeps it from being withdrawn
+    body = four() | YES | {"why": 5}
+
+    def one(route, who):
+        return desk_ask(desk, route.method, route.path.replace(
+            "{request_id}", "r-1"), who, body if route.method == "POST"
+            else None)[:2]
+    for last in (False, True):      # a reviewer's own, when all others failed
+        asked = [(route, who, kind, in_background(one, route, who))
+                 for who, kind in CREDENTIALS for route in hitl.ROUTES
+                 if last == (kind == "reviewer")]
+        for route, who, kind, answer in asked:
+            status, headers = answer()
+            if kind == "agent" and not agent_token:
+                kind = "wrong"
+            if route.who in ("anyone", kind) or (
+                    kind == "none" and route.who == "agent"
+                    and not agent_token):
+                assert status in (200, 400, 409), (route, who)
+            elif kind in ("none", "wrong"):
+                assert status == 401, (route, who)
+                assert headers["WWW-Authenticate"].startswith(
+                    "Bearer " if route.who == "agent" else "Basic ")
+            else:
+                assert status == 403, (route, who)
+        decided = desk.rows("SELECT actor FROM audit_log WHERE event IN "
+                            "('approved', 'rejected')")
+        assert [actor.partition(":")[0] for actor, in decided] == (
+            ["reviewer"] if last else [])
+
+
+# ============================== Hostile input ==============================
+# Bytes that no honest client sends: each is refused once, and stops nobody.
+
+def test_host_and_origin(make_desk):
+    """Only our own names are answered (rebinding), and only our own page may
+    post from a browser: Host x Origin x Sec-Fetch-Site x content type."""
+    desk = make_desk(public_url="https://desk.example")
+    port = desk.port
+    hosts = {f"127.0.0.1:{port}": True, "LocalHost:1": True, "[::1]:9": True,
+             "desk.example": True, **dict.fromkeys((
+                 "evil.example", f"127.0.0.1.evil:{port}", "127.0.0.1:80@evil",
+                 "localhost:999999", "0.0.0.0", "", "desk.example:443",
+                 "localhost.", "127.0.0.1, evil", "xdesk.example"), False)}
+    kinds = {hitl.JSON: 400, FORM: 400, "text/plain": 415, "": 415}
+    for host, ours in hosts.items():
+        own = (None, f"http://{host}", "https://desk.example")
+        for origin in (*own, "null", "http://evil.example",
+                       f"http://127.0.0.1:{port + 1}"):
+            for site in (None, "same-origin", "same-site", "cross-site",
+                         "none"):
+                same = origin != "null" and (
+                    site == "same-origin" if site else origin in own)
+                for kind, status in kinds.items():
+                    fields = {"Host": host, "Origin": origin,
+                              "Sec-Fetch-Site": site,
+                              "Content-Type": kind or None}
+                    answer = desk.raw(http(
+                        "POST /approve/r-1 HTTP/1.1", CLOSE,
+                        f"Authorization: {REVIEWER}", "Content-Length: 2",
+                        *(f"{name}: {value}" for name, value in fields.items()
+                          if value is not None), body=b"{}"
+                        if kind != FORM else b"a="))
+                    assert statuses(answer) == [
+                        421 if not ours else 403 if not same else status
+                    ], fields
+        assert b'{"status": "ok"}' in desk.raw(     # monitoring: any Host
+            http(HEALTH, CLOSE, f"Host: {host}"))
+
+
+def test_a_get_never_changes_anything(desk):
+    """Whatever a GET asks, the database is as it was (link scanners), and
+    no query is a fault of ours."""
+    desk.post("r-1", timeout_seconds=600)
+
+    def everything():
+        return [desk.rows(f"SELECT * FROM {table}")
+                for table in ("pending_reviews", "audit_log")]
+    before = everything()
+    for path in sorted({r.path for r in hitl.ROUTES}):
+        for query in ("decision=approved", "_method=POST", "before=-1",
+                      "before=1%27%20OR%201=1", "before=" + "9" * 30,
+                      "x=%00%ff%0d%0a", "&" * 20, "before=1&before=2"):
+            for who in ("", REVIEWER):
+                url = path.replace("{request_id}", "r-1") + "?" + query
+                assert desk_ask(desk, "GET", url, who, X_HTTP_Method_Override=
+                                "POST")[0] < 500, url
+    assert everything() == before
+
+
+P = ("POST /pending HTTP/1.1", LOCAL, "Content-Type: application/json")
+TWO, CHUNKED = "Content-Length: 2", "Transfer-Encoding: chunked"
+NOT_ONE_REQUEST = [
+    *(http(*P, *fields, body=b"{}") for fields in (
+        (TWO, TWO), (TWO, "Content-Length: 9"), (CHUNKED, TWO),
+        ("Transfer-Encoding: xchunked", TWO), ("Content-Length : 2",), ())),
+    *(http(*P, f"Content-Length: {length}", body=b"{}" * 5) for length in (
+        "2, 2", "+4", "-2", "0x2", "2 2", "1_0", "", "\xb2", "104857600")),
+    http(*P, CHUNKED, body=b"0\r\n\r\n" + http(HEALTH, LOCAL)),
+    http(HEALTH, LOCAL, TWO, body=b"{}"),
+    *(http(HEALTH, LOCAL, *fields) for fields in (
+        ("X: a\rContent-Length: 3",), ("X: a\nContent-Length: 3",),
+        ("X: a\0b",), ("X: a", " b"), ("\tb",), ("word",), (": a",),
+        ("a b: c",), (LOCAL,), ("Authorization: a", "Authorization: b"),
+        ("X: " + "a" * 100_000,), [f"X-{n}: 1" for n in range(64)],
+        (f"X:{' ' * 16000}\x01",))),
+    http(HEALTH), http(HEALTH, " x: y", LOCAL), http(HEALTH + " ", LOCAL),
+    *(http(line, LOCAL) for line in (
+        "GET / HTTP/1.2", "GET / http/1.1", "GET http://localhost/ HTTP/1.1",
+        "OPTIONS * HTTP/1.1", "get / HTTP/1.1", "GET  / HTTP/1.1",
+        "CONNECT localhost:443 HTTP/1.1", "GET\t/ HTTP/1.1",
+        "GET /\xe9 HTTP/1.1", "GET /\0 HTTP/1.1")),
+    f"{HEALTH}\n{LOCAL}\n\n".encode(), b"GET /\r\n\r\n",
+    b"\r\n" + http(HEALTH, LOCAL), b"\r\n\r\n" + http(HEALTH, LOCAL),
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 50,   # TLS
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"PROXY TCP4 1\r\n\r\n",
+    b"GET /" + b"a" * 100_000]
+
+
+def test_ambiguous_bytes(desk):
+    """What is ambiguous is refused, never repaired: exactly one answer, 4xx,
+    at once, and the connection closes."""
+    for data in NOT_ONE_REQUEST:
+        start = time.process_time()
+        answer = desk.raw(data)
+        assert [n // 100 for n in statuses(answer)] == [4], data[:200]
+        assert b"Connection: close" in answer
+        assert time.process_time() - start < 0.5, data[:200]
+    assert desk.rows("SELECT * FROM audit_log") == []
+
+
+def test_plain_but_rare_http(desk):
+    """Pipelined requests are answered in order, however large, Expect gets
+    its 100, HTTP/1.0 none and a close, 64 fields, a body byte by byte and a
+    client that closes its half are fine."""
+    large = {"agent_context": "a" * 20_000}
+    answer = desk.raw(b"".join(
+        http_post(four(f"r-{n}") | (large if n > 9 else {}))
+        for n in range(18)) + http("GET /pending/r-3 HTTP/1.1", LOCAL)
+        + http("GET /nowhere HTTP/1.1", LOCAL) + http(HEALTH, LOCAL))
+    assert statuses(answer) == [201] * 18 + [200, 404]      # and then close
+    assert re.findall(rb"Location: /review/(r-\d+)", answer) == [
+        b"r-%d" % n for n in range(18)]
+    post = http_post(four("e"), "Expect: 100-continue", CLOSE)
+    assert statuses(desk.raw(post.replace(b"P/1.1", b"P/1.0", 1))) == [201]
+    head, end, body = post.partition(b"\r\n\r\n")
+    with knock(desk, head + end) as sock:
+        assert sock.recv(99) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        sock.sendall(body)
+        assert statuses(read_all(sock)) == [200]
+    answer = desk.raw(http("GET /healthz HTTP/1.0"))
+    assert statuses(answer) == [200] and CLOSE.encode() in answer
+    assert statuses(desk.raw(http(HEALTH, LOCAL, CLOSE, *(
+        f"X-{n}: {n}" for n in range(62))))) == [200]
+    with knock(desk, b"") as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for byte in http_post(four("b")):
+            sock.sendall(bytes([byte]))
+        sock.shutdown(socket.SHUT_WR)           # as `nc -N` does
+        assert statuses(read_all(sock)) == [201]
+
+
+@pytest.mark.parametrize("count", [400, pytest.param(6_000, marks=long)])
+def test_mutated_heads(desk, at_once, monkeypatch, count):
+    """A head with a few bytes changed is answered at most once, never as a
+    fault of ours, and what stands in a body is never a request."""
+    import random
+    for name in ("REQUEST_SECONDS", "IDLE_SECONDS", "LINGER_SECONDS"):
+        monkeypatch.setattr(hitl, name, 0.2)
+    chance, inner = random.Random(5), http_post(four("smuggled"))
+    pieces = [b"\r\n"] + [bytes([byte]) for byte in
+                          b"\0\t\n\r :;,\x0b\x7f\x80\xffAaGPx0/%"]
+
+    def mutated(n: int) -> bytes:
+        whole = http_post(json.dumps(four(f"m-{n}")).encode() + inner,
+                          f"Authorization: {REVIEWER}" if n % 2 else "X: y",
+                          "Origin: http://localhost")
+        end = whole.rfind(b"Content-Length", 0, -len(inner)) + 16
+        head = bytearray(whole[:end])
+        for _ in range(chance.randint(1, 3)):
+            at = chance.randrange(len(head) - 2)
+            head[at:at + chance.choice((0, 1, 1, 5))] = chance.choice(pieces)
+        return bytes(head) + whole[end:]
+    for _ in range(count // 400):
+        with contextlib.ExitStack() as stack:
+            for sock in [stack.enter_context(knock(desk, mutated(n)))
+                         for n in range(400)]:
+                got = statuses(read_all(sock))
+                assert len(got) <= 1 and not [s for s in got if s >= 500]
+    assert not desk.rows("SELECT 1 FROM pending_reviews WHERE request_id = "
+                         "'smuggled'")
+
+
+def test_json_bombs(desk):
+    """What is not strict JSON is 400 at once, on every route that reads
+    JSON."""
+    deep = 500_000
+    for bomb in (b"[" * deep, b"[" * deep + b"]" * deep, b"9" * deep,
+                 b'{"a":' * 33 + b"1" + b"}" * 33, b'{"a": 1, "a": 1}', b"",
+                 b'{"a": 1e400}', b'{"a": "\\ud800"}', b'{"a": "\xff"}',
+                 b"{} {}", b"[]"):
+        for path in ("/pending", "/approve/r", "/claim/r", "/withdraw/r"):
+            start = time.process_time()
+            status, _, said = desk_ask(desk, "POST", path, REVIEWER if path
+                                       == "/approve/r" else "", bomb)
+            assert (status, said["reason"]) == (400, "bad-json"), bomb[:40]
+            assert time.process_time() - start < 0.5, bomb[:40]
+
+
+WRONG_FIELDS = [(name, value, 400) for name, values in {
+    "request_id": ("", "a" * 129, "a/b", "a\n", "é", 7, None, ".", ".."),
+    "action_description": ("", " \n", None, ["a"]), "arguments": ([], "{}"),
+    "timestamp": ("yesterday", True, 1e300, "0001-01-01T00:00:00+14:00"),
+    "timeout_seconds": (0, -1, "5", True, 10 ** 300, 4e9), "digest": (5, ""),
+    "status": ("approved",), "decided_by": ("reviewer:ana",), "tool\n": "a",
+    **dict.fromkeys(hitl.OPTIONAL_FIELDS, (5,))}.items() for value in values]
+WRONG_FIELDS += [(name, letter * (limit // size + 1), 413) for name, limit in (
+    *hitl.OPTIONAL_FIELDS.items(), ("action_description",
+                                    hitl.MAX_DESCRIPTION))
+    for letter, size in (("a", 1), ("\N{CAT}", 4))]
+WRONG_FIELDS += [("arguments", {"a": "é" * (hitl.MAX_ARGUMENTS // 6)}, 413)]
+
+
+def test_every_field_over_its_limit(desk):
+    """A field that is not what it must be, or over its limit, is a clear
+    4xx that names it; nothing is stored."""
+    for name, value, expected in WRONG_FIELDS:
+        reply = desk.post(**{"request_id": "r-1", name: value})
+        assert reply.status == expected, (name, str(value)[:30])
+        assert name.strip() in reply.body["title"] + reply.body["detail"]
+    for name, limit in hitl.OPTIONAL_FIELDS.items():
+        assert desk.post(f"ok-{name}", **{name: "a" * limit}).status == 201
+    long_text, claim = "a" * (hitl.MAX_WHY + 1), {"digest": "a", "claim": "a"}
+    for path, body in (("approve", YES | {"reason": long_text}),
+                       ("withdraw", {"why": long_text}),
+                       ("claim", claim | {"digest": "a" * 65}),
+                       ("claim", claim | {"claim": "a" * 257})):
+        assert desk_ask(desk, "POST", f"/{path}/ok-tool", REVIEWER if path
+                        == "approve" else "", body)[0] == 413
+    assert len(desk.waiting()) == len(hitl.OPTIONAL_FIELDS)
+    assert not desk.rows("SELECT 1 FROM audit_log WHERE event <> 'submitted'")
+
+
+def test_slow_connections_lock_nobody_out(desk, monkeypatch):
+    """400 half-open connections and 200 that send byte by byte: every
+    reviewer's request is served; a request has a total deadline, not one a
+    read."""
+    hitl.raise_file_limit()
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(knock(desk, b"POST /pend" if n % 2 else
+                                           b"G")) for n in range(600)]
+        for path in ("/", "/pending", "/history") * 2:
+            for sock in socks[:200]:
+                sock.send(b"A")
+            assert desk_ask(desk, "GET", path, REVIEWER)[0] == 200
+    monkeypatch.setattr(hitl, "REQUEST_SECONDS", 0.2)
+    end = time.monotonic() + 10
+    with knock(desk, b"") as sock, pytest.raises(ConnectionError):
+        while time.monotonic() < end:
+            sock.sendall(b"A")
+            time.sleep(0.02)
+
+
+def test_when_connections_run_out(desk, monkeypatch):
+    """The oldest half-open connection goes, then the oldest parked poll is
+    answered early and says that it still waits; whoever comes is served."""
+    head = http(HEALTH, LOCAL, CLOSE)
+    with contextlib.ExitStack() as stack, monkeypatch.context() as patch:
+        patch.setattr(hitl, "MAX_CONNECTIONS", 4)
+        socks = [stack.enter_context(knock(desk, head[:9])) for _ in range(4)]
+        assert desk_ask(desk, "GET", "/", REVIEWER)[0] == 200
+        assert read_all(socks[0]) == b""
+        for sock in socks[1:]:
+            sock.sendall(head[9:])
+            assert statuses(read_all(sock)) == [200]
+    with contextlib.ExitStack() as stack:
+        for n in range(4):
+            desk.post(f"r-{n}")
+        polls = [stack.enter_context(long_poll(desk, f"r-{n}"))
+                 for n in range(4)]
+        with monkeypatch.context() as patch:
+            patch.setattr(hitl, "MAX_CONNECTIONS", 4)
+            assert desk_ask(desk, "GET", "/healthz")[0] == 200
+        answer = read_all(polls[0])
+        assert statuses(answer) == [200] and b'"waiting"' in answer
+        desk.decide("r-1")
+        assert b'"approved"' in read_all(polls[1])
+        assert attended(desk, "r-3")
+
+
+def test_who_does_not_read_is_dropped(desk, monkeypatch):
+    """A client that does not take its answer stops nobody, and is dropped
+    when its time is up."""
+    monkeypatch.setattr(hitl, "ANSWER_SECONDS", 0.2)
+    context = "\N{CAT}" * 260_000        # 3 MB in ASCII
+    desk_ask(desk, "POST", "/pending", "", json.dumps(
+        four() | {"agent_context": context}, ensure_ascii=False).encode())
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.settimeout(10)
+        sock.connect(("127.0.0.1", desk.port))
+        sock.sendall(http("GET /review/r-1 HTTP/1.1", LOCAL,
+                          f"Authorization: {REVIEWER}",
+                          "Accept: application/json"))
+        answer = sock.recv(4096)
+        assert desk_ask(desk, "GET", "/healthz")[0] == 200
+        assert until(lambda: not desk.server.half_open)
+        assert len(answer + read_all(sock)) < 12 * len(context)
+
+
+def test_one_line_for_each_event(desk):
+    """CR, LF, ESC or U+2028 in any field makes no line and no header: the
+    printed lines equal the events."""
+    bad = "a\r\nSet-Cookie: b=c\r\n\r\n\x1b[2J\x07\u2028\x85\x0b\u202ez"
+    for name in hitl.OPTIONAL_FIELDS | {"action_description": 0}:
+        assert desk.post(f"r-{name}", **{name: bad}).status == 201
+    desk.post("ran", arguments={bad: bad}, agent_context={bad: [bad]})
+    digest = desk.decide("ran", reason=bad).body["digest"]
+    for method, path, who, body in (
+            ("POST", "/withdraw/r-tool", "", {"why": bad}),
+            ("POST", "/claim/ran", "", {"digest": digest, "claim": bad}),
+            ("POST", "/outcome/ran", "", {"claim": bad, "text": bad,
+                                          "outcome": "failed"}),
+            *(("GET", path, REVIEWER, None) for path in (
+                "/", "/history", "/review/ran", "/review/r-why"))):
+        status, headers, _ = desk_ask(desk, method, path, who, body)
+        assert status == 200 and headers["Set-Cookie"] is None
+    desk.post(bad)
+    desk.raw(http("GET /\x1b[2J HTTP/1.1", "Host: a\x1b]0;x\x07"))
+    lines = "\n".join(desk.lines).split("\n")
+    assert all(line.isprintable() for line in lines)
+    assert [tuple(line.split()[1:3]) for line in lines] == desk.rows(
+        "SELECT event, request_id FROM audit_log")
+
+
+# ============================= Client and Gate =============================
+# What an agent sees. `Wire` is a server that answers what a test tells it to:
+# an impostor that lies, or a cable to the real desk that loses and changes.
+
+
+class Wire:
+    """A socket server: answer(path, request) yields the pieces to send; None
+    among them resets the connection."""
+
+    def __init__(self, answer) -> None:
+        self.answer = answer
+        self.socket = socket.create_server(("127.0.0.1", 0), backlog=512)
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self) -> None:
+        with self.socket, contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self.serve, daemon=True,
+                                 args=(self.socket.accept()[0],)).start()
+
+    def serve(self, conn: socket.socket) -> None:
+        with conn, contextlib.suppress(OSError):
+            conn.settimeout(20)
+            data, size = b"", 1 << 20
+            while len(data) < size:
+                data += conn.recv(1 << 16)
+                head, end, _ = data.partition(b"\r\n\r\n")
+                if end:
+                    body = re.search(rb"(?i)content-length: (\d+)", head)
+                    size = len(head) + 4 + int(body[1] if body else 0)
+            for piece in self.answer(head.split()[1].decode(), data):
+                if piece is None:
+                    conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                    b"\1\0\0\0\0\0\0\0")
+                    return
+                conn.sendall(piece)
+
+    def close(self) -> None:
+        self.socket.shutdown(socket.SHUT_RDWR)
+
+
+def http_reply(body, status: int = 200, kind: str = "application/json",
+               length: int | None = None) -> bytes:
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    length = len(body) if length is None else length
+    return (f"HTTP/1.1 {status} Word\r\nContent-Type: {kind}\r\nLocation: /"
+            f"\r\nContent-Length: {length}\r\n\r\n").encode() + body
+
+
+class Impostor(Wire):
+    """Says yes to all, and lies where it is told to: lies[request_id] is
+    (step, lie), and lie(the good answer) yields what is sent instead."""
+
+    GOOD = {"pending": ("waiting", None), "poll": ("approved", None),
+            "claim": ("approved", "running"), "withdraw": ("expired", None),
+            "outcome": ("approved", "executed")}
+
+    def __init__(self) -> None:
+        self.lies, self.digests, self.claims = {}, {}, set()
+        super().__init__(self.lie)
+
+    def lie(self, path: str, request: bytes):
+        step, _, request_id = path[1:].partition("?")[0].partition("/")
+        if step == "pending" and not request_id:
+            asked = json.loads(request.partition(b"\r\n\r\n")[2])
+            request_id = asked["request_id"]
+            self.digests[request_id] = asked["digest"]
+        elif step == "pending":
+            step = "poll"
+        good = dict(zip(("status", "outcome"), self.GOOD[step])) | {
+            "request_id": request_id, "digest": self.digests[request_id],
+            "deadline": None, "decided_by": "reviewer:eve", "decided_at": None,
+            "reason": None}
+        where, lie = self.lies[request_id]
+        if where == step:
+            return lie(good)
+        if step == "claim":
+            self.claims.add(request_id)
+        return [http_reply(good)]
+
+
+def drip(data: bytes):
+    """A byte at a time, without end."""
+    while True:
+        for byte in data:
+            yield bytes([byte])
+            time.sleep(0.02)
+
+
+WIRES = {       # what comes instead of HTTP that is whole and in time
+    "closes": lambda g: [], "resets": lambda g: [None],
+    "half a head": lambda g: [b"HTTP/1.1 20", None],
+    "half a body": lambda g: [http_reply(g)[:-20]],
+    "half, reset": lambda g: [http_reply(g)[:-20], None],
+    "3 GB": lambda g: [http_reply(g, length=3 << 30)],
+    "less than none": lambda g: [http_reply(g, length=-5)],
+    "a slow head": lambda g: drip(b"HTTP/1.1 200 OK\r\nX: "),
+    "a slow body": lambda g: drip(http_reply(b" ", length=99_999)),
+    "100 for ever": lambda g: drip(b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "an endless line": lambda g: [b"HTTP/1.1 200 OK\r\nX: " + b"x" * 99_999],
+    "no HTTP": lambda g: [b"SSH-2.0-OpenSSH\r\n\r\n"],
+    "a bad chunk": lambda g: [http_reply(b"zz\r\n{}").replace(
+        b"Content-Length: 6", b"Transfer-Encoding: chunked")],
+    "by type HTML": lambda g: [http_reply(g, kind="text/html")]}
+BODIES = {      # JSON, or nearly
+    "right": lambda g: g, "HTML": lambda g: b"<html>", "empty": lambda g: b"",
+    "half": lambda g: json.dumps(g).encode()[:-40], "list": lambda g: [g],
+    "two": lambda g: json.dumps(g).encode() * 2, "null": lambda g: b"null",
+    "{}": lambda g: {}, "NaN": lambda g: g | {"x": float("nan")},
+    "twice": lambda g: json.dumps(g).encode()[:-1] + b', "status": "x"}',
+    "UTF-16": lambda g: json.dumps(g).encode("utf-16"),
+    "deep": lambda g: b"[" * 100_000,
+    "huge": lambda g: b" " * (2 << 20) + json.dumps(g).encode(),
+    "problem": lambda g: {"reason": "approved", "title": "a\r\nb"},
+    "digest": lambda g: g | {"digest": g["digest"][:-1] + "x"},
+} | {f"{name} {value!r}": lambda g, n=name, v=value: g | {n: v}
+     for name, values in {
+         "request_id": ["other", None, ["r"]], "digest": [None, ""],
+         "status": ["Approved", "yes", None, True, "rejected", ["approved"],
+                    {}, "expired", "withdrawn"],
+         "outcome": ["done", True, [], "executed", "failed", "lapsed"],
+         "reason": [7]}.items() for value in values}
+OTHER_STATUSES = (201, 202, 204, 206, 226, 299, 300, 301, 302, 307, 308, 400,
+                  401, 403, 404, 409, 413, 418, 429, 500, 502, 503, 599, 999)
+
+
+@pytest.mark.parametrize("step", ["pending", "poll", "claim"])
+def test_promise_1_a_false_server(make_gate, monkeypatch, step):
+    """A tool call that matches a checkpoint never runs without a recorded
+    approval: whatever answers, the tool runs after a valid claim only, and
+    the call ends within its time with an error that says a cure."""
+    for name, value in (("UNREACHABLE_SECONDS", 0.2), ("GRACE_SECONDS", 0.2),
+                        ("CLAIM_RETRY_SECONDS", 0.2), ("MAX_REPLY", 1 << 20)):
+        monkeypatch.setattr(hitl, name, value)
+    impostor, ran, todo = Impostor(), {}, list(WIRES.items()) + [
+        (f"{status} {name}", lambda g, s=status, b=body: [http_reply(b(g), s)])
+        for status in (200, *OTHER_STATUSES) for name, body in BODIES.items()
+        if status == 200 or name in ("right", "{}")
+        or os.environ.get("HITL_LONG")]
+    gate = make_gate(impostor, RULES.replace("= 20", "= 0.2"))
+
+    def one(name: str, lie):
+        request_id, began, error = name.encode().hex(), time.monotonic(), None
+        impostor.lies[request_id] = step, lie
+        try:
+            gate.call("delete_records", CALL, lambda **a: ran.update(
+                {request_id: a}), request_id=request_id)
+        except hitl.HitlError as caught:
+            error = caught
+        assert time.monotonic() - began < 6, name
+        if request_id in ran:
+            assert error is None and ran[request_id] == CALL, name
+            assert request_id in impostor.claims or (
+                step == "claim" and name == "200 right"), name
+        else:
+            assert str(error).isprintable() and error.message, name
+            assert error.hint or error.reason == "rejected", name
+        return error
+
+    def work() -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                one(*todo.pop())
+    for result in [in_background(work) for _ in range(32)]:
+        result(60)
+    for name in ("UNREACHABLE_SECONDS", "GRACE_SECONDS"):
+        monkeypatch.setattr(hitl, name, 10)     # and with time enough it runs
+    gate = make_gate(impostor)
+    assert one("200 right", lambda g: [http_reply(g)]) is None
+    assert one("yes", lambda g: [http_reply(g | {"status": "yes"})]
+               ).reason == "bad-reply"
+    impostor.close()
+
+
+def test_promise_1_the_server_is_down(make_gate, monkeypatch):
+    """A server that is down when first asked is a refusal after
+    UNREACHABLE_SECONDS, whatever the time-out; nothing runs."""
+    monkeypatch.setattr(hitl, "UNREACHABLE_SECONDS", 0.3)
+    ran, began = [], time.monotonic()
+    with pytest.raises(hitl.UnreachableError, match=":9: .*hitl.py serve"):
+        make_gate("http://127.0.0.1:9").call(
+            "delete_records", CALL, ran.append, timeout_seconds=600)
+    assert 0.1 < time.monotonic() - began < 5 and ran == []
+
+
+def test_no_proxy_and_the_token(make_gate, make_desk, monkeypatch, caplog):
+    """No proxies from the environment; HITL_AGENT_TOKEN is the credential,
+    and stands in no message."""
+    desk = make_desk(agent_token=AGENT_TOKEN)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with pytest.raises(hitl.UnreachableError, match="HITL_AGENT_TOKEN"):
+        make_gate(desk).call("delete_records", CALL, dict)
+    with pytest.raises(hitl.ConfigError) as caught:
+        make_gate(desk, token=AGENT_TOKEN + "\nX: y")
+    monkeypatch.setenv("HITL_AGENT_TOKEN", AGENT_TOKEN + "\n")
+    assert decided(make_gate(desk), desk)() == CALL
+    assert AGENT_TOKEN not in str(caught.value) + caplog.text
+
+
+# ---- what a person says reaches the agent ----
+
+def calling(gate, execute=dict, *, tool="delete_records", arguments=CALL,
+            way="call", **more):
+    """A call in the background -> a function that gives its result. `dict`
+    as the tool gives back what it was given."""
+    def run():
+        if way == "guard":
+            @gate.guard
+            def delete_records(table: str, condition: str):
+                return execute(table=table, condition=condition)
+            return delete_records(**arguments)
+        tools = () if "require" in way else (execute,)
+        result = getattr(gate, way)(tool, arguments, *tools, **more)
+        return asyncio.run(result) if asyncio.iscoroutine(result) else result
+    return in_background(run)
+
+
+def decided(gate, desk, execute=dict, decision="approved", reason=None,
+            **more):
+    """A call that waits and is decided -> a function for its result."""
+    result = calling(gate, execute, **more)
+    card, = desk.waiting()
+    assert desk.decide(card["request_id"], decision,
+                       reason=reason).status == 200
+    return result
+
+
+def unanswered(gate, desk, execute=dict, **more):
+    """A call that waits until its time is over, by a clock we turn."""
+    result = calling(gate, execute, **more)
+    desk.waiting()
+    desk.clock.time += 21
+    return result
+
+
+def newest(desk, columns: str = "status, outcome") -> tuple:
+    return tuple(desk.rows(f"SELECT {columns} FROM pending_reviews "
+                           "ORDER BY id DESC LIMIT 1")[0])
+
+
+WAYS = ["call", "acall", "require", "arequire", "guard"]
+REJECTED = "rejected by ana: use the staging table"
+NOBODY = 'nobody decided "Delete users where id = 3" within 20 s; nothing ran'
+EFFECTS = RULES + """
+[[checkpoint]]
+checkpoint_id = "no-drop"
+action_pattern = "drop"
+description_template = "Drop"
+effect = "deny"
+
+[[checkpoint]]
+checkpoint_id = "reads"
+action_pattern = "read_.*"
+description_template = "Read"
+effect = "allow"
+"""
+BRIEF = EFFECTS.replace("= 20", "= 0.5")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_end(make_gate, make_desk, caplog, way):
+    """Approved: the tool runs, its result is returned, the outcome recorded.
+    Rejected: logged at ERROR in full, then raised. Nobody (promise 4): a
+    TimeoutError that says so in full, `expired`, a late click 409."""
+    desk = make_desk(clock=Clock())
+    gate = make_gate(desk)
+    assert decided(gate, desk, way=way)() == CALL
+    assert newest(desk) == (
+        "approved", "running" if "require" in way else "executed")
+    ran = []
+    with pytest.raises(hitl.CollaborationError) as no:
+        decided(gate, desk, lambda **a: ran.append(a), "rejected",
+                "use the staging table", way=way)()
+    assert (type(no.value), str(no.value)) == (hitl.CollaborationError,
+                                               REJECTED)
+    with pytest.raises(TimeoutError) as late:
+        unanswered(gate, desk, lambda **a: ran.append(a), way=way)()
+    assert (type(late.value), str(late.value)) == (
+        hitl.ReviewTimeoutError, f"{NOBODY} (raise timeout_seconds in "
+        f"{gate.configuration.path}: people usually need 300 or more)")
+    assert newest(desk) == ("expired", None)
+    said = desk.decide(newest(desk, "request_id")[0])
+    assert (said.status, said.reason) == (409, "expired") and ran == []
+    assert [r.message for r in caplog.records if r.levelname == "ERROR"] == [
+        f"CollaborationError: {REJECTED}", f"ReviewTimeoutError: {late.value}"]
+
+
+class Unprintable(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+def test_a_tool_that_raises(make_gate, desk):
+    """What execute raises passes through, also with on_reject="return",
+    and the outcome is failed."""
+    gate = make_gate(desk, on_reject="return")
+    for way, error, text in (
+            ("call", ZeroDivisionError("no"), "ZeroDivisionError: no"),
+            ("acall", SystemExit(3), "SystemExit: 3"),
+            ("call", Unprintable(), "Unprintable"),
+            ("guard", hitl.DeniedError("inner"), "DeniedError: inner")):
+        def fail(error=error, **_):
+            raise error
+        with pytest.raises(type(error)) as caught:
+            decided(gate, desk, fail, way=way)()
+        assert caught.value is error
+        assert newest(desk, "outcome, outcome_text") == ("failed", text)
+        with pytest.raises(type(error)):        # and where nobody is asked
+            gate.call(f"list_{text[:3]}", CALL, fail)
+
+
+@pytest.mark.parametrize("way", WAYS[:4])
+def test_effects(make_gate, way):
+    """deny refuses and allow runs without asking anybody; a tool that no
+    checkpoint matches is free."""
+    gate = make_gate("http://127.0.0.1:9", EFFECTS)     # nobody listens
+    with pytest.raises(hitl.DeniedError, match='by checkpoint "no-drop"'):
+        calling(gate, tool="drop_table", way=way)()
+    for tool in ("read_file", "read_file", "list_files"):
+        assert calling(gate, tool=tool, way=way)() == CALL
+    with pytest.raises(hitl.ConfigError, match='no checkpoint "nope"'):
+        calling(gate, tool="read_file", way=way, checkpoint="nope")()
+
+
+@pytest.mark.parametrize("way", ["call", "acall"])
+def test_refusals_as_text(make_gate, make_desk, way):
+    """on_reject="return" gives a rejection, a denial or an expiry as text
+    that says who, why, and not to retry or rephrase; others still raise."""
+    end = (". The call did not run. Do not retry it or rephrase it; tell the "
+           "user, or do something else.")
+    desk = make_desk(clock=Clock())
+    gate = make_gate(desk, EFFECTS, on_reject="return")
+    assert decided(gate, desk, way=way, decision="rejected",
+                   reason="use the staging table")() == REJECTED + end
+    assert unanswered(gate, desk, way=way)() == NOBODY + end
+    assert calling(gate, tool="drop", way=way)() == (
+        'denied by checkpoint "no-drop"; nobody was asked and nothing ran'
+        + end)
+    desk.post("taken")
+    for error, more in ((hitl.ConfigError, {"checkpoint": "nope"}),
+                        (hitl.ChangedError, {"request_id": "taken"}),
+                        (hitl.HitlError, {"arguments": {"table": (1,)}})):
+        with pytest.raises(error):
+            calling(gate, way=way, **more)()
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(2000, marks=long)])
+def test_promise_4_a_race_at_the_deadline(make_gate, desk, count):
+    """An approval and the end of the wait at one instant: either it ran and
+    is approved, or it did not run and is not."""
+    gate, ran, silent = make_gate(desk), set(), set()
+
+    def one(number: int) -> None:
+        timer = threading.Timer(0.28 + number % 20 / 400, desk.decide,
+                                [f"r-{number}"])
+        timer.start()
+        try:
+            gate.call("delete_records", CALL, lambda **_: ran.add(number),
+                      request_id=f"r-{number}", timeout_seconds=0.3)
+        except (hitl.ReviewTimeoutError, hitl.UnreachableError):
+            silent.add(number)
+        timer.join()
+    for start in range(0, count, 40):
+        for result in [in_background(one, start + n) for n in range(40)]:
+            result()
+    assert not ran & silent and len(ran | silent) == count
+    assert ran == {int(name[2:]) for name, in desk.rows(
+        "SELECT request_id FROM pending_reviews WHERE status = 'approved' "
+        "AND outcome = 'executed'")}
+
+
+def test_promise_4_a_reviewer_was_faster(make_gate, make_desk):
+    """The answer to the withdrawal decides: if a reviewer was faster and
+    approved, the call runs; if rejected, that is raised."""
+    desk = make_desk(clock=Clock())     # stands: its deadline never comes
+    for decision in ("rejected", "approved"):
+        def answer(path: str, request: bytes, decision=decision):
+            if path.startswith("/withdraw/"):       # at the last moment
+                desk.decide(path.rpartition("/")[2], decision, reason="no")
+            yield desk.raw(request, 20)
+        wire = Wire(answer)
+        result = calling(make_gate(wire, BRIEF))
+        with (pytest.raises(hitl.CollaborationError, match="by ana: no")
+              if decision == "rejected" else contextlib.nullcontext()):
+            assert result() == CALL
+        wire.close()
+
+
+def test_timeouts(make_gate, make_desk):
+    """timeout_seconds: the call's over the checkpoint's over [gate]'s; inf
+    has no deadline; with a longer lifetime_seconds the request outlives the
+    wait, and the same call asked again picks up its decision."""
+    desk, inf = make_desk(clock=Clock()), float("inf")
+    rules, at = RULES + "timeout_seconds = 200\n", hitl.datetime.fromisoformat
+    for text, given, seconds in (
+            (RULES, None, 20), (rules, None, 200), (rules, 100, 100),
+            (rules, inf, None), (RULES.replace("= 20", "= inf"), None, None),
+            (rules + "lifetime_seconds = 900\n", 100, 900)):
+        decided(make_gate(desk, text), desk, timeout_seconds=given)()
+        start, end = newest(desk, "received_at, deadline")
+        assert seconds == (end and (at(end) - at(start)).total_seconds())
+    gate = make_gate(desk, BRIEF.replace("0.5", "0.5\nlifetime_seconds = 60"))
+    with pytest.raises(hitl.ReviewTimeoutError, match="nothing ran; the "
+                       'request still waits, .* request_id "again"'):
+        gate.call("delete_records", CALL, dict, request_id="again")
+    assert desk.decide("again").status == 200
+    assert gate.call("delete_records", CALL, dict, request_id="again") == CALL
+    result = calling(make_gate(desk, RULES.replace(
+        "= 20", "= 9\nlifetime_seconds = 7")))
+    desk.waiting()
+    desk.clock.time += 8                # the server's clock is first
+    with pytest.raises(TimeoutError, match='nobody decided "Delete .* 7 s'):
+        result()
+
+
+def test_attach(make_gate, make_desk):
+    """The same request_id with the same digest is the same request and meets
+    what is there; other content under it is refused."""
+    desk = make_desk(clock=Clock())
+    gate = make_gate(desk)
+
+    def meets(request_id: str, **more):
+        return gate.call("delete_records", CALL | more, dict,
+                         request_id=request_id)
+    for name in ("waiting", "approved", "rejected", "expired", "lapsed",
+                 "withdrawn"):          # as crashed agents left them
+        desk.post(name, timeout_seconds=20, tool="delete_records",
+                  arguments=CALL)
+    for name in ("approved", "lapsed"):
+        desk.decide(name)
+    desk.decide("rejected", "rejected", reason="no")
+    desk.agent().exchange("POST", "/withdraw/withdrawn", {"why": "x"},
+                          seconds=9)
+    result = in_background(meets, "waiting")
+    desk.decide("waiting")
+    assert result() == meets("approved") == CALL
+    desk.clock.time += 3600
+    until(lambda: desk.state("lapsed")["outcome"])
+    for name, error, words in (
+            ("approved", hitl.AlreadyClaimedError, "another request_id"),
+            ("rejected", hitl.CollaborationError, "^rejected by ana: no$"),
+            *((name, hitl.ReviewTimeoutError, f"is {name}; nothing ran .ask "
+               "anew with another") for name in ("withdrawn", "expired",
+                                                 "lapsed"))):
+        for _ in range(2):
+            with pytest.raises(error, match=words):
+                meets(name)
+    with pytest.raises(hitl.ChangedError):
+        meets("approved", table="x")
+    assert len(desk.rows("SELECT 1 FROM pending_reviews")) == 6
+
+
+# ---- promises 2 and 3 ----
+
+def test_promise_2_the_callers_dict_changes(make_gate, desk):
+    """What runs is what was digested and shown, whatever becomes of the
+    caller's dictionary while it waits."""
+    theirs = {"table": "users", "condition": {"ids": [3]}}
+    result = calling(make_gate(desk), arguments=theirs)
+    card, = desk.waiting()
+    theirs |= {"table": "everything", "more": True}
+    theirs["condition"]["ids"].append(4)
+    desk.decide(card["request_id"])
+    assert result() == card["arguments"] == {
+        "table": "users", "condition": {"ids": [3]}}
+
+
+def test_promise_3_a_lost_reply(make_gate, desk):
+    """A lost reply is asked for again with the same request or claim, and
+    the call runs once."""
+    lost, ran, results = set(), [], []
+
+    def lose(path: str, request: bytes):
+        number = int((re.search(r"/(\d+)", path) or re.search(
+            r'"request_id":\s*"(\d+)', request.decode()))[1])
+        answer = desk.raw(request, 20)
+        if number in lost or re.sub(r"[\d?].*", "", path) != steps[number]:
+            return [answer]
+        lost.add(number)
+        return ([], [None], [answer[:40]], [answer[:-30]])[number % 4]
+    steps = sorted(4 * ["/pending", "/pending/", "/claim/", "/outcome/"])
+    wire = Wire(lose)
+    for number in range(16):
+        results.append(calling(make_gate(wire), lambda **a: ran.append(a),
+                               arguments={"n": number},
+                               request_id=str(number)))
+    assert len(desk.waiting(16)) == 16
+    for number in range(16):
+        desk.decide(str(number))
+    assert [result() for result in results] == [None] * 16
+    assert len(lost) == 16
+    assert sorted(a["n"] for a in ran) == list(range(16))
+    assert [tuple(row) for row in desk.rows(
+        "SELECT COUNT(*), outcome FROM pending_reviews GROUP BY outcome")
+        ] == [(16, "executed")]
+    wire.close()
+
+
+def test_promise_3_twelve_at_a_barrier(make_gate, desk, caplog):
+    """One approval runs one call, once: of twelve with one request_id at a
+    barrier one runs, the others are told AlreadyClaimedError; a restart of
+    the server meanwhile is ridden out."""
+    barrier, ran, lost = threading.Barrier(12), [], []
+    gate = make_gate(desk)
+
+    def one() -> None:
+        barrier.wait()
+        try:
+            gate.call("delete_records", CALL, lambda **a: ran.append(a),
+                      request_id="r-1")
+        except hitl.AlreadyClaimedError:
+            lost.append(1)
+    results = [in_background(one) for _ in range(12)]
+    assert len(desk.waiting()) == 1
+    desk.stop()
+    assert until(lambda: "still waiting" in caplog.text)
+    desk.start(desk.port)
+    desk.decide("r-1")
+    for result in results:
+        result()
+    assert (ran, len(lost)) == ([CALL], 11)
+
+
+@pytest.mark.parametrize("hours", [-30, 30])
+def test_a_clock_turned_by_hours(make_gate, make_desk, hours):
+    """A server's clock turned by hours either way: no approval after a
+    TimeoutError, and nothing ran."""
+    desk, ran = make_desk(clock=Clock()), []
+    result = calling(make_gate(desk, RULES.replace("= 20", "= 0.8")),
+                     lambda **a: ran.append(a), request_id="r-1")
+    assert until(lambda: desk.server.waiters)
+    desk.clock.time += hours * 3600
+    with pytest.raises(hitl.ReviewTimeoutError):
+        result()
+    assert desk.decide("r-1").status == 409
+    assert ran == [] and desk.state("r-1")["status"] == "expired"
+
+
+# ---- an agent as a process of its own ----
+
+class Agent:
+    """A process that makes the one call of these tests."""
+
+    def __init__(self, desk, config: Path, name: str = "agent-1",
+                 way: str = "call") -> None:
+        self.desk, self.name = desk, name
+        self.process = subprocess.Popen([
+            sys.executable, "-W", "error", "-c", f"""
+import sys; sys.path.insert(0, {str(HERE)!r})
+import asyncio, hitl
+gate = hitl.Gate({str(config)!r}, server_url={desk.url!r})
+call = gate.{way}("delete_records", {CALL!r}, lambda **a: print("ran", *a),
+                  request_id={name!r})
+asyncio.run(call) if asyncio.iscoroutine(call) else None
+"""], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def waits(self):
+        assert until(lambda: self.desk.server.waiters.get(self.name), 30)
+        return self
+
+    def ends(self, number: int = 0) -> tuple[int, str, str]:
+        self.process.send_signal(number)
+        out, err = self.process.communicate(timeout=30)
+        return self.process.returncode, out, err
+
+
+def test_killed_and_started_again(make_gate, desk):
+    """An agent that was killed and starts again with its request_id gets the
+    decision it asked for; the reviewer sees one card; it runs once."""
+    config = make_gate(desk).configuration.path
+    Agent(desk, config).waits().ends(signal.SIGKILL)
+    assert until(lambda: not desk.server.waiters.get("agent-1"))
+    again = Agent(desk, config).waits()
+    assert len(desk.waiting()) == 1
+    desk.decide("agent-1")
+    code, out, err = again.ends()
+    assert (code, out) == (0, "ran condition table\n"), err
+    assert [line.partition(" (")[0] for line in err.splitlines()] == [
+        'delete_records waits for a person: "Delete users where id = 3"; '
+        f"review it at {desk.url}/review/agent-1",
+        "delete_records approved by ana: runs now"]     # no logging set up
+    assert newest(desk) == ("approved", "executed")
+
+
+def test_signals_withdraw(make_gate, desk):
+    """Ctrl-C and SIGTERM withdraw the request: nobody waits any more."""
+    config = make_gate(desk).configuration.path
+    for agent, number, code in [
+            (Agent(desk, config, f"{way}-{number}", way), number, code)
+            for way in ("call", "acall") for number, code in (
+                (signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143))]:
+        assert agent.waits().ends(number)[:2] == (code, ""), agent.name
+        assert desk.state(agent.name)["status"] == "withdrawn"
+
+
+def test_progress_is_told(make_gate, desk, caplog, monkeypatch):
+    """Progress is a WARNING that names the tool, the page and what is left."""
+    monkeypatch.setattr(hitl, "PROGRESS_SECONDS", 0)
+    result = calling(make_gate(desk, RULES.replace(
+        "[gate]", "[gate]\npoll_seconds = 0.01")), request_id="r-1")
+    line = f"waiting for review of delete_records at {desk.url}/review/r-1, "
+    assert until(lambda: re.search(re.escape(line) + r"\d+ s left",
+                                   caplog.text))
+    desk.decide("r-1")
+    assert result() == CALL
+    assert {r.levelname for r in caplog.records} == {"WARNING"}
+
+
+def test_an_agent_imports_little():
+    """`import hitl` in an agent loads no server, database or network."""
+    heavy = {"http.server", "http.client", "sqlite3", "urllib.request",
+             "asyncio", "ssl", "email", "argparse", "socketserver", "html"}
+    out = subprocess.run(
+        [sys.executable, "-I", "-c", "import sys; sys.path[:0] = ["
+         f"{str(HERE)!r}]; import hitl; print({heavy!r} & set(sys.modules))"],
+        capture_output=True, text=True)
+    assert (out.stdout, out.stderr) == ("set()\n", "")
+
+
+def test_asyncio(make_gate, desk):
+    """Forty parallel acall waits resolve soon after their decisions, and the
+    event loop goes on all the while; a cancelled wait withdraws its request,
+    and the cancellation goes on."""
+    gate, gaps, at = make_gate(desk), [], {}
+
+    async def ticker() -> None:
+        while True:
+            began = time.monotonic()
+            await asyncio.sleep(0.01)
+            gaps.append(time.monotonic() - began)
+
+    async def execute(**_) -> float:
+        return time.monotonic()
+
+    def wait(name: str):
+        return asyncio.ensure_future(gate.acall(
+            "delete_records", CALL, execute, request_id=name))
+
+    def decide() -> None:
+        assert len(desk.waiting(41)) == 41
+        for number in range(40):
+            at[number] = time.monotonic()
+            desk.decide(f"r-{number}")
+
+    async def story() -> None:
+        tick, broken = asyncio.ensure_future(ticker()), wait("broken")
+        waits = [wait(f"r-{n}") for n in range(40)]
+        person = in_background(decide)
+        ran = await asyncio.gather(*waits)
+        person()
+        assert max(ran[n] - at[n] for n in range(40)) < 3
+        broken.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await broken
+        tick.cancel()
+    asyncio.run(story())
+    assert gaps and max(gaps) < 1
+    assert desk.state("broken")["status"] == "withdrawn"
+
+
+# ---- guard ----
+
+class Colour(hitl.enum.Enum):
+    RED = "red"
+
+
+class Point(hitl.NamedTuple):
+    x: int
+
+
+class Callable:
+    async def __call__(self, table):
+        return table
+
+
+def guarded_things(gate):
+    """All that guard holds: (call, arguments on the card, result)."""
+    guard = gate.guard(checkpoint="delete-records")
+
+    class Things:
+        @guard
+        def method(self, table, limit=10):
+            return table, limit
+
+        @classmethod
+        @guard
+        def of_class(cls, *, table):
+            return cls.__name__, table
+
+    @guard
+    def all_kinds(a, /, b, *rest, c=3, **more):
+        return a, b, rest, c, more
+
+    @guard
+    def no_method(self, cls=Colour.RED):
+        return self, cls
+    ctx = object()
+    hidden = gate.guard(checkpoint="delete-records", hide=["ctx"])(
+        lambda ctx, table: (ctx, table))
+    return [
+        (lambda: Things().method("t"), {"table": "t", "limit": 10}, ("t", 10)),
+        (lambda: Things.of_class(table=1), {"table": 1}, ("Things", 1)),
+        (lambda: asyncio.run(guard(Callable())("t")), {"table": "t"}, "t"),
+        (lambda: all_kinds(1, 2, 4, 5, d=6),
+         {"a": 1, "b": 2, "rest": [4, 5], "c": 3, "d": 6},
+         (1, 2, (4, 5), 3, {"d": 6})),
+        (lambda: no_method(1), {"self": 1, "cls": "red"}, (1, Colour.RED)),
+        (lambda: hidden(ctx, "t"), {"table": "t"}, (ctx, "t")),
+        (lambda: guard(hitl.functools.partial(lambda a, b: (a, b), 1))(2),
+         {"b": 2}, (1, 2))]
+
+
+def test_guarded_things(make_gate, desk):
+    """guard holds def, async def, methods, partials and callables; every
+    parameter is shown by its name, defaults filled in, an enum by its value,
+    and given back; self and cls are hidden in methods only."""
+    for call, arguments, value in guarded_things(make_gate(desk)):
+        result = in_background(call)
+        card, = desk.waiting()
+        assert card["arguments"] == arguments
+        desk.decide(card["request_id"])
+        assert result() == value
+
+
+def test_guard_keeps_the_face(make_gate):
+    """guard keeps name, doc, signature and types, evaluated where all can
+    be; a wrong call is the function's own TypeError and asks nobody; the
+    function itself is __wrapped__."""
+    def delete_records(table: str, limit: int = 10) -> int:
+        """Delete."""
+
+    def delete_later(table: Nowhere) -> int:        # noqa: F821
+        """Delete."""
+    gate = make_gate("http://127.0.0.1:9")
+    for function, types in (
+            (delete_records, {"table": str, "limit": int, "return": int}),
+            (delete_later, {"table": "Nowhere", "return": "int"})):
+        guarded = gate.guard(function)
+        found = hitl.inspect.signature(guarded)
+        assert guarded.__wrapped__ is function
+        assert (guarded.__name__, guarded.__doc__) == (function.__name__,
+                                                       "Delete.")
+        assert guarded.__annotations__ == types == {
+            name: p.annotation for name, p in found.parameters.items()} | {
+            "return": found.return_annotation}
+        with pytest.raises(TypeError, match="table"):
+            guarded()
+    with pytest.raises(TypeError, match="stands twice: a"):
+        gate.guard(lambda a, /, **more: 1)(1, a=2)
+
+
+def test_guard_and_names(make_gate, desk, caplog):
+    """A guard that no checkpoint can match warns when it decorates, and its
+    function is free; guard(checkpoint=...) waits whatever the name."""
+    gate = make_gate(desk, EFFECTS)
+    purge = gate.guard(name="purge_users")(lambda table=(1, 2): table)
+    assert caplog.messages[-1] == (
+        "purge_users runs without review: no checkpoint matches")
+    assert purge() == purge() == (1, 2)         # not even JSON
+    for name, word in (("nope", "nope"), ("reads", "allows")):
+        with pytest.raises(hitl.ConfigError, match=word):
+            gate.guard(checkpoint=name)(purge)
+    result = in_background(gate.guard(checkpoint="delete-records")(len), "xy")
+    card, = desk.waiting()
+    assert (card["tool"], card["checkpoint_id"]) == ("len", "delete-records")
+    desk.decide(card["request_id"])
+    assert result() == 2
+    for more in ({"checkpoint": "no-drop"}, {"name": "drop_all"}):
+        with pytest.raises(hitl.DeniedError):
+            gate.guard(**more)(len)("xy")
+
+
+def test_a_free_call_gets_its_very_arguments(make_gate):
+    """guard changes nothing of a call that no checkpoint stops."""
+    delete = make_gate(rules=RULES + 'arguments = { table = "prod" }\n').guard(
+        name="delete")(lambda table, value, *rest, **more: (
+            value, *rest, *more.values()))
+    for value in (Point(1), Colour.RED, (1, 2), object()):
+        assert [id(v) for v in delete("test", value, value, more=value)] == [
+            id(value)] * 3, value
+
+
+class FrameworkTool:        # what a framework's decorator leaves behind
+    name = "delete_records"
+
+    def __call__(self, table):
+        return table
+
+
+class Generating:
+    def __call__(self):
+        yield 1
+
+
+async def async_generator():
+    yield 1
+
+
+@pytest.mark.parametrize("what", [
+    async_generator, Generating.__call__, Generating(), Generating, 7,
+    hitl.functools.partial(Generating.__call__), classmethod(len),
+    property(len), staticmethod(len), FrameworkTool(), max], ids=repr)
+def test_not_guarded(make_gate, what):
+    """A generator, a class, a framework's tool object, a wrong order of
+    decorators and a hide that names no parameter are a TypeError."""
+    with pytest.raises(TypeError, match="guard cannot hold"):
+        make_gate().guard(what)
+    with pytest.raises(TypeError, match="hide names no parameter.*ctx"):
+        make_gate().guard(hide="ctx")(lambda table: 1)
+
+
+# ---- arguments, context, names ----
+
+class Text(str):
+    pass
+
+
+CYCLE: list = []
+CYCLE.append(CYCLE)
+FAR_DOWN: list = []
+for _ in range(5000):
+    FAR_DOWN = [FAR_DOWN]
+NOT_JSON = [
+    (1, 2), [{"a": [(1,)]}], {1: 2}, {1: 2, "1": 3}, {None: 1}, {True: 1},
+    object(), b"x", {1}, 1j, float("nan"), 1e400, 10 ** 5000, CYCLE, FAR_DOWN,
+    Path("x"), Text("x"), {Text("x"): 1}, "\ud800", {"\udfff": 1}, Point(1),
+    [Colour.RED], hitl.Status.WAITING, type("Dict", (dict,), {})(a=1)]
+
+
+def test_arguments_that_are_no_json(make_gate, desk):
+    """Arguments must be JSON that reads back as an equal value of the same
+    types; others are a HitlError that says what to do and begins no line of
+    the log, ask nobody and run nothing; whatever is JSON runs as given."""
+    gate, ran = make_gate(desk), []
+    for value in NOT_JSON:
+        with pytest.raises(hitl.HitlError, match="pass text, finite") as bad:
+            gate.call("delete_records", {"a\nname": value}, ran.append)
+        assert bad.value.reason == "bad-arguments"
+        assert "\n" not in bad.value.message and "name: " in bad.value.message
+    with pytest.raises(hitl.HitlError, match="pass a reference"):
+        gate.call("delete_records", {"large": "x" * 66_000}, ran.append)
+    assert ran == [] and not desk.rows("SELECT 1 FROM pending_reviews")
+    values = {"n": -0.0, "big": 2 ** 70, "empty": [], "yes": True, "f": 1.0,
+              "t": "\u202e\x00\U0001f600 \\ud800", "d": {"": [None, {}]}}
+    assert repr(decided(gate, desk, arguments=values)()) == repr(
+        dict(sorted(values.items())))
+
+
+NO_CALLS = [
+    {"tool": None}, {"tool": "delete_\udc80"}, {"arguments": None},
+    {"arguments": [1]}, {"arguments": {1: 2}}, {"arguments": {1: 2, "1": 3}},
+    {"timeout_seconds": float("nan")}, {"timeout_seconds": "30"},
+    {"request_id": 7}, {"request_id": "\ud800"}, {"request_id": "a b"}]
+
+
+def test_a_call_that_makes_no_sense(make_gate, desk):
+    """What cannot be asked is a HitlError; nothing is asked and runs."""
+    for what in NO_CALLS:
+        with pytest.raises(hitl.HitlError):
+            make_gate(desk, BRIEF).call(**{
+                "tool": "delete_records", "arguments": CALL,
+                "execute": dict} | what)
+    assert not desk.rows("SELECT 1 FROM pending_reviews")
+
+
+SELF: dict = {"a": 1}
+SELF["self"] = SELF
+PLAIN = {"a": [1, None, True, "x", {"b": [2]}], "max_tokens": 512,
+         "password": True, "secret": ""}
+
+
+CONTEXTS = [
+    (PLAIN, PLAIN), ([PLAIN, PLAIN], [PLAIN, PLAIN]), (None, "the gate's"),
+    (lambda: {"b": (1, (2,))}, {"b": [1, [2]]}), ("\ud800", "\\ud800"),
+    ({1: 1.5, None: {3}}, {"1": 1.5, "None": [3]}), (1j, "1j"),
+    (float("nan"), "nan"), (-1e400, "-inf"),
+    (SELF, {"a": 1, "self": "[contains itself]"})]
+
+
+def test_context(make_gate, desk):
+    """context is a value or a callable, the call's over the gate's; what is
+    not JSON goes as text."""
+    gate = make_gate(desk, context="the gate's")
+    results = [calling(gate, context=given, request_id=f"r-{number}")
+               for number, (given, _) in enumerate(CONTEXTS)]
+    assert len(desk.waiting(len(CONTEXTS))) == len(CONTEXTS)
+    for number, (_, stored) in enumerate(CONTEXTS):
+        desk.decide(f"r-{number}")
+        assert results[number]() == CALL
+        assert stored == json.loads(desk.rows(
+            "SELECT agent_context FROM pending_reviews WHERE request_id = ?",
+            f"r-{number}")[0][0])
+
+
+def test_a_large_context(make_gate, desk, monkeypatch):
+    """A context above 512 KiB goes as its beginning and end, with size and
+    SHA-256, and says so; up to there it goes in full; one that links to
+    itself over and over takes no time; one that raises refuses."""
+    gate = make_gate(desk)
+    full = "b" + "x" * (hitl.MAX_CONTEXT - 4) + "e"
+    assert gate._snapshot(full) == full
+    over = full + "\u00e9\"\\" * 100 + "e"
+    data = json.dumps(over, ensure_ascii=False)
+    decided(gate, desk, context=over)()
+    stored = json.loads(newest(desk, "agent_context")[0])
+    assert stored["sha256"] == hitl.hashlib.sha256(data.encode()).hexdigest()
+    assert f"{len(data.encode())} bytes" in stored["note"]
+    assert data.startswith(stored["beginning"])
+    assert data.endswith(stored["end"])
+    assert len(stored["beginning"]) == hitl.CUT_BYTES
+    monkeypatch.setattr(hitl, "CONTEXT_NODES", 1000)
+    value = ["x"]
+    for _ in range(20):
+        value = [value, value]
+    assert json.dumps(gate._snapshot(value)).count("x") < 1000
+    with pytest.raises(KeyError):
+        gate.call("delete_records", CALL, dict, context=lambda: {}["no"])
+    assert len(desk.rows("SELECT 1 FROM pending_reviews")) == 1
+
+
+CANARY = "c4n4ryAbCdEf0123456789XyZ"
+
+
+@hitl.dataclass
+class State:
+    password: str = CANARY
+
+    @property
+    def as_shown(self):     # by another object's repr()
+        return type("Shown", (), {"__repr__": lambda _: repr(self)})()
+
+
+FAR_STATE: object = State()
+for _ in range(25):
+    FAR_STATE = {"x": FAR_STATE}
+NAMES = """password passwords db_password PGPASSWORD MYSQL_PWD token tokens
+    api_key apiKey API-KEY access_token client_secret secrets Authorization
+    cookie aws_secret_access_key credentials private_key session_id jwt otp
+    pin Set-Cookie passphrase""".split()
+SHAPES = """sk-# sk_live_# ghp_# github_pat_# glpat-# xoxb-# AIza## hf_# npm_#
+    postgres://ana:#@db/x redis://:#@host/0 eyJhbGciOiJ9.#.# DB_PASSWORD=#
+    https://x/?access_token=# {"password":"#"} {"x":"{\\"password\\":\\"#\\"}"}
+    """.split() + [
+    "Authorization: Bearer #", "basic #==", "password='p) #'",
+    '{"password": "a b #"}',
+    "-----BEGIN RSA PRIVATE KEY-----\n#\n-----END RSA PRIVATE KEY-----"]
+SECRETS = [{name: CANARY} for name in NAMES] + [
+    f"text with {shape} in it".replace("#", CANARY) for shape in SHAPES] + [
+    f"AKIA{CANARY.upper()[:16]}", {f"ghp_{CANARY}": 1}, State(), [(State(),)],
+    State().as_shown, FAR_STATE, {"password": {"deep": [CANARY]}}]
+
+
+def leaks(value) -> bool:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return CANARY[:8].lower() in text.lower()
+
+
+def test_what_is_masked():
+    """What looks like a secret, by a key's name or by its shape, is masked,
+    also in a dataclass, a repr(), deep down and inside JSON text."""
+    assert [s for s in SECRETS if leaks(hitl.masked(s))] == []
+    assert hitl.masked({"otp": 271828, "pin": 1234}) == {
+        "otp": "[masked, 6 characters]", "pin": "[masked, 4 characters]"}
+
+
+def test_canaries(make_gate, make_desk, tmp_path, caplog, capfd):
+    """A secret is masked as its length before it leaves the process: request
+    body, database, page, log lines, outcome text, also where that is cut;
+    arguments are not masked silently."""
+    desk, sinks = make_desk(agent_token=AGENT_TOKEN), {"body": ""}
+
+    def tap(path: str, request: bytes):
+        sinks["body"] += request.partition(b"\r\n\r\n")[2].decode()
+        yield desk.raw(request, 20)
+
+    def fail(**_):
+        raise OSError(f"{AGENT_TOKEN} {SECRETS[0]} {'x' * 420} ghp_{CANARY}")
+    wire = Wire(tap)
+    with pytest.raises(OSError):
+        decided(make_gate(wire, token=AGENT_TOKEN), desk, fail, context=[
+            SECRETS[0], State(), f"ghp_{CANARY}", f"x {AGENT_TOKEN}"])()
+    wire.close()
+    request_id, context, outcome = newest(
+        desk, "request_id, agent_context, outcome_text")
+    assert json.loads(context)[:2] == [
+        {"password": "[masked, 25 characters]"}] * 2 and "[mas" in outcome
+    sinks |= {"page": desk.page(f"/review/{request_id}"), "desk": desk.page(),
+              "log": caplog.text, "lines": "\n".join(desk.lines),
+              "streams": "".join(capfd.readouterr())} | {
+        path.name: path.read_bytes().decode("latin-1")
+        for path in tmp_path.rglob("hitl.db*")}
+    for name, text in sinks.items():
+        assert not leaks(text) and AGENT_TOKEN not in text, name
+    assert decided(make_gate(desk, token=AGENT_TOKEN), desk, arguments={
+        "password": CANARY})() == {"password": CANARY}
+
+
+def test_agent_name(make_gate, desk, monkeypatch):
+    """The name on the card: agent, else HITL_AGENT, else user@host:folder."""
+    def name(**more) -> str:
+        decided(make_gate(desk, **more), desk)()
+        return newest(desk, "agent")[0]
+    assert re.fullmatch(r".+@.*:" + re.escape(os.getcwd()), name())
+    monkeypatch.setenv("HITL_AGENT", "the cleaner")
+    assert (name(), name(agent="another")) == ("the cleaner", "another")
+
+
+# ================================= Adapters ================================
+# Each dialect as a table of stdin, exact stdout and exit status; the proxy
+# against a scripted server on pipes; the prefix with signals and statuses.
+
+SHELL = """
+[gate]
+timeout_seconds = 20
+
+[[checkpoint]]
+checkpoint_id = "shell-delete"
+kind = "shell"
+action_pattern = '\\brm\\b|\\bgit push\\b'
+description_template = "Run {command}"
+
+[[checkpoint]]
+checkpoint_id = "own-rules"
+kind = "edit"
+action_pattern = 'checkpoints\\.toml|\\.claude/'
+description_template = "Edit {file_path}"
+effect = "deny"
+
+[[checkpoint]]
+checkpoint_id = "delete"
+action_pattern = "delete_*"
+description_template = "Delete {path}"
+"""
+FLAT = {"session_id": "5fdd", "cwd": "/w"}
+CLAUDE = FLAT | {"transcript_path": "t.jsonl", "hook_event_name": "PreToolUse",
+                 "tool_use_id": "toolu_1"}
+# dialect -> (input around a command, approved, rejected with WHY)
+WHY = "rejected by ana: no. Do not retry or rephrase it; tell the user."
+
+
+def claude(decision, why):
+    return {"hookSpecificOutput": {
+        "hookEventName": "PreToolUse", "permissionDecision": decision,
+        "permissionDecisionReason": why}}
+
+
+def permission(decision):
+    return {"hookSpecificOutput": {"hookEventName": "PermissionRequest",
+                                   "decision": decision}}
+
+
+HOOKS = {
+    "claude": (lambda c: CLAUDE | {"tool_name": "Bash", "tool_input": {
+        "command": c, "description": "demo"}},
+        claude("allow", "approved by ana"), claude("deny", WHY)),
+    "codex": (lambda c: CLAUDE | {"turn_id": "1", "tool_name": "shell",
+              "tool_input": {"command": ["bash", "-lc", c]}},
+              {}, claude("deny", WHY)),
+    "permission": (lambda c: CLAUDE | {
+        "hook_event_name": "PermissionRequest", "tool_name": "Bash",
+        "tool_input": {"command": c}}, permission({"behavior": "allow"}),
+        permission({"behavior": "deny", "message": WHY})),
+    "gemini": (lambda c: FLAT | {
+        "transcript_path": "t", "hook_event_name": "BeforeTool", "timestamp":
+        "2026-11-22T15:39:52.329Z", "tool_name": "run_shell_command",
+        "tool_input": {"command": c}}, {"decision": "allow"},
+        {"decision": "deny", "reason": WHY}),
+    "copilot": (lambda c: {
+        "sessionId": "s", "timestamp": 1795362086771, "cwd": "/w",
+        "toolName": "bash", "toolArgs": {"command": c}},
+        {"permissionDecision": "allow"},
+        {"permissionDecision": "deny", "permissionDecisionReason": WHY}),
+    "copilot text": (lambda c: {
+        "sessionId": "s", "toolName": "bash",
+        "toolArgs": json.dumps({"command": c})},
+        {"permissionDecision": "allow"},
+        {"permissionDecision": "deny", "permissionDecisionReason": WHY}),
+    "copilot permission": (lambda c: {
+        "hookName": "permissionRequest", "sessionId": "s", "toolName": "bash",
+        "toolArgs": {"command": c}}, {"behavior": "allow"},
+        {"behavior": "deny", "message": WHY, "interrupt": False}),
+    "cline": (lambda c: {
+        "clineVersion": "", "taskId": "conv_1", "workspaceRoots": ["/w"],
+        "hookName": "tool_call", "tool_call": {
+            "id": "call_1", "name": "run_commands", "input": {
+                "commands": [c]}}, "preToolUse": {
+            "toolName": "run_commands", "parameters": {
+                "commands": json.dumps([c])}}}, {"cancel": False},
+        {"cancel": True, "errorMessage": WHY}),
+    "cline parameters": (lambda c: {
+        "clineVersion": "", "taskId": "conv_1", "preToolUse": {
+            "toolName": "run_commands", "parameters": {
+                "commands": json.dumps([c])}}}, {"cancel": False},
+        {"cancel": True, "errorMessage": WHY}),
+    "cursor": (lambda c: {
+        "hook_event_name": "beforeShellExecution", "conversation_id": "c",
+        "cursor_version": "2.0", "command": c, "cwd": "/w"},
+        {"permission": "allow"}, {"permission": "deny", "user_message": WHY,
+                                  "agent_message": WHY}),
+}
+PRINTS_ON_ERROR = {"copilot": 2, "copilot text": 2, "copilot permission": 2,
+                   "cline": 0, "cline parameters": 0, "cursor": 2}
+
+
+def run_hook(call, *words, folder, **environ):
+    """The hook as an agent runs it -> stdout, exit status, stderr."""
+    rules = folder / "rules.toml"
+    if not rules.exists():
+        rules.write_text(SHELL)
+    done = command("hook", "--config", str(rules), *words,
+                   folder=folder, stdin=call if isinstance(call, str)
+                   else json.dumps(call), **environ)
+    return done.stdout, done.returncode, done.stderr
+
+
+dialects = pytest.mark.parametrize("dialect", HOOKS)
+
+
+@dialects
+def test_hook_dialects(dialect, desk, tmp_path):
+    """Each agent's own answer for approve, reject and unmatched."""
+    call, approved, rejected = HOOKS[dialect]
+    url = {"HITL_SERVER_URL": desk.url}
+    out, status, _ = run_hook(call("ls -la"), folder=tmp_path, **url)
+    assert (out, status) == ("{}\n", 0)
+    assert desk.rows("SELECT * FROM pending_reviews") == []
+    for decision, answer in (("approved", approved),
+                             ("rejected", rejected)):
+        wait = in_background(lambda: run_hook(
+            call(f"ls; rm -rf {decision}"), folder=tmp_path, **url))
+        there, = desk.waiting()
+        assert there["action_description"] == f"Run ls; rm -rf {decision}"
+        desk.decide(there["request_id"], decision, reason="no")
+        out, status, _ = wait()
+        assert (json.loads(out), status) == (answer, 0)
+        assert out.count("\n") == 1
+
+
+@dialects
+def test_hook_fails_closed(dialect, tmp_path):
+    """No server, no configuration, a fault: that dialect's refusal."""
+    call = HOOKS[dialect][0]("rm x")
+    for words, environ in (((), {"HITL_SERVER_URL": "http://127.0.0.1:9"}),
+                           (("--config", "missing.toml"), {})):
+        out, status, err = run_hook(call, "--deadline", "0.3", *words,
+                                    folder=tmp_path, **environ)
+        assert "hitl: refused" in err
+        if dialect in PRINTS_ON_ERROR:
+            assert status == PRINTS_ON_ERROR[dialect]
+            said = json.dumps(json.loads(out))
+            assert "deny" in said or '"cancel": true' in said
+        else:
+            assert (out, status) == ("", 2)
+
+
+@pytest.mark.parametrize("text", [
+    "", "x", "[]", "{}", '{"hook_event_name": "Other"}', '{"a": 1, "a": 2}',
+    '{"hook_event_name": "PreToolUse", "transcript_path": ""}',
+    '{"hook_event_name": "BeforeTool", '
+    '"tool_name": 3}', "[" * 5000, '{"hook_event_name": "PreToolUse", '
+    '"tool_name": "Bash", "tool_input": {"command": 1e400}}'])
+def test_hook_refuses_nonsense(text, tmp_path):
+    """What is no call of a known agent is refused: nothing on stdout."""
+    out, status, err = run_hook(text, "--deadline", "0.3", folder=tmp_path,
+                                HITL_SERVER_URL="http://127.0.0.1:9")
+    assert (out, status) == ("", 2) and err.startswith("hitl: refused")
+
+
+def test_hook_deadline_and_repeat(desk, tmp_path):
+    """The hook answers before its deadline; the request still waits, and
+    exactly one repeat of the call claims the approval."""
+    call, url = HOOKS["claude"][0]("rm x"), {"HITL_SERVER_URL": desk.url}
+
+    def ask(**more):
+        out, status, _ = run_hook(call | more, "--deadline", "0.4",
+                                  folder=tmp_path, **url)
+        assert status == 0
+        said = json.loads(out)["hookSpecificOutput"]
+        return said["permissionDecision"], said["permissionDecisionReason"]
+    decision, why = ask()
+    assert decision == "deny" and "still waits" in why
+    assert "Repeat this very call later" in why
+    assert ask(tool_use_id="toolu_2")[0] == "deny"      # it attaches
+    there, = desk.waiting()
+    assert there["deadline"] > hitl.instant(time.time() + 86_000)
+    desk.decide(there["request_id"])
+    results = [in_background(ask) for _ in range(3)]
+    said = sorted(result()[0] for result in results)
+    assert said == ["allow", "deny", "deny"]            # claimed once
+    second, = desk.waiting()                            # a new asking
+    assert second["request_id"] == there["request_id"][:-1] + "2"
+    desk.decide(second["request_id"], "rejected", reason="no")
+    for _ in range(2):                                  # at once, each time
+        assert ask() == ("deny", WHY)
+    with contextlib.closing(sqlite3.connect(desk.database)) as db, db:
+        db.execute("DROP TRIGGER decided_once")         # eleven minutes ago
+        db.execute("UPDATE pending_reviews SET decided_at = ? WHERE status = "
+                   "'rejected'", (hitl.instant(time.time() - 660),))
+    assert ask()[0] == "deny"                           # asked anew
+    assert desk.waiting()[0]["request_id"].endswith("-3")
+    desk.decide(desk.waiting()[0]["request_id"], "rejected", reason="no")
+    assert ask(session_id="other")[0] == "deny"         # another session asks
+    assert len(desk.waiting()) == 1
+
+
+def test_hook_ignores_the_working_directory(desk, tmp_path):
+    """The rules are those beside hitl.py or named, never the agent's own."""
+    copy = tmp_path / "tool"
+    copy.mkdir()
+    shutil.copy(FILE, copy)
+    (copy / "checkpoints.toml").write_text(SHELL)
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "checkpoints.toml").write_text(RULES)
+    done = subprocess.run(
+        [sys.executable, str(copy / "hitl.py"), "hook", "--deadline", "0.2"],
+        input=json.dumps(HOOKS["claude"][0]("rm x")), text=True, cwd=work,
+        capture_output=True, env=os.environ | {"HITL_SERVER_URL": desk.url})
+    assert "still waits" in done.stdout, done
+
+
+def test_hook_killed(desk, tmp_path):
+    """A hook killed while it waits: the card says nobody waits, and a late
+    approval runs nothing by itself. A signal is a refusal."""
+    (tmp_path / "rules.toml").write_text(SHELL)
+
+    def start(call):
+        process = subprocess.Popen(
+            [sys.executable, str(FILE), "hook", "--config", "rules.toml"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, cwd=tmp_path,
+            env=os.environ | {"HITL_SERVER_URL": desk.url})
+        process.stdin.write(json.dumps(call).encode())
+        process.stdin.close()
+        there, = desk.waiting()
+        assert until(lambda: desk.server.attended(there["request_id"]))
+        return process, there["request_id"]
+    process, name = start(HOOKS["claude"][0]("rm x"))
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert until(lambda: not desk.server.attended(name))
+    assert "nobody waits for it now" in desk.page()
+    desk.decide(name)
+    assert desk.state(name)["outcome"] is None
+    process, name = start(HOOKS["copilot"][0]("rm y"))
+    process.terminate()
+    assert "deny" in process.stdout.read().decode()
+    process.stdout.close()
+    assert process.wait() == 2
+    assert desk.state(name)["status"] == "withdrawn"
+
+
+def test_hook_names_the_agent(desk, tmp_path):
+    """The card names the agent, its session and its sub-agent."""
+    call = HOOKS["claude"][0]("rm x") | {"agent_type": "Explore",
+                                         "agent_id": "a7"}
+    run_hook(call, "--deadline", "0.2", folder=tmp_path,
+             HITL_SERVER_URL=desk.url, HITL_AGENT="nightly")
+    there, = desk.waiting()
+    assert there["agent"] == ("nightly /w session 5fdd agent_type Explore "
+                              "agent_id a7")
+
+
+def test_hook_snippets(tmp_path):
+    """What --snippet prints, installed, blocks when nobody can be asked; what
+    ignores the refusal is found out."""
+    home = tmp_path / "home"
+    home.mkdir()
+    shutil.copy(FILE, tmp_path)
+    (tmp_path / "checkpoints.toml").write_text(SHELL)
+    for agent in hitl.SNIPPETS:
+        text = subprocess.run(
+            [sys.executable, "hitl.py", "hook", "--snippet", agent],
+            cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        where, _, body = text.partition(":\n\n")
+        path = tmp_path / where.partition(" (")[0].replace("~", "home")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(body.replace("86000", "0.05"))
+
+    def check():
+        return subprocess.run(
+            [sys.executable, "hitl.py", "hook", "--check"], cwd=tmp_path,
+            capture_output=True, text=True,
+            env=os.environ | {"HOME": str(home)})
+    (home / ".claude").mkdir()
+    (home / ".claude/settings.json").write_text(json.dumps(
+        {"hooks": [{"timeout": 86400, "command":
+                    "python3 hitl.py hook --deadline 0.05 || exit 1"}]}))
+    (home / ".gemini/settings.json").write_text((
+        home / ".gemini/settings.json").read_text().replace(
+            "86400000", "40"))                  # of milliseconds
+    done = check()
+    assert done.returncode == 1, done
+    assert done.stdout.count("blocks when nobody answers") == 6
+    assert "gemini: " + str(home) in done.stdout
+    assert "gives up after 0.04 s, before the hook's deadline" in done.stdout
+    assert all(f"{agent}: " in done.stdout for agent in hitl.SNIPPETS
+               if agent != "opencode")
+    assert f"{home}/.claude/settings.json: DOES NOT BLOCK" in done.stdout
+
+
+KIND_CASES = (                      # text of the command -> does it wait?
+    ("ls", False), ("rm x", True), ("ls; rm x", True), ("ls&&rm x", True),
+    ("ls | xargs rm", True), ('r"m" x', True), ("r\\m x", True),
+    ("/bin/rm x", True), ("echo 'a;b'", False), ("echo $(ls)", True),
+    ("echo `ls`", True), ("cat <<E\nx\nE", True), ("$CMD x", True),
+    ("eval x", True), ("echo 'open", True), ("A=1 $B", True), ("", True),
+    ("git  push", True), ("git push", True), ("form x", False),
+    ("ls\nrm x", True), ("(rm x)", True), ("ls 2>&1", False),
+    ("ls # don't\nr\"m\" x\n# that's it", True), ("bash", True),
+    ("curl x | sh", True), ("bash -c 'r\"m\" x'", True), ("/bin/r? x", True),
+    ("env $a", True), ("sudo ls", False), ("bash run.sh", False),
+    ("for i in 1; do echo $i; done", False), ("[ -f x ] && ls", False))
+
+
+def test_kind_shell_in_every_dialect(make_rules):
+    """One checkpoint holds a shell command in all agents, part by part; a
+    text that cannot be taken apart waits."""
+    rules = make_rules(SHELL)
+    for name, (around, *_) in HOOKS.items():
+        for text, waits in KIND_CASES:
+            call = around(text)
+            tool, arguments = hitl.proposed(hitl.dialect_of(call), call)
+            match = rules.first_match(tool, arguments)
+            assert (match.effect == "review") == waits, (name, text)
+    for tool, name in (("Edit", "file_path"), ("write_file", "path"),
+                       ("apply_patch", "input"), ("edit", "filePath")):
+        match = rules.first_match(tool, {name: "/w/.claude/settings.json"})
+        assert match.effect == "deny"
+        assert rules.first_match(tool, {name: "/w/a"}).effect == "allow"
+
+
+def test_kind_reads_each_argument(make_rules):
+    """A list's items are commands of their own, only a real shell's -c is
+    looked into, and what cannot be read waits, whatever stands beside it."""
+    rules = make_rules(SHELL.replace("\\brm\\b|", "^rm\\b|"))
+    for arguments, waits in (
+            ({"commands": ["ls '", 'r"m" x', "'"]}, True),
+            ({"commands": ["ls", "pwd"]}, False),
+            ({"command": ["rm", "-c", "ls"]}, True),
+            ({"command": ["/tmp/x/bash", "-c", "rm y"]}, True),
+            ({"command": ["bash", "-lc", "ls"]}, False),
+            ({"command": "ls", "cmd": {"a": 1}}, True),
+            ({"command": "ls", "commands": [{"command": "rm x"}]}, True),
+            ({"command": ' ["to", "\\u0072m x"]'}, False),
+            ({"command": "sudo rm x"}, True)):
+        effect = rules.first_match("Bash", arguments).effect
+        assert (effect == "review") == waits, arguments
+
+
+def test_kind_shell_allow(make_rules):
+    """`allow` needs every part of a command to the letter, no redirection,
+    and the agent's own shell, not a tool that ends in its name."""
+    rules = make_rules(SHELL.replace(
+        "[gate]", '[gate]\nunmatched = "review"').replace(
+        '\\brm\\b|\\bgit push\\b', '(ls|cat)( [a-z ]+)?').replace(
+        'kind = "shell"', 'kind = "shell"\neffect = "allow"'))
+    for text, allowed in (("ls", True), ("ls && cat a", True),
+                          ("ls; x", False), ("LS", False), ("", False),
+                          ("ls > a", False),
+                          ("ls $(x)", False), ("ls\n", True)):
+        match = rules.first_match("Bash", {"command": text})
+        assert (match.effect == "allow") == allowed, text
+    for tool, arguments in (
+            ("mcp__x__Bash", {"command": "ls"}),
+            ("Bash", {"command": ["/tmp/evil", "-c", "ls"]}),
+            ("Bash", {"command": "ls", "script": {}}),
+            ("Bash", {"command": "ls # don't\nrm x\n# that's it"})):
+        assert rules.first_match(tool, arguments).effect == "review"
+
+
+# ---- the MCP proxy ----
+
+SERVER = '''
+import json, sys
+for line in sys.stdin:
+    m = json.loads(line)
+    if m.get("method") == "notifications/cancelled":
+        print(json.dumps({"jsonrpc": "2.0", "method": "saw/cancel",
+                          "params": m["params"]}), flush=True)
+    if "id" not in m or "method" not in m:
+        continue
+    p = m.get("params") or {}
+    result = {"echo": line}
+    if m["method"] == "tools/list":
+        result = {"tools": [{"name": "delete_file", "annotations":
+                             {"destructiveHint": True}}]}
+    if p.get("name") == "die":
+        sys.exit(7)
+    if p.get("name") == "hang":
+        continue
+    if p.get("name") == "delete_ask" and "requestState" not in p:
+        result = {"resultType": "input_required", "requestState": "S1"}
+    print(json.dumps({"jsonrpc": "2.0", "id": m["id"], "result": result}),
+          flush=True)
+'''
+
+
+class Mcp:
+    """A client on the proxy's pipes."""
+
+    def __init__(self, desk, folder):
+        (folder / "rules.toml").write_text(SHELL)
+        (folder / "server.py").write_text(SERVER)
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "error", str(FILE), "mcp", "--config",
+             "rules.toml", "--name", "fs", "--", sys.executable, "server.py"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=folder,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"HITL_SERVER_URL": desk.url})
+        self.lines: list[bytes] = []
+        self.reader = threading.Thread(target=self.read)
+        self.reader.start()
+
+    def read(self):
+        for line in self.process.stdout:
+            self.lines.append(line)
+
+    def send(self, message):
+        line = message if isinstance(message, bytes) else json.dumps(
+            message).encode()
+        self.process.stdin.write(line + b"\n")
+        self.process.stdin.flush()
+
+    def call(self, number, name, arguments, **params):
+        self.send({"jsonrpc": "2.0", "id": number, "method": "tools/call",
+                   "params": {"name": name, "arguments": arguments} | params})
+
+    def answer(self, number):
+        """The message that answers this id, once it is there."""
+        def find():
+            for line in list(self.lines):
+                message = json.loads(line)
+                if message.get("id") == number and "method" not in message:
+                    return message
+        found = until(find)
+        assert found, self.lines
+        return found
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        status = self.process.wait(20)
+        self.reader.join()
+        self.process.stdout.close()
+        return status
+
+
+@pytest.fixture
+def mcp(desk, tmp_path):
+    it = Mcp(desk, tmp_path)
+    yield it
+    it.close()
+
+
+def test_proxy_is_transparent(mcp):
+    """What is not gated passes as the very bytes, both ways; the child's
+    exit status is the proxy's."""
+    odd = (b'{"id": 1,  "jsonrpc":"2.0", "method": "x/y", "params": {"a": '
+           b'1.50, "\\u00e9": "\xc3\xa9"}}')
+    mcp.send(odd)
+    assert mcp.answer(1)["result"]["echo"] == (odd + b"\n").decode()
+    mcp.call(2, "read_file", {"path": "x"})
+    assert "read_file" in mcp.answer(2)["result"]["echo"]
+    assert mcp.close() == 0
+
+
+def test_proxy_gates(mcp, desk):
+    """Calls wait side by side; approved runs what was shown, rejected is a
+    tool's result with the reason, in the modern form where that was asked."""
+    mcp.send({"jsonrpc": "2.0", "id": 0, "method": "tools/list"})
+    mcp.answer(0)
+    mcp.call(1, "delete_file", {"path": "a"}, _meta={"progressToken": 7})
+    mcp.call("two", "delete_file", {"path": "b"})
+    mcp.call(3, "delete_file", {"path": "c"}, _meta={
+        "io.modelcontextprotocol/protocolVersion": "2026-07-28"})
+    mcp.call(4, "read_file", {})
+    mcp.answer(4)                                   # meanwhile
+    ids = {r["arguments"]["path"]: r["request_id"] for r in desk.waiting(3)}
+    whole = desk.reviewer().exchange("GET", f"/review/{ids['a']}", seconds=5)
+    assert whole.body["tool"] == "mcp__fs__delete_file"
+    assert "destructiveHint" in json.dumps(whole.body["agent_context"])
+    desk.decide(ids["a"])
+    desk.decide(ids["b"], "rejected", reason="no")
+    desk.decide(ids["c"], "rejected", reason="no")
+    assert '"path": "a"' in mcp.answer(1)["result"]["echo"]
+    refusal = {"content": [{"type": "text", "text": WHY}], "isError": True}
+    assert mcp.answer("two")["result"] == refusal
+    assert mcp.answer(3)["result"] == refusal | {"resultType": "complete"}
+    notes = [json.loads(line) for line in mcp.lines if b"progress" in line]
+    assert notes[0]["params"]["progressToken"] == 7
+    assert until(lambda: desk.state(ids["a"])["outcome"] == "executed")
+
+
+def test_proxy_cancel(mcp, desk):
+    """A cancelled call is withdrawn, never forwarded, never answered."""
+    mcp.call(1, "delete_file", {"path": "a"})
+    there, = desk.waiting()
+    mcp.send({"jsonrpc": "2.0", "method": "notifications/cancelled",
+              "params": {"requestId": 1}})
+    assert until(lambda: desk.state(there["request_id"])["status"]
+                 == "withdrawn")
+    mcp.send({"jsonrpc": "2.0", "method": "notifications/cancelled",
+              "params": {"requestId": 99}})
+    assert until(lambda: any(b"saw/cancel" in line for line in mcp.lines))
+    assert not any(json.loads(line).get("id") == 1 for line in mcp.lines)
+    saw = [json.loads(line)["params"] for line in mcp.lines
+           if b"saw/cancel" in line]
+    assert saw == [{"requestId": 99}]
+
+
+def test_proxy_request_state(mcp, desk):
+    """The repeat of an approved call with its requestState passes once, and
+    only with the state the server gave and the same arguments."""
+    mcp.call(1, "delete_ask", {"path": "a"})
+    desk.decide(desk.waiting()[0]["request_id"])
+    assert mcp.answer(1)["result"]["requestState"] == "S1"
+    mcp.call(2, "delete_ask", {"path": "b"}, requestState="S1")
+    mcp.call(3, "delete_ask", {"path": "a"}, requestState="S2")
+    assert len(desk.waiting(2)) == 2                # both wait
+    mcp.call(4, "delete_ask", {"path": "a"}, requestState="S1")
+    assert "echo" in mcp.answer(4)["result"]        # passes
+    mcp.call(5, "delete_ask", {"path": "a"}, requestState="S1")
+    assert len(desk.waiting(3)) == 3                # once only
+
+
+def test_proxy_ways_round(mcp, desk):
+    """A batch, a call without an id, and JSON that two readers could read
+    differently never reach the server as a call."""
+    call = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {
+        "name": "delete_file", "arguments": {}}}
+    mcp.send([call])
+    mcp.send(b'{"method": "x", "method": "tools/call", "id": 2, "params": '
+             b'{"name": "delete_file"}}')
+    mcp.send({k: v for k, v in call.items() if k != "id"})
+    mcp.send(b'{"method": "x", "params":\r' + json.dumps(call).encode()
+             + b"\r}")
+    mcp.send(call | {"id": 3, "params": {"name": "read_file",
+                                         "arguments": {}}})
+    mcp.answer(3)
+    assert not any(b"delete_file" in line for line in mcp.lines)
+    assert desk.rows("SELECT * FROM pending_reviews") == []
+    codes = [json.loads(line)["error"]["code"] for line in mcp.lines
+             if b'"error"' in line]
+    assert codes == [-32600, -32700, -32700]
+
+
+def test_proxy_child_dies(mcp):
+    """A server that dies has its open calls answered, and its exit status
+    passed on."""
+    mcp.call(1, "hang", {})
+    mcp.call(2, "die", {})
+    assert mcp.answer(1)["error"]["message"] == "the MCP server ended"
+    assert mcp.answer(2)["error"]["code"] == -32000
+    assert mcp.process.wait(10) == 7
+    assert mcp.close() == 7
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_proxy_ends_its_server(mcp, desk):
+    """SIGTERM withdraws what is held, and leaves no orphan."""
+    mcp.call(1, "delete_file", {"path": "a"})
+    there, = desk.waiting()
+    mcp.process.terminate()
+    assert mcp.process.wait(10) != 0
+    assert until(lambda: desk.state(there["request_id"])["status"]
+                 == "withdrawn")
+    mcp.reader.join(10)                 # the server's pipe is closed
+    assert not mcp.reader.is_alive()
+
+
+def test_proxy_server_names():
+    """The name in mcp__NAME__tool comes from the command, without --name."""
+    for words, name in (
+            ("npx -y @modelcontextprotocol/server-filesystem .",
+             "server-filesystem"), ("python3 server.py", "server"),
+            ("/usr/bin/my-server --port 1", "my-server"),
+            ("uvx mcp_git", "mcp_git"), ("env A=1 node x/y.js", "y")):
+        assert hitl.server_name(words.split()) == name
+
+
+# ---- run ----
+
+def start_run(desk, folder, *words, stdin=""):
+    (folder / "rules.toml").write_text(SHELL)
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", str(FILE), "run", "--config",
+         "rules.toml", *words], stdin=subprocess.PIPE, text=True, cwd=folder,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | {"HITL_SERVER_URL": desk.url})
+    if stdin:
+        process.stdin.write(stdin)
+    return process
+
+
+def test_run(desk, tmp_path):
+    """`run` asks, then executes exactly the approved argv without a shell,
+    and passes stdin, stdout, stderr and the exit status through."""
+    script = "import sys; print(sys.argv[1], sys.stdin.read()); " \
+        "print('err', file=sys.stderr); sys.exit(3)"
+    process = start_run(desk, tmp_path, "--", sys.executable, "-c", script,
+                        "$(x); *", stdin="in")
+    there, = desk.waiting()
+    assert there["arguments"] == {
+        "argv": [sys.executable, "-c", script, "$(x); *"],
+        "cwd": str(tmp_path), "executable": sys.executable}
+    desk.decide(there["request_id"])
+    out, err = process.communicate(timeout=20)
+    assert (out, process.returncode) == ("$(x); * in\n", 3)
+    assert err.endswith("err\n")
+    assert desk.state(there["request_id"])["outcome"] == "executed"
+
+
+def test_run_refuses(desk, tmp_path):
+    """Its own failures are 125: rejected, no such command, no server."""
+    process = start_run(desk, tmp_path, "--", "touch", "ran")
+    desk.decide(desk.waiting()[0]["request_id"], "rejected", reason="no")
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 125
+    assert "hitl: error: rejected by ana: no" in err
+    for words, url in ((["no-such-command"], desk.url), ([], desk.url),
+                       (["--timeout", "0.2", "--", "touch", "ran"], desk.url),
+                       (["--timeout", "0.2", "--", "touch", "ran"],
+                        "http://127.0.0.1:9")):
+        done = command("run", "--config", "rules.toml", *words,
+                       folder=tmp_path, HITL_SERVER_URL=url)
+        assert done.returncode == 125, done
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_run_signals(desk, tmp_path):
+    """Signals reach the command; one that ends by a signal is 128 + it."""
+    script = ("import signal, sys, time; signal.signal(signal.SIGUSR1, lambda "
+              "*_: sys.exit(9)); print('up', flush=True); time.sleep(30)")
+    for number, status in ((signal.SIGUSR1, 9),
+                           (signal.SIGTERM, 128 + signal.SIGTERM)):
+        process = start_run(desk, tmp_path, "--", sys.executable, "-c", script)
+        desk.decide(desk.waiting()[0]["request_id"])
+        assert process.stdout.readline() == "up\n"
+        process.send_signal(number)
+        process.communicate(timeout=20)
+        assert process.returncode == status
+
+
+# ================================== Pages ==================================
+# The page as a parser sees it (tags, cards, marks), then as Chromium does.
+
+class Page(HTMLParser):
+    """A page, read: `tags` in order with their attributes' names, `cards`
+    by request_id with their text and buttons, `marks`, `exact` calls."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags, self.open, self.cards, self.marks = [], [], {}, []
+        self.text, self.source, self.exact = "", source, []
+        self.card, self.section = {}, ""
+        self.feed(source)
+        self.close()
+        assert not self.open, "every tag is closed"
+
+    def handle_starttag(self, tag, pairs):
+        given = dict(pairs)
+        self.tags.append((tag, *(name for name, _ in pairs)))
+        if tag not in ("meta", "link", "input"):
+            self.open.append(tag)
+        if tag == "article":
+            self.card = self.cards[given["id"].removeprefix("request-")] = {
+                "text": "", "buttons": []}
+        elif tag == "section":
+            self.section = given["class"]
+            self.exact += [""] * (self.section == "exact")
+        elif tag == "button":
+            self.card["buttons"].append(given["value"])
+            self.card["before"] = self.card["text"]
+
+    def handle_endtag(self, tag):
+        self.tags.append(("/" + tag,))
+        assert self.open.pop() == tag
+        if tag == "article":
+            self.card = {}
+        elif tag == "section":
+            self.section = ""
+
+    def handle_data(self, data):
+        if self.open[-1:] == ["mark"]:
+            self.marks.append(data)
+        if self.open[-1:] not in (["script"], ["style"]):
+            self.text += data
+            self.card["text"] = self.card.get("text", "") + data
+        if self.section == "exact":
+            self.exact[-1] += data
+
+
+FULL = {"tool": "delete_records", "arguments": {"table": "users"},
+        "agent": "billing", "checkpoint_id": "delete-records",
+        "category": "destructive", "why": "it matches",
+        "config_digest": "c" * 64}
+BOTH = ["approved", "rejected"]
+POLYGLOTS = (
+    "<script>alert(1)</script>", '"><img src=x onerror=alert(1)>',
+    "' onfocus='alert(1)' autofocus='", "</script><script src=//e.com>",
+    "</pre><button name=decision value=approved>Approve</button>",
+    "</textarea></form><form action=//evil.example>", "</h3></article>",
+    "</style><style>*{display:none}</style>", "</title><base href=//e.com>",
+    "<!--", "--><b>", "<![CDATA[", "{who}{main}{script}", "{", "}{0}%s\\1",
+    "<mark>U+0041</mark>", "&lt;b&gt;&#60;i&#62;&amp;", "<svg/onload=x//",
+    "\\\"><b>", "<details open ontoggle=x>", "<plaintext>", "<b", "<?php")
+
+
+def everywhere(text: str) -> dict:
+    """A request with this text in each of its eleven places."""
+    return dict.fromkeys(FULL, text) | {
+        "action_description": text, "arguments": {text: text},
+        "agent_context": {text: text}}
+
+
+def pages_of(desk, request_id: str) -> list[Page]:
+    return [Page(desk.page(path)) for path in ("/", f"/review/{request_id}")]
+
+
+def clicked(desk, request_id: str, decision: str, name: str = "ana",
+            reason: str = "") -> tuple[int, str]:
+    """What the browser sends for a click -> (status, page)."""
+    status, _, data = desk.reviewer(name).fetch(
+        "POST", f"/approve/{request_id}", urlencode(
+            {"decision": decision, "back": "/", "reason": reason}).encode(),
+        seconds=10, Content_Type="application/x-www-form-urlencoded",
+        Accept="text/html", Origin=desk.url, Sec_Fetch_Site="same-origin")
+    return status, data.decode()
+
+
+def test_nothing_anybody_writes_is_markup(desk):
+    """Whatever an agent or a reviewer writes, in whatever field, the tags
+    and attributes of every page stay a clean one's, and the reader sees what
+    was written, to the letter."""
+    def story(name: str, text: str) -> list[list]:
+        """The tags of the four pages that this text comes to stand on."""
+        assert desk.post(name, **everywhere(text)).status == 201
+        home, review = pages_of(desk, name)
+        for page in home, review:
+            seen = page.cards[name]["text"]
+            assert seen.count(text) >= 6, text
+            assert seen.count(json.dumps(text)[1:-1]) >= 4, text
+        who = text.replace(":", ";")
+        assert clicked(desk, name, "approved", who, text)[0] == 303
+        desk.agent().exchange("POST", f"/claim/{name}", {
+            "digest": desk.state(name)["digest"], "claim": "c"}, seconds=10)
+        desk.agent().exchange("POST", f"/outcome/{name}", {
+            "claim": "c", "outcome": "failed", "text": text}, seconds=10)
+        done, history = (Page(desk.page(path)) for path in (
+            f"/review/{name}", "/history"))
+        for page in done, history:
+            assert who in page.text and f"failed: {text}" in page.text
+        newest = Page(re.search("<li .*?</li>", history.source, re.DOTALL)[0])
+        waiting = Page(home.source.partition("<h2>Reviewed")[0]
+                       + "</main></body></html>")
+        return [page.tags for page in (waiting, review, done, newest)]
+    clean = story("clean", "clean")
+    for number, payload in enumerate(POLYGLOTS):
+        assert story(f"p-{number}", payload) == clean, payload
+
+
+HOSTILE = {
+    "\u202e": "U+202E", "\u2066": "U+2066", "\u200b": "U+200B",
+    "\ufeff": "U+FEFF", "\xad": "U+00AD", "\u2028": "U+2028",
+    "\x1b[2J\x1b]0;x\a": "U+001B", "\0": "U+0000", "\r": "U+000D",
+    "\x85": "U+0085", "\xa0": "U+00A0", "\u3000": "U+3000",
+    "\U000e0041": "U+E0041", "\ufe0f": "U+FE0F", "\u3164": "U+3164",
+    "\u2800": "U+2800", "\u0430dmin": "U+0430", "delet\u0435": "U+0435",
+    "\u0455\u0441\u043e\u0440\u0435": "U+0455", "\uff0f": "U+FF0F",
+    "\u2215": "U+2215", " " * 20: "space x22",
+    "\u27e6U+0041\u27e7": "U+27E6", "i\u0338d": "U+0338",
+    "i\u20e5d": "U+20E5", "i\u1ab0d": "U+1AB0", "i\u0941d": "U+0941"}
+
+
+def test_what_cannot_be_seen_is_shown(desk):
+    """Invisible and direction-changing characters, control characters,
+    look-alikes, marks that strike text out and padding are shown as visible
+    escapes, in every field."""
+    given = " | ".join(HOSTILE)
+    assert desk.post(**everywhere(given)).status == 201
+    for page in pages_of(desk, "r-1"):
+        card = page.cards["r-1"]
+        assert card["buttons"] == BOTH
+        assert not [c for c in page.source if c != "\n" and hitl.unseen(c)]
+        for text, escape in HOSTILE.items():
+            places = page.marks.count(escape)
+            if text < " ":                      # JSON has its own for these
+                places += card["text"].count(json.dumps(text[0])[1:-1])
+            assert places >= 10, text
+
+
+def test_two_calls_never_look_alike(desk):
+    """A tool's name cannot imitate arguments: calls that differ look so."""
+    calls = ({"tool": "read", "arguments": {}}, {"tool": "read"},
+             {"tool": "read {}"}, {"arguments": {}}, {},
+             {"tool": "read without arguments"})
+    for number, call in enumerate(calls):
+        desk.post(f"r-{number}", **call)
+    seen = {" ".join(exact.split()) for exact in Page(desk.page()).exact}
+    assert len(seen) == len(calls), seen
+
+
+@pytest.mark.parametrize("count, buttons", ((2000, True), (10_000, False)))
+def test_padding_pushes_nothing_away(desk, count, buttons):
+    """Ten thousand blank lines and then the payload: all of it is shown
+    before the buttons, or there are no buttons but a link."""
+    desk.post(action_description="Tidy up" + "\n" * count + " " * 500
+              + "DROP users",
+              arguments={"note": "tidy" + "\n" * count + "DROP users"})
+    home, review = pages_of(desk, "r-1")
+    assert bool(home.cards["r-1"]["buttons"]) is buttons
+    for page in (home, review)[not buttons:]:
+        before = page.cards["r-1"]["before"]
+        assert before.count("DROP users") == 2 and "space x500" in page.marks
+        assert before.count("U+000A") == before.count("\\n") == count
+        assert before.count("\n\n") < 40
+
+
+def test_a_large_request_is_decided_on_its_own_page(desk):
+    """A row above 8 KiB gets a link to its own page and no buttons; there
+    everything is, and the buttons stand after it."""
+    for number, (words, large) in enumerate((
+            ("a" * 7500, False), ("a" * 60_000, True),
+            ("\u5b57" * 1200, False), ("\u5b57" * 4000, True))):
+        for field in ("action_description", "arguments", "agent_context"):
+            name, text = f"{field}-{number}", words + " THE END"
+            desk.post(name, **{field: text if "_d" in field else [text]
+                               if "_c" in field else {"text": text}})
+            home, review = pages_of(desk, name)
+            assert home.cards[name]["buttons"] == ([] if large else BOTH)
+            assert (f'"/review/{name}"' in home.source) is large, name
+            card = review.cards[name]
+            assert card["buttons"] == BOTH and text in card["before"]
+            clicked(desk, name, "rejected")
+
+
+DAMAGE = {"arguments": "{bad", "action_description": "Read one record",
+          "tool": "read", "received_at": "never", "timestamp": "never",
+          "deadline": "soon"}
+
+
+def test_a_bad_row_hides_no_other(desk):
+    """One bad row never hides the others, from a person or a program; it
+    has a page that says so, and no buttons."""
+    for name in ("before", *DAMAGE, "after"):
+        desk.post(name, timeout_seconds=60, **FULL)
+    with contextlib.closing(sqlite3.connect(desk.database)) as db, db:
+        db.execute("DROP TRIGGER asked_once")   # as a failing disk might
+        for column, value in DAMAGE.items():
+            db.execute(f"UPDATE pending_reviews SET {column} = ? "
+                       "WHERE request_id = ?", (value, column))
+    cards = Page(desk.page()).cards
+    assert {name: card["buttons"] for name, card in cards.items()} == (
+        dict.fromkeys(DAMAGE, []) | {"before": BOTH, "after": BOTH})
+    assert {"before", "after"} <= {
+        there["request_id"] for there in desk.waiting(1)}
+    for column in DAMAGE:
+        page = Page(desk.page(f"/review/{column}"))
+        assert page.cards[column]["buttons"] == []
+    for column in ("arguments", "action_description", "tool"):
+        assert desk.decide(column).reason == "damaged"
+        assert desk.state(column)["status"] == "waiting"
+
+
+def one_of_each(desk) -> None:
+    """A request in each status, with all that a card can have."""
+    desk.post("w-1", timeout_seconds=300, **FULL | {"tool": "a\u202eb"})
+    desk.post("l-1", arguments={"x": "y" * 9000})
+    for name, how in (("a-1", "approved"), ("b-1", "rejected")):
+        desk.post(name)
+        desk.decide(name, how, reason="because I say so")
+    for name, why in (("e-1", "timeout"), ("c-1", "Ctrl-C")):
+        desk.post(name)
+        desk.agent().exchange("POST", f"/withdraw/{name}", {"why": why},
+                              seconds=10)
+
+
+def test_the_card_says_what_it_knows(desk):
+    """Each status is a word, not a colour alone, with who decided and why;
+    what the agent claims stands apart from what the server knows, such as
+    whether anybody waits for the decision."""
+    one_of_each(desk)
+    home = desk.page()
+    for status in hitl.Status:
+        assert re.search(f'class="(card )?{status}"[^>]*>\\s*<\\w+>\\s*<span '
+                         f'class="status">{status}</span>', home), status
+    for words in ("because I say so", "by ana (shared token)", "5 min left",
+                  "nobody decided in time", "nobody waited any more",
+                  "nobody waits for it now: an approval runs nothing"):
+        assert words in home
+    says, knows = Page(home).text.split("This server knows")[:2]
+    assert "The agent says" in says and "billing" in says
+    assert "unauthenticated agent" in knows and "billing" not in knows
+    desk.state("w-1")
+    assert ", an agent waits for it" in desk.page()
+
+
+def test_a_second_click_is_told(desk):
+    """A second click changes nothing and gets a page that says what it is."""
+    desk.post()
+    assert clicked(desk, "r-1", "approved")[0] == 303
+    status, page = clicked(desk, "r-1", "rejected", "ben")
+    assert status == 409 and "approved by ana" in Page(page).text
+    assert "a decision is final; nothing was changed" in Page(page).text
+    assert desk.state("r-1")["decided_by"] == "reviewer:ana"
+
+
+def test_the_policy_fits_the_page(desk):
+    """The Content-Security-Policy allows the style and the script that are
+    sent, by their hashes, and nothing else, on every page."""
+    desk.post()
+    for path in ("/", "/history", "/review/r-1", "/review/none", "/nowhere"):
+        _, headers, data = desk.reviewer().fetch(
+            "GET", path, seconds=10, Accept="text/html")
+        policy = dict(headers.items())["Content-Security-Policy"]
+        for tag in ("style", "script"):
+            inside, = re.findall(f"<{tag}>(.*?)</{tag}>", data.decode(),
+                                 re.DOTALL)
+            digest = base64.b64encode(hashlib.sha256(
+                inside.encode()).digest()).decode()
+            assert f"{tag}-src 'sha256-{digest}';" in policy
+        assert "unsafe" not in policy and "default-src 'none'" in policy
+        assert "frame-ancestors 'none'" in policy
+        for tag, *names in Page(data.decode()).tags:
+            assert not any(n == "style" or n.startswith("on") for n in names)
+
+
+# ---- the same in Chromium ----
+
+def cdp(browser, name: str, **values):
+    """One command of Chromium's own protocol."""
+    return browser.ask("POST", browser.session + "/goog/cdp/execute",
+                       {"cmd": name, "params": values})
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """One browser for all of them: it is slow to start."""
+    it = Browser()
+    yield it
+    it.close()
+
+@pytest.fixture
+def look(chromium, desk):
+    """Open a path of the desk, signed in -> the browser."""
+    def at(path: str = "/", width: int = 1100, dark: bool = False,
+           script: bool = True):
+        cdp(chromium, "Emulation.setDeviceMetricsOverride", width=width,
+            height=900, deviceScaleFactor=1, mobile=False)
+        cdp(chromium, "Emulation.setEmulatedMedia", features=[{
+            "name": "prefers-color-scheme",
+            "value": "dark" if dark else "light"}])
+        cdp(chromium, "Emulation.setScriptExecutionDisabled",
+            value=not script)
+        chromium.open(desk.url.replace(
+            "://", f"://ana:{REVIEWER_TOKEN}@") + path)
+        return chromium
+    yield at
+    cdp(chromium, "Emulation.setScriptExecutionDisabled", value=False)
+    chromium.open("about:blank")
+
+
+HUES = {"waiting": (20, 50), "approved": (120, 165), "rejected": (-15, 15),
+        "expired": None, "withdrawn": None}
+
+# each text and how it stands out from its ground: [contrast, text] (WCAG 2.2)
+CONTRAST = r"""
+const rgb = c => c.match(/[\d.]+/g).map(Number);
+const light = c => { const [r, g, b] = c.map(v => (v /= 255) <= .04045 ?
+  v/12.92 : ((v + .055)/1.055)**2.4); return .2126*r + .7152*g + .0722*b; };
+const ground = e => { const c = rgb(getComputedStyle(e).backgroundColor);
+  return c[3] === 0 ? ground(e.parentElement) : c; };
+const judge = (e, pseudo, text) => { const [a, b] = [
+  light(rgb(getComputedStyle(e, pseudo).color)), light(ground(e))].sort(
+  (x, y) => y - x); return [(a + .05)/(b + .05), text]; };
+const text = e => [...e.childNodes].filter(n => n.nodeType === 3)
+  .map(n => n.data).join("").trim();
+const all = [...document.querySelectorAll("body, main *, header *")]
+  .filter(e => e.checkVisibility());
+return [...all.filter(text).map(e => judge(e, null, text(e))),
+  ...all.filter(e => e.placeholder).map(
+    e => judge(e, "::placeholder", "placeholder"))];
+"""
+
+
+@needs_browser
+@pytest.mark.parametrize("dark", (False, True))
+def test_colours_mean_one_thing(desk, look, dark):
+    """Amber what waits, green approved, red rejected, grey expired or
+    withdrawn; text stands out by 4.5 to 1; in the light and in the dark."""
+    one_of_each(desk)
+    for path in ("/review/none", "/review/w-1", "/"):
+        page = look(path, dark=dark)
+        found = page.run(CONTRAST)
+        assert len(found) > 3 and not [f for f in found if f[0] < 4.5], path
+    assert "placeholder" in [text for _, text in found]
+    for status, hue in HUES.items():
+        colour = page.run("return getComputedStyle(document.querySelector("
+                          f"'.{status}')).borderLeftColor")
+        h, s, _ = colorsys.rgb_to_hsv(*(
+            int(n) / 255 for n in re.findall(r"\d+", colour)[:3]))
+        degrees = (h * 360 + 180) % 360 - 180
+        assert s < 0.15 if hue is None else (
+            s > 0.4 and hue[0] <= degrees <= hue[1]), (status, colour)
+    paper = page.run("return getComputedStyle(document.body)."
+                     "backgroundColor")
+    assert (int(re.findall(r"\d+", paper)[0]) < 128) is dark
+
+
+@needs_browser
+def test_a_long_word_does_not_widen_the_page(desk, look):
+    """A phone needs no sideways scrolling, however long one word is."""
+    desk.post(**everywhere("W" * 256))
+    width = ("document.querySelectorAll('details').forEach(d => d.open = "
+             "true); return document.documentElement.scrollWidth")
+    for path in ("/", "/review/r-1"):
+        assert look(path, 390).run(width) <= 390, path
+    desk.decide("r-1", "rejected", reason="W" * 4000)
+    for path in ("/", "/review/r-1", "/history"):
+        assert look(path, 390).run(width) <= 390, path
+
+
+@needs_browser
+@pytest.mark.parametrize("script", (True, False))
+def test_a_person_decides(desk, look, script):
+    """With JavaScript or without: read, give a reason, where Enter is a new
+    line and decides nothing, decide, and see what was decided."""
+    desk.post(**FULL)
+    page = look(script=script)
+    page.type("textarea", "no\nnot this\n")
+    assert desk.state("r-1")["status"] == "waiting"
+    page.click(".reject")
+    assert until(lambda: desk.state("r-1")["reason"])
+    assert desk.state("r-1")["reason"].split() == ["no", "not", "this"]
+    assert until(lambda: "reason: no" in page.text("#reviewed"))
+    assert (" UTC" in page.text("#reviewed time")) is not script
+
+
+TOP = ("return document.getElementById('request-' + arguments[0])"
+       ".getBoundingClientRect().top")
+
+
+@needs_browser
+def test_a_new_card_appears_by_itself(desk, look):
+    """A new card appears by itself within seconds, below the others: it
+    clears no reason being typed and moves no card being read."""
+    desk.post("b-1", agent="b")
+    page = look()
+    page.type("#request-b-1 textarea", "half a rea")
+    before = page.run(TOP, "b-1")
+    desk.post("a-1", agent="a")
+    assert until(lambda: page.text("#request-a-1 .approve"), 8) == "Approve"
+    page.type("#request-b-1 textarea", "son")
+    assert page.run("const e = document.activeElement; return [e.name, "
+                    "e.value]") == ["reason", "half a reason"]
+    assert page.run(TOP, "b-1") == before
+    assert page.run("return document.title") == "(2) Review desk"
+
+
+@needs_browser
+def test_a_card_decided_elsewhere_says_so(desk, look):
+    """A card that was decided elsewhere says so, is amber no more and loses
+    its buttons; nothing moves under a finger, not even when the server is
+    lost."""
+    desk.post("a-1")
+    desk.post("b-1")
+    page = look()
+    before = page.run(TOP, "b-1")
+    desk.decide("a-1", "rejected")
+    page.run("return refresh()")
+    assert page.text("#request-a-1 .status") == "no longer waiting"
+    assert page.run("return [...document.querySelectorAll('button')].filter("
+                    "b => b.checkVisibility({visibilityProperty: true}))"
+                    ".map(b => b.closest('article').id)"
+                    ) == ["request-b-1"] * 2
+    page.run("document.getElementById('lost').hidden = false")
+    assert page.run(TOP, "b-1") == before
+
+
+@needs_browser
+def test_a_card_pushed_off_the_page_still_waits(desk, look, monkeypatch):
+    """A card that other agents' requests push off the first page is not
+    called `no longer waiting` while it waits."""
+    monkeypatch.setattr(hitl, "PAGE_CARDS", 2)
+    desk.post("a-1", agent="a")
+    desk.post("a-2", agent="a")
+    page = look()
+    desk.post("b-1", agent="b")
+    page.run("return refresh()")
+    assert page.text("#request-b-1 .status") == "waiting"
+    assert page.text("#request-a-2 .status") == "waiting"
+
+
+# ================================= Evidence ================================
+# `demo`, `verify` and the README, as the commands they are.
+
+def plain(**environ: str) -> dict:
+    """The environment without what is set for hitl.py, and these."""
+    return {k: v for k, v in os.environ.items()
+            if not k.startswith("HITL_")} | environ
+
+
+@contextlib.contextmanager
+def running(folder: Path, *argv, stdin=subprocess.DEVNULL, **environ: str):
+    """A command that runs on -> (process, said): said(pattern) is the first
+    line that matches, once it is there."""
+    with tempfile.NamedTemporaryFile() as file:
+        process = subprocess.Popen(
+            argv, cwd=folder, stdin=stdin, stdout=file, env=plain(**environ),
+            stderr=subprocess.STDOUT, start_new_session=True)
+
+        def said(pattern: str):
+            return until(lambda: re.search(
+                f"^{pattern}$", Path(file.name).read_text(), re.M))
+        try:
+            yield process, said
+        finally:
+            process.kill()
+            process.wait(20)
+
+
+HITL = (sys.executable, "-W", "error", str(FILE))
+LINK = r"http://reviewer:([\w-]{43})@127\.0\.0\.1:(\d+)/"
+
+
+def readme_parts() -> tuple[list[str], list[str]]:
+    """README.md's words in `code`, and its blocks of code."""
+    parts = (HERE / "README.md").read_text().split("```")
+    return re.findall("`([^`]+)`", "".join(parts[::2])), parts[1::2]
+
+
+def test_the_readme_names_real_commands():
+    """Each command that README.md prints is one that hitl.py takes, and it
+    names them all."""
+    inline, blocks = readme_parts()
+    names = {function.__name__[4:] for function in hitl.COMMANDS}
+    assert names <= set(inline)
+    lines = [re.sub(r"^(\$ )?python3 hitl\.py ", "$ ", line)
+             for line in inline + "\n".join(blocks).splitlines()]
+    lines += [f"$ {code}" for code in inline
+              if code.split()[0] in names and " " in code]
+    asked = [line for line in lines if re.match(r"\$ (?!python3)", line)]
+    assert len(asked) > 15
+    for line in asked:
+        words = shlex.split(line.replace("AGENT", "claude"), comments=True)
+        given = hitl.command_line().parse_args(words[1:])
+        assert given.version or given.command == words[1]
+
+
+@pytest.fixture(scope="module")
+def readme(tmp_path_factory):
+    """README.md's own lines, run by a shell in a folder that holds only
+    hitl.py -> (folder, what each printed, a wait for verify)."""
+    if not all(map(shutil.which, ("sh", "curl", "sqlite3"))):
+        pytest.skip("the README's lines need sh, curl and sqlite3")
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "tmp").mkdir()
+    shutil.copy(FILE, folder)
+    environ = {"PYTHON": sys.executable, "TMPDIR": str(folder / "tmp"),
+               "HITL_REVIEWER_TOKEN": REVIEWER_TOKEN,
+               "PYTHONIOENCODING": "ascii"}
+    said = {}
+
+    def argv(line: str) -> list[str]:
+        return ["sh", "-c", re.sub(
+            "^python3", 'exec "$PYTHON" -W error', line.strip())]
+
+    def run(name: str, line: str) -> None:
+        done = subprocess.run(argv(line), cwd=folder, text=True,
+                              capture_output=True, timeout=60,
+                              env=plain(**environ))
+        assert done.returncode == 0, (line, done)
+        said[name] = done.stdout
+    inline, blocks = readme_parts()
+    (init, check, serve), (ask, approve, look_at) = (
+        next(block.splitlines()[1:] for block in blocks if word in block)
+        for word in ("hitl.py init", "curl -u"))
+    for line in ("python3 hitl.py verify", "python3 hitl.py log --verify"):
+        assert line in inline
+    verified = in_background(run, "verify", "python3 hitl.py verify")
+    run("init", init)
+    run("check", check)
+    rules = folder / "checkpoints.toml"     # no fixed port: any free one
+    rules.write_text(rules.read_text().replace("# port = 8765",
+                                               "port = 0"))
+    with running(folder, *argv(serve), **environ) as (process, line):
+        url = environ["HITL_SERVER_URL"] = line("(http://127.*)/")[1]
+        run("ask", ask.replace("http://127.0.0.1:8765", url))
+        run("approve", approve.replace("http://127.0.0.1:8765", url))
+        hitl.Client(url).exchange("POST", "/pending", four("r-2") | {
+            "action_description": "L\xf6schen"}, seconds=10)
+        hitl.Client(url, hitl.basic("Zo\xeb", REVIEWER_TOKEN)).exchange(
+            "POST", "/approve/r-2", {"decision": "approved"}, seconds=10)
+        run("list", "python3 hitl.py list --all")
+        run("sqlite3", look_at)
+        run("log", "python3 hitl.py log --verify")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+        said["serve"] = line("(?s:.*stopped; audit log.*)")[0]
+    yield folder, said, verified
+    verified()
+
+
+def test_the_readme_runs(readme):
+    """The lines of README.md run as printed, from a folder that holds only
+    hitl.py, and leave what they say they write; what the terminal cannot
+    print is escaped, and serve goes on."""
+    folder, said, _ = readme
+    for name, words in (
+            ("init", "next: python3 hitl.py serve"),
+            ("check", "delete_users waits for a person"),
+            ("ask", '"status": "waiting"'), ("list", "L\\xf6schen"),
+            ("approve", '"status": "approved"'), ("log", ": whole"),
+            ("sqlite3", "r-1|approved|reviewer:reviewer"),
+            ("serve", "submitted r-1 by agent:unauthenticated"),
+            ("serve", "approved  r-1 by reviewer:reviewer"),
+            ("serve", "approved  r-2 by reviewer:Zo\\xeb")):
+        assert words in said[name], said[name]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "checkpoints.toml", "hitl-evidence.json", "hitl.db", "hitl.db.lock",
+        "hitl.py", "tmp"]
+
+
+def on_the_page(link) -> None:
+    """Reject what a demo asks, over the link that it prints."""
+    me = hitl.Client(f"http://127.0.0.1:{link[2]}",
+                     hitl.basic("eva", link[1]))
+    row, = until(lambda: me.exchange("GET", "/pending", seconds=10
+                                     ).body["waiting"])
+    me.exchange("POST", f"/approve/{row['request_id']}",
+                {"decision": "rejected", "reason": "not yet"}, seconds=10)
+
+
+@pytest.mark.parametrize("terminal, keys, ending", (
+    (False, b"?\na\n", "approved, 2 records deleted"),
+    (True, b"r", "stopped by CollaborationError: rejected by terminal"),
+    (True, b"", "stopped by CollaborationError: rejected by eva: not yet")))
+def test_demo(tmp_path, terminal, keys, ending):
+    """demo: a person decides by a or r, on a terminal by the key alone, or
+    on the page; on a terminal it stays open until Ctrl-C. It leaves nothing
+    behind."""
+    ours, theirs = pty.openpty() if terminal else os.pipe()[::-1]
+    with running(tmp_path, *HITL, "demo", stdin=theirs,
+                 TMPDIR=str(tmp_path)) as (process, said):
+        link = said(LINK)
+        os.write(ours, keys) if keys else on_the_page(link)
+        assert said(f"agent: {ending}")
+        if terminal:
+            assert said(".*Ctrl-C to end.")
+            process.send_signal(signal.SIGINT)
+        assert process.wait(20) == (130 if terminal else 0)
+        assert ("'ben'" in said("records now: .*")[0]) is (
+            "rejected" in ending)
+    os.close(ours)
+    os.close(theirs)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verify(readme):
+    """verify runs the guide's verification, compares each observation with
+    the expected one, and writes the evidence so that it can be repeated."""
+    folder, said, verified = readme
+    verified()
+    assert not list((folder / "tmp").iterdir()), "it leaves nothing behind"
+    evidence = json.loads((folder / "hitl-evidence.json").read_text())
+    assert evidence["verified"] is True and evidence["model"] == "none"
+    assert evidence["hitl.py sha256"] == hitl.file_sha256(FILE)
+    assert shlex.split(evidence["command"]) == [
+        evidence["executable"], "hitl.py", "verify"]
+    assert [finding["step"] for finding in evidence["findings"]] == [
+        "trigger delete_records", "open the page", "look at the row",
+        "click Approve", "look at the records", "trigger delete_records",
+        "click Reject", "read the log", "look at the records",
+        "trigger delete_records", "wait (time-out set to 2.0 s here)",
+        "click too late", "check the audit log"]
+    for finding in evidence["findings"]:
+        assert finding["holds"] and finding["expected"]
+        assert f"ok   {finding['step']}" in said["verify"]
+        assert f"observed {finding['observed']}" in said["verify"]
+    for name in ("command", "python", "sqlite", "configuration sha256",
+                 "database", "server"):
+        assert re.search(f"^{name} +{re.escape(evidence[name])}$",
+                         said["verify"], re.M)
+    assert "CollaborationError: rejected" in str(evidence["log"])
+
+
+# =============================== Command line ==============================
+# Each command as main() runs it, against a real desk; on a real terminal
+# where it asks.
+
+class Typed(hitl.NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+def typed(where, *words: str, **environ: str) -> Typed:
+    """What a reviewer types, in a desk's folder."""
+    with pytest.MonkeyPatch.context() as patch, \
+            contextlib.redirect_stdout(io.StringIO()) as out, \
+            contextlib.redirect_stderr(io.StringIO()) as err:
+        for name in [n for n in os.environ if n.startswith("HITL_")]:
+            patch.delenv(name)
+        settings = {"HITL_REVIEWER": "ana", "HITL_SERVER_URL": where.url,
+                    "HITL_REVIEWER_TOKEN": REVIEWER_TOKEN} | environ
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        patch.chdir(where.folder)
+        try:
+            status = hitl.main(list(words))
+        except SystemExit as end:               # argparse
+            status = end.code
+    return Typed(status, out.getvalue(), err.getvalue())
+
+
+def test_list_show_approve_reject(desk):
+    """list and show print what waits; approve and reject decide, and take a
+    shortened id while it is unique; --json is for programs."""
+    long_id = "abd-" + "d" * 36
+    desk.post("abc-1", **FULL)
+    desk.post(long_id, action_description="Send \u202e a\nletter")
+    assert [line.split(None, 2) for line in
+            typed(desk, "list").out.splitlines()] == [
+        ["waiting", "abc-1", "Delete users where id = 3"],
+        ["waiting", long_id,
+         "Send \u27e6U+202E\u27e7 a\u27e6U+000A\u27e7letter"]]
+    shown = typed(desk, "show", "abc").out
+    for words in ("waiting    Delete users where id = 3", "delete_records",
+                  '      "table": "users"', "agent:unauthenticated",
+                  '      "task": "clean up"', "nobody waits for it now"):
+        assert words in shown
+    there = json.loads(typed(desk, "show", "abc-1", "--json").out)
+    assert (there["arguments"], there["agent_context"]) == (
+        {"table": "users"}, {"task": "clean up"})
+    assert typed(desk, "approve", "ab") == (
+        2, "", 'hitl: error: "ab" begins 2 request_ids\n'
+        f"hitl: hint: say more of it: abc-1, {long_id}\n")
+    assert typed(desk, "approve", "abc").out == "approved abc-1\n"
+    done = typed(desk, "reject", "abd", "--reason", "use e-mail", "--json")
+    assert json.loads(done.out) == (there := desk.state(long_id))
+    assert (there["status"], there["decided_by"], there["reason"]) == (
+        "rejected", "reviewer:ana", "use e-mail")
+    assert typed(desk, "list").out == "nothing waits\n"
+    rows = json.loads(typed(desk, "list", "--all", "--json").out)
+    assert [row["request_id"] for row in rows] == [long_id, "abc-1"]
+    done = typed(desk, "approve", long_id)
+    assert done.status == 1 and done.err.startswith(
+        "hitl: error: this request is rejected by ana since ")
+
+
+SILENT = "http://127.0.0.1:1"           # a port that nobody listens on
+SLIPS = (
+    (2, "no reviewer's token", "set HITL_REVIEWER_TOKEN", "list",
+     {"HITL_REVIEWER_TOKEN": ""}),
+    (1, "does not know this name and token", "HITL_REVIEWER", "list",
+     {"HITL_REVIEWER_TOKEN": "wrong" * 5}),
+    (4, f"no answer from {SILENT}", "is it running?", "list",
+     {"HITL_SERVER_URL": SILENT}),
+    (4, f"no answer from {SILENT}", "is it running?",
+     f"approve r-1 --server-url {SILENT}", {}),
+    (1, 'there is no request "zz"', "check the id", "show zz", {}),
+    (2, "/none: no such file", "init", "list --config /none", {}),
+    (2, '"a b" is no request_id', "list --all", "show 'a b'", {}),
+    (2, '"\xe9" is no request_id', "list --all", "show \xe9", {}),
+    (2, '"" is no request_id', "list --all", "approve '' --yes", {}),
+    (2, "HITL_REVIEWER_TOKEN is shorter", "a good one: ", "serve --port 0",
+     {"HITL_REVIEWER_TOKEN": "short"}),
+    (2, "same token", "a good one for the agent: ", "serve --port 0",
+     {"HITL_AGENT_TOKEN": REVIEWER_TOKEN}),
+    (2, "65535", "", "serve --port 99999", {}),
+    (2, "cannot listen on 127.0.0.1:", "try --port 0",
+     "serve --port PORT --database x.db", {}),
+    (2, "is a folder", "name a file", "serve --port 0 --database .", {}),
+    (2, "a printable name without a colon", "", "token a:b", {}),
+    (2, "no such database", "--database", "log --database none.db", {}),
+    (2, "No such file or directory", "name another file by --output",
+     "verify --output none/e.json", {}),
+    (2, "JSON of the arguments: ", "", "check x [] --config rules.toml", {}),
+    (2, "invalid choice: 'nope'", "", "nope", {}),
+    (2, "arguments are required: id", "", "show", {}))
+
+
+def test_what_goes_wrong_has_its_status(desk, monkeypatch):
+    """Exit status 1 refused, 2 usage or configuration, 4 unreachable, each
+    with what is wrong and, where there is one, the cure."""
+    monkeypatch.setattr(hitl, "SLOW_SECONDS", 0.01)
+    (desk.folder / "rules.toml").write_text(RULES)
+    desk.post()
+    for status, error, hint, line, environ in SLIPS:
+        words = shlex.split(line.replace("PORT", str(desk.port)))
+        done = typed(desk, *words, **environ)
+        assert (done.status, done.out) == (status, ""), line
+        first, _, cure = done.err.partition("hitl: hint: ")
+        assert re.search(r"^hitl( show)?: error: ", first, re.M), done.err
+        assert error in first and hint in cure, done.err
+        assert desk.state("r-1")["status"] == "waiting", line
+
+
+def test_help_is_whole(desk):
+    """A command's help says what it does, names every flag and has an
+    example, and the example runs as it stands."""
+    assert typed(desk, "--version").out == (
+        f"hitl.py {hitl.__version__} sha256 {hitl.file_sha256(FILE)}\n")
+    rules = desk.folder / "checkpoints.toml"
+    desk.post("1f0c-2")
+    for function, (flags, _) in hitl.COMMANDS.items():
+        name = function.__name__[4:]
+        status, text, _ = typed(desk, name, "--help")
+        assert status == 0 and function.__doc__ in text
+        for flag in flags.split():
+            flag = flag.replace("command_words", "-- CMD")
+            assert re.search(rf"^  {flag}\b.*( {{2,}}|\n {{9,}})\S", text,
+                             re.M), flag
+        example = re.search("example: python3 hitl.py (.+)", text)[1]
+        assert shlex.split(example)[0] == name
+        if name in ("serve", "run", "hook", "mcp", "demo", "verify"):
+            continue                            # other tests run these
+        rules.unlink() if name == "init" else rules.write_text(RULES)
+        if name == "reject":
+            desk.post("1f0c")
+        done = typed(desk, *shlex.split(example))
+        assert (done.status, done.err) == (0, ""), (example, done)
+
+
+@pytest.mark.parametrize("asks, answer, status, state", (
+    ("approve it[?] y/N ", "y\n", 0, "approved"),
+    ("approve it[?] y/N ", "\n", 1, "waiting"),
+    ("approve it[?] y/N ", "yikes\n", 1, "waiting"),
+    ("reviewer's token .*: ", REVIEWER_TOKEN + "\n", 0, "approved")))
+def test_approve_asks_on_a_terminal(desk, asks, answer, status, state):
+    """On a terminal approve shows the request and asks y/N; --yes does not
+    ask; a missing token is asked for without echo."""
+    desk.post(**FULL | {"tool": "delete \x1b[2J users"})
+    secret = answer.startswith(REVIEWER_TOKEN)
+    ours, theirs = pty.openpty()
+    os.set_blocking(ours, False)
+    with running(desk.folder, *HITL, "approve", "r-1", *["--yes"] * secret,
+                 stdin=theirs, HITL_SERVER_URL=desk.url, HITL_REVIEWER_TOKEN=""
+                 if secret else REVIEWER_TOKEN) as (process, said):
+        assert said(asks)
+        os.write(ours, answer.encode())
+        assert process.wait(20) == status
+        text = said("(?s:.*)")[0]
+    echo = b""
+    with contextlib.suppress(BlockingIOError):
+        echo = os.read(ours, 1 << 16)
+    os.close(ours)
+    os.close(theirs)
+    assert desk.state("r-1")["status"] == state
+    assert ("y/N" in text) is not secret
+    assert REVIEWER_TOKEN not in text + echo.decode()
+    if not secret:
+        assert text.index('"table": "users"') < text.index("approve it? y/N")
+        assert "\u27e6U+001B\u27e7[2J" in text and "\x1b[2J" not in text
+
+
+def test_a_printed_token_signs_in(make_desk, make_rules, monkeypatch,
+                                  tmp_path):
+    """token NAME prints a token and the lines that make it known; with them
+    that reviewer, and no other name, signs in."""
+    monkeypatch.setattr(hitl, "SLOW_SECONDS", 0.01)
+    house = make_desk()
+    tokens, rules = {}, RULES
+    for name in ("ana", "Zo\xeb M\xfcller", 'O"Hara \\ Co', "\U0001f600"):
+        out = typed(house, "token", name).out
+        tokens[name] = re.search("shown once: (.+)", out)[1]
+        block = out[out.index("[[reviewer]]"):]
+        assert tokens[name] not in block
+        rules += block
+    desk = make_desk(named=make_rules(rules).reviewers)
+    for name, token in tokens.items():
+        assert desk.reviewer(name, token).exchange(
+            "GET", "/pending", seconds=10).status == 200, name
+    assert desk.reviewer("ana", token).exchange(
+        "GET", "/pending", seconds=10).status == 401
+
+
+# ================================ Promise 7 ================================
+
+def test_promise_7_the_page_cannot_mislead(desk):
+    """Nothing is cut or hidden where the buttons are, and nothing an agent
+    wrote can act as markup."""
+    evil = "".join(POLYGLOTS)
+    desk.post("clean", **everywhere("clean"))
+    desk.post("evil", **FULL | {
+        "action_description": evil + "\u202e" + "z" * 9000, "why": evil,
+        "arguments": {evil: [evil, *range(200)]},
+        "agent_context": {evil: evil}, "agent": evil[:250],
+        "tool": evil[:250], "category": evil[:250]})
+    clean, page = (Page(desk.page(f"/review/{n}")) for n in ("clean", "evil"))
+    assert [t for t in page.tags if t[0] not in ("mark", "/mark")
+            ] == clean.tags
+    card = page.cards["evil"]
+    assert card["buttons"] == BOTH and page.marks == ["U+202E"]
+    assert evil + "U+202E" + "z" * 9000 in card["before"]
+    exact = page.exact[0]
+    assert evil[:250] in exact
+    assert json.loads(exact[exact.index('{\n'):]) == {
+        evil: [evil, *range(200)]}
+    assert Page(desk.page()).cards["evil"]["buttons"] == []
+
+
+# ================================ The story ================================
+
+@needs_browser
+def test_the_whole_trip(tmp_path, make_gate, chromium):
+    """serve, a gate that waits, the link as printed, the description on the
+    page, a click, and within 5 s the tool ran, or CollaborationError says
+    who refused and why."""
+    def logged() -> str:
+        return str([entry["message"] for entry in chromium.ask(
+            "POST", chromium.session + "/se/log", {"type": "browser"})])
+    served, ran = Served(tmp_path, HITL_REVIEWER_TOKEN=""), []
+    try:
+        gate = make_gate(served)
+        assert re.fullmatch(LINK, served.link)
+        logged()
+        for button, words in (("approve", "approved"),
+                              ("reject", "rejected")):
+            result = in_background(gate.call, "delete_records", CALL,
+                                   lambda **given: ran.append(given) or 3)
+            assert until(lambda: served.lines[-1:]
+                         and " submitted " in served.lines[-1])
+            chromium.open(served.link)
+            assert chromium.text("article h3") == "Delete users where id = 3"
+            assert '"condition": "id = 3"' in chromium.text("article pre")
+            assert len(ran) == (button == "reject")
+            if button == "reject":
+                chromium.type("textarea", "use the staging table")
+            start = time.monotonic()
+            chromium.click("." + button)
+            if button == "approve":
+                assert result() == 3 and ran == [CALL]
+            else:
+                with pytest.raises(hitl.CollaborationError) as error:
+                    result()
+                assert type(error.value) is hitl.CollaborationError
+                assert str(error.value) == (
+                    "rejected by reviewer: use the staging table")
+                assert ran == [CALL]
+            assert time.monotonic() - start < 5
+            assert until(lambda: chromium.text("#reviewed .status") == words)
+        assert "Content Security" not in logged()
+        chromium.run("document.body.setAttribute('style', 'color: red')")
+        assert "Content Security" in logged(), "one would have been seen"
+    finally:
+        code = served.stop()
+    assert code == 0
+
+
+# =============================== Real clients ==============================
+# Frameworks and an MCP SDK as they are on PyPI, offline with scripted models;
+# skipped where they are not installed. `.ci/run` installs them in a folder of
+# their own and runs these with HITL_CLIENTS=1, which forbids skipping.
+
+def package(name: str):
+    """A module of somebody else's; where it is missing, the test is skipped
+    (or fails, where HITL_CLIENTS says that it has to be there)."""
+    if os.environ.get("HITL_CLIENTS"):
+        import importlib
+        return importlib.import_module(name)
+    return pytest.importorskip(name)
+
+
+def guarded_tool(gate, ran):
+    @gate.guard
+    def delete_records(table: str, condition: str) -> str:
+        """Delete records.
+
+        Args:
+            table: where
+            condition: which
+        """
+        ran.append((table, condition))
+        return "deleted 3"
+    return delete_records
+
+
+def reviewed(desk, decision, run):
+    """Run an agent while a reviewer decides what it asks for, once."""
+    result = in_background(run)
+    there, = desk.waiting() or [result()]
+    assert there["arguments"] == CALL
+    desk.decide(there["request_id"], decision, reason="no")
+    return result()
+
+
+@pytest.mark.filterwarnings("default")
+def test_real_client_pydantic_ai(desk, make_gate):
+    """pydantic-ai: approved runs, rejected propagates, one line added."""
+    package("pydantic_ai")
+    from pydantic_ai import Agent
+    from pydantic_ai.messages import (ModelResponse, TextPart, ToolCallPart,
+                                      ToolReturnPart)
+    from pydantic_ai.models.function import FunctionModel
+
+    def model(messages, info):
+        told = [p.content for p in messages[-1].parts
+                if isinstance(p, ToolReturnPart)]
+        return ModelResponse(parts=[TextPart(f"saw {told}")] if told else [
+            ToolCallPart("delete_records", CALL)])
+    gate, ran = make_gate(desk), []
+    agent = Agent(FunctionModel(model))
+    agent.tool_plain(guarded_tool(gate, ran))
+
+    def run():
+        return agent.run_sync("go").output
+    assert reviewed(desk, "approved", run) == "saw ['deleted 3']"
+    assert ran == [("users", "id = 3")]
+    with pytest.raises(hitl.CollaborationError, match="rejected by ana: no"):
+        reviewed(desk, "rejected", run)
+    assert len(ran) == 1
+
+
+@pytest.mark.filterwarnings("default")
+def test_real_client_langchain(desk, make_gate):
+    """LangChain: a tool keeps its schema, approved runs, rejected raises."""
+    tools = package("langchain_core.tools")
+    gate, ran = make_gate(desk), []
+    guarded = guarded_tool(gate, ran)
+    tool = tools.tool(guarded)
+    plain = tools.tool(guarded.__wrapped__)
+    assert tool.args_schema.model_json_schema() == (
+        plain.args_schema.model_json_schema())
+    assert reviewed(desk, "approved", lambda: tool.invoke(CALL)) == "deleted 3"
+    with pytest.raises(hitl.CollaborationError):
+        reviewed(desk, "rejected", lambda: tool.invoke(CALL))
+    assert len(ran) == 1
+
+
+@pytest.mark.filterwarnings("default")
+def test_real_client_openai_agents(desk, make_gate):
+    """OpenAI Agents: with on_reject="return" the model is told who and why."""
+    agents = package("agents")
+    from openai.types.responses import (
+        ResponseFunctionToolCall, ResponseOutputMessage, ResponseOutputText)
+    agents.set_tracing_disabled(True)
+
+    class Scripted(agents.Model):
+        async def get_response(self, system_instructions, input,
+                               *args, **more):
+            told = [] if isinstance(input, str) else [
+                i["output"] for i in input
+                if i.get("type") == "function_call_output"]
+            out = ResponseOutputMessage(
+                id="m", type="message", role="assistant", status="completed",
+                content=[ResponseOutputText(
+                    type="output_text", text=f"saw {told}", annotations=[])]
+            ) if told else ResponseFunctionToolCall(
+                type="function_call", call_id="c", name="delete_records",
+                arguments=json.dumps(CALL))
+            return agents.ModelResponse(output=[out], usage=agents.Usage(),
+                                        response_id="r")
+
+        def stream_response(self, *args, **more):
+            raise NotImplementedError
+    gate, ran = make_gate(desk, on_reject="return"), []
+    agent = agents.Agent(name="a", model=Scripted(), tools=[
+        agents.function_tool(guarded_tool(gate, ran))])
+
+    def run():
+        return asyncio.run(agents.Runner.run(agent, "go")).final_output
+    assert reviewed(desk, "approved", run) == "saw ['deleted 3']"
+    assert "rejected by ana: no. The call did not run" in reviewed(
+        desk, "rejected", run)
+    assert len(ran) == 1
+
+
+@pytest.mark.filterwarnings("default")
+def test_real_client_mcp(desk, tmp_path):
+    """The MCP Python SDK, client and server, through the proxy."""
+    package("mcp")
+    try:
+        from mcp.server.fastmcp import FastMCP      # noqa: F401  (1.x)
+        server = "from mcp.server.fastmcp import FastMCP as Server\n"
+    except ImportError:
+        server = "from mcp.server.mcpserver import MCPServer as Server\n"
+    from mcp import ClientSession, StdioServerParameters
+    from mcp.client.stdio import stdio_client
+    (tmp_path / "rules.toml").write_text(SHELL)
+    (tmp_path / "files.py").write_text(server + """
+server = Server("files")
+
+@server.tool()
+def delete_file(path: str) -> str:
+    return f"deleted {path}"
+
+@server.tool()
+def read_file(path: str) -> str:
+    return f"read {path}"
+
+server.run()
+""")
+    parameters = StdioServerParameters(
+        command=sys.executable, cwd=str(tmp_path), args=[
+            str(FILE), "mcp", "--config", "rules.toml", "--name", "fs", "--",
+            sys.executable, "files.py"],
+        env=os.environ | {"HITL_SERVER_URL": desk.url})
+
+    async def session():
+        async with stdio_client(parameters) as streams:
+            async with ClientSession(*streams) as client:
+                await client.initialize()
+                names = [t.name for t in (await client.list_tools()).tools]
+                assert names == ["delete_file", "read_file"]
+                calls = [client.call_tool("delete_file", {"path": p})
+                         for p in "ab"]
+                calls.append(client.call_tool("read_file", {"path": "c"}))
+                return [r.content[0].text for r in
+                        await asyncio.gather(*calls)]
+    result = in_background(lambda: asyncio.run(session()))
+    for there in desk.waiting(2):
+        path = there["arguments"]["path"]
+        desk.decide(there["request_id"], reason="no", decision="approved"
+                    if path == "a" else "rejected")
+    assert result() == ["deleted a", WHY, "read c"]
+
+# ================================== Bench ==================================
+# `python3 test_hitl.py bench [PYTHON]`: figures, not tests. PYTHON is one with
+# fastapi and uvicorn; then the guide's service as most would write it is
+# measured beside ours, alternating, and the ratio printed.
+
+REFERENCE = '''
+import json, sqlite3, threading, time
+from typing import Any
+from fastapi import FastAPI, HTTPException
+from pydantic import BaseModel
+
+local = threading.local()
+
+def db():
+    if not hasattr(local, "db"):
+        local.db = sqlite3.connect("ref.db", isolation_level=None, timeout=30)
+        local.db.execute("PRAGMA journal_mode=WAL")
+        local.db.execute("PRAGMA synchronous=FULL")
+    return local.db
+
+db().execute("""CREATE TABLE IF NOT EXISTS pending_reviews (id INTEGER
+    PRIMARY KEY, request_id TEXT UNIQUE, action_description TEXT,
+    agent_context TEXT, timestamp TEXT, status TEXT)""")
+app = FastAPI()
+
+class Pending(BaseModel):
+    request_id: str
+    action_description: str
+    agent_context: dict[str, Any]
+    timestamp: str
+
+@app.post("/pending", status_code=201)
+def pending(p: Pending):
+    try:
+        db().execute("INSERT INTO pending_reviews (request_id, "
+            "action_description, agent_context, timestamp, status) VALUES "
+            "(?, ?, ?, ?, 'waiting')", (p.request_id, p.action_description,
+            json.dumps(p.agent_context), p.timestamp))
+    except sqlite3.IntegrityError:
+        raise HTTPException(409, "duplicate")
+    return {"request_id": p.request_id, "status": "waiting"}
+
+@app.get("/pending/{request_id}")
+def status(request_id: str):
+    row = db().execute("SELECT status FROM pending_reviews WHERE request_id "
+                       "= ?", (request_id,)).fetchone()
+    return {"request_id": request_id, "status": row[0]}
+'''
+
+
+def plain_http(method: str, path: str, body: bytes = b"") -> bytes:
+    head = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+    if body:
+        head += ("Content-Type: application/json\r\n"
+                 f"Content-Length: {len(body)}\r\n")
+    return head.encode() + b"\r\n" + body
+
+
+def load(port: int, requests: list[bytes], good: bytes,
+         connections: int = 64) -> float:
+    """Send all requests over so many connections -> answers a second."""
+    import selectors
+    picker, left, done = selectors.DefaultSelector(), iter(requests), 0
+    buffers: dict[int, bytes] = {}
+    began = time.perf_counter()
+    for _ in range(connections):
+        sock = socket.create_connection(("127.0.0.1", port))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.sendall(next(left))
+        picker.register(sock, selectors.EVENT_READ)
+    while done < len(requests):
+        for key, _ in picker.select(10):
+            answer = buffers.pop(key.fd, b"") + key.fileobj.recv(65536)
+            head, end, body = answer.partition(b"\r\n\r\n")
+            length = re.search(rb"(?i)content-length: (\d+)", head)
+            if not end or len(body) < int(length[1]):
+                buffers[key.fd] = answer
+                continue
+            assert answer.startswith(good), answer[:300]
+            done += 1
+            following = next(left, None)
+            if following is not None:
+                key.fileobj.sendall(following)
+    took = time.perf_counter() - began
+    for key in list(picker.get_map().values()):
+        key.fileobj.close()
+    return len(requests) / took
+
+
+def posts(count: int, mark: str) -> list[bytes]:
+    return [plain_http("POST", "/pending", json.dumps(
+        four(f"{mark}-{n}") | ({"agent": f"agent {n % 4}"} if mark[0] == "h"
+                               else {})).encode()) for n in range(count)]
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def rss(pid: int) -> float:
+    text = Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+)", text)[1]) / 1024
+
+
+def bench(reference: str | None) -> None:
+    import tempfile
+    ours: list[tuple[float, float]] = []
+    theirs: list[tuple[float, float]] = []
+    for turn in range(3):
+        with tempfile.TemporaryDirectory() as folder:
+            it = Served(Path(folder))
+            rate = load(it.port, posts(15000, "h"), b"HTTP/1.1 201")
+            reads = load(it.port, [plain_http("GET", "/pending/h-1")] * 20000,
+                         b"HTTP/1.1 200")
+            ours.append((rate, reads))
+            it.stop()
+        if reference:
+            theirs.append(bench_reference(reference))
+    best = max(r for r, _ in ours), max(g for _, g in ours)
+    print(f"durable POST /pending, 64 connections: {best[0]:,.0f}/s")
+    print(f"status reads, 64 connections: {best[1]:,.0f}/s")
+    if theirs:
+        ref = max(r for r, _ in theirs), max(g for _, g in theirs)
+        print(f"FastAPI + uvicorn + sqlite3: {ref[0]:,.0f}/s and "
+              f"{ref[1]:,.0f}/s: ratios {best[0] / ref[0]:.1f} and "
+              f"{best[1] / ref[1]:.1f}")
+    with tempfile.TemporaryDirectory() as folder:
+        bench_agent(Path(folder))
+    with tempfile.TemporaryDirectory() as folder:
+        bench_waiting(Path(folder))
+
+
+def bench_reference(python: str) -> tuple[float, float]:
+    import tempfile
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "reference.py").write_text(REFERENCE)
+        port = free_port()
+        process = subprocess.Popen(
+            [python, "-m", "uvicorn", "reference:app", "--port", str(port),
+             "--no-access-log", "--log-level", "warning"], cwd=folder)
+        try:
+            def up():
+                with contextlib.suppress(OSError):
+                    socket.create_connection(("127.0.0.1", port)).close()
+                    return True
+            assert until(up, 20)
+            return (load(port, posts(4000, "r"), b"HTTP/1.1 201"),
+                    load(port, [plain_http("GET", "/pending/r-1")] * 6000,
+                         b"HTTP/1.1 200"))
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def bench_agent(folder: Path) -> None:
+    """Decision to running tool; the cost of what matches nothing."""
+    began = time.perf_counter()
+    it = Served(folder)
+    print(f"server ready: {(time.perf_counter() - began) * 1000:.0f} ms")
+    (folder / "checkpoints.toml").write_text(
+        RULES + "".join(f"""
+[[checkpoint]]
+checkpoint_id = "other-{n}"
+action_pattern = "other_{n}"
+description_template = "other"
+""" for n in range(9)))
+    logging.disable()
+    gate = hitl.Gate(folder / "checkpoints.toml", server_url=it.url)
+    delays = []
+    for n in range(50):
+        ran: list[float] = []
+        wait = in_background(lambda: gate.call(
+            "delete_records", CALL, lambda **_: ran.append(time.time()),
+            request_id=f"d-{n}"))
+        assert until(lambda: it.reviewer().exchange(
+            "GET", "/pending", seconds=5).body["waiting"])
+        time.sleep(0.02)
+        clicked = time.time()
+        it.reviewer().exchange("POST", f"/approve/d-{n}",
+                               {"decision": "approved"}, seconds=5)
+        wait()
+        delays.append(ran[0] - clicked)
+    delays.sort()
+    print(f"decision to running tool: median {delays[25] * 1000:.1f} ms")
+    count = 200_000
+    gate.call("read_records", {}, lambda: None)
+    began = time.perf_counter()
+    for _ in range(count):
+        gate.call("read_records", {}, int)
+    print("a call that matches nothing, 10 checkpoints: "
+          f"{(time.perf_counter() - began) / count * 1e6:.2f} us")
+    it.stop()
+    for what, words in (("bare Python", ["-c", "1"]), (
+            "import hitl", ["-c", f"import sys; sys.path.insert(0, "
+                            f"{str(HERE)!r}); import hitl"])):
+        times = []
+        for _ in range(7):
+            began = time.perf_counter()
+            subprocess.run([sys.executable, *words], check=True)
+            times.append(time.perf_counter() - began)
+        print(f"{what}: {min(times) * 1000:.0f} ms")
+    call = {"session_id": "s", "transcript_path": "t", "tool_name": "Read",
+            "hook_event_name": "PreToolUse", "tool_input": {"path": "x"}}
+    import resource
+    used = []
+    for _ in range(7):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, str(FILE), "hook", "--config", str(
+            folder / "checkpoints.toml")], input=json.dumps(call).encode(),
+            stdout=subprocess.DEVNULL, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        used.append(after.ru_utime + after.ru_stime
+                    - before.ru_utime - before.ru_stime)
+    print(f"a hook call that matches nothing: {min(used) * 1000:.0f} ms CPU")
+
+
+def bench_waiting(folder: Path, count: int = 5000) -> None:
+    """Memory of a server with 5,000 agents on long polls."""
+    import resource
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    it = Served(folder)
+    load(it.port, posts(count, "h"), b"HTTP/1.1 201")
+    socks = []
+    for n in range(count):
+        sock = socket.create_connection(("127.0.0.1", it.port))
+        sock.sendall(plain_http("GET", f"/pending/h-{n}?wait=60"))
+        socks.append(sock)
+    time.sleep(1)
+    page = time.perf_counter()
+    it.reviewer().fetch("GET", "/", seconds=30)
+    print(f"{count} waiting agents: {rss(it.process.pid):.0f} MB, the page in "
+          f"{(time.perf_counter() - page) * 1000:.0f} ms")
+    for sock in socks:
+        sock.close()
+    it.stop()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["bench"]:
+        sys.exit("usage: python3 test_hitl.py bench [PYTHON with fastapi]; "
+                 "the tests: python3 -m pytest -W error test_hitl.py")
+    bench(sys.argv[2] if len(sys.argv) > 2 else None)
