@@ -1652,15 +1652,18 @@ def lock_database(path: Path) -> Any:
     read the database itself."""
     import sqlite3
     beside = path.with_name(path.name + ".lock")
+    lock = None
     try:
         with contextlib.suppress(FileExistsError):
             # never open it again: closing it would drop our own lock (POSIX)
             os.close(os.open(beside, os.O_CREAT | os.O_EXCL, 0o600))
         lock = sqlite3.connect(beside, timeout=0, isolation_level=None,
                                check_same_thread=False)
-        lock.execute("BEGIN EXCLUSIVE")     # if refused, lock is collected
+        lock.execute("BEGIN EXCLUSIVE")
         return lock
     except (sqlite3.Error, OSError) as error:
+        if lock is not None:
+            lock.close()
         if "locked" in str(error):
             raise bad_database(path, "another server runs on this database",
                                "stop it, or use --database") from None
