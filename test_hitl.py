@@ -5249,6 +5249,46 @@ server.run()
                     if path == "a" else "rejected")
     assert result() == ["deleted a", WHY, "read c"]
 
+@pytest.mark.filterwarnings("default")
+def test_real_client_filesystem(desk, tmp_path):
+    """The MCP reference server for files, of npm, behind the proxy: a file is
+    written when a person said so, and not otherwise."""
+    package("mcp")
+    from mcp import ClientSession, StdioServerParameters
+    from mcp.client.stdio import stdio_client
+    server = Path(os.environ.get("HITL_CLIENTS", "."), "node_modules",
+                  "@modelcontextprotocol", "server-filesystem", "dist",
+                  "index.js")
+    if not server.exists():
+        pytest.skip("no @modelcontextprotocol/server-filesystem installed")
+    (tmp_path / "rules.toml").write_text(SHELL.replace("delete_*", "write_"))
+    (tmp_path / "there.txt").write_text("it was there")
+    parameters = StdioServerParameters(
+        command=sys.executable, cwd=str(tmp_path), args=[
+            str(FILE), "mcp", "--config", str(tmp_path / "rules.toml"), "--",
+            "node", str(server), str(tmp_path)],
+        env=os.environ | {"HITL_SERVER_URL": desk.url})
+
+    async def session():
+        async with stdio_client(parameters) as streams:
+            async with ClientSession(*streams) as client:
+                await client.initialize()
+                return [r.content[0].text for r in await asyncio.gather(*(
+                    client.call_tool("write_file", {
+                        "path": str(tmp_path / name), "content": name})
+                    for name in "ab"), client.call_tool("read_text_file", {
+                        "path": str(tmp_path / "there.txt")}))]
+    result = in_background(lambda: asyncio.run(session()))
+    for there in desk.waiting(2):
+        yes = there["arguments"]["content"] == "a"
+        desk.decide(there["request_id"], reason="no",
+                    decision="approved" if yes else "rejected")
+    wrote, refused, read = result()
+    assert (tmp_path / "a").read_text() == "a" and "wrote" in wrote
+    assert not (tmp_path / "b").exists() and refused == WHY
+    assert read == "it was there"
+
+
 # ================================== Bench ==================================
 # `python3 test_hitl.py bench [PYTHON]`: figures, not tests. PYTHON is one with
 # fastapi and uvicorn; then the guide's service as most would write it is
