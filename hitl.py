@@ -417,16 +417,24 @@ def parse_timestamp(value: Any) -> str:
 # readable; a word that also has ASCII letters, or consists of look-alikes
 # only, does not.
 BRACKETS = "\u27e6\u27e7"
-UNSEEN = re.compile(
-    "[\u0300-\u036f\u0483-\u0489\u115f\u1160\u17b4\u17b5\u180b-\u180f\u1ab0-"
-    "\u1aff\u1dc0-\u1dff\u20d0-\u20ff\u2800\u3164\ufe00-\ufe0f\ufe20-\ufe2f"
-    "\uffa0\U0001d159\U000e0100-\U000e01ef"       # no width, or overlaid
-    "\u037e\u05c0\u2010-\u2012\u2024\u2044\u2212\u2215\u2216\u2236\u2571\u29f5"
-    "\u29f8\ua789\ufe68\uff02\uff0e\uff0f\uff3c\uff3f"    # ; | - . / \ : " _
-    "\u0131\u017f\u0196\u01c0\u01c3\u13a0-\u13ff\u2c80-\u2cff\ua4d0-\ua4ff"
-    "\uab70-\uabbf" + BRACKETS + "]")     # I l !, Cherokee, Coptic, Lisu
-EAST_ASIAN = re.compile(    # no letter of these is mistaken for one of ASCII's
-    "[\u2e80-\u9fff\uac00-\ud7ff\uf900-\ufaff\U00020000-\U0003ffff]")
+
+
+def spans(*pairs: str) -> frozenset[str]:
+    """The characters from the first to the last of each pair."""
+    return frozenset(chr(n) for pair in pairs
+                     for n in range(ord(pair[0]), ord(pair[1]) + 1))
+
+
+UNSEEN = spans(                 # no width, or laid over another
+    "\u0300\u036f", "\u0483\u0489", "\u115f\u1160", "\u17b4\u17b5",
+    "\u180b\u180f", "\u1ab0\u1aff", "\u1dc0\u1dff", "\u20d0\u20ff",
+    "\u2800\u2800", "\u3164\u3164", "\ufe00\ufe0f", "\ufe20\ufe2f",
+    "\uffa0\uffa0", "\U0001d159\U0001d159", "\U000e0100\U000e01ef",
+    "\u13a0\u13ff", "\u2c80\u2cff", "\ua4d0\ua4ff", "\uab70\uabbf",
+    ) | frozenset(              # Cherokee, Coptic, Lisu; ; | - . / \ : " _ I l
+    "\u037e\u05c0\u2010\u2011\u2012\u2024\u2044\u2212\u2215\u2216\u2236\u2571"
+    "\u29f5\u29f8\ua789\ufe68\uff02\uff0e\uff0f\uff3c\uff3f\u0131\u017f\u0196"
+    "\u01c0\u01c3" + BRACKETS)
 LOOKALIKES = frozenset(
     "\u0410\u0412\u0415\u0405\u0406\u0408\u041a\u041c\u041d\u041e\u0420\u0421"
     "\u0422\u0423\u0425\u0430\u0435\u043e\u0440\u0441\u0443\u0445\u0455\u0456"
@@ -446,9 +454,16 @@ def shown(character: str) -> str:
 def unseen(character: str) -> bool:
     """Whether a character is always shown as an escape."""
     return (not character.isprintable()
-            or UNSEEN.match(character) is not None
+            or character in UNSEEN
             or not character.isascii() and character.isalnum()
             and unicodedata.normalize("NFKC", character).isascii())
+
+
+def east_asian(character: str) -> bool:
+    """Whether no letter of its script is mistaken for one of ASCII's."""
+    return ("\u2e80" <= character <= "\u9fff" or "\uac00" <= character <=
+            "\ud7ff" or "\uf900" <= character <= "\ufaff"
+            or character >= "\U00020000")
 
 
 def misleading(word: str) -> bool:
@@ -466,7 +481,7 @@ def visible(text: str) -> str:
             ord(c): shown(c) for c in set(MARKED.findall(text))
             if unicodedata.category(c)[0] == "M"}   # a mark upon ASCII
         shaped = {ord(c): shown(c) for c in set(text) if c > "\u024f" and
-                  c.isalnum() and not EAST_ASIAN.match(c)} | always
+                  c.isalnum() and not east_asian(c)} | always
         text = "".join(
             word.translate(shaped if misleading(word) else always)
             for word in WORD.split(text))
@@ -731,7 +746,7 @@ def views(text: str) -> tuple[tuple[str, str], ...]:
     another case, a prefix that hides the name from `^` or `\\b`."""
     plain = unicodedata.normalize("NFKC", text)
     clean = "".join(c for c in plain if c.isprintable() and (
-        not UNSEEN.match(c))).translate(INVISIBLE)
+        c not in UNSEEN)).translate(INVISIBLE)
     last = next(filter(None, re.split(r"__|[./:]", clean)[::-1]), clean)
     ways = {"raw name": text, "NFKC form": plain,
             "name without invisible characters": clean,
@@ -4371,19 +4386,20 @@ def agent_name() -> str:
 SECRET_WORDS = (r"passw|passphrase|pwd|secret|token|api[_-]?key|access[_-]?key"
                 r"|private[_-]?key|authorization|credential|cookie|jwt|"
                 r"session[_-]?id|bearer")
-SECRET_NAME = re.compile(rf"{SECRET_WORDS}|^(pin|otp)$", re.IGNORECASE)
-SECRET_SHAPE = re.compile(
+# (texts, not compiled: import hitl stays cheap, and re keeps what it compiled)
+SECRET_NAME = rf"(?i){SECRET_WORDS}|^(pin|otp)$"
+SECRET_SHAPE = (r"(?s)"
     r"\b(?:sk|pk|rk)[-_][\w-]{16,}|\bgh[pousr]_\w{20,}|\bgithub_pat_\w{20,}|"
     r"\bglpat-[\w-]{16,}|\bxox[a-z]-[\w-]{10,}|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|"
     r"\bAIza[\w-]{30,}|\bhf_\w{20,}|\bnpm_\w{20,}|\bpypi-[\w-]{20,}|"
     r"\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*|\bwhsec_[\w+/=]{16,}|"
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*KEY-----|\Z)|"
     r"(?<=://)[^\s/:@]*:[^\s/@]+(?=@)|"
-    r"(?i:\b(?:bearer|basic)) +[\w.~+/-]{12,}=*", re.DOTALL)
+    r"(?i:\b(?:bearer|basic)) +[\w.~+/-]{12,}=*")
 # name = value in a text: a repr(), JSON inside a string, a shell line
-SECRET_ASSIGNED = re.compile(
-    rf"((?:{SECRET_WORDS})\w{{0,20}}[\\\"']*\s*[:=]\s*[\\\"']*)"
-    r"((?<=\")[^\"]{3,}|(?<=')[^']{3,}|[^\s\\\"',;)}\]]{3,})", re.IGNORECASE)
+SECRET_ASSIGNED = (
+    rf"(?i)((?:{SECRET_WORDS})\w{{0,20}}[\\\"']*\s*[:=]\s*[\\\"']*)"
+    r"((?<=\")[^\"]{3,}|(?<=')[^']{3,}|[^\s\\\"',;)}\]]{3,})")
 
 
 def mask(text: str) -> str:
@@ -4395,10 +4411,9 @@ def masked_text(text: str, own: str) -> str:
     text = text.encode("utf-8", "backslashreplace").decode()
     if own and own in text:
         text = text.replace(own, mask(own))
-    text = SECRET_SHAPE.sub(lambda found: mask(found[0]), text)
-    return SECRET_ASSIGNED.sub(
-        lambda found: found[0] if found[2].startswith("[masked") else
-        found[1] + mask(found[2]), text)
+    text = re.sub(SECRET_SHAPE, lambda found: mask(found[0]), text)
+    return re.sub(SECRET_ASSIGNED, lambda found: found[0] if found[
+        2].startswith("[masked") else found[1] + mask(found[2]), text)
 
 
 def masked(value: Any, own: str = "", path: tuple[int, ...] = (),
@@ -4429,7 +4444,7 @@ def masked(value: Any, own: str = "", path: tuple[int, ...] = (),
     if not isinstance(value, Mapping):
         return [masked(v, own, path, left) for v in value]
     return {masked_text(str(k), own): mask(str(v)) if v and v is not True and
-            (found := SECRET_NAME.search(str(k))) and not (
+            (found := re.search(SECRET_NAME, str(k))) and not (
                 isinstance(v, int) and not found[1]) else
             masked(v, own, path, left) for k, v in value.items()}
 
@@ -4442,7 +4457,7 @@ def masked(value: Any, own: str = "", path: tuple[int, ...] = (),
 
 WHY = "{why}"                   # where an answer holds the explanation
 HOOK_LIFETIME = 86_400          # a request outlives the hook that asked
-REJECTED_SECONDS = 600          # a no stands so long; then it may be asked anew
+REJECTED_SECONDS = 600          # a no stands so long; then it is asked anew
 
 
 class Dialect(NamedTuple):
@@ -4608,8 +4623,8 @@ def decide_hook(gate: Gate, tool: str, arguments: dict[str, Any],
     """Who approved this call, None if nothing matches; raises as the gate
     does. The request_id is a digest of session and call with a number: the
     first that is free or alive counts, so a repeat attaches to what waits,
-    claims what is approved, and is told at once what was just rejected; one that
-    is spent or expired makes room for a new asking."""
+    claims what is approved, and is told at once what was just rejected; one
+    that is spent or expired makes room for a new asking."""
     held = gate._match(tool, arguments, timeout_seconds=seconds)
     if held is None:
         return None
@@ -5112,7 +5127,7 @@ def execute(argv: list[str], cwd: str, executable: str) -> int:
 # ================================= Evidence ================================
 # The whole path, for real: a desk on a free port, a database, the page, a
 # gate, and a small agent whose tools work on a table of records in a scratch
-# SQLite file (SQL on a file that is not the desk's). `demo` lets a person decide;
+# SQLite file (SQL, but not on the desk's file). `demo` lets a person decide;
 # `verify` decides as the page's buttons would, compares what it sees with the
 # guide's expectations and writes the evidence down.
 
@@ -6163,8 +6178,9 @@ COMMANDS: dict[Callable[[Any], int], tuple[str, str]] = {
 }
 
 
-def command_line() -> Any:
-    """The parser, from COMMANDS and OPTIONS."""
+def command_line(only: str = "") -> Any:
+    """The parser, from COMMANDS and OPTIONS; `only` one command's, if it is
+    one: a coding agent pays for this at each of its tool calls."""
     import argparse
     plain = argparse.RawDescriptionHelpFormatter
 
@@ -6179,8 +6195,11 @@ def command_line() -> Any:
     parser.add_argument("--version", action="store_true",
                         help="print version and SHA-256 of this file")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for function, (options, example) in COMMANDS.items():
-        name = function.__name__.removeprefix("cmd_")
+    names = {f.__name__.removeprefix("cmd_"): f for f in COMMANDS}
+    for name, function in names.items():
+        if only in names and name != only:
+            continue
+        options, example = COMMANDS[function]
         command = commands.add_parser(
             name, help=function.__doc__, description=function.__doc__,
             epilog=f"example: python3 hitl.py {example}",
@@ -6208,8 +6227,9 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):     # a name that a terminal
         with contextlib.suppress(AttributeError):   # cannot show stops nothing
             stream.reconfigure(errors="backslashreplace")  # type: ignore
-    parser = command_line()
-    args = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    parser = command_line(words[0] if words else "")
+    args = parser.parse_args(words)
     if args.version:
         say(f"hitl.py {__version__} sha256 {file_sha256(Path(__file__))}")
         return 0
