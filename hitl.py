@@ -126,6 +126,9 @@ __all__ = [
     "ReviewTimeoutError",
 ]
 log = logging.getLogger("hitl")
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
 
 # ================================= Errors ==================================
 # The ways it can go wrong. Every error carries a message, a `reason` (one
@@ -1897,7 +1900,8 @@ HISTORY_ROWS = 200              # on one page of the history
 STYLE = """
 :root { color-scheme: light dark; --paper: #f6f5f2; --card: #fff;
   --ink: #1c1b19; --soft: #5d5a54; --line: #dedbd3; --sunk: #f3f1ec;
-  --amber: #8a4a00; --amber-bg: #ffefc7; --green: #1a7340;
+  --amber: #8a4a00; --amber-bg: #ffe9b0; --amber-edge: #f2a100;
+  --green: #1a7340;
   --green-bg: #e0f4e6; --red: #b3261e; --red-bg: #fde7e4;
   --grey: #66625b; --grey-bg: #eceae5; --on: #fff; }
 @media (prefers-color-scheme: dark) { :root { --paper: #161513;
@@ -1922,10 +1926,11 @@ h3, pre, dd, code, li { overflow-wrap: anywhere; white-space: break-spaces; }
 li { white-space: normal; }
 .card, .empty { background: var(--card); border: 1px solid var(--line);
   border-radius: 10px; padding: 16px 18px; margin: 0 0 16px; }
-.card { border-left: 6px solid var(--tone); }
+.card { border-left: 6px solid var(--edge, var(--tone)); }
 .card > header { display: flex; flex-wrap: wrap; gap: 6px 12px;
   align-items: center; color: var(--soft); font-size: 14px; }
-.waiting { --tone: var(--amber); --tint: var(--amber-bg); }
+.waiting { --tone: var(--amber); --tint: var(--amber-bg);
+  --edge: var(--amber-edge); }
 .approved { --tone: var(--green); --tint: var(--green-bg); }
 .rejected { --tone: var(--red); --tint: var(--red-bg); }
 .expired, .withdrawn { --tone: var(--grey); --tint: var(--grey-bg); }
@@ -3595,9 +3600,6 @@ CUT_BYTES = 160 * 1024          # of each end of a context that is too large
 CONTEXT_DEPTH = 24              # levels of a context; deeper is left out
 CONTEXT_NODES = 200_000         # values of a context; more are left out
 
-P = ParamSpec("P")
-R = TypeVar("R")
-T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -4269,22 +4271,23 @@ def sigterm_as_exit() -> Iterator[None]:
     """While a call waits, SIGTERM ends the process through SystemExit, so
     that the request is withdrawn; only where nobody else handles it."""
     import signal
-    global waiting
+    global holding
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    if not waiting and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+    if not holding and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, exit_by_signal)
-    waiting += 1
+    holding += 1
     try:
         yield
     finally:
-        waiting -= 1
-        if not waiting and signal.getsignal(signal.SIGTERM) is exit_by_signal:
+        holding -= 1
+        ours = signal.getsignal(signal.SIGTERM) is exit_by_signal
+        if ours and not holding:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-waiting = 0         # calls that wait in the main thread
+holding = 0         # calls that wait in the main thread
 
 
 def exit_by_signal(number: int, frame: Any) -> NoReturn:
@@ -4752,18 +4755,22 @@ def installed_lines(agent: str) -> Iterator[tuple[Path, str, str]]:
         except ValueError as error:
             raise ConfigError(f"{path}: not plain JSON: {error}") from None
         off = "hooks are switched off" * bool(inside(root, "disableAllHooks"))
-        found: list[tuple[Any, Any]] = [(root, "*")]
-        while found:
-            value, matcher = found.pop()
-            if isinstance(value, list):
-                found += [(inner, matcher) for inner in value]
-            elif isinstance(value, dict):
-                matcher = value.get("matcher", matcher)
-                found += [(inner, matcher) for inner in value.values()]
-                for line in value.values():
-                    if isinstance(line, str) and "hitl" in line and (
-                            " hook" in line):
-                        yield path, line, off or misfit(agent, value, matcher)
+        for settings, matcher in objects_in(root):
+            for line in settings.values():
+                if isinstance(line, str) and "hitl" in line and (
+                        " hook" in line):
+                    yield path, line, off or misfit(agent, settings, matcher)
+
+
+def objects_in(value: Any, matcher: Any = "*"
+               ) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Every JSON object inside, with the `matcher` it stands under."""
+    if isinstance(value, dict):
+        matcher = value.get("matcher", matcher)
+        yield value, matcher
+        value = list(value.values())
+    for inner in value if isinstance(value, list) else ():
+        yield from objects_in(inner, matcher)
 
 
 # after how many seconds an agent gives up on a hook, if its settings say none
@@ -5560,7 +5567,7 @@ category = "destructive"
 # [[checkpoint]]                # the agent's own leash
 # checkpoint_id = "own-rules"
 # kind = "edit"
-# action_pattern = '(checkpoints\\.toml|hitl\\.py|hooks?\\.json|settings\\.json)\\b'
+# action_pattern = '(checkpoints\\.toml|hitl\\.py|(hooks?|settings)\\.json)\\b'
 # description_template = "Edit the rules of this agent: {file_path}"
 # effect = "deny"
 '''
