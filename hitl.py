@@ -114,7 +114,7 @@ from collections import Counter
 from collections.abc import (
     Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Mapping)
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import (Any, NamedTuple, NoReturn, ParamSpec, TypedDict, TypeVar,
                     Unpack, overload)
@@ -1393,10 +1393,10 @@ class Store:
         one that failed. (A Refusal is no failure: it comes before a change,
         or after one that stands; the server answers it inside.)
 
-        Where SQLite has rolled the whole turn back by itself (an I/O error,
-        some full disks), or it could not begin, the turn is spoilt and
-        nothing begins anew in it: a row stored then would stand where its
-        neighbours are gone. Raises sqlite3.Error."""
+        Where the disk is full or fails, or the turn could not begin, the
+        turn is spoilt: SQLite may have rolled all of it back by itself, so
+        nothing begins anew in it, and commit() keeps none of it. Raises
+        sqlite3.Error."""
         import sqlite3
         if self.spoilt:
             raise sqlite3.OperationalError("this turn was rolled back")
@@ -1408,15 +1408,16 @@ class Store:
             result = change(*args)
             self.db.execute("RELEASE request")
             return result
-        except BaseException:
-            self.spoilt = not self.db.in_transaction
+        except BaseException as error:
+            self.spoilt = not self.db.in_transaction or isinstance(
+                error, sqlite3.OperationalError)
             if not self.spoilt:
                 self.db.execute("ROLLBACK TO request")
                 self.db.execute("RELEASE request")
-            if self.head != head and not self.spoilt:
-                del self.changes[mark:]
-                self.head = head
-                self.recount()
+                if self.head != head:
+                    del self.changes[mark:]
+                    self.head = head
+                    self.recount()
             raise
 
     def commit(self) -> tuple[bool, list[Change]]:
@@ -1425,7 +1426,7 @@ class Store:
         import sqlite3
         changes, self.changes = self.changes, []
         try:
-            if self.db.in_transaction:
+            if self.db.in_transaction and not self.spoilt:
                 self.db.execute("COMMIT")
         except sqlite3.Error:
             self.spoilt = True
@@ -1867,11 +1868,22 @@ def open_for_reading(path: Path) -> Any:
                            f"{'&immutable=1' * alone}", uri=True)
 
 
+def audit_rows(db: Any) -> Iterator[tuple[Any, ...]]:
+    """The whole audit log, from its beginning."""
+    yield from db.execute("SELECT * FROM audit_log ORDER BY sequence")
+
+
+def waiting_ids(db: Any) -> list[str]:
+    """What waits, as any other process can see it."""
+    return [name for name, in db.execute(
+        "SELECT request_id FROM pending_reviews WHERE status = 'waiting'")]
+
+
 def audit_faults(db: Any, noted: str = "") -> Iterator[str]:
     """What is wrong with the whole audit log: every row against the chain,
     every request against its rows, and a noted head against the log."""
     head, seen = Head(0, GENESIS), noted in ("", GENESIS)
-    for row in db.execute("SELECT * FROM audit_log ORDER BY sequence"):
+    for row in audit_rows(db):
         if row[0] != head.sequence + 1:
             yield f"audit row {head.sequence + 1} is missing"
         elif audit_hash(db, head.hash, row) != row[-1]:
@@ -5326,15 +5338,14 @@ def verification(shop: Workshop, lines: list[str]) -> Iterator[Finding]:
         began = time.monotonic()
         thread.start()
         with contextlib.closing(open_for_reading(shop.database)) as db:
-            ids: list[Any] = []
+            ids: list[str] = []
             while not ids and time.monotonic() < began + 5:
-                ids = db.execute("SELECT request_id FROM pending_reviews "
-                                 "WHERE status = 'waiting'").fetchall()
+                ids = waiting_ids(db)
         took = time.monotonic() - began
         yield Finding(
             "trigger delete_records", "1 row with status waiting within 1 s",
             f"{len(ids)} row after {took:.3f} s", len(ids) == 1 and took < 1)
-        shop.waiting_id = ids[0][0] if ids else ""
+        shop.waiting_id = ids[0] if ids else ""
         return thread, result
 
     def records() -> int:
@@ -5983,7 +5994,7 @@ def cmd_log(args: Any) -> int:
                 say("a cut-off end shows only against a head noted before: "
                     "serve prints it, log --verify --head HASH checks it")
             return 1 if faults else 0
-        for row in db.execute("SELECT * FROM audit_log ORDER BY sequence"):
+        for row in audit_rows(db):
             if args.json:
                 say(json.dumps(dict(zip(("sequence", "at", "event",
                     "request_id", "actor", "detail", "hash"), row))))

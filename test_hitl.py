@@ -1350,6 +1350,23 @@ def test_a_turn_that_fails_stores_nothing(store):
     assert chain_faults(store.path) == []
 
 
+def test_a_disk_that_fills_in_mid_turn_spoils_the_turn(store):
+    """Where one statement meets the full disk, none of its turn is kept,
+    neither what came before it nor after it."""
+    act(store, "ask", "before")
+    store.attempt(put, store, "r-1")
+    let_grow(store.db, 0)
+    with pytest.raises(sqlite3.OperationalError, match="full"):
+        store.attempt(put, store, "r-2", "", "a", '"%s"' % ("x" * 50_000))
+    let_grow(store.db, 10_000)
+    with pytest.raises(sqlite3.OperationalError, match="rolled back"):
+        store.attempt(put, store, "r-3")
+    assert store.commit() == (False, [])
+    assert names(store) == ["before"] and store.waiting_count == 1
+    assert act(store, "ask", "after") == "waiting"
+    assert chain_faults(store.path) == []
+
+
 def test_an_audit_row_that_does_not_fit_leaves_no_gap(store):
     """When only the audit row meets the full disk, its change is undone
     and the chain goes on where it was."""
