@@ -5587,17 +5587,18 @@ category = "destructive"
 @contextlib.contextmanager
 def key_presses() -> Iterator[Iterator[str]]:
     """Key presses as they come: single keys from a terminal, else the first
-    letter of each line."""
-    lines = iter(sys.stdin.readline, "")
+    letter of each line. Read unbuffered, as lines_from() says."""
+    file = sys.stdin.fileno()
     if not sys.stdin.isatty() or os.name != "posix":
-        yield (line.strip()[:1].lower() for line in lines)
+        yield (line.decode(errors="replace").strip()[:1].lower()
+               for line in lines_from(file))
         return
     import termios
     import tty
     saved = termios.tcgetattr(sys.stdin)
     tty.setcbreak(sys.stdin)
     try:
-        yield iter(lambda: sys.stdin.read(1).lower(), "")
+        yield iter(lambda: os.read(file, 1).decode("latin-1").lower(), "")
     finally:
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, saved)
 
