@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""hitl.py 1.0.0 (2026-11-22): a person decides before an AI agent acts.
+"""hitl.py 2.0.0 (2026-11-25): a person decides before an AI agent acts.
 
 One file, standard library only, Python 3.11 or newer. It makes an agent wait
 for a human being before it deletes, deploys, sends or pays.
@@ -105,21 +105,20 @@ import logging
 import math
 import os
 import re
-import selectors
 import sys
 import threading
 import time
 import unicodedata
 from collections import Counter
 from collections.abc import (
-    Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Mapping)
+    Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping)
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import (Any, NamedTuple, NoReturn, ParamSpec, TypedDict, TypeVar,
                     Unpack, overload)
 
-__version__ = "1.0.0"
+__version__ = "2.0.0"
 __all__ = [
     "Gate", "HitlError", "ConfigError", "CollaborationError", "DeniedError",
     "UnreachableError", "ChangedError", "AlreadyClaimedError",
@@ -152,6 +151,12 @@ class HitlError(RuntimeError):
 
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message
+
+    @property
+    def told(self) -> str:
+        """What a model is told of it."""
+        return (f"{self.message}. The call did not run. Do not retry it or "
+                "rephrase it; tell the user, or do something else.")
 
 
 class ConfigError(HitlError):
@@ -205,9 +210,9 @@ class Refusal(HitlError):
 
     def __init__(self, reason: str, message: str, hint: str = "", *,
                  about: ReviewRequest | None = None,
-                 fields: str = "") -> None:
+                 headers: str = "") -> None:
         super().__init__(message, hint, reason=reason)
-        self.about, self.fields = about, fields
+        self.about, self.headers = about, headers
 
 
 # =============================== Vocabulary ================================
@@ -287,7 +292,7 @@ class ReviewRequest(NamedTuple):
     claim: str | None
     outcome_at: str | None
     outcome_text: str | None
-    received_at: str
+    received_at: str            # from here on: what was asked, never changed
     timestamp: str
     asked_by: str
     agent: str | None
@@ -299,8 +304,8 @@ class ReviewRequest(NamedTuple):
     action_description: str
     arguments: str | None
     agent_context: str
-    id: int
-    size: int                   # bytes of what the agent sent
+    id: int = 0
+    size: int = 0               # bytes of what the agent sent
 
     @property
     def summary(self) -> Summary:
@@ -338,6 +343,7 @@ STRICT = json.JSONDecoder(object_pairs_hook=unique_pairs, parse_float=finite,
 canonical = json.JSONEncoder(
     sort_keys=True, separators=(",", ":"), allow_nan=False).encode
 json_text = json.encoder.encode_basestring_ascii    # one text, as JSON
+PLAIN = json.JSONEncoder(allow_nan=False)
 READABLE = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 
@@ -412,86 +418,41 @@ def parse_timestamp(value: Any) -> str:
     raise ValueError('"timestamp" must be ISO 8601 or Unix seconds')
 
 
-# Text is shown so that what cannot be seen can be: a character that is
-# invisible, changes direction, controls a terminal or imitates ASCII becomes
-# U+XXXX between two brackets that themselves never pass unescaped, so no two
-# texts are shown alike. (CVE-2024-27936 in Deno's prompt; "Trojan Source",
-# Boucher and Anderson 2021.) Accented Latin and words of other scripts stay
-# readable; a word that also has ASCII letters, or consists of look-alikes
-# only, does not.
+# ================================== Text ===================================
+# How text is shown so that it cannot lie, and how durations and sizes are
+# put into words.
+
+# Text is shown so that it cannot lie (CVE-2024-27936 in Deno's prompt; "Trojan
+# Source", Boucher and Anderson 2021): whatever is not ASCII or an accented
+# Latin letter stands in brackets, and in them what has no shape of its own
+# stands as its code, U+202E. So a look-alike gives itself away, words of every
+# script stay readable, and no two texts are shown alike: the brackets
+# themselves are always shown as codes. There is no list of look-alikes here:
+# such a list is never whole.
 BRACKETS = "\u27e6\u27e7"
+LATIN = " -~\u00c0-\u0130\u0132-\u017e"
+FOREIGN = re.compile(f"[^{LATIN}]+(?: [^{LATIN}]+)*| {{9,}}")
+SHAPELESS = re.compile(         # printable to Python, yet nothing is drawn
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f"
+    f"\uffa0\U000e0100-\U000e01ef{BRACKETS}]")
 
 
-def spans(*pairs: str) -> frozenset[str]:
-    """The characters from the first to the last of each pair."""
-    return frozenset(chr(n) for pair in pairs
-                     for n in range(ord(pair[0]), ord(pair[1]) + 1))
-
-
-UNSEEN = spans(                 # no width, or laid over another
-    "\u0300\u036f", "\u0483\u0489", "\u115f\u1160", "\u17b4\u17b5",
-    "\u180b\u180f", "\u1ab0\u1aff", "\u1dc0\u1dff", "\u20d0\u20ff",
-    "\u2800\u2800", "\u3164\u3164", "\ufe00\ufe0f", "\ufe20\ufe2f",
-    "\uffa0\uffa0", "\U0001d159\U0001d159", "\U000e0100\U000e01ef",
-    "\u13a0\u13ff", "\u2c80\u2cff", "\ua4d0\ua4ff", "\uab70\uabbf",
-    ) | frozenset(              # Cherokee, Coptic, Lisu; ; | - . / \ : " _ I l
-    "\u037e\u05c0\u2010\u2011\u2012\u2024\u2044\u2212\u2215\u2216\u2236\u2571"
-    "\u29f5\u29f8\ua789\ufe68\uff02\uff0e\uff0f\uff3c\uff3f\u0131\u017f\u0196"
-    "\u01c0\u01c3" + BRACKETS)
-LOOKALIKES = frozenset(
-    "\u0410\u0412\u0415\u0405\u0406\u0408\u041a\u041c\u041d\u041e\u0420\u0421"
-    "\u0422\u0423\u0425\u0430\u0435\u043e\u0440\u0441\u0443\u0445\u0455\u0456"
-    "\u0458\u0474\u0475\u04ba\u04bb\u04c0\u04cf\u0501\u050c\u051a\u051b\u051c"
-    "\u051d\u0391\u0392\u0395\u0396\u0397\u0399\u039a\u039c\u039d\u039f\u03a1"
-    "\u03a4\u03a5\u03a7\u03b1\u03b9\u03bd\u03bf\u03c1\u03c5\u03f2\u03f3\u054d"
-    "\u054f\u0555\u0570\u0578\u057d\u0581\u0585\u0251\u0261\u0269\u029f")
-WORD = re.compile(r"(\w+)")
-MARKED = re.compile(r"(?<=[\x00-\x7f])[^\x00-\x7f]")
-RUN_OF_SPACES = re.compile(" {9,}")
-
-
-def shown(character: str) -> str:
-    return f"{BRACKETS[0]}U+{ord(character):04X}{BRACKETS[1]}"
-
-
-def unseen(character: str) -> bool:
-    """Whether a character is always shown as an escape."""
-    return (not character.isprintable()
-            or character in UNSEEN
-            or not character.isascii() and character.isalnum()
-            and unicodedata.normalize("NFKC", character).isascii())
-
-
-def east_asian(character: str) -> bool:
-    """Whether no letter of its script is mistaken for one of ASCII's."""
-    return ("\u2e80" <= character <= "\u9fff" or "\uac00" <= character <=
-            "\ud7ff" or "\uf900" <= character <= "\ufaff"
-            or character >= "\U00020000")
-
-
-def misleading(word: str) -> bool:
-    """Whether a word with letters beyond Latin could pass for ASCII."""
-    return not word.isascii() and (
-        any(c.isascii() and c.isalpha() for c in word)
-        or all(c in LOOKALIKES or not c.isalpha() for c in word))
+def bracketed(run: re.Match[str]) -> str:
+    """What is not plain, in brackets; a mark upon what stands before them,
+    what has no shape and padding as codes."""
+    if run[0].isspace() and len(run[0]) > 8 and run[0].isascii():
+        return f"{BRACKETS[0]}space x{len(run[0])}{BRACKETS[1]}"
+    coded = "".join(
+        c if c == " " or c.isprintable() and not SHAPELESS.match(c) and (
+            n or unicodedata.category(c)[0] != "M") else f"U+{ord(c):04X}"
+        for n, c in enumerate(run[0]))
+    return f"{BRACKETS[0]}{coded}{BRACKETS[1]}"
 
 
 def visible(text: str) -> str:
-    """The text with everything unseen or misleading as visible escapes:
-    printable, on one line, and different for every different text."""
-    if not (text.isascii() and text.isprintable()):
-        always = {ord(c): shown(c) for c in set(text) if unseen(c)} | {
-            ord(c): shown(c) for c in set(MARKED.findall(text))
-            if unicodedata.category(c)[0] == "M"}   # a mark upon ASCII
-        shaped = {ord(c): shown(c) for c in set(text) if c > "\u024f" and
-                  c.isalnum() and not east_asian(c)} | always
-        text = "".join(
-            word.translate(shaped if misleading(word) else always)
-            for word in WORD.split(text))
-    if " " * 9 in text:          # padding pushes words out of sight
-        text = RUN_OF_SPACES.sub(lambda run: (
-            f"{BRACKETS[0]}space x{len(run[0])}{BRACKETS[1]}"), text)
-    return text
+    """The text as it can be trusted to look: printable, on one line, and
+    different for every different text."""
+    return FOREIGN.sub(bracketed, text)
 
 
 def readable_seconds(seconds: float) -> str:
@@ -502,18 +463,26 @@ def readable_seconds(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-# =============================== Checkpoints ===============================
-# Which tool calls need a person. checkpoints.toml is read once, checked to
-# the last key, and never half understood: whatever is wrong is a ConfigError
-# that names file, place and cure, because a rule that is silently not there
-# is a door left open. Matching is pure: a call in, a Match out.
+def readable_size(size: int) -> str:
+    return f"{size} bytes" if size < 2048 else f"{size / 1024:.0f} KiB"
+
+
+def did_you_mean(word: Any, known: Any) -> str:
+    import difflib
+    near = difflib.get_close_matches(str(word), list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+# ================================ Matching =================================
+# Does a checkpoint match this call? Pure: a call in, a Match out. Every way of
+# looking at a call only ever gates more; what opens needs the call as written.
+
 
 CATEGORIES = ("high-impact", "data-risk", "destructive")
 EFFECTS = ("review", "allow", "deny")
 MAX_MATCHED = 4096              # characters a pattern looks at: re cannot be
                                 # interrupted, and a longer text waits
-TEMPLATE_NAME = re.compile(r"\{([A-Za-z_]\w*(?:\.\w+)*)\}")
-INVISIBLE = {c: None for c in map(ord, "\u115f\u1160\u2800\u3164\uffa0")}
+TEMPLATE_NAME = re.compile(r"\{([A-Za-z_]\w*(?:[.|]\w+)*)\}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -525,7 +494,6 @@ class Checkpoint:
     description_template: str
     category: str = ""
     effect: str = "review"
-    kind: str = "tool"
     arguments: Mapping[str, str] = field(default_factory=dict)
     timeout_seconds: float | None = None
     lifetime_seconds: float | None = None
@@ -538,26 +506,6 @@ class Checkpoint:
             return re.fullmatch(pattern, text)
         return re.search(pattern, text, re.IGNORECASE | re.DOTALL)
 
-    def kind_matches(self, arguments: Mapping[str, Any]) -> bool:
-        """Whether action_pattern finds the text of a shell command or an
-        edit; of a command, `allow` needs every part to the letter."""
-        if self.kind == "tool":
-            return True
-        texts, unseen = texts_of(self.kind, arguments)
-        text, parts = "\n".join(texts), list(texts)
-        odd = unseen or len(text) > MAX_MATCHED
-        if self.kind == "shell":
-            taken = [commands_in(one) for one in texts]
-            odd = odd or not texts or None in taken
-            parts = [part for one in taken for part in one or ()]
-        if self is ODD_COMMAND:
-            return odd
-        if self.effect == "allow":      # a redirection could write anywhere
-            return bool(parts) and not odd and not set("<>") & set(text) and (
-                all(self.find(self.action_pattern, part) for part in parts))
-        return not text or unseen or len(text) > MAX_MATCHED or any(
-            self.find(self.action_pattern, part) for part in (text, *parts))
-
     def arguments_match(self, arguments: Mapping[str, Any]) -> bool:
         """Whether every argument pattern matches. Where an argument is
         missing, not a text or very long, review and deny match and allow
@@ -565,9 +513,10 @@ class Checkpoint:
         for name, pattern in self.arguments.items():
             value = argument(arguments, name)
             texts = [value]
-            if self.effect != "allow" and isinstance(value, str) and (
-                    len(value) <= MAX_MATCHED):
-                texts = [text for _, text in views(value)]
+            if self.effect != "allow":
+                value = as_text(value)
+                texts = [text for _, text in views(value)] if isinstance(
+                    value, str) and len(value) <= MAX_MATCHED else [value]
             if not all(isinstance(text, str) and len(text) <= MAX_MATCHED
                        for text in texts):
                 if self.effect == "allow":
@@ -599,7 +548,6 @@ class Configuration:
     server: Mapping[str, Any]
     checkpoints: tuple[Checkpoint, ...]
     reviewers: Mapping[str, str]            # name -> SHA-256 of the token
-    warnings: tuple[str, ...]
 
     def candidates(self, tool: str) -> tuple[Match, ...]:
         """Every checkpoint whose action_pattern finds this name, in file
@@ -611,11 +559,8 @@ class Configuration:
             why = name_match(checkpoint, tool)
             if why and not (odd and checkpoint.effect == "allow"):
                 found.append(Match(checkpoint, why))
-                if not checkpoint.arguments and checkpoint.kind == "tool":
+                if not checkpoint.arguments:
                     return tuple(found)
-        if any(m.checkpoint.kind == "shell" for m in found):
-            found.append(Match(ODD_COMMAND, "the command cannot be taken "
-                               "apart, so no pattern can vouch for it"))
         last = Match(UNMATCHED[self.gate["unmatched"]],
                      "no checkpoint matches")
         return (*found, Match(ODD_NAME, odd) if odd else last)
@@ -623,8 +568,7 @@ class Configuration:
     def first_match(self, tool: str, arguments: Mapping[str, Any]) -> Match:
         """The checkpoint that decides about this call."""
         return next(m for m in self.candidates(tool)
-                    if m.checkpoint.kind_matches(arguments)
-                    and m.checkpoint.arguments_match(arguments))
+                    if m.checkpoint.arguments_match(arguments))
 
     def named(self, checkpoint_id: str) -> Checkpoint:
         """The checkpoint of this id, ConfigError if there is none;
@@ -638,121 +582,22 @@ class Configuration:
 
 
 ODD_NAME = Checkpoint("odd-name", "", "")
-ODD_COMMAND = Checkpoint("odd-command", "", "Run {command}", kind="shell")
 UNMATCHED = {
     "review": Checkpoint("unmatched", "", ""),
     "allow": Checkpoint("unmatched", "", "", effect="allow"),
 }
-
-# Coding agents call the same thing by different names. `kind` selects it in
-# all of them, and action_pattern then looks at what it does: the text of a
-# shell command, or the files an edit touches.
-# kind: (tools, casefolded last part; arguments that hold the text)
-KINDS = {
-    "shell": (frozenset((
-        "bash", "shell", "sh", "local_shell", "powershell", "terminal",
-        "run_shell_command", "run_commands", "run_command", "run_in_terminal",
-        "run_terminal_cmd", "execute_command", "exec_command", "execute_bash",
-        "shell_command", "exec", "run", "monitor")),
-        ("command", "commands", "cmd", "script", "argv")),
-    "edit": (frozenset((
-        "write", "edit", "multiedit", "notebookedit", "apply_patch", "patch",
-        "write_file", "replace", "edit_file", "create", "create_file",
-        "write_to_file", "write_new_file", "replace_in_file", "apply_diff",
-        "replace_string_in_file", "multi_replace_string_in_file", "editor",
-        "insert_content", "insert_edit_into_file", "search_and_replace",
-        "delete_file", "move_file", "str_replace_editor",
-        "str_replace_based_edit_tool")),
-        ("file_path", "path", "filepath", "filePath", "target_file",
-         "notebook_path", "absolute_path", "patch", "patchText", "diff",
-         "edits", "input", "command")),
-}
-SHELLS = frozenset(("sh", "bash", "zsh", "dash", "ksh", "fish", "ash"))
-SHELL_PATH = re.compile(rf"(/(usr/)?bin/)?({'|'.join(sorted(SHELLS))})")
-BEFORE = frozenset((            # words that may stand before a command
-    "then", "do", "else", "elif", "if", "while", "until", "!", "{", "time",
-    "coproc", "env", "sudo", "nohup", "command", "builtin", "nice", "xargs"))
-COMMENT = re.compile(r"""('[^']*'|"(?:\\.|[^"\\])*"|\\.#?)"""
-                     r"""|(?<![^\s;&|()])#[^\n]*""", re.DOTALL)
-
-
-def texts_of(kind: str, arguments: Mapping[str, Any]
-             ) -> tuple[list[str], bool]:
-    """The texts that say what a call of this kind does, each by itself, and
-    whether there is one that cannot be read."""
-    texts, unseen = [], False
-    for name in KINDS[kind][1]:
-        value = arguments.get(name)
-        if isinstance(value, str) and value.lstrip()[:1] == "[":
-            with contextlib.suppress(ValueError):
-                value = parse_json(value)       # Cline's list is a text
-        if isinstance(value, list) and all(isinstance(v, str) for v in value):
-            if name == "commands":              # each in a shell of its own
-                texts += value
-                continue
-            value = value[2] if len(value) == 3 and value[1] in (
-                "-c", "-lc") and SHELL_PATH.fullmatch(value[0]) else (
-                " ".join(value))
-        if isinstance(value, str):
-            texts.append(value)
-        unseen = unseen or not isinstance(value, (str, type(None)))
-    return [text for text in texts if text.strip()], unseen
-
-
-def commands_in(text: str) -> list[str] | None:
-    """The simple commands of a shell text, unquoted, with and without what
-    stands before them (`sudo`, `A=1`), and those inside `sh -c`; None where
-    it cannot be taken apart cheaply: substitutions, here-documents, `eval`,
-    a command's name in a variable or a glob, quotes that do not close, a
-    shell that reads its orders elsewhere."""
-    import shlex
-    if re.search(r"`|\$\(|[<>]\(|<<|\$'|\\\n", text):
-        return None
-    words = shlex.shlex(COMMENT.sub(lambda found: found[1] or "", text),
-                        posix=True, punctuation_chars=";&|()<>\n")
-    words.whitespace, words.commenters = " \t\r", ""
-    words.whitespace_split = True
-    commands: list[list[str]] = [[]]
-    try:
-        for word in words:
-            if not word.strip(";&|()\n"):
-                commands.append([])
-            else:
-                commands[-1].append(word)
-    except ValueError:
-        return None
-    parts: list[str] = []
-    for command in filter(None, commands):
-        bare = command
-        while bare and (bare[0] in BEFORE or re.match(r"\w+=|-", bare[0])):
-            bare = bare[1:]
-        parts += dict.fromkeys((" ".join(command), " ".join(bare)))
-        first = bare[0].rpartition("/")[2] if bare else ""
-        if first in ("eval", "exec", "source", ".") or (
-                re.search(r"[$*?\[{]", first) and first not in ("[", "[[")):
-            return None
-        if first in SHELLS:
-            inner = next((v for o, v in zip(bare[1:], bare[2:])
-                          if re.fullmatch("-[a-z]*c", o)), None)
-            file = any(word[:1] not in "-<>" for word in bare[1:])
-            more = (commands_in(inner) if inner else [] if file and
-                    inner is None else None)
-            if more is None:
-                return None
-            parts += more
-    return [part for part in parts if part]
-
 
 def views(text: str) -> tuple[tuple[str, str], ...]:
     """The ways a pattern looks at a text: (what, text), raw first. Each one
     defeats a disguise: width and style of letters, zero-width characters,
     another case, a prefix that hides the name from `^` or `\\b`."""
     plain = unicodedata.normalize("NFKC", text)
-    clean = "".join(c for c in plain if c.isprintable() and (
-        c not in UNSEEN)).translate(INVISIBLE)
+    clean = "".join(c for c in plain if c.isprintable() and not (
+        SHAPELESS.match(c) or unicodedata.category(c)[0] == "M"))
     last = next(filter(None, re.split(r"__|[./:]", clean)[::-1]), clean)
     ways = {"raw name": text, "NFKC form": plain,
             "name without invisible characters": clean,
+            "name without quotes": re.sub("['\"\\\\]", "", plain),
             "casefolded name": clean.casefold(), "last part": last,
             "casefolded last part": last.casefold()}
     return tuple({t: (w, t) for w, t in reversed(ways.items())}.values())[::-1]
@@ -770,9 +615,6 @@ def odd_name(tool: str) -> str:
 def name_match(checkpoint: Checkpoint, tool: str) -> str:
     """Why a checkpoint's pattern finds this name, or ""."""
     ways = views(tool)[:1] if checkpoint.effect == "allow" else views(tool)
-    if checkpoint.kind != "tool":
-        known = ways[-1][1].casefold() in KINDS[checkpoint.kind][0]
-        return f'kind = "{checkpoint.kind}" and its action_pattern' * known
     for way, text in ways:
         hit = checkpoint.find(checkpoint.action_pattern, text)
         if hit:
@@ -785,9 +627,17 @@ def name_match(checkpoint: Checkpoint, tool: str) -> str:
 MISSING = object()
 
 
+def as_text(value: Any) -> Any:
+    """A list of texts (an argv, some commands) as one; others as they are."""
+    return " ".join(value) if isinstance(value, list) and all(
+        isinstance(item, str) for item in value) else value
+
+
 def argument(arguments: Mapping[str, Any], name: str) -> Any:
     """The argument of this name, or inside one by a dotted name. MISSING if
     there is none, or both and they differ: one would hide the other."""
+    if "|" in name:                 # the first of several names that is there
+        name = next((n for n in name.split("|") if n in arguments), name)
     value: Any = arguments
     for part in name.split("."):
         value = value.get(part, MISSING) if isinstance(
@@ -801,17 +651,10 @@ def describe(checkpoint: Checkpoint, tool: str,
     """The description_template filled in. It takes names only: no attribute,
     no index, no format, and what is not there shows as not given; where
     nothing is there, the call itself is told."""
-    if checkpoint.kind == "shell":
-        arguments = {**arguments, "command": "\n".join(
-            texts_of("shell", arguments)[0])}
-    if checkpoint.kind == "edit":
-        arguments = {"file_path": "\n".join(texts_of("edit", arguments)[0]),
-                     **arguments}
-
     def fill_in(found: re.Match[str]) -> str:
         if found[1] == "tool":
             return tool
-        value = argument(arguments, found[1])
+        value = as_text(argument(arguments, found[1]))
         if value is MISSING:
             return "(not given)"
         return value if isinstance(value, str) else canonical(value)
@@ -839,7 +682,11 @@ def template_parts(template: str) -> Iterator[str]:
             yield text
 
 
-# ---- reading the file ----
+# ============================== Configuration ==============================
+# checkpoints.toml is read once, checked to the last key, and never half
+# understood: whatever is wrong is a ConfigError that names file, place and
+# cure, because a rule that is silently not there is a door left open.
+#
 # A table of what each TOML table may hold: key -> (check, default). A check
 # takes the value and returns it, or raises ValueError with the cure.
 
@@ -852,7 +699,7 @@ def config_error(what: str) -> Iterator[None]:
         raise ConfigError(f"{what} {error}") from None
 
 
-def must(words: str, test: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def check_that(words: str, test: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """A check that gives back what passes the test."""
     def check(value: Any) -> Any:
         if not test(value):
@@ -874,19 +721,19 @@ def public_url_value(value: Any) -> str:
     return "" if value == "" else url_value(value)
 
 
-text_value = must("a text in quotes, and not empty",
+text_value = check_that("a text in quotes, and not empty",
                   lambda v: isinstance(v, str) and v.strip())
-seconds_value = must(
+seconds_value = check_that(
     "a number of seconds above 0, or inf", lambda v: type(v) in (int, float)
     and (0 < v < 1e12 or v == math.inf))
-poll_value = must("a number of seconds, 60 at most: a server holds no poll "
+poll_value = check_that("a number of seconds, 60 at most: a server holds no poll "
                   "longer", lambda v: type(v) in (int, float) and 0 < v <= 60)
-port_value = must("a port, 0 to 65535 (0: any free one)",
+port_value = check_that("a port, 0 to 65535 (0: any free one)",
                   lambda v: type(v) is int and 0 <= v <= 65535)
-sha256_value = must(
+sha256_value = check_that(
     "a SHA-256 in hex: `hitl.py token NAME` prints one",
     lambda v: isinstance(v, str) and re.fullmatch("[0-9a-f]{64}", v))
-name_value = must(
+name_value = check_that(
     "a printable name without a colon, 64 characters at most", lambda v:
     isinstance(v, str) and re.fullmatch(r"[^:]{1,64}", v)
     and v.isprintable() and v.strip())
@@ -904,7 +751,7 @@ def one_of(*words: str) -> Callable[[Any], str]:
 def id_value(value: Any) -> str:
     if not REQUEST_ID.fullmatch(text_value(value)):
         raise ValueError("may hold letters, digits and . _ : - only")
-    if value in ("unmatched", "odd-name", "odd-command"):
+    if value in ("unmatched", "odd-name"):
         raise ValueError(f'"{value}" is an id of our own: choose another')
     return str(value)
 
@@ -971,7 +818,6 @@ KEYS: dict[str, dict[str, tuple[Callable[[Any], Any], Any]]] = {
         "checkpoint_id": (id_value, REQUIRED),
         "action_pattern": (pattern_value, REQUIRED),
         "description_template": (template_value, REQUIRED),
-        "kind": (one_of("tool", *KINDS), "tool"),
         "category": (one_of(*CATEGORIES), ""),
         "effect": (one_of(*EFFECTS), "review"),
         "arguments": (patterns_value, {}),
@@ -986,54 +832,25 @@ KEYS: dict[str, dict[str, tuple[Callable[[Any], Any], Any]]] = {
 
 
 def explosive(pattern: str) -> bool:
-    """Whether a pattern could take exponential time: an open repeat around
-    another repeat or around alternatives that can begin alike (ReDoS)."""
+    """Whether an open repeat stands around another repeat or alternatives,
+    or three in a row: each could take for ever (ReDoS)."""
     from re import _constants as op, _parser  # type: ignore[attr-defined]
-    repeats = (op.MAX_REPEAT, op.MIN_REPEAT)
 
-    def parts(item: Any) -> Iterator[Any]:
-        """The (operation, argument) pairs anywhere inside."""
-        for value in item if isinstance(item, (list, tuple)) else (
-                getattr(item, "data", ())):
-            if isinstance(value, tuple) and len(value) == 2 and (
-                    type(value[0]) is type(op.LITERAL)):
-                yield value
-            yield from parts(value)
-
-    def ambiguous(branches: list[Any]) -> bool:
-        """Alternatives that do not each begin with a letter of their own."""
-        first = [chr(b[0][1]).casefold() if len(b) and b[0][0] is op.LITERAL
-                 else "" for b in branches]
-        return "" in first or len(set(first)) < len(first)
-
-    def flat(items: Any) -> Iterator[Any]:
-        """The same without the groups around parts of it."""
+    def walk(items: Any, inside: bool) -> bool:
+        row = 0                             # open repeats side by side
         for kind, value in items:
-            if kind is op.SUBPATTERN:
-                yield from flat(value[-1])
-            else:
-                yield kind, value
-
-    tree = _parser.parse(pattern)
-    row = 0                             # open repeats side by side
-    for kind, value in flat(tree):
-        row = row + 1 if kind in repeats and value[1] > 8 else 0
-        if row > 2:
-            return True
-    for kind, value in parts(tree):
-        if kind in repeats and value[1] > 8:
-            for inner, detail in parts(value[2]):
-                if inner in repeats and detail[0] != detail[1]:
-                    return True
-                if inner is op.BRANCH and ambiguous(detail[1]):
-                    return True
-    return False
-
-
-def did_you_mean(word: Any, known: Any) -> str:
-    import difflib
-    near = difflib.get_close_matches(str(word), list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+            repeat = kind in (op.MAX_REPEAT, op.MIN_REPEAT)
+            row = row + 1 if repeat and value[1] > 8 else 0
+            if row > 2 or inside and (kind is op.BRANCH or repeat and
+                                      value[0] != value[1]):
+                return True
+            for part in (value if isinstance(value, tuple) else ()):
+                for branch in part if isinstance(part, list) else [part]:
+                    if isinstance(branch, _parser.SubPattern) and walk(
+                            branch, inside or repeat and value[1] > 8):
+                        return True
+        return False
+    return walk(_parser.parse(pattern), False)
 
 
 def find_configuration(path: str | os.PathLike[str] | None = None,
@@ -1086,8 +903,7 @@ def load_configuration(path: Path) -> Configuration:
         path, hashlib.sha256(data).hexdigest(),
         checked(path, "[gate]", "gate", tables.get("gate", {})),
         checked(path, "[server]", "server", tables.get("server", {})),
-        checkpoints, {r["name"]: r["token_sha256"] for r in reviewers},
-        tuple(covered(checkpoints)))
+        checkpoints, {r["name"]: r["token_sha256"] for r in reviewers})
 
 
 def check_tables(path: Path, tables: dict[str, Any]) -> None:
@@ -1143,29 +959,13 @@ def refuse_twins(path: Path, what: str, names: list[str]) -> None:
                               "give each its own")
 
 
-def covered(checkpoints: tuple[Checkpoint, ...]) -> Iterator[str]:
-    """A warning for each checkpoint an earlier one plainly hides."""
-    for n, later in enumerate(checkpoints):
-        for earlier in checkpoints[:n]:
-            plain = re.sub(r".\*$", "", later.action_pattern.strip("^$"))
-            same = earlier.action_pattern == later.action_pattern
-            simple = re.fullmatch(r"[\w*|-]+", earlier.action_pattern)
-            if (not earlier.arguments and earlier.effect != "allow"
-                    and earlier.kind == later.kind) and (
-                    same or simple and re.fullmatch(r"[\w-]+", plain) and
-                    earlier.find(earlier.action_pattern, plain)):
-                yield (f'checkpoint "{later.checkpoint_id}" is never '
-                       f'reached: "{earlier.checkpoint_id}" above it matches '
-                       "the same calls; put the narrower one first")
-                break
-
-
 # ================================== Store ==================================
 # The memory, and the only SQL. One connection writes, in transactions that the
 # server opens and commits once a turn. The database restates the promises as
 # constraints and triggers, so that a mistake above cannot break them. Every
-# change of state writes its audit row in the same transaction, and each audit
-# row carries the hash of the one before (promise 8).
+# change of state writes its audit row in the same transaction; the row seals
+# the request as it then stood and carries the hash of the row before
+# (promise 8).
 #
 # SQLite 3.26 is enough (RHEL 8): no RETURNING, no STRICT.
 
@@ -1268,6 +1068,7 @@ CREATE TABLE audit_log (
   request_id TEXT NOT NULL,
   actor      TEXT NOT NULL,       -- 'agent:...', 'reviewer:...', 'server'
   detail     TEXT NOT NULL,       -- JSON
+  sealed     TEXT NOT NULL,       -- SHA-256 of the request as it then stood
   hash       TEXT NOT NULL        -- SHA-256 of the hash before and this row
 );
 CREATE INDEX audit_of ON audit_log (request_id);
@@ -1284,40 +1085,17 @@ LARGE_BYTES = 8 * 1024          # a larger request is not listed in full
 SIZE = " + ".join(f"length(CAST(coalesce({name}, '') AS BLOB))" for name in (
     "action_description", "arguments", "agent_context", "why"))
 COLUMNS = ", ".join(ReviewRequest._fields[:-1]) + f", {SIZE} AS size"
-BRIEF = COLUMNS     # a desk full of large requests must fit into memory
-for _name in ("arguments", "agent_context", "action_description"):
-    _cut = ("substr(action_description, 1, 200) || ' ...'" if _name ==
-            "action_description" else "'null'")
-    BRIEF = BRIEF.replace(
-        f" {_name},", f" CASE WHEN {SIZE} > {LARGE_BYTES} AND length({_name}) "
-        f"> 200 THEN {_cut} ELSE {_name} END AS {_name},", 1)
+CUT = {"arguments": "NULL", "agent_context": "'null'", "action_description":
+       "substr(action_description, 1, 200) || ' ...'"}
+BRIEF = ", ".join(              # a desk full of large ones must fit into memory
+    f"CASE WHEN {SIZE} > {LARGE_BYTES} AND length({name}) > 200 THEN "
+    f"{CUT[name]} ELSE {name} END" if name in CUT else name
+    for name in ReviewRequest._fields[:-1]) + f", {SIZE}"
 SUMMARY = ", ".join(Summary._fields)
+ASKED = ReviewRequest._fields[ReviewRequest._fields.index("received_at"):-2]
+SUBMIT = (f"INSERT INTO pending_reviews (request_id, digest, deadline, "
+          f"{', '.join(ASKED)}) VALUES ({', '.join('?' * (len(ASKED) + 3))})")
 GENESIS = "0" * 64              # the hash before the first audit row
-
-
-class Asked(NamedTuple):
-    """What a request asks, as the server stores it, in SQL's order."""
-
-    request_id: str
-    digest: str
-    received_at: str
-    deadline: str | None
-    timestamp: str
-    asked_by: str
-    agent: str | None
-    tool: str | None
-    checkpoint_id: str | None
-    category: str | None
-    why: str | None
-    config_digest: str | None
-    action_description: str
-    arguments: str | None
-    agent_context: str
-
-
-ASKED = ", ".join(Asked._fields)
-SUBMIT = (f"INSERT INTO pending_reviews ({ASKED}) VALUES "
-          f"({', '.join('?' * len(Asked._fields))})")
 
 
 class Head(NamedTuple):
@@ -1325,12 +1103,6 @@ class Head(NamedTuple):
 
     sequence: int
     hash: str
-
-
-def row_hash(previous: str, row: tuple[Any, ...]) -> str:
-    """The hash of an audit row: over the hash before it and its columns;
-    that of a submitted request covers all that was asked, too."""
-    return hashlib.sha256((previous + json.dumps(row)).encode()).hexdigest()
 
 
 class Change(NamedTuple):
@@ -1341,25 +1113,26 @@ class Change(NamedTuple):
     actor: str
 
 
+def sha256_of(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
 class Store:
     """The requests and the audit log in one SQLite file.
 
-    A turn is one transaction: begin() happens by itself at the first change,
-    commit() ends it. `changes` lists what the turn did so far. Raises Refusal
-    where a change may not happen, sqlite3.Error where the disk fails.
+    A turn is one transaction: it begins by itself at the first change,
+    commit() ends it. Raises Refusal where a change may not happen,
+    sqlite3.Error where the disk fails.
     """
 
     def __init__(self, path: Path,
                  clock: Callable[[], float] = time.time) -> None:
         import sqlite3
-        self.path, self.clock = path, clock
-        self.changes: list[Change] = []
-        self.spoilt = False
+        self.path, self.clock, self.spoilt = path, clock, False
         self.lock = lock_database(path)
         try:
             self.db = open_database(path)
-            self.head = last_head(self.db)
-            self.recount()
+            self.reread()
         except (sqlite3.Error, ValueError, TypeError) as error:
             self.close()
             raise bad_database(path, f"is damaged: {error}",
@@ -1367,6 +1140,7 @@ class Store:
         except BaseException:
             self.lock.close()
             raise
+        self.told = self.head.sequence
         self.tick()
 
     def close(self) -> None:
@@ -1380,27 +1154,25 @@ class Store:
         self.time = self.clock()
         self.now = instant(self.time)
 
-    def recount(self) -> None:
-        """How many requests wait, per agent, from the table itself."""
+    def reread(self) -> None:
+        """What is remembered of the database, from the database itself."""
+        self.head = last_head(self.db)
         self.waiting_per_agent: Counter[str | None] = Counter(dict(
             self.db.execute("SELECT agent, count(*) FROM pending_reviews "
                             "WHERE status = 'waiting' GROUP BY agent")))
-        self.waiting_count = sum(self.waiting_per_agent.values())
+        self.waiting_count = self.waiting_per_agent.total()
 
     def attempt(self, change: Callable[..., T], *args: Any) -> T:
-        """change(*args) inside a savepoint, so that all of one request's
-        changes are kept or none: a neighbour's COMMIT must not keep half of
-        one that failed. (A Refusal is no failure: it comes before a change,
-        or after one that stands; the server answers it inside.)
+        """change(*args) inside a savepoint: all of one request's changes are
+        kept or none, whatever its neighbours in the turn do. A Refusal is no
+        failure; the server answers it inside.
 
-        Where the disk is full or fails, or the turn could not begin, the
-        turn is spoilt: SQLite may have rolled all of it back by itself, so
-        nothing begins anew in it, and commit() keeps none of it. Raises
-        sqlite3.Error."""
+        Where the disk is full or fails, SQLite may have rolled back the
+        whole turn by itself: it is spoilt, nothing begins anew in it, and
+        commit() keeps none of it. Raises sqlite3.Error."""
         import sqlite3
         if self.spoilt:
             raise sqlite3.OperationalError("this turn was rolled back")
-        mark, head = len(self.changes), self.head
         try:
             if not self.db.in_transaction:
                 self.db.execute("BEGIN IMMEDIATE")
@@ -1414,194 +1186,183 @@ class Store:
             if not self.spoilt:
                 self.db.execute("ROLLBACK TO request")
                 self.db.execute("RELEASE request")
-                if self.head != head:
-                    del self.changes[mark:]
-                    self.head = head
-                    self.recount()
+                self.reread()
             raise
 
-    def commit(self) -> tuple[bool, list[Change]]:
-        """End the turn -> whether all of it is on disk, and its changes.
-        Nobody is answered before (promise 6)."""
+    def commit(self) -> list[Change] | None:
+        """End the turn -> its changes, as the audit log has them, or None if
+        it is not on disk. Nobody is answered before (promise 6)."""
         import sqlite3
-        changes, self.changes = self.changes, []
-        try:
-            if self.db.in_transaction and not self.spoilt:
+        with contextlib.suppress(sqlite3.Error):
+            if not self.spoilt:
+                if not self.db.in_transaction:
+                    return []
                 self.db.execute("COMMIT")
-        except sqlite3.Error:
-            self.spoilt = True
-        if not self.spoilt:
-            return True, changes
+                news = self.db.execute(
+                    "SELECT event, request_id, actor FROM audit_log WHERE "
+                    "sequence > ?", (self.told,)).fetchall()
+                self.told = self.head.sequence
+                return list(map(Change._make, news))
+        self.spoilt = True
         with contextlib.suppress(sqlite3.Error):    # else: in a later turn
             if self.db.in_transaction:
                 self.db.execute("ROLLBACK")
-            self.head = last_head(self.db)
-            self.recount()
+            self.reread()
             self.spoilt = False
-        return False, []
+        return None
 
-    def audit(self, event: str, request_id: str, actor: str, detail: str,
-              asked: tuple[Any, ...] = ()) -> None:
-        """The audit row of a change, chained, in the change's transaction."""
-        row = (self.head.sequence + 1, self.now, event, request_id, actor,
-               detail)
-        self.head = Head(row[0], row_hash(self.head.hash, row + asked))
-        self.db.execute("INSERT INTO audit_log VALUES (?, ?, ?, ?, ?, ?, ?)",
-                        (*row, self.head.hash))
-        self.changes.append(Change(event, request_id, actor))
+    def audit(self, event: str, request: ReviewRequest, actor: str,
+              detail: str) -> None:
+        """The audit row of a change, in the change's transaction: chained to
+        the one before, sealing the request as it stands now."""
+        row = (self.head.sequence + 1, self.now, event, request.request_id,
+               actor, detail, sha256_of(*request[:-2]))
+        self.head = Head(row[0], sha256_of(self.head.hash, *row))
+        self.db.execute("INSERT INTO audit_log VALUES (?, ?, ?, ?, ?, ?, ?, "
+                        "?)", (*row, self.head.hash))
 
     # ---- the changes of state ----
 
-    def submit(self, asked: Asked) -> tuple[Summary, bool]:
+    def submit(self, asked: ReviewRequest) -> tuple[Summary, bool]:
         """Store a request as waiting -> its summary, and whether it is new.
         The same id with the same digest is the same request, whatever else
         differs: an agent that crashed asks again and meets it."""
-        waiting = self.waiting_per_agent.get(asked.agent, 0)
+        waiting = self.waiting_per_agent[asked.agent]
         room = (waiting < MAX_WAITING_PER_AGENT
                 and self.waiting_count < MAX_WAITING)
-        if room and self.db.execute(SUBMIT, asked).rowcount:
-            self.audit("submitted", asked.request_id, asked.asked_by,
-                       f'{{"digest": "{asked.digest}"}}', asked)
-            self.waiting_per_agent[asked.agent] = waiting + 1
+        if room and self.db.execute(SUBMIT, (
+                asked.request_id, asked.digest, asked.deadline,
+                *asked[-len(ASKED) - 2:-2])).rowcount:
+            self.audit("submitted", asked, asked.asked_by, "{}")
+            self.waiting_per_agent[asked.agent] += 1
             self.waiting_count += 1
-            return Summary(asked.request_id, Status.WAITING, None,
-                           asked.digest, asked.deadline), True
-        there = self.find(asked.request_id)
-        if there is None:
+            return asked.summary, True
+        request = self.find(asked.request_id)
+        if request is None:
             raise Refusal("too-many-waiting", f"{self.waiting_count} requests "
                           f"wait already, {waiting} of this agent",
                           "let a reviewer decide some, or withdraw some")
-        if there.digest != asked.digest:
+        if request.digest != asked.digest:
             raise Refusal("id-taken", f'request_id "{asked.request_id}" '
                           "belongs to another action",
                           "choose a fresh request_id for another action",
-                          about=there)
-        return there.summary, False
+                          about=request)
+        return request.summary, False
 
-    def leave(self, there: ReviewRequest, status: Status, actor: str,
-              **detail: Any) -> bool:
-        """One guarded move out of waiting: a row changed, it happened; none
-        did, someone was faster."""
-        by_person = status in (Status.APPROVED, Status.REJECTED)
-        lapses_at = None
-        if status is Status.APPROVED and there.deadline:
-            lapses_at = max(there.deadline,
-                            instant(self.time + CLAIM_SECONDS))
-        moved: bool = self.db.execute(
-            "UPDATE pending_reviews SET status = ?, decided_at = ?, "
-            "decided_by = ?, signed_in = ?, reason = ?, lapses_at = ? "
-            "WHERE request_id = ? AND status = 'waiting'",
-            (status, self.now, actor if by_person else None,
-             detail.get("signed_in"), detail.get("reason"), lapses_at,
-             there.request_id)).rowcount == 1
-        if moved:
-            self.audit(status, there.request_id, actor,
-                       READABLE.encode(detail))
+    def move(self, request: ReviewRequest, event: str, actor: str,
+             detail: dict[str, Any], **columns: Any) -> ReviewRequest:
+        """The one way a request changes: a guarded UPDATE from the state it
+        was read in, and its audit row -> the request as it is now."""
+        done = self.db.execute(
+            f"UPDATE pending_reviews SET {' = ?, '.join(columns)} = ? "
+            "WHERE request_id = ? AND status = ? AND outcome IS ?",
+            (*columns.values(), request.request_id, request.status,
+             request.outcome)).rowcount
+        if not done:
+            raise damaged(request)
+        if request.status == Status.WAITING:
             self.waiting_count -= 1
-            self.waiting_per_agent[there.agent] -= 1
-            if self.waiting_per_agent[there.agent] < 1:
-                del self.waiting_per_agent[there.agent]
-        return moved
-
-    def proceed(self, there: ReviewRequest, outcome: Outcome, actor: str,
-                claim: str | None = None,
-                text: str | None = None) -> ReviewRequest:
-        """One guarded move of an approved call's outcome, or Refusal."""
-        if not self.db.execute(
-                "UPDATE pending_reviews SET outcome = ?, claim = ?, "
-                "outcome_at = ?, outcome_text = ? WHERE request_id = ? AND "
-                "status = 'approved' AND outcome IS ?",
-                (outcome, claim, self.now, text, there.request_id,
-                 there.outcome)).rowcount:
-            raise damaged(there)
-        self.audit("claimed" if outcome is Outcome.RUNNING else outcome,
-                   there.request_id, actor, "{}" if text is None else
-                   READABLE.encode({"text": text}))
-        return self.request(there.request_id)
+            self.waiting_per_agent[request.agent] -= 1
+        request = self.request(request.request_id)
+        self.audit(event, request, actor, READABLE.encode(detail))
+        return request
 
     def decide(self, request_id: str, decision: Status, by: str,
                **detail: Any) -> ReviewRequest:
         """A reviewer's decision, once; Refusal if there is one, or if the
         deadline has passed."""
-        there = self.request(request_id)
-        if not there.intact:
-            raise damaged(there)
-        if there.deadline and there.deadline <= self.now:
-            self.leave(there, Status.EXPIRED, "server")     # promise 4
-        elif self.leave(there, decision, by, **detail):
-            return self.request(request_id)
-        there = self.request(request_id)
-        who = (there.decided_by or "").partition(":")[2]
+        request = self.request(request_id)
+        if not request.intact:
+            raise damaged(request)
+        request = self.expire(request)                              # promise 4
+        if request.status == Status.WAITING:
+            lapses_at = request.deadline and max(
+                request.deadline, instant(self.time + CLAIM_SECONDS))
+            return self.move(
+                request, decision, by, detail, status=decision,
+                decided_at=self.now, decided_by=by,
+                signed_in=detail.get("signed_in"), reason=detail.get("reason"),
+                lapses_at=lapses_at if decision == Status.APPROVED else None)
+        who = (request.decided_by or "").partition(":")[2]
         raise Refusal(
-            "already-decided" if who else there.status,
-            f"this request is {there.status}" + (f" by {who}" if who else "")
-            + f" since {there.decided_at}",
+            "already-decided" if who else request.status,
+            f"this request is {request.status}" + (f" by {who}" if who else "")
+            + f" since {request.decided_at}",
             "a decision is final; nothing was changed" if who else
             "nobody waits for a decision any more; nothing will run",
-            about=there)
+            about=request)
 
     def withdraw(self, request_id: str, why: str, by: str) -> ReviewRequest:
         """Nobody waits any more -> the request as it is now, which tells
         whether a reviewer was faster."""
-        there = self.request(request_id)
-        self.leave(there, Status.EXPIRED if why == "timeout" else
-                   Status.WITHDRAWN, by, why=why)
-        return self.request(request_id)
+        request = self.request(request_id)
+        if request.status != Status.WAITING:
+            return request
+        status = Status.EXPIRED if why == "timeout" else Status.WITHDRAWN
+        return self.move(request, status, by, {"why": why}, status=status,
+                         decided_at=self.now)
 
     def claim(self, request_id: str, digest: str, claim: str,
               by: str) -> ReviewRequest:
         """Take an approved request for running: succeeds once, and again
         for the same claim, whose reply may have been lost (promise 3)."""
-        there = self.request(request_id)
-        if there.digest != digest:
+        request = self.expire(self.request(request_id))
+        if request.digest != digest:
             raise Refusal("arguments-changed", "the digest is not that of "
-                          "the approved request", about=there)
-        if not there.intact:
-            raise damaged(there)
-        if there.status == Status.APPROVED and there.outcome is None and (
-                there.lapses_at is None or there.lapses_at > self.now):
-            return self.proceed(there, Outcome.RUNNING, by, claim)
-        if there.outcome == Outcome.RUNNING and there.claim == claim:
-            return there
-        if there.status != Status.APPROVED:
-            raise Refusal("not-approved", f"this request is {there.status}",
+                          "the approved request", about=request)
+        if not request.intact:
+            raise damaged(request)
+        if request.status != Status.APPROVED:
+            raise Refusal("not-approved", f"this request is {request.status}",
                           "only an approved request can be claimed",
-                          about=there)
-        lapsed = there.claim is None
+                          about=request)
+        if request.outcome is None:
+            return self.move(request, "claimed", by, {}, claim=claim,
+                             outcome=Outcome.RUNNING, outcome_at=self.now)
+        if (request.outcome, request.claim) == (Outcome.RUNNING, claim):
+            return request
+        lapsed = request.outcome == Outcome.LAPSED
         raise Refusal("lapsed" if lapsed else "already-claimed",
                       "nobody claimed this approval in time" if lapsed else
                       "this approval was claimed already",
-                      "ask anew with another request_id", about=there)
+                      "ask anew with another request_id", about=request)
 
     def finish(self, request_id: str, claim: str, outcome: Outcome,
                text: str, by: str) -> ReviewRequest:
         """Record what became of a claimed call; the same again is the same."""
-        there = self.request(request_id)
-        if there.claim is None or there.claim != claim:
+        request = self.request(request_id)
+        if request.claim is None or request.claim != claim:
             raise Refusal("not-claimed", "this claim does not hold this "
-                          "request", about=there)
-        if there.outcome == Outcome.RUNNING:
-            return self.proceed(there, outcome, by, claim, text)
-        if there.outcome != outcome:
-            raise Refusal("already-finished", f"this call is {there.outcome} "
-                          "already", about=there)
-        return there
+                          "request", about=request)
+        if request.outcome == Outcome.RUNNING:
+            return self.move(request, outcome, by, {"text": text},
+                             outcome=outcome, outcome_at=self.now,
+                             outcome_text=text)
+        if request.outcome != outcome:
+            raise Refusal("already-finished", f"this call is {request.outcome} "
+                          "already", about=request)
+        return request
 
     def overdue(self) -> list[ReviewRequest]:
         """Requests past their deadline, and approvals nobody claimed."""
         return self.select(
             "WHERE status = 'waiting' AND deadline IS NOT NULL "
-            "AND deadline <= ? LIMIT 500", self.now, columns=BRIEF
+            "AND deadline <= ? LIMIT 500", self.now
             ) + self.select("WHERE status = 'approved' AND outcome IS NULL "
-                            "AND lapses_at <= ? LIMIT 500", self.now,
-                            columns=BRIEF)
+                            "AND lapses_at <= ? LIMIT 500", self.now)
 
-    def expire(self, there: ReviewRequest) -> None:
-        """Close one overdue request: `expired`, or `lapsed` if approved."""
-        if there.status == Status.WAITING:
-            self.leave(there, Status.EXPIRED, "server")
-        else:
-            self.proceed(there, Outcome.LAPSED, "server")
+    def expire(self, request: ReviewRequest) -> ReviewRequest:
+        """The request, closed if it is overdue: `expired`, or `lapsed` where
+        it was approved and nobody claimed it."""
+        if request.status == Status.WAITING and (
+                request.deadline and request.deadline <= self.now):
+            return self.move(request, Status.EXPIRED, "server", {},
+                             status=Status.EXPIRED, decided_at=self.now)
+        if request.status == Status.APPROVED and request.outcome is None and (
+                request.lapses_at and request.lapses_at <= self.now):
+            return self.move(request, Outcome.LAPSED, "server", {},
+                             outcome=Outcome.LAPSED, outcome_at=self.now)
+        return request
 
     # ---- reading ----
 
@@ -1616,10 +1377,10 @@ class Store:
 
     def request(self, request_id: str) -> ReviewRequest:
         """The whole row; Refusal "unknown" if there is none."""
-        there = self.find(request_id)
-        if there is None:
+        request = self.find(request_id)
+        if request is None:
             raise unknown(request_id)
-        return there
+        return request
 
     def summary(self, request_id: str) -> Summary:
         """The few columns that a poll needs; Refusal "unknown"."""
@@ -1653,13 +1414,14 @@ def unknown(request_id: str) -> Refusal:
                    "check the id: `hitl.py list --all` prints them")
 
 
-def damaged(there: ReviewRequest) -> Refusal:
-    return Refusal("damaged", f'what is stored of "{there.request_id}" is '
+def damaged(request: ReviewRequest) -> Refusal:
+    return Refusal("damaged", f'what is stored of "{request.request_id}" is '
                    "not what was asked: the database was damaged or edited",
-                   "`hitl.py log --verify`; restore a backup", about=there)
+                   "`hitl.py log --verify`; restore a backup", about=request)
 
 
-# ---- opening the file, and what can be told from it ----
+# ============================== Database file ==============================
+# Opening the file, locking it, and what can be told from it.
 
 def bad_database(path: Path, what: str, cure: str) -> ConfigError:
     return ConfigError(f"{path}: {what}", cure, reason="bad-database")
@@ -1699,53 +1461,43 @@ def open_database(path: Path) -> Any:
         raise bad_database(path, "is a folder", "name a file")
     if not path.exists():
         create_database(path)
-    try:
-        with open(path, "rb") as file:
-            header = file.read(100)
-    except OSError as error:
-        raise bad_database(path, f"cannot be read: {error.strerror}",
-                           "see to its owner and mode") from None
-    if len(header) < 100 or not header.startswith(b"SQLite format 3\0"):
-        raise bad_database(path, "is empty" if not header else
-                           "is not an SQLite database",
+    if not path.stat().st_size or path.stat().st_size % 512:
+        raise bad_database(path, "is empty or was cut short",
                            "move it away, or restore a backup")
-    if int.from_bytes(header[68:72], "big") != APPLICATION_ID:
-        raise bad_database(path, "belongs to another program",
-                           "use --database with another file")
-    page_size = int.from_bytes(header[16:18], "big")
-    pages = int.from_bytes(header[28:32], "big")
-    wal = path.with_name(path.name + "-wal")
-    whole = path.stat().st_size >= pages * (
-        65536 if page_size == 1 else page_size)
-    if not whole and not (wal.exists() and wal.stat().st_size):
-        raise bad_database(path, "was cut short", "restore a backup")
-    db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None,
-                         check_same_thread=False, cached_statements=256)
+    db = None
     try:
+        db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True,
+                             timeout=BUSY_SECONDS, isolation_level=None,
+                             check_same_thread=False, cached_statements=256)
+        ours, = db.execute("PRAGMA application_id").fetchone()
         version, = db.execute("PRAGMA user_version").fetchone()
+        if ours != APPLICATION_ID:
+            raise bad_database(path, "belongs to another program",
+                               "use --database with another file")
         if version > SCHEMA_VERSION:
             raise bad_database(path, f"was written by a newer hitl.py (schema "
                                f"{version})", "use that one")
         settings(db, path)
-        faults = list(database_faults(db, path.stat().st_size))
-    except ConfigError:
-        db.close()
-        raise
-    except (sqlite3.Error, ValueError, TypeError, LookupError) as error:
-        # SQLITE_BUSY, LOCKED, READONLY, IOERR, FULL, CANTOPEN: not damage
-        if getattr(error, "sqlite_errorcode", 0) & 255 in (5, 6, 8, 10, 13,
-                                                           14):
+        for fault in database_faults(db, path.stat().st_size):
+            raise bad_database(path, f"is damaged or was edited: {fault}",
+                               "restore a backup, or move it away to begin "
+                               "anew; `hitl.py log --verify` tells more")
+    except (ConfigError, sqlite3.Error, ValueError, TypeError) as error:
+        if db is not None:
             db.close()
+        if isinstance(error, ConfigError):
+            raise
+        if getattr(error, "sqlite_errorcode", 0) & 255 in NOT_DAMAGE:
             raise bad_database(path, f"cannot be used now: {error}",
                                "stop what holds it, see to its mode and disk, "
                                "or use --database") from None
-        faults = [str(error)]
-    if faults:
-        db.close()
-        raise bad_database(path, f"is damaged or was edited: {faults[0]}",
-                           "restore a backup, or move it away to begin anew; "
-                           "`hitl.py log --verify` tells more")
+        raise bad_database(path, f"is damaged or not ours: {error}",
+                           "restore a backup, or move it away") from None
     return db
+
+
+# SQLITE_BUSY, LOCKED, READONLY, IOERR, FULL, CANTOPEN
+NOT_DAMAGE = (5, 6, 8, 10, 13, 14)
 
 
 def settings(db: Any, path: Path) -> None:
@@ -1795,7 +1547,7 @@ def schema_of(db: Any) -> list[Any]:
 def database_faults(db: Any, size: int) -> Iterator[str]:
     """What is wrong with a database, as far as a start should look: the
     schema with its triggers, the pages of a small file, and every request
-    that is still open, against its audit rows."""
+    that is still open, against its audit row."""
     import sqlite3
     with contextlib.closing(sqlite3.connect(":memory:")) as ours:
         ours.executescript(SCHEMA)
@@ -1808,47 +1560,29 @@ def database_faults(db: Any, size: int) -> Iterator[str]:
         if result != "ok":
             yield result
             return
-    for row in db.execute(
-            f"SELECT {COLUMNS} FROM pending_reviews WHERE status NOT IN "
-            "('rejected', 'expired', 'withdrawn') AND (status <> 'approved' "
-            "OR outcome IS NULL OR outcome NOT IN ('executed', 'failed', "
-            "'lapsed'))"):
-        yield from row_faults(db, ReviewRequest._make(row))
+    yield from row_faults(db, (
+        "WHERE status NOT IN ('rejected', 'expired', 'withdrawn') AND (status "
+        "<> 'approved' OR outcome IS NULL OR outcome NOT IN ('executed', "
+        "'failed', 'lapsed'))"))
 
 
-def row_faults(db: Any, there: ReviewRequest) -> Iterator[str]:
-    """Where a request disagrees with its audit rows, or with its digest."""
-    name = f'request "{visible(str(there.request_id))}"'
-    rows = db.execute("SELECT * FROM audit_log WHERE request_id = ? ORDER BY "
-                      "sequence", (there.request_id,)).fetchall()
-    events = [row[2] for row in rows]
-    if events[:1] != ["submitted"] or "submitted" in events[1:]:
-        yield f"{name} has no audit row, or more than one begins it"
-        return
-    before = db.execute("SELECT hash FROM audit_log WHERE sequence = ?",
-                        (rows[0][0] - 1,)).fetchone() or (GENESIS,)
-    if audit_hash(db, before[0], rows[0]) != rows[0][6] or not there.intact:
-        yield f"{name} is not what was asked"
-    said = next((row for row in rows if row[2] in set(Status)), None)
-    detail = json.loads(said[5]) if said else {}
-    if (said[2] if said else Status.WAITING) != there.status or (
-            said and there.decided_by not in (None, said[4])) or (
-            (there.reason, there.signed_in, there.decided_at) !=
-            (detail.get("reason"), detail.get("signed_in"),
-             said and said[1])):
-        yield f"{name} is {there.status}, the audit log says otherwise"
-    last = {"claimed": Outcome.RUNNING}.get(events[-1], events[-1])
-    if there.outcome != (last if last in set(Outcome) else None) or (
-            there.outcome_text != json.loads(rows[-1][5]).get("text")):
-        yield f"{name} has outcome {there.outcome}, the audit log otherwise"
-
-
-def audit_hash(db: Any, previous: str, row: tuple[Any, ...]) -> str:
-    """The hash an audit row should have, behind this one."""
-    asked = (db.execute(
-        f"SELECT {ASKED} FROM pending_reviews WHERE request_id = ?",
-        (row[3],)).fetchone() or ()) if row[2] == "submitted" else ()
-    return row_hash(previous, row[:6] + asked)
+def row_faults(db: Any, where: str = "") -> Iterator[str]:
+    """Requests that are not as their last audit row sealed them, or whose
+    audit row does not have its hash."""
+    for row in db.execute(f"SELECT {COLUMNS} FROM pending_reviews {where}"):
+        request = ReviewRequest._make(row)
+        last = db.execute("SELECT * FROM audit_log WHERE request_id = ? ORDER "
+                          "BY sequence DESC LIMIT 1",
+                          (request.request_id,)).fetchone()
+        before = last and db.execute(
+            "SELECT hash FROM audit_log WHERE sequence = ?",
+            (last[0] - 1,)).fetchone() or (GENESIS,)
+        name = f'request "{visible(str(request.request_id))}"'
+        if last is None:
+            yield f"{name} has no audit row"
+        elif last[6] != sha256_of(*request[:-2]) or (
+                last[7] != sha256_of(before[0], *last[:7])):
+            yield (f"{name} is not as the audit log has it")
 
 
 def last_head(db: Any) -> Head:
@@ -1881,19 +1615,18 @@ def waiting_ids(db: Any) -> list[str]:
 
 def audit_faults(db: Any, noted: str = "") -> Iterator[str]:
     """What is wrong with the whole audit log: every row against the chain,
-    every request against its rows, and a noted head against the log."""
+    every request against its last row, and a noted head against the log."""
     head, seen = Head(0, GENESIS), noted in ("", GENESIS)
     for row in audit_rows(db):
         if row[0] != head.sequence + 1:
             yield f"audit row {head.sequence + 1} is missing"
-        elif audit_hash(db, head.hash, row) != row[-1]:
+        elif row[-1] != sha256_of(head.hash, *row[:-1]):
             yield f"audit row {row[0]} was changed, or one before it"
         head = Head(row[0], row[-1])
         seen = seen or row[-1] == noted
     if not seen:
         yield f"the noted head {noted} is not in the log: its end was cut"
-    for row in db.execute(f"SELECT {COLUMNS} FROM pending_reviews"):
-        yield from row_faults(db, ReviewRequest._make(row))
+    yield from row_faults(db)
     for name, in db.execute(
             "SELECT DISTINCT request_id FROM audit_log WHERE request_id NOT "
             "IN (SELECT request_id FROM pending_reviews)"):
@@ -2240,14 +1973,14 @@ def desk_page(view: View, waiting: list[ReviewRequest], count: int,
         "</p>", n=count - len(waiting))
     return page(f"({count}) Review desk" if count else "Review desk", fill(
         DESK, count=count, more=more if count else empty,
-        waiting=joined(safe_card(view, there) for there in waiting),
+        waiting=joined(safe_card(view, request) for request in waiting),
         reviewed=joined(map(reviewed_row, reviewed))), view.who)
 
 
-def review_page(view: View, there: ReviewRequest) -> Html:
+def review_page(view: View, request: ReviewRequest) -> Html:
     """One request with everything about it, the buttons after it all."""
-    return page(f"{there.status}: {there.request_id}",
-                safe_card(view, there, whole=True), view.who)
+    return page(f"{request.status}: {request.request_id}",
+                safe_card(view, request, whole=True), view.who)
 
 
 def history_page(view: View, rows: list[ReviewRequest]) -> Html:
@@ -2267,47 +2000,47 @@ def problem_page(status: int, refusal: Refusal) -> Html:
         status=status, reason=refusal.reason), "")
 
 
-def safe_card(view: View, there: ReviewRequest, whole: bool = False) -> Html:
+def safe_card(view: View, request: ReviewRequest, whole: bool = False) -> Html:
     """A card, whatever is in its row: one bad row never hides the others."""
     try:
-        return card(view, there, whole)
+        return card(view, request, whole)
     except Exception:
         log.exception("a card cannot be shown")
         return fill('<article class="card rejected" id="request-{id}"><p>This '
                     'request cannot be shown here: <span class="live"></span>'
-                    "{id}</p></article>", id=there.request_id)
+                    "{id}</p></article>", id=request.request_id)
 
 
-def card(view: View, there: ReviewRequest, whole: bool = False) -> Html:
+def card(view: View, request: ReviewRequest, whole: bool = False) -> Html:
     """A request: what will run, what the agent says, what we know."""
-    large = there.size > LARGE_BYTES and not whole
-    category = fill('<span class="tag">{word}</span>', word=there.category
-                    ) if there.category in CATEGORIES else Html("")
-    body = fill(LARGE, size=readable_size(there.size),
-                request_id=there.request_id) if large else fill(
-        BODY, exact=exact_call(there), claims=definitions(claims(there)),
-        open=Html(" open" * whole), context=pretty_json(there.agent_context),
-        context_size=readable_size(len(there.agent_context.encode())),
-        facts=definitions(facts(there, whole)), form=Html("") if
-        there.status != Status.WAITING or not there.intact else fill(
-            FORM_TEMPLATE, request_id=there.request_id,
+    large = request.size > LARGE_BYTES and not whole
+    category = fill('<span class="tag">{word}</span>', word=request.category
+                    ) if request.category in CATEGORIES else Html("")
+    body = fill(LARGE, size=readable_size(request.size),
+                request_id=request.request_id) if large else fill(
+        BODY, exact=exact_call(request), claims=definitions(claims(request)),
+        open=Html(" open" * whole), context=pretty_json(request.agent_context),
+        context_size=readable_size(len(request.agent_context.encode())),
+        facts=definitions(facts(request, whole)), form=Html("") if
+        request.status != Status.WAITING or not request.intact else fill(
+            FORM_TEMPLATE, request_id=request.request_id,
             shown_at=instant(view.at)))
-    return fill(CARD, status=there.status, request_id=there.request_id,
-                category=category, times=times(view, there),
-                description=there.action_description, body=body,
-                length="long" if len(there.action_description) > 200 else "")
+    return fill(CARD, status=request.status, request_id=request.request_id,
+                category=category, times=times(view, request),
+                description=request.action_description, body=body,
+                length="long" if len(request.action_description) > 200 else "")
 
 
-def exact_call(there: ReviewRequest) -> Html:
-    if there.tool is None and there.arguments is None:
+def exact_call(request: ReviewRequest) -> Html:
+    if request.tool is None and request.arguments is None:
         return Html("Only this description was sent: no tool, no arguments.")
     return fill("<h4>{title}</h4>\n    {tool}\n    {arguments}",
-                title="Runs exactly this" if there.status == Status.WAITING
+                title="Runs exactly this" if request.status == Status.WAITING
                 else "Exactly this",
-                tool=fill('<p class="tool">{name}</p>', name=there.tool)
-                if there.tool else "without a tool's name",
+                tool=fill('<p class="tool">{name}</p>', name=request.tool)
+                if request.tool else "without a tool's name",
                 arguments=fill("<pre>{json}</pre>", json=pretty_json(
-                    there.arguments)) if there.arguments
+                    request.arguments)) if request.arguments
                 else "without arguments")
 
 
@@ -2316,31 +2049,31 @@ def definitions(pairs: Iterable[tuple[str, Any]]) -> Html:
                        value=value) for name, value in pairs if value)
 
 
-def claims(there: ReviewRequest) -> Iterator[tuple[str, Any]]:
+def claims(request: ReviewRequest) -> Iterator[tuple[str, Any]]:
     """What the agent's side says of itself, for what that is worth."""
-    yield "agent", there.agent
-    yield "checkpoint", there.checkpoint_id
-    yield "category", there.category
-    yield "because", there.why
-    yield "asked at", clock_time(there.timestamp)
+    yield "agent", request.agent
+    yield "checkpoint", request.checkpoint_id
+    yield "category", request.category
+    yield "because", request.why
+    yield "asked at", clock_time(request.timestamp)
 
 
-def facts(there: ReviewRequest, whole: bool) -> Iterator[tuple[str, Any]]:
+def facts(request: ReviewRequest, whole: bool) -> Iterator[tuple[str, Any]]:
     """What this server saw or computed itself; the digests when whole."""
     yield "sent by", ("unauthenticated agent: any program on this machine"
-                      if there.asked_by == "agent:unauthenticated"
-                      else there.asked_by)
-    yield "received", clock_time(there.received_at)
-    yield "deadline", clock_time(there.deadline)
-    yield there.status, clock_time(there.decided_at)
-    yield "decided by", decider(there)
-    yield "reason", there.reason
-    yield "outcome", outcome_words(there)
-    yield "request_id", there.request_id
-    yield "digest", whole and there.digest
-    yield "its rules", whole and there.config_digest
+                      if request.asked_by == "agent:unauthenticated"
+                      else request.asked_by)
+    yield "received", clock_time(request.received_at)
+    yield "deadline", clock_time(request.deadline)
+    yield request.status, clock_time(request.decided_at)
+    yield "decided by", decider(request)
+    yield "reason", request.reason
+    yield "outcome", outcome_words(request)
+    yield "request_id", request.request_id
+    yield "digest", whole and request.digest
+    yield "its rules", whole and request.config_digest
     yield "DAMAGED", "what is stored is not what was asked" * (
-        not there.intact)
+        not request.intact)
 
 
 def clock_time(text: str | None) -> Html | None:
@@ -2351,55 +2084,51 @@ def clock_time(text: str | None) -> Html | None:
                 words=moment.strftime("%d %b %Y, %H:%M:%S UTC"))
 
 
-def times(view: View, there: ReviewRequest) -> Html:
+def times(view: View, request: ReviewRequest) -> Html:
     """How long ago, how long still, and whether anybody waits."""
     def until(text: str) -> float:
         return datetime.fromisoformat(text).timestamp() - view.at
-    words = f"{readable_seconds(max(0, -until(there.received_at)))} ago"
-    if there.status != Status.WAITING:
+    words = f"{readable_seconds(max(0, -until(request.received_at)))} ago"
+    if request.status != Status.WAITING:
         return Html(words)
-    if there.deadline:
-        words += f", {readable_seconds(max(0, until(there.deadline)))} left"
+    if request.deadline:
+        words += f", {readable_seconds(max(0, until(request.deadline)))} left"
     return Html(words + (
-        ", an agent waits for it" if view.attended(there.request_id) else
+        ", an agent waits for it" if view.attended(request.request_id) else
         ", nobody waits for it now: an approval runs nothing by itself"))
 
 
-def decider(there: ReviewRequest) -> str:
-    name = (there.decided_by or "").partition(":")[2]
-    return f"{name} ({there.signed_in})" if there.signed_in else name
+def decider(request: ReviewRequest) -> str:
+    name = (request.decided_by or "").partition(":")[2]
+    return f"{name} ({request.signed_in})" if request.signed_in else name
 
 
-def outcome_words(there: ReviewRequest) -> str:
-    return ": ".join(filter(None, (there.outcome, there.outcome_text)))
+def outcome_words(request: ReviewRequest) -> str:
+    return ": ".join(filter(None, (request.outcome, request.outcome_text)))
 
 
-def reviewed_row(there: ReviewRequest) -> Html:
+def reviewed_row(request: ReviewRequest) -> Html:
     """One line of what was reviewed, with who, why and what came of it."""
     try:
-        description = there.action_description
+        description = request.action_description
         if len(description) > 300:
             description = description[:300] + " ..."
         endings = [
-            f"by {decider(there)}" if there.decided_by else
-            "nobody decided in time" if there.status == Status.EXPIRED
+            f"by {decider(request)}" if request.decided_by else
+            "nobody decided in time" if request.status == Status.EXPIRED
             else "nobody waited any more",
-            there.reason and f"reason: {there.reason}",
-            there.outcome and f"outcome: {outcome_words(there)}"]
-        return fill(ROW, status=there.status, request_id=there.request_id,
+            request.reason and f"reason: {request.reason}",
+            request.outcome and f"outcome: {outcome_words(request)}"]
+        return fill(ROW, status=request.status, request_id=request.request_id,
                     description=description,
-                    times=clock_time(there.decided_at) or Html(""),
+                    times=clock_time(request.decided_at) or Html(""),
                     endings=joined(fill('<p class="soft">{text}</p>',
                                         text=text)
                                    for text in endings if text))
     except Exception:
         log.exception("a row cannot be shown")
         return fill('<li class="expired">{id} cannot be shown</li>',
-                    id=there.request_id)
-
-
-def readable_size(size: int) -> str:
-    return f"{size} bytes" if size < 2048 else f"{size / 1024:.0f} KiB"
+                    id=request.request_id)
 
 
 # ================================== Server =================================
@@ -2483,28 +2212,15 @@ class Principal(NamedTuple):
 NO_ROUTE, NOBODY = Route("", "", "", ""), Principal("nobody", "")
 
 
-class Fields(NamedTuple):
-    """The header fields this server reads, and no others."""
-
-    host: str | None
-    length: int | None
-    content_type: str
-    authorization: str | None
-    origin: str | None
-    site: str | None
-    destination: str | None
-    accept: str
-    close: bool
-    expect: bool
-
-
-class Request(NamedTuple):
-    """A request's head, and once it is admitted, who may ask what."""
+class HttpRequest(NamedTuple):
+    """A request's head, and once it is admitted, who may ask what. Header
+    names are lower case; one that is not there reads as ""."""
 
     method: str
     path: str
     query: str
-    fields: Fields
+    headers: Mapping[str, str]
+    length: int
     close: bool
     route: Route = NO_ROUTE
     request_id: str = ""
@@ -2518,15 +2234,15 @@ NOT_HTTP = re.compile(rb"\A[^A-Z]|\r(?!\n)(?!\Z)|(?<!\r)\n")
 LOCAL_HOST = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:[0-9]{1,5})?",
                         re.IGNORECASE)
 READ_ONCE = frozenset((
-    b"host", b"content-length", b"content-type", b"authorization", b"origin",
-    b"sec-fetch-site", b"sec-fetch-dest", b"transfer-encoding", b"expect"))
+    "host", "content-length", "content-type", "authorization", "origin",
+    "sec-fetch-site", "sec-fetch-dest", "transfer-encoding", "expect"))
 
 
 def bad_head(what: str) -> Refusal:
     return Refusal("bad-request", what, "send plain HTTP/1.1, as curl does")
 
 
-def parse_head(head: bytes) -> Request:
+def parse_head(head: bytes) -> HttpRequest:
     """A request's head, strictly (RFC 9112): what is ambiguous is refused,
     never repaired, because two parsers that repair differently see two
     different requests (request smuggling)."""
@@ -2534,45 +2250,47 @@ def parse_head(head: bytes) -> Request:
     start = REQUEST_LINE.fullmatch(line)
     if start is None:
         raise bad_head("the request line is not one")
-    fields = parse_fields(block)
+    headers = parse_fields(block)
+    close = "close" in headers["connection"].lower()
     if start[3] == b"0":
-        fields = fields._replace(expect=False, close=True)
-    elif fields.host is None:
+        headers["expect"], close = "", True
+    elif "host" not in headers:
         raise bad_head("there is no Host")
+    if "transfer-encoding" in headers:
+        raise Refusal("bad-request", "Transfer-Encoding is not accepted",
+                      "send the body with a Content-Length")
+    length = headers.get("content-length", "0")
+    if not re.fullmatch("[0-9]{1,12}", length, re.ASCII):
+        raise bad_head("Content-Length is not a number")
     path, _, query = start[2].decode("ascii").partition("?")
-    return Request(start[1].decode("ascii"), path, query, fields,
-                   fields.close)
+    return HttpRequest(start[1].decode("ascii"), path, query, headers, int(length),
+                   close)
 
 
-def parse_fields(block: bytes) -> Fields:
+class Missing(dict[str, str]):
+    """A header field that was not sent reads as nothing."""
+
+    def __missing__(self, name: str) -> str:
+        return ""
+
+
+def parse_fields(block: bytes) -> dict[str, str]:
+    """Header lines by their names in lower case; Refusal where one is not
+    a header line, or where two of those we read differ."""
     lines = block.split(b"\r\n") if block else []
     if len(lines) > MAX_FIELDS:
         raise Refusal("head-too-large", f"more than {MAX_FIELDS} fields")
-    found: dict[bytes, bytes] = {}
+    headers = Missing()
     for line in lines:
         parts = FIELD.fullmatch(line)
         if parts is None:
             raise bad_head("a header line is not one")
-        name, value = parts[1].lower(), (parts[2] or b"").rstrip(b" \t")
-        if name in found and name in READ_ONCE:
-            raise bad_head(f"{name.decode()} comes twice")
-        found[name] = found[name] + b", " + value if name in found else value
-    if b"transfer-encoding" in found:
-        raise Refusal("bad-request", "Transfer-Encoding is not accepted",
-                      "send the body with a Content-Length")
-    length = found.get(b"content-length")
-    if length is not None and not re.fullmatch(rb"[0-9]{1,12}", length):
-        raise bad_head("Content-Length is not a number")
-
-    def text(name: bytes) -> str | None:
-        return found[name].decode("latin-1") if name in found else None
-    return Fields(
-        text(b"host"), None if length is None else int(length),
-        (text(b"content-type") or "").partition(";")[0].strip().lower(),
-        text(b"authorization"), text(b"origin"), text(b"sec-fetch-site"),
-        text(b"sec-fetch-dest"), text(b"accept") or "",
-        "close" in (text(b"connection") or "").lower(),
-        (text(b"expect") or "").lower() == "100-continue")
+        name = parts[1].decode("ascii").lower()
+        if name in headers and name in READ_ONCE:
+            raise bad_head(f"{name} comes twice")
+        value = (parts[2] or b"").rstrip(b" \t").decode("latin-1")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    return headers
 
 
 class Tokens(NamedTuple):
@@ -2622,14 +2340,18 @@ def identify(authorization: str, tokens: Tokens) -> Principal | None:
     return None
 
 
-def check_origin(fields: Fields, own: tuple[str, ...]) -> None:
+def check_origin(headers: Mapping[str, str], own: tuple[str, ...]) -> None:
     """Refusal where another site's page sent this (CSRF). A browser says so
     in Sec-Fetch-Site or Origin; who sends neither is no browser."""
-    if fields.origin == "null" or (
-            fields.site != "same-origin" if fields.site is not None
-            else fields.origin not in (None, *own)):
+    origin, site = headers["origin"], headers["sec-fetch-site"]
+    if origin == "null" or (site != "same-origin" if "sec-fetch-site" in headers
+                            else origin not in ("", *own)):
         raise Refusal("cross-site", "another site's page sent this",
                       "decide on the page itself, opened at its own address")
+
+
+def content_type(headers: Mapping[str, str]) -> str:
+    return headers["content-type"].partition(";")[0].strip().lower()
 
 
 @functools.lru_cache(maxsize=256)
@@ -2693,7 +2415,7 @@ PENDING_FIELDS = frozenset((*REQUIRED_FIELDS, *OPTIONAL_FIELDS, "arguments",
 
 
 def asked_from(body: dict[str, Any], by: Principal, at: float,
-               now: str) -> Asked:
+               now: str) -> ReviewRequest:
     """What POST /pending asks, checked field by field; Refusal with cure."""
     missing = [name for name in REQUIRED_FIELDS if name not in body]
     if missing:
@@ -2731,11 +2453,11 @@ def asked_from(body: dict[str, Any], by: Principal, at: float,
         raise Refusal("bad-digest", "the digest sent is not that of the "
                       "action_description, arguments and tool sent",
                       f"it would be {digest}")
-    return Asked(
-        request_id, digest, now,
-        deadline_from(body.get("timeout_seconds"), at), timestamp, str(by),
-        **texts, action_description=description or "", arguments=arguments,
-        agent_context=context)
+    return ReviewRequest(
+        request_id, Status.WAITING, None, digest,
+        deadline_from(body.get("timeout_seconds"), at), *[None] * 8, now,
+        timestamp, str(by), **texts, action_description=description or "",
+        arguments=arguments, agent_context=context)
 
 
 def deadline_from(timeout: Any, at: float) -> str | None:
@@ -2787,43 +2509,49 @@ def status_line(status: int) -> str:
 
 
 class Connection:
-    """One client's socket: bytes in, whole requests to the desk, bytes out.
-    Never blocks; handles one request a turn, so answers keep their order."""
+    """One client, as asyncio's loop calls it (its Protocol): bytes in, whole
+    requests to the desk. One request at a time, so answers keep their order.
+    """
 
-    def __init__(self, connection: Any, client_address: Any,
-                 server: Desk) -> None:
-        self.connection, self.client_address = connection, client_address
-        self.server = server
-        self.inbox = bytearray()
-        self.outbox: memoryview | bytes = b""
-        self.request: Request | None = None     # its head is here
-        self.waits_for: str | None = None       # parked on this request_id
-        self.held: bytes | None = None          # an answer sent later
-        self.answering = False          # an answer is not sent out so far
+    __slots__ = ("desk", "inbox", "http", "waits_for", "timer", "answering",
+                 "refused", "ended", "close_connection", "until", "transport")
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk, self.inbox = desk, bytearray()
+        self.http: HttpRequest | None = None     # its head is here
+        self.waits_for = ""             # parked on this request_id
+        self.timer: Any = None          # of a poll, or of a slow answer
+        self.answering = False          # an answer is not given so far
         self.refused = False            # what still comes in is discarded
-        self.close_connection = self.stalled = False
-        self.until = server.instant + REQUEST_SECONDS
+        self.ended = False              # the client sends no more
+        self.close_connection = False
+        self.until = desk.monotonic + REQUEST_SECONDS
 
-    def readable(self) -> None:
-        if self.answering and self.waits_for is None and self.held is None:
-            return              # its answer leaves in this turn: read later
-        try:
-            data = self.connection.recv(1 << 14)
-        except (BlockingIOError, InterruptedError):
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+        self.desk.welcome(self)
+
+    def data_received(self, data: bytes) -> None:
+        if self.refused:
             return
-        except OSError:
-            data = b""
-        if not data:
-            self.drop(gone=True)
-        elif self.answering and not self.refused:
-            self.inbox += data
-            if len(self.inbox) > MAX_HEAD:      # sends on and does not wait
-                self.drop()
-        elif not self.refused:
-            if not self.inbox and self.request is None:
-                self.until = self.server.instant + REQUEST_SECONDS
-            self.inbox += data
-            self.advance()
+        if not self.inbox and self.http is None and not self.answering:
+            self.until = self.desk.monotonic + REQUEST_SECONDS
+        self.inbox += data
+        if self.answering and len(self.inbox) > MAX_HEAD + MAX_BODY:
+            self.transport.abort()      # sends on and does not wait
+        self.advance()
+
+    def eof_received(self) -> bool:
+        self.ended = True               # an answer on its way is still given
+        return self.answering and not self.waits_for
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.desk.forget(self)
+
+    def pause_writing(self) -> None:    # an answer is written whole; who does
+        pass                            # not take it is dropped by sweep()
+
+    resume_writing = pause_writing
 
     def advance(self) -> None:
         """Handle the next request, if all of it is here and the one before
@@ -2832,25 +2560,23 @@ class Connection:
             return
         head = b""
         try:
-            if self.request is None:
+            if self.http is None:
                 head = self.next_head()
                 if not head:
                     return
-                self.request = self.server.admit(head)
-                if self.request.fields.expect:
-                    self.connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-            length = self.request.fields.length or 0
+                self.http = self.desk.admit(head)
+                if self.http.headers["expect"].lower() == "100-continue":
+                    self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            length = self.http.length
             if len(self.inbox) >= length:
-                request, self.request = self.request, None
+                http, self.http = self.http, None
                 self.answering = True
                 body = bytes(self.inbox[:length])
                 del self.inbox[:length]
-                self.server.dispatch(self, request, body)
+                self.desk.dispatch(self, http, body)
         except Refusal as refusal:
             self.refused = self.answering = self.close_connection = True
-            self.server.refuse(self, head, refusal)
-        except OSError:
-            self.drop()
+            self.desk.refuse(self, head, refusal)
 
     def next_head(self) -> bytes:
         """The head that is here whole; b"" if none is."""
@@ -2870,46 +2596,24 @@ class Connection:
         return head
 
     def send(self, data: bytes) -> None:
-        self.outbox = memoryview(data)
-        self.until = self.server.instant + ANSWER_SECONDS
-        self.writable()
-
-    def writable(self) -> None:
-        """Send what the socket takes now, and the rest when it can."""
-        try:
-            self.outbox = self.outbox[self.connection.send(self.outbox):]
-        except (BlockingIOError, InterruptedError):
-            pass
-        except OSError:
-            return self.drop()
-        if self.stalled != bool(self.outbox):
-            self.stalled = not self.stalled
-            self.server.watch(self, writing=self.stalled)
-        if not self.outbox:
-            self.sent_all()
-
-    def sent_all(self) -> None:
-        self.outbox, self.answering = b"", False
-        self.until = self.server.instant + IDLE_SECONDS
-        if not self.close_connection:
-            self.server.renew(self)
+        self.transport.write(data)
+        self.answering = False
+        if not self.close_connection and not self.ended:
+            self.until = self.desk.monotonic + (
+                ANSWER_SECONDS if self.transport.get_write_buffer_size()
+                else IDLE_SECONDS)
+            self.desk.renew(self)
         elif self.refused:      # more may be on its way: a close now would
             self.inbox.clear()  # reset the connection, and the answer away
-            self.until = self.server.instant + LINGER_SECONDS
-            with contextlib.suppress(OSError):
-                self.connection.shutdown(1)     # SHUT_WR
+            self.until = self.desk.monotonic + LINGER_SECONDS
+            self.transport.write_eof()
         else:
-            self.drop()
-
-    def drop(self, gone: bool = False) -> None:
-        """Close; `gone` says the client did, so it waits no more."""
-        self.server.forget(self, gone)
-        self.connection.close()
+            self.transport.close()
 
 
 class Desk:
-    """The loop over all connections, and the routes. open_desk() makes it
-    the class of http.server that owns the listening socket."""
+    """The connections and the routes. open_desk() makes it the class of
+    http.server that owns the listening socket; asyncio turns the loop."""
 
     address_family: int
     socket: Any
@@ -2918,6 +2622,7 @@ class Desk:
     def __init__(self, address: tuple[str, int], handler: type, store: Store,
                  tokens: Tokens, public_url: str,
                  say: Callable[[str], None] | None) -> None:
+        import asyncio
         import socket
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
@@ -2932,17 +2637,15 @@ class Desk:
         self.url = public_url or f"http://{host}:{port}"
         self.public_host = public_url.partition("://")[2].lower()
         self.admit = functools.lru_cache(maxsize=512)(self.judge)
-        self.selector = selectors.DefaultSelector()
-        self.selector.register(self.socket, selectors.EVENT_READ, None)
-        self.half_open: dict[Connection, None] = {}     # oldest first
-        self.parked: dict[Connection, None] = {}
+        self.loop = asyncio.new_event_loop()
+        self.connections: dict[Connection, None] = {}   # oldest first
         self.waiters: dict[str, dict[Connection, None]] = {}
         self.polled: dict[str, float] = {}      # request_id -> last poll
-        self.again: dict[Connection, None] = {}  # more of them is here
-        self.answers: list[tuple[Connection, Request | None, bytes]] = []
-        self.instant = time.monotonic()
-        self.swept, self.soonest = 0.0, math.inf    # a sweep; a poll's end
-        self.stopping, self.failing, self.dated = False, False, (0, "")
+        self.answers: list[tuple[Connection, HttpRequest | None, bytes]] = []
+        self.monotonic = self.loop.time()
+        self.stopped = asyncio.Event()
+        self.turning = self.failing = False
+        self.dated = (0, "")
 
     def server_bind(self) -> None:
         """Bind, without http.server's getfqdn: with dead DNS that takes half
@@ -2953,75 +2656,50 @@ class Desk:
 
     # ---- the loop ----
 
-    def serve_forever(self, poll_interval: float = SWEEP_SECONDS) -> None:
-        """Turn until stop() is called, from a signal or another thread."""
-        while not self.stopping:
-            self.turn(0 if self.again else poll_interval)
-        for connection in list(self.parked):
+    def serve_forever(self, poll_interval: float = 0.0) -> None:
+        """Serve until stop() is called, from a signal or another thread."""
+        import asyncio
+        server = self.loop.run_until_complete(self.loop.create_server(
+            lambda: Connection(self), sock=self.socket, backlog=1024))
+        self.sweep()
+        self.loop.run_until_complete(self.stopped.wait())
+        server.close()
+        for connection in list(self.connections):
             self.release(connection)
-        for connection in list(self.half_open):
-            connection.drop()
-        self.selector.close()
-        self.server_close()  # type: ignore[attr-defined]
+            connection.transport.close()
+        while self.connections:         # until their answers are out
+            self.loop.run_until_complete(asyncio.sleep(0))
+        self.loop.close()
 
     def stop(self) -> None:
-        self.stopping = True
+        self.loop.call_soon_threadsafe(self.stopped.set)
 
-    def turn(self, patience: float) -> None:
-        """1 take what is readable, 2 look once more: more may have come
-        meanwhile, and a commit costs the same, 3 commit, 4 answer, 5 look at
-        the clock, 6 let new connections in."""
-        ready = self.selector.select(max(0, min(
-            patience, self.due - time.monotonic())))
-        self.instant = time.monotonic()
-        self.store.tick()
-        again, self.again = self.again, {}
-        for connection in again:
-            connection.advance()
-        knocking = self.take(ready)
-        if self.answers:
-            self.take(self.selector.select(0))
-            self.commit()
-        if self.instant >= self.due:
-            self.sweep()
-        if knocking:
-            self.accept()
-
-    @property
-    def due(self) -> float:
-        """When to sweep: now and then, and soon when a poll's time is up."""
-        return min(self.swept + SWEEP_SECONDS,
-                   max(self.soonest, self.swept + 0.02))
-
-    def take(self, ready: list[tuple[Any, int]]) -> bool:
-        """Read and write where that can be done now -> whether somebody
-        knocks at the listening socket."""
-        knocking = False
-        for key, events in ready:
-            if key.data is None:
-                knocking = True
-            elif events & selectors.EVENT_WRITE:
-                key.data.writable()
-            else:
-                key.data.readable()
-        return knocking
+    def turn(self) -> None:
+        """Begin a turn, if none is going on: all that is readable now, and
+        what came meanwhile, goes into one commit."""
+        if not self.turning:
+            self.turning = True
+            self.monotonic = self.loop.time()
+            self.store.tick()
+            self.loop.call_soon(self.loop.call_soon, self.commit)
 
     def commit(self) -> None:
         """End the turn's transaction, then answer; if it is not on disk,
         every answer of the turn becomes a 503 (promise 6)."""
-        stored, changes = self.store.commit()
+        self.turning = False
+        changes = self.store.commit()
         answers, self.answers = self.answers, []
-        for connection, request, answer in answers:
-            if not stored:
-                answer = self.problem(request, STORAGE_FAILED,
+        for connection, http, answer in answers:
+            if changes is None:
+                answer = self.problem(http, STORAGE_FAILED,
                                       connection.close_connection)
             connection.send(answer)
-        self.tell(changes)
+        self.tell(changes or [])
 
     def tell(self, changes: list[Change]) -> None:
         """Wake who waits for a request that changed, and print a line."""
         for change in changes:
-            for connection in self.waiters.pop(change.request_id, ()):
+            for connection in list(self.waiters.get(change.request_id, ())):
                 self.release(connection)
             if change.event != "submitted":
                 self.polled.pop(change.request_id, None)
@@ -3036,108 +2714,77 @@ class Desk:
 
     def sweep(self) -> None:
         """What is past its time: connections, polls, requests."""
-        self.swept = self.instant
-        for late in [c for c in (*self.half_open, *self.parked)
-                     if c.until <= self.instant]:
-            if late in self.parked:
-                self.release(late)
-            elif late.held is None:
-                late.drop()
-            else:
-                answer, late.held = late.held, None
-                late.send(answer)
-        self.soonest = min((c.until for c in self.parked), default=math.inf)
+        self.loop.call_later(SWEEP_SECONDS, self.sweep)
+        self.monotonic = self.loop.time()
+        for late in [c for c in self.connections
+                     if c.until <= self.monotonic and not c.waits_for]:
+            late.transport.abort()
         for request_id in [r for r, at in self.polled.items()
-                           if at + RECENT_SECONDS < self.instant]:
+                           if at + RECENT_SECONDS < self.monotonic]:
             del self.polled[request_id]
         import sqlite3
+        self.turn()
         try:
-            for there in self.store.overdue():
-                self.store.attempt(self.store.expire, there)
+            for request in self.store.overdue():
+                self.store.attempt(self.store.expire, request)
             self.failing = False
         except (sqlite3.Error, ValueError, TypeError) as error:
             if not self.failing:            # once, not four times a second
                 log.error("the database fails: %s", error)
             self.failing = True
-        self.tell(self.store.commit()[1])
 
-    def accept(self) -> None:
-        """Let new connections in; at the limit the oldest half-open one
-        goes, else the oldest parked poll is answered early."""
-        import errno
-        import socket
-        for _ in range(256):
-            try:
-                connection, address = self.socket.accept()
-            except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE):
-                    self.make_room()
-                return
-            connection.setblocking(False)
-            with contextlib.suppress(OSError):      # gone again, on macOS
-                # an answer is one small packet: do not wait for more (Nagle)
-                connection.setsockopt(socket.IPPROTO_TCP,
-                                      socket.TCP_NODELAY, 1)
-            if len(self.half_open) + len(self.parked) >= MAX_CONNECTIONS:
-                self.make_room()
-            client = self.RequestHandlerClass(  # type: ignore[attr-defined]
-                connection, address, self)
-            self.half_open[client] = None
-            self.selector.register(connection, selectors.EVENT_READ, client)
-
-    def make_room(self) -> None:
-        for connection in self.half_open:
-            return connection.drop()
-        for connection in self.parked:
-            connection.close_connection = True
-            return self.release(connection)
-
-    def watch(self, connection: Connection, writing: bool) -> None:
-        self.selector.modify(
-            connection.connection, selectors.EVENT_WRITE if writing
-            else selectors.EVENT_READ, connection)
+    def welcome(self, connection: Connection) -> None:
+        """A new connection; at the limit the oldest idle one goes, else the
+        oldest parked poll is answered early."""
+        self.connections[connection] = None
+        if len(self.connections) > MAX_CONNECTIONS:
+            oldest = next((c for c in self.connections if not c.waits_for),
+                          connection)
+            if oldest is not connection:
+                oldest.transport.abort()
+            else:
+                oldest = next(iter(self.connections))
+                oldest.close_connection = True
+                self.release(oldest)
 
     def renew(self, connection: Connection) -> None:
         """An answer is out: the connection is the youngest again."""
-        self.half_open.pop(connection, None)
-        self.half_open[connection] = None
+        self.connections.pop(connection, None)
+        self.connections[connection] = None
         if connection.inbox:
-            self.again[connection] = None
+            self.loop.call_soon(connection.advance)
 
-    def forget(self, connection: Connection, gone: bool) -> None:
-        if connection in self.half_open or connection in self.parked:
-            self.selector.unregister(connection.connection)
-        self.half_open.pop(connection, None)
-        self.again.pop(connection, None)
+    def forget(self, connection: Connection) -> None:
+        self.connections.pop(connection, None)
         request_id = self.unpark(connection)
-        if gone and request_id not in self.waiters:
+        if request_id not in self.waiters:
             self.polled.pop(request_id, None)
+
+    def park(self, connection: Connection, request_id: str,
+             seconds: float) -> None:
+        """Hold a poll until the request changes or its time is up."""
+        connection.waits_for = request_id
+        connection.timer = self.loop.call_later(seconds, self.release,
+                                                connection)
+        self.waiters.setdefault(request_id, {})[connection] = None
 
     def unpark(self, connection: Connection) -> str:
         """Out of the tables of polls -> the request_id it waited for."""
-        request_id, connection.waits_for = connection.waits_for or "", None
-        self.parked.pop(connection, None)
+        request_id, connection.waits_for = connection.waits_for, ""
+        if connection.timer:
+            connection.timer.cancel()
         others = self.waiters.get(request_id, {})
         others.pop(connection, None)
         if not others:
             self.waiters.pop(request_id, None)
         return request_id
 
-    def park(self, connection: Connection, request: Request,
-             seconds: float) -> None:
-        """Hold a poll until the request changes or its time is up."""
-        request_id = connection.waits_for = request.request_id
-        connection.until = self.instant + seconds
-        self.soonest = min(self.soonest, connection.until)
-        self.half_open.pop(connection, None)
-        self.parked[connection] = None
-        self.waiters.setdefault(request_id, {})[connection] = None
-
     def release(self, connection: Connection) -> None:
         """Answer a parked poll with what its request is now."""
         request_id = self.unpark(connection)
-        self.half_open[connection] = None
-        self.polled[request_id] = self.instant
+        if not request_id:
+            return
+        self.polled[request_id] = self.monotonic
         import sqlite3
         try:
             summary = self.store.summary(request_id)
@@ -3154,54 +2801,54 @@ class Desk:
 
     # ---- who may do what ----
 
-    def judge(self, data: bytes) -> Request:
+    def judge(self, data: bytes) -> HttpRequest:
         """A head as a request, with its route and principal; Refusal unless
         it may be answered. All of it is decided before a byte of the body is
         read, and depends on nothing but these bytes: a client sends the same
         head again and again, and admit() remembers the judgement."""
         head = parse_head(data)
-        fields = head.fields
+        headers = head.headers
         route, request_id = self.route(head)
         if route.who != "anyone":
-            self.check_host(fields.host or "")
+            self.check_host(headers["host"])
         if head.method == "POST":
-            check_origin(fields, (f"http://{fields.host}", self.url))
-        who = self.check_rights(route, fields)
+            check_origin(headers, (f"http://{headers['host']}", self.url))
+        who = self.check_rights(route, headers)
         if head.method == "POST":
             wanted = (JSON, FORM) if route.who == "reviewer" else (JSON,)
-            if fields.content_type not in wanted:
+            if content_type(headers) not in wanted:
                 raise Refusal("wrong-type", f"this is not {JSON}",
                               f"add -H 'Content-Type: {JSON}'")
-            if fields.length is None:
+            if "content-length" not in headers:
                 raise Refusal("length-required", "there is no Content-Length",
                               "send one")
-        elif fields.length:
+        elif head.length:
             raise bad_head("a GET has no body")
-        if (fields.length or 0) > MAX_BODY:
+        if head.length > MAX_BODY:
             raise Refusal("too-large", f"the body is over {MAX_BODY} bytes",
                           "send less context")
         return head._replace(route=route, request_id=request_id, who=who)
 
-    def route(self, request: Request) -> tuple[Route, str]:
+    def route(self, http: HttpRequest) -> tuple[Route, str]:
         """The row of ROUTES for a path and method, and the request_id."""
-        stem, _, name = request.path[1:].partition("/")
-        methods = BY_PATH.get(("/" + stem if name else request.path,
+        stem, _, name = http.path[1:].partition("/")
+        methods = BY_PATH.get(("/" + stem if name else http.path,
                                bool(name)))
         if methods is None:
             raise Refusal("no-such-route", "there is no such route",
                           "see the README: POST /pending, "
                           "POST /approve/{request_id}, GET /")
-        if request.method not in methods:
-            raise Refusal("wrong-method", f"{request.method} is not for this "
+        if http.method not in methods:
+            raise Refusal("wrong-method", f"{http.method} is not for this "
                           "path", f"use {' or '.join(methods)}",
-                          fields=f"Allow: {', '.join(methods)}\r\n")
+                          headers=f"Allow: {', '.join(methods)}\r\n")
         if "%" in name:
             from urllib.parse import unquote
             name = unquote(name)
         if name and not REQUEST_ID.fullmatch(name):
             raise Refusal("unknown", "this is no request_id",
                           "1 to 128 of A-Z a-z 0-9 . _ : -")
-        return methods[request.method], name
+        return methods[http.method], name
 
     def check_host(self, host: str) -> None:
         """Refusal for a name that is not ours: DNS rebinding needs one
@@ -3214,21 +2861,22 @@ class Desk:
                 "checkpoints.toml: public_url = "
                 f'"http://{visible(host[:80])}"')
 
-    def check_rights(self, route: Route, fields: Fields) -> Principal:
+    def check_rights(self, route: Route,
+                     headers: Mapping[str, str]) -> Principal:
         """Who asks, if the route belongs to that kind (promise 5)."""
         if route.who == "anyone":
             return NOBODY
         challenge = BEARER if route.who == "agent" else BASIC
-        if fields.authorization is None:
+        if "authorization" not in headers:
             if route.who == "agent" and self.tokens.agent is None:
                 return Principal("agent", "unauthenticated")
             raise Refusal("not-signed-in", f"this is for the {route.who}",
-                          CURES[route.who], fields=challenge)
-        who = identify(fields.authorization, self.tokens)
+                          CURES[route.who], headers=challenge)
+        who = identify(headers["authorization"], self.tokens)
         if who is None:
             raise Refusal("wrong-credentials", "these credentials are not "
-                          "known here", CURES[route.who], fields=SILENT if
-                          fields.destination == "empty" else challenge)
+                          "known here", CURES[route.who], headers=SILENT if
+                          headers["sec-fetch-dest"] == "empty" else challenge)
         if who.kind != route.who:
             raise Refusal("not-your-route", f"this is for the {route.who}, "
                           f"and these are the {who.kind}'s credentials",
@@ -3237,64 +2885,65 @@ class Desk:
 
     # ---- answers ----
 
-    def dispatch(self, connection: Connection, request: Request,
+    def dispatch(self, connection: Connection, http: HttpRequest,
                  body: bytes) -> None:
         """Run a route, inside a savepoint if it can change something; its
         answer waits for the commit."""
         import sqlite3
-        connection.close_connection = request.close
-        answer = getattr(self, request.route.answer)
+        self.turn()
+        connection.close_connection = http.close
+        answer = getattr(self, http.route.answer)
         try:
-            if request.method == "POST":
-                data = self.store.attempt(self.answered, answer, request, body)
+            if http.method == "POST":
+                data = self.store.attempt(self.answered, answer, http, body)
             else:
-                data = self.answered(answer, request, connection)
+                data = self.answered(answer, http, connection)
         except sqlite3.Error as error:
             log.error("the database fails: %s", visible(str(error)))
-            data = self.problem(request, STORAGE_FAILED)
+            data = self.problem(http, STORAGE_FAILED)
         except Exception:
-            log.exception("a fault of ours in %s", request.route.answer)
-            data = self.problem(request, Refusal(
+            log.exception("a fault of ours in %s", http.route.answer)
+            data = self.problem(http, Refusal(
                 "internal", "a fault of ours; nothing was changed",
                 "the server's log has it"))
         if data is not None:
-            self.answers.append((connection, request, data))
+            self.answers.append((connection, http, data))
 
-    def answered(self, answer: Callable[..., bytes | None], request: Request,
+    def answered(self, answer: Callable[..., bytes | None], http: HttpRequest,
                  *more: Any) -> bytes | None:
         """A route's answer, a refusal being one; None: it is parked."""
         try:
-            return answer(request, *more)
+            return answer(http, *more)
         except Refusal as refusal:
-            return self.problem(request, refusal)
+            return self.problem(http, refusal)
 
     def refuse(self, connection: Connection, head: bytes,
                refusal: Refusal) -> None:
         """Answer a request that is not admitted; wrong credentials slowly,
         but nobody is locked out: an agent could lock the reviewer out."""
-        request = None
+        http = None
         with contextlib.suppress(Refusal):
-            request = parse_head(head)
-        data = self.problem(request, refusal, close=True)
+            http = parse_head(head)
+        data = self.problem(http, refusal, close=True)
         if head.startswith(b"HEAD "):
             data = data[:data.index(b"\r\n\r\n") + 4]
+        self.turn()
         if refusal.reason == "wrong-credentials":
-            connection.held = data
-            connection.until = self.instant + SLOW_SECONDS
+            self.loop.call_later(SLOW_SECONDS, connection.send, data)
         else:
-            self.answers.append((connection, request, data))
+            self.answers.append((connection, http, data))
 
-    def problem(self, request: Request | None, refusal: Refusal,
+    def problem(self, http: HttpRequest | None, refusal: Refusal,
                 close: bool = False) -> bytes:
         """A refusal as problem+json (RFC 9457), or as a page for a person."""
         status = REFUSALS[refusal.reason]
-        fields = refusal.fields
+        headers = refusal.headers
         if status in (429, 503):
-            fields += "Retry-After: 5\r\n"
-        close = close or request is None or request.close
-        if request and "text/html" in request.fields.accept:
+            headers += "Retry-After: 5\r\n"
+        close = close or http is None or http.close
+        if http and "text/html" in http.headers["accept"]:
             page = problem_page(status, refusal)
-            return self.message(status, HTML, page.encode(), close, fields)
+            return self.message(status, HTML, page.encode(), close, headers)
         body: dict[str, Any] = {
             "type": "about:blank", "title": refusal.message, "status": status,
             "reason": refusal.reason,
@@ -3302,10 +2951,10 @@ class Desk:
         if refusal.about:
             body["request"] = self.shape(refusal.about.summary)
         return self.message(status, PROBLEM, json.dumps(body).encode(), close,
-                            fields)
+                            headers)
 
     def message(self, status: int, content_type: str, body: bytes,
-                close: bool, fields: str = "") -> bytes:
+                close: bool, headers: str = "") -> bytes:
         """The one place that writes an answer's head."""
         second = int(self.store.time)
         if self.dated[0] != second:
@@ -3313,7 +2962,7 @@ class Desk:
             self.dated = (second, formatdate(second, usegmt=True))
         return (f"{status_line(status)}Date: {self.dated[1]}\r\n"
                 f"Content-Type: {content_type}\r\n"
-                f"Content-Length: {len(body)}\r\n{SECURITY}{fields}"
+                f"Content-Length: {len(body)}\r\n{SECURITY}{headers}"
                 f"{'Connection: close' if close else 'Connection: keep-alive'}"
                 "\r\n\r\n").encode("latin-1", "replace") + body
 
@@ -3322,10 +2971,10 @@ class Desk:
         return summary._asdict() | {
             "url": f"{self.url}/review/{summary.request_id}"}
 
-    def about(self, request: Request, summary: Summary, status: int = 200,
-              fields: str = "") -> bytes:
+    def about(self, http: HttpRequest, summary: Summary, status: int = 200,
+              headers: str = "") -> bytes:
         return self.message(status, JSON, self.shape_json(summary).encode(),
-                            request.close, fields)
+                            http.close, headers)
 
     def shape_json(self, summary: Summary) -> str:
         """shape() as JSON; written out, since every poll takes this way."""
@@ -3334,122 +2983,122 @@ class Desk:
             for name, value in zip(Summary._fields, summary)),
             json_text(f"{self.url}/review/{summary.request_id}"))
 
-    def json(self, request: Request, value: Any) -> bytes:
+    def json(self, http: HttpRequest, value: Any) -> bytes:
         return self.message(200, JSON, json.dumps(value).encode(),
-                            request.close)
+                            http.close)
 
-    def html(self, request: Request, text: str) -> bytes:
-        return self.message(200, HTML, text.encode(), request.close)
+    def html(self, http: HttpRequest, text: str) -> bytes:
+        return self.message(200, HTML, text.encode(), http.close)
 
     # ---- the routes: an agent's ----
 
-    def post_pending(self, request: Request, body: bytes) -> bytes:
-        asked = asked_from(parse_object(body), request.who, self.store.time,
+    def post_pending(self, http: HttpRequest, body: bytes) -> bytes:
+        asked = asked_from(parse_object(body), http.who, self.store.time,
                            self.store.now)
         summary, new = self.store.submit(asked)
         if not new:
-            return self.about(request, summary)
-        return self.about(request, summary, 201,
+            return self.about(http, summary)
+        return self.about(http, summary, 201,
                           f"Location: /review/{asked.request_id}\r\n")
 
-    def get_pending(self, request: Request,
+    def get_pending(self, http: HttpRequest,
                     connection: Connection) -> bytes | None:
-        summary = self.store.summary(request.request_id)
-        text = parse_query(request.query).get("wait", "0")
+        summary = self.store.summary(http.request_id)
+        text = parse_query(http.query).get("wait", "0")
         if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
             raise Refusal("bad-field", '"wait" is not a number of seconds',
                           "ask for ?wait=5")
         if summary.status == Status.WAITING:
-            self.polled[request.request_id] = self.instant
+            self.polled[http.request_id] = self.monotonic
             if wait := min(float(text), MAX_POLL_SECONDS):
-                self.park(connection, request, wait)
+                self.park(connection, http.request_id, wait)
                 return None
-        return self.about(request, summary)
+        return self.about(http, summary)
 
-    def post_claim(self, request: Request, body: bytes) -> bytes:
+    def post_claim(self, http: HttpRequest, body: bytes) -> bytes:
         asks = parse_object(body)
-        return self.about(request, self.store.claim(
-            request.request_id, text_field(asks, "digest", 64, True) or "",
+        return self.about(http, self.store.claim(
+            http.request_id, text_field(asks, "digest", 64, True) or "",
             text_field(asks, "claim", MAX_NAME, True) or "",
-            str(request.who)).summary)
+            str(http.who)).summary)
 
-    def post_outcome(self, request: Request, body: bytes) -> bytes:
+    def post_outcome(self, http: HttpRequest, body: bytes) -> bytes:
         asks = parse_object(body)
         if asks.get("outcome") not in ("executed", "failed"):
             raise Refusal("bad-field", '"outcome" must be executed or failed',
                           'send {"claim": "...", "outcome": "executed"}')
-        return self.about(request, self.store.finish(
-            request.request_id, text_field(asks, "claim", MAX_NAME, True) or
+        return self.about(http, self.store.finish(
+            http.request_id, text_field(asks, "claim", MAX_NAME, True) or
             "", Outcome(asks["outcome"]),
             text_field(asks, "text", MAX_WHY) or "",
-            str(request.who)).summary)
+            str(http.who)).summary)
 
-    def post_withdraw(self, request: Request, body: bytes) -> bytes:
+    def post_withdraw(self, http: HttpRequest, body: bytes) -> bytes:
         why = text_field(parse_object(body), "why", MAX_WHY) or ""
-        return self.about(request, self.store.withdraw(
-            request.request_id, why, str(request.who)).summary)
+        return self.about(http, self.store.withdraw(
+            http.request_id, why, str(http.who)).summary)
 
     # ---- the routes: a reviewer's ----
 
-    def post_approve(self, request: Request, body: bytes) -> bytes:
+    def post_approve(self, http: HttpRequest, body: bytes) -> bytes:
         """A decision, as JSON or from a page's form, which leads home."""
-        form = request.fields.content_type == FORM
+        form = content_type(http.headers) == FORM
         asks = parse_form(body) if form else parse_object(body)
         if asks.get("decision") not in ("approved", "rejected"):
             raise Refusal("bad-decision", '"decision" must be "approved" or '
                           '"rejected"', 'send {"decision": "approved"} or '
                           '{"decision": "rejected", "reason": "..."}')
         reason = text_field(asks, "reason", MAX_WHY)
-        there = self.store.decide(
-            request.request_id, Status(asks["decision"]), str(request.who),
+        request = self.store.decide(
+            http.request_id, Status(asks["decision"]), str(http.who),
             reason=(reason or "").strip() or None,
-            signed_in=request.who.signed_in,
+            signed_in=http.who.signed_in,
             shown_at=text_field(asks, "shown_at", 40))
-        if form and "text/html" in request.fields.accept:
-            return self.message(303, HTML, b"", request.close,
+        if form and "text/html" in http.headers["accept"]:
+            return self.message(303, HTML, b"", http.close,
                                 "Location: /\r\n")
-        return self.about(request, there.summary)
+        return self.about(http, request.summary)
 
-    def get_waiting(self, request: Request, _: Connection) -> bytes:
+    def get_waiting(self, http: HttpRequest, _: Connection) -> bytes:
         """Everything that waits, in the order of the page."""
-        return self.json(request, {"waiting": [
-            self.listed(there) for there in self.store.waiting(MAX_WAITING)]})
+        return self.json(http, {"waiting": [
+            self.listed(request) for request in self.store.waiting(MAX_WAITING)]})
 
-    def listed(self, there: ReviewRequest) -> dict[str, Any]:
-        return self.shape(there.summary) | {
-            "action_description": there.action_description,
-            "tool": there.tool, "arguments": stored_json(there.arguments),
-            "agent": there.agent, "checkpoint_id": there.checkpoint_id,
-            "large": there.size > LARGE_BYTES}      # then its url has it all
+    def listed(self, request: ReviewRequest) -> dict[str, Any]:
+        return self.shape(request.summary) | {
+            "action_description": request.action_description,
+            "tool": request.tool, "arguments": stored_json(request.arguments),
+            "agent": request.agent, "checkpoint_id": request.checkpoint_id,
+            "large": request.size > LARGE_BYTES}      # then its url has it all
 
-    def get_desk(self, request: Request, _: Connection) -> bytes:
-        return self.html(request, desk_page(
-            self.view(request), self.store.waiting(PAGE_CARDS),
+    def get_desk(self, http: HttpRequest, _: Connection) -> bytes:
+        return self.html(http, desk_page(
+            self.view(http), self.store.waiting(PAGE_CARDS),
             self.store.waiting_count, self.store.reviewed(REVIEWED_CARDS)))
 
-    def get_review(self, request: Request, _: Connection) -> bytes:
-        there = self.store.request(request.request_id)
-        if "application/json" not in request.fields.accept:
-            return self.html(request, review_page(self.view(request), there))
-        return self.json(request, there._asdict() | self.listed(there) | {
-            "agent_context": stored_json(there.agent_context), "claim": None,
-            "attended": self.attended(there.request_id)})
+    def get_review(self, http: HttpRequest, _: Connection) -> bytes:
+        request = self.store.request(http.request_id)
+        if "application/json" not in http.headers["accept"]:
+            return self.html(http, review_page(self.view(http), request))
+        return self.json(http, request._asdict() | self.listed(request) | {
+            "agent_context": stored_json(request.agent_context), "claim": None,
+            "attended": self.attended(request.request_id)})
 
-    def get_history(self, request: Request, _: Connection) -> bytes:
+    def get_history(self, http: HttpRequest, _: Connection) -> bytes:
         behind = re.fullmatch("([0-9TZ:.-]{24})_([0-9]{1,18})", parse_query(
-            request.query).get("before", ""))
+            http.query).get("before", ""))
         rows = self.store.reviewed(HISTORY_ROWS, *(
             [(behind[1], int(behind[2]))] if behind else []))
-        if "application/json" not in request.fields.accept:
-            return self.html(request, history_page(self.view(request), rows))
-        return self.json(request, {"reviewed": list(map(self.listed, rows))})
+        if "application/json" not in http.headers["accept"]:
+            return self.html(http, history_page(self.view(http), rows))
+        return self.json(http, {"reviewed": list(map(self.listed, rows))})
 
-    def view(self, request: Request) -> View:
-        return View(request.who.name, self.store.time, self.attended)
+    def view(self, http: HttpRequest) -> View:
+        return View(http.who.name, self.store.time, self.attended)
 
-    def get_healthz(self, request: Request, _: Connection) -> bytes:
+    def get_healthz(self, http: HttpRequest, _: Connection) -> bytes:
         self.store.reviewed(0)          # the database answers, or 503
-        return self.json(request, {"status": "ok"})
+        return self.json(http, {"status": "ok"})
 
 
 def open_desk(host: str, port: int, store: Store, tokens: Tokens,
@@ -3459,9 +3108,9 @@ def open_desk(host: str, port: int, store: Store, tokens: Tokens,
     imported here, because a gate does not need it: HTTPServer owns the
     socket, BaseHTTPRequestHandler's class is the handler of a connection."""
     from http.server import BaseHTTPRequestHandler, HTTPServer
-    handler = type("Handler", (Connection, BaseHTTPRequestHandler), {})
     server: Any = type("Server", (Desk, HTTPServer), {})
-    desk: Desk = server((host, port), handler, store, tokens, public_url, say)
+    desk: Desk = server((host, port), BaseHTTPRequestHandler, store, tokens,
+                        public_url, say)
     return desk
 
 
@@ -3484,7 +3133,7 @@ class Reply(NamedTuple):
 
 
 class Client:
-    """One server, and the credentials to use there."""
+    """One server, and the credentials to use request."""
 
     def __init__(self, server_url: str, authorization: str = "") -> None:
         self.server_url, self.authorization = server_url, authorization
@@ -3496,13 +3145,13 @@ class Client:
         all of the answer each. A header's name is written with _ for -."""
         import http.client
         import urllib.request
-        fields = {"User-Agent": f"hitl.py/{__version__}", **{
+        headers = {"User-Agent": f"hitl.py/{__version__}", **{
             name.replace("_", "-"): value for name, value in headers.items()}}
         if self.authorization:
-            fields["Authorization"] = self.authorization
+            headers["Authorization"] = self.authorization
         try:
             with opener().open(urllib.request.Request(
-                    self.server_url + path, data, fields, method=method),
+                    self.server_url + path, data, headers, method=method),
                     timeout=seconds) as reply:
                 text = reply.read(MAX_REPLY + 1)
                 if len(text) <= MAX_REPLY and (reply.length or (
@@ -3598,6 +3247,185 @@ def opener() -> Any:
     return made                                 # answer is an answer
 
 
+# ================================= Context =================================
+# What goes along with a request so that the reviewer can judge it: the agent's
+# state with secrets masked, and the name of who asks.
+
+
+def cut(text: str, size: int) -> str:
+    """The text, or its beginning, in so many bytes of UTF-8."""
+    return text.encode("utf-8", "replace")[:size].decode(errors="ignore")
+
+
+def agent_name() -> str:
+    """HITL_AGENT, or user@host:folder."""
+    import getpass
+    import platform
+    name = os.environ.get("HITL_AGENT")
+    if not name:
+        user = folder = "?"
+        with contextlib.suppress(OSError, KeyError, ImportError):
+            user = getpass.getuser()
+        with contextlib.suppress(OSError):
+            folder = os.getcwd()
+        name = f"{user}@{platform.node()}:{folder}"
+    return name
+
+
+# What looks like a secret leaves the process as its length only: a digest,
+# or a few characters of it, would give a short code away in a second.
+SECRET_WORDS = (r"passw|passphrase|pwd|secret|token|api[_-]?key|access[_-]?key"
+                r"|private[_-]?key|authorization|credential|cookie|jwt|"
+                r"session[_-]?id|bearer")
+# (texts, not compiled: import hitl stays cheap, and re keeps what it compiled)
+SECRET_NAME = rf"(?i){SECRET_WORDS}|^(pin|otp)$"
+SECRET_SHAPE = (r"(?s)"
+    r"\b(?:sk|pk|rk)[-_][\w-]{16,}|\bgh[pousr]_\w{20,}|\bgithub_pat_\w{20,}|"
+    r"\bglpat-[\w-]{16,}|\bxox[a-z]-[\w-]{10,}|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|"
+    r"\bAIza[\w-]{30,}|\bhf_\w{20,}|\bnpm_\w{20,}|\bpypi-[\w-]{20,}|"
+    r"\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*|\bwhsec_[\w+/=]{16,}|"
+    r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*KEY-----|\Z)|"
+    r"(?<=://)[^\s/:@]*:[^\s/@]+(?=@)|"
+    r"(?i:\b(?:bearer|basic)) +[\w.~+/-]{12,}=*")
+# name = value in a text: a repr(), JSON inside a string, a shell line
+SECRET_ASSIGNED = (
+    rf"(?i)((?:{SECRET_WORDS})\w{{0,20}}[\\\"']*\s*[:=]\s*[\\\"']*)"
+    r"((?<=\")[^\"]{3,}|(?<=')[^']{3,}|[^\s\\\"',;)}\]]{3,})")
+
+
+def mask(text: str) -> str:
+    return f"[masked, {len(text)} characters]"
+
+
+def masked_text(text: str, own: str) -> str:
+    """A text without what looks like a secret, or is this gate's token."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+    if own and own in text:
+        text = text.replace(own, mask(own))
+    text = re.sub(SECRET_SHAPE, lambda found: mask(found[0]), text)
+    return re.sub(SECRET_ASSIGNED, lambda found: found[0] if found[
+        2].startswith("[masked") else found[1] + mask(found[2]), text)
+
+
+def masked(value: Any, own: str = "") -> Any:
+    """A value as plain JSON, what looks like a secret masked; what is no JSON
+    goes as its repr()."""
+    try:
+        text = json.dumps(value, default=plainer)
+        return masked_json(json.loads(text, parse_constant=str), own)
+    except (TypeError, ValueError, RecursionError):
+        return masked_text(plainer(value, str), own)
+
+
+def plainer(value: Any, kind: type = dict) -> Any:
+    """A dataclass as its fields, another object as its repr()."""
+    if kind is dict and dataclasses.is_dataclass(value) and not isinstance(
+            value, type):
+        return {f.name: getattr(value, f.name, None)
+                for f in dataclasses.fields(value)}
+    if isinstance(value, (set, frozenset)):
+        return list(value)
+    if isinstance(value, Mapping) and kind is dict:
+        return dict(value)
+    try:
+        return repr(value)
+    except Exception:
+        return f"[a {type(value).__name__}]"
+
+
+def masked_json(value: Any, own: str) -> Any:
+    if isinstance(value, str):
+        return masked_text(value, own)
+    if isinstance(value, list):
+        return [masked_json(item, own) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {masked_text(k, own): mask(str(v)) if v and v is not True and (
+        found := re.search(SECRET_NAME, k)) and not (
+            isinstance(v, int) and not found[1])
+        else masked_json(v, own) for k, v in value.items()}
+
+
+# ================================== Guard ==================================
+# A function's parameters as the named arguments of a tool call, for the
+# decorator.
+
+
+class Binder:
+    """A function's parameters, as the named arguments of a tool call: each
+    by its name, defaults filled in; *args is a list, **kwargs an object."""
+
+    def __init__(self, function: Callable[..., Any],
+                 hide: Iterable[str]) -> None:
+        call = getattr(function, "__call__", function)
+        made = hasattr(function, "name") and not hasattr(function, "__name__")
+        if made or not callable(function) or isinstance(
+                function, (type, staticmethod, classmethod)) or any(
+                test(f) for f in (function, call) for test in (
+                    inspect.isgeneratorfunction, inspect.isasyncgenfunction)):
+            raise TypeError(
+                f"guard cannot hold {function!r}: it takes a function, a "
+                "method or a callable that is not a generator (a generator "
+                "runs piece by piece, after the gate); put @gate.guard "
+                "directly above def, below every other decorator")
+        self.function, self.signature = function, signature_of(function)
+        names = list(self.signature.parameters)
+        self.hidden = {hide} if isinstance(hide, str) else set(hide)
+        if unknown := self.hidden - set(names):
+            raise TypeError(f"hide names no parameter of {function!r}: "
+                            f"{', '.join(sorted(unknown))}")
+        scope = getattr(function, "__qualname__", "").rpartition("<locals>.")
+        if names[:1] in (["self"], ["cls"]) and "." in scope[2]:
+            self.hidden.add(names[0])           # a method, not a function
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]
+             ) -> tuple[dict[str, Any], Callable[..., Any]]:
+        """The arguments to show, and a callable that runs the function with
+        the approved ones. TypeError as the function itself would raise."""
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+
+        def run(**approved: Any) -> Any:
+            for name, value in approved.items():
+                kind = type(bound.arguments[name])
+                bound.arguments[name] = kind(value) if kind is tuple or (
+                    issubclass(kind, enum.Enum)) else value
+            return self.function(*bound.args, **bound.kwargs)
+        rest = inspect.Parameter.VAR_POSITIONAL
+        return {name: list(value) if
+                self.signature.parameters[name].kind is rest
+                else value.value if isinstance(value, enum.Enum) else value
+                for name, value in bound.arguments.items()
+                if name not in self.hidden}, run
+
+
+def tool_name(function: Any) -> str:
+    """The name a checkpoint sees: a function's own, a partial's function's,
+    a callable object's class."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def signature_of(function: Any) -> inspect.Signature:
+    """The signature, its annotations evaluated where they can be: frameworks
+    that ask for that do not look behind a __signature__."""
+    for evaluate in (True, False):
+        try:
+            return inspect.signature(function, eval_str=evaluate)
+        except (NameError, TypeError, AttributeError, SyntaxError):
+            continue
+        except ValueError as error:
+            raise TypeError(f"guard cannot hold {function!r}: {error}"
+                            ) from None
+    raise TypeError(f"guard cannot hold {function!r}: it has no signature")
+
+
+def is_async(function: Any) -> bool:
+    return inspect.iscoroutinefunction(function) or (
+        inspect.iscoroutinefunction(getattr(function, "__call__", None)))
+
+
 # =================================== Gate ==================================
 # The agent's side: it holds a tool call until a person has decided. Gate.call
 # is the story; everything below serves one of its six steps. The only normal
@@ -3609,9 +3437,6 @@ CLAIM_RETRY_SECONDS = 30        # for a claim whose reply was lost
 GRACE_SECONDS = 5               # of the network, beyond a poll's own wait
 PROGRESS_SECONDS = 15           # between lines that say what is waited for
 CUT_BYTES = 160 * 1024          # of each end of a context that is too large
-CONTEXT_DEPTH = 24              # levels of a context; deeper is left out
-CONTEXT_NODES = 200_000         # values of a context; more are left out
-
 
 
 @dataclass(slots=True)
@@ -3776,8 +3601,7 @@ class Gate:
     async def _aobtain(self, held: Held) -> None:
         import asyncio
         try:
-            with sigterm_as_exit():     # this thread may be the main one
-                await in_thread(self._obtain, held)
+            await in_thread(self._obtain, held)
         except asyncio.CancelledError:
             held.cancelled = True
             await in_thread(self._withdraw, held, "cancelled")
@@ -3790,8 +3614,7 @@ class Gate:
         told = type(error) in (CollaborationError, DeniedError,
                                ReviewTimeoutError)
         if self.on_reject == "return" and told:
-            return (f"{error.message}. The call did not run. Do not retry it "
-                    "or rephrase it; tell the user, or do something else.")
+            return error.told
         raise error
 
     # ---- 1 match ----
@@ -4016,10 +3839,9 @@ class Gate:
 
     @contextlib.contextmanager
     def _withdrawing(self, held: Held) -> Iterator[None]:
-        """Withdraw when the wait is broken off: Ctrl-C, SIGTERM, exit."""
+        """Withdraw when the wait is broken off: Ctrl-C, exit."""
         try:
-            with sigterm_as_exit():
-                yield
+            yield
         except BaseException as error:
             if not isinstance(error, Exception):
                 self._withdraw(held, "interrupted")
@@ -4112,7 +3934,7 @@ class Gate:
         hide: parameters that are not part of the action (a framework's ctx):
         passed on as they are and not shown; self and cls are hidden anyway.
         Raises TypeError for what cannot be guarded, ConfigError for a
-        checkpoint that is not there.
+        checkpoint that is not request.
         """
         if function is None:
             return functools.partial(self.guard, checkpoint=checkpoint,
@@ -4150,104 +3972,6 @@ class Gate:
         return made
 
 
-class Binder:
-    """A function's parameters, as the named arguments of a tool call.
-
-    Every parameter goes by its name, defaults filled in; *args is a list
-    under its own name, and what **kwargs takes stands beside the rest.
-    """
-
-    def __init__(self, function: Callable[..., Any],
-                 hide: Iterable[str]) -> None:
-        call = getattr(function, "__call__", function)
-        made = hasattr(function, "name") and not hasattr(function, "__name__")
-        if made or not callable(function) or isinstance(
-                function, (type, staticmethod, classmethod)) or any(
-                test(f) for f in (function, call) for test in (
-                    inspect.isgeneratorfunction, inspect.isasyncgenfunction)):
-            raise TypeError(
-                f"guard cannot hold {function!r}: it takes a function, a "
-                "method or a callable that is not a generator (a generator "
-                "runs piece by piece, after the gate); put @gate.guard "
-                "directly above def, below every other decorator")
-        self.function = function
-        self.signature = signature_of(function)
-        parameters = list(self.signature.parameters.values())
-        self.hidden = {hide} if isinstance(hide, str) else set(hide)
-        unknown = self.hidden - {p.name for p in parameters}
-        if unknown:
-            raise TypeError(f"hide names no parameter of {function!r}: "
-                            f"{', '.join(sorted(unknown))}")
-        scope = getattr(function, "__qualname__", "").rpartition("<locals>.")
-        if parameters and parameters[0].name in ("self", "cls") and (
-                "." in scope[2]):               # a method, not a function
-            self.hidden.add(parameters[0].name)
-
-    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]
-             ) -> tuple[dict[str, Any], Callable[..., Any]]:
-        """The arguments to show, and a callable that runs the function with
-        the approved ones. TypeError as the function itself would raise."""
-        bound = self.signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        named: dict[str, Any] = {}
-        rest = ""                       # the name of **kwargs, if there is
-        for name, value in bound.arguments.items():
-            kind = self.signature.parameters[name].kind
-            if kind is inspect.Parameter.VAR_KEYWORD:
-                rest = name
-            elif name not in self.hidden:
-                named[name] = (list(value) if kind is
-                               inspect.Parameter.VAR_POSITIONAL else value)
-        extra = ({} if rest in self.hidden
-                 else bound.arguments.get(rest, {}))
-        if named.keys() & extra.keys():
-            raise TypeError("an argument stands twice: "
-                            f"{', '.join(named.keys() & extra.keys())}")
-
-        enums = {name: type(value) for name, value in named.items()
-                 if isinstance(value, enum.Enum)}   # shown by their values
-        named |= {name: named[name].value for name in enums}
-
-        def run(**approved: Any) -> Any:
-            for name in named:
-                value = approved[name]
-                bound.arguments[name] = (
-                    enums[name](value) if name in enums else tuple(value)
-                    if self.signature.parameters[name].kind is
-                    inspect.Parameter.VAR_POSITIONAL else value)
-            if extra:
-                bound.arguments[rest] = {k: approved[k] for k in extra}
-            return self.function(*bound.args, **bound.kwargs)
-        return named | extra, run
-
-
-def tool_name(function: Any) -> str:
-    """The name a checkpoint sees: a function's own, a partial's function's,
-    a callable object's class."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return str(getattr(function, "__name__", type(function).__name__))
-
-
-def signature_of(function: Any) -> inspect.Signature:
-    """The signature, its annotations evaluated where they can be: frameworks
-    that ask for that do not look behind a __signature__."""
-    for evaluate in (True, False):
-        try:
-            return inspect.signature(function, eval_str=evaluate)
-        except (NameError, TypeError, AttributeError, SyntaxError):
-            continue
-        except ValueError as error:
-            raise TypeError(f"guard cannot hold {function!r}: {error}"
-                            ) from None
-    raise TypeError(f"guard cannot hold {function!r}: it has no signature")
-
-
-def is_async(function: Any) -> bool:
-    return inspect.iscoroutinefunction(function) or (
-        inspect.iscoroutinefunction(getattr(function, "__call__", None)))
-
-
 async def awaited(result: Awaitable[T] | T) -> T:
     return await result if inspect.isawaitable(result) else result
 
@@ -4278,43 +4002,10 @@ async def in_thread(function: Callable[..., T], *args: Any) -> T:
     return await future
 
 
-@contextlib.contextmanager
-def sigterm_as_exit() -> Iterator[None]:
-    """While a call waits, SIGTERM ends the process through SystemExit, so
-    that the request is withdrawn; only where nobody else handles it."""
-    import signal
-    global holding
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    if not holding and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, exit_by_signal)
-    holding += 1
-    try:
-        yield
-    finally:
-        holding -= 1
-        ours = signal.getsignal(signal.SIGTERM) is exit_by_signal
-        if ours and not holding:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-holding = 0         # calls that wait in the main thread
-
-
-def exit_by_signal(number: int, frame: Any) -> NoReturn:
-    sys.exit(128 + number)
-
-
 def logged(error: HitlError) -> HitlError:
     """The error, once it stands in the log by its name and whole message."""
     log.error("%s: %s", type(error).__name__, error)
     return error
-
-
-def cut(text: str, size: int) -> str:
-    """The text, or its beginning, in so many bytes of UTF-8."""
-    return text.encode("utf-8", "replace")[:size].decode(errors="ignore")
 
 
 def check_call(tool: Any, arguments: Any, request_id: Any) -> None:
@@ -4362,106 +4053,11 @@ def argument_text(tool: str, arguments: Mapping[str, Any]) -> str:
 def not_json(value: Any) -> str:
     """Why a value does not survive the way through JSON, or ""."""
     try:        # two levels deeper, as it stands in the request
-        back = parse_json(canonical([[value]]))[0][0]
+        back = parse_json(PLAIN.encode([[value]]))[0][0]
     except (TypeError, ValueError, RecursionError) as error:
         return str(error)
-    return "" if alike(value, back) else (
+    return "" if repr(value) == repr(back) else (
         f"a {type(value).__name__} changes on the way through JSON")
-
-
-def alike(one: Any, two: Any) -> bool:
-    """Equal, and of the very same types all through."""
-    if type(one) is not type(two):
-        return False
-    if isinstance(one, dict):
-        return one.keys() == two.keys() and all(
-            type(k) is str and alike(v, two[k]) for k, v in one.items())
-    if isinstance(one, list):
-        return len(one) == len(two) and all(map(alike, one, two))
-    return bool(one == two)
-
-
-def agent_name() -> str:
-    """HITL_AGENT, or user@host:folder."""
-    import getpass
-    import platform
-    name = os.environ.get("HITL_AGENT")
-    if not name:
-        user = folder = "?"
-        with contextlib.suppress(OSError, KeyError, ImportError):
-            user = getpass.getuser()
-        with contextlib.suppress(OSError):
-            folder = os.getcwd()
-        name = f"{user}@{platform.node()}:{folder}"
-    return name
-
-
-# What looks like a secret leaves the process as its length only: a digest,
-# or a few characters of it, would give a short code away in a second.
-SECRET_WORDS = (r"passw|passphrase|pwd|secret|token|api[_-]?key|access[_-]?key"
-                r"|private[_-]?key|authorization|credential|cookie|jwt|"
-                r"session[_-]?id|bearer")
-# (texts, not compiled: import hitl stays cheap, and re keeps what it compiled)
-SECRET_NAME = rf"(?i){SECRET_WORDS}|^(pin|otp)$"
-SECRET_SHAPE = (r"(?s)"
-    r"\b(?:sk|pk|rk)[-_][\w-]{16,}|\bgh[pousr]_\w{20,}|\bgithub_pat_\w{20,}|"
-    r"\bglpat-[\w-]{16,}|\bxox[a-z]-[\w-]{10,}|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|"
-    r"\bAIza[\w-]{30,}|\bhf_\w{20,}|\bnpm_\w{20,}|\bpypi-[\w-]{20,}|"
-    r"\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*|\bwhsec_[\w+/=]{16,}|"
-    r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*KEY-----|\Z)|"
-    r"(?<=://)[^\s/:@]*:[^\s/@]+(?=@)|"
-    r"(?i:\b(?:bearer|basic)) +[\w.~+/-]{12,}=*")
-# name = value in a text: a repr(), JSON inside a string, a shell line
-SECRET_ASSIGNED = (
-    rf"(?i)((?:{SECRET_WORDS})\w{{0,20}}[\\\"']*\s*[:=]\s*[\\\"']*)"
-    r"((?<=\")[^\"]{3,}|(?<=')[^']{3,}|[^\s\\\"',;)}\]]{3,})")
-
-
-def mask(text: str) -> str:
-    return f"[masked, {len(text)} characters]"
-
-
-def masked_text(text: str, own: str) -> str:
-    """A text without what looks like a secret, or is this gate's token."""
-    text = text.encode("utf-8", "backslashreplace").decode()
-    if own and own in text:
-        text = text.replace(own, mask(own))
-    text = re.sub(SECRET_SHAPE, lambda found: mask(found[0]), text)
-    return re.sub(SECRET_ASSIGNED, lambda found: found[0] if found[
-        2].startswith("[masked") else found[1] + mask(found[2]), text)
-
-
-def masked(value: Any, own: str = "", path: tuple[int, ...] = (),
-           left: list[int] | None = None) -> Any:
-    """A value as plain JSON, what looks like a secret masked. A dataclass
-    becomes its fields, another object its repr(); what contains itself, or
-    lies very deep or far, becomes words."""
-    left = [CONTEXT_NODES] if left is None else left
-    left[0] -= 1
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, (int, float)) and type(value) in (int, float):
-        return value if abs(value) < 1e300 else (
-            repr(value) if isinstance(value, float) else "[a large int]")
-    if isinstance(value, str):
-        return masked_text(value, own)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {f.name: getattr(value, f.name, None)
-                 for f in dataclasses.fields(value)}
-    elif not isinstance(value, (Mapping, list, tuple, set, frozenset)):
-        try:
-            return masked_text(repr(value), own)
-        except Exception:
-            return f"[a {type(value).__name__}]"
-    if id(value) in path or len(path) > CONTEXT_DEPTH or left[0] < 0:
-        return "[contains itself]" if id(value) in path else "[more]"
-    path += (id(value),)
-    if not isinstance(value, Mapping):
-        return [masked(v, own, path, left) for v in value]
-    return {masked_text(str(k), own): mask(str(v)) if v and v is not True and
-            (found := re.search(SECRET_NAME, str(k))) and not (
-                isinstance(v, int) and not found[1]) else
-            masked(v, own, path, left) for k, v in value.items()}
 
 
 # ================================= Adapters ================================
@@ -4553,7 +4149,7 @@ def dialect_of(data: Mapping[str, Any]) -> str:
                     reason="bad-hook")
 
 
-def inside(data: Any, path: str) -> Any:
+def at_path(data: Any, path: str) -> Any:
     """The value at a dotted path, or None."""
     for part in path.split("."):
         data = data.get(part) if isinstance(data, Mapping) else None
@@ -4564,10 +4160,10 @@ def proposed(name: str, data: Mapping[str, Any]
              ) -> tuple[str, dict[str, Any]]:
     """The tool call a hook's input proposes; HitlError without a name."""
     dialect = DIALECTS[name]
-    tool, arguments = (inside(data, path) for path in dialect[:2])
+    tool, arguments = (at_path(data, path) for path in dialect[:2])
     if name == "cline" and tool is None:
-        tool = inside(data, "preToolUse.toolName")
-        arguments = inside(data, "preToolUse.parameters")
+        tool = at_path(data, "preToolUse.toolName")
+        arguments = at_path(data, "preToolUse.parameters")
     if name == "copilot-permission" and tool is None:
         tool, arguments = data.get("tool_name"), data.get("tool_input")
     if name == "cursor" and tool is None and "command" in data:
@@ -4608,7 +4204,7 @@ def hook(data: bytes, config: Path | None, seconds: float | None
         gate = Gate(find_configuration(config, local=False), context=call,
                     agent=hook_agent(name, call))
         why = decide_hook(gate, tool, arguments,
-                          str(inside(call, dialect.session) or [
+                          str(at_path(call, dialect.session) or [
                               call.get("cwd"), call.get("transcript_path")]),
                           seconds or dialect.seconds)
         if why is None:
@@ -4617,7 +4213,7 @@ def hook(data: bytes, config: Path | None, seconds: float | None
     except (CollaborationError, ReviewTimeoutError) as error:
         told = isinstance(error, (DeniedError, ReviewTimeoutError)) or (
             type(error) is CollaborationError)
-        why = f"{error.message}. Do not retry or rephrase it; tell the user."
+        why = error.told
         if error.reason == "still-waiting":
             why = (f"{error.message.partition('; the request')[0]}; the "
                    "request still waits. Repeat this very call later to pick "
@@ -4672,7 +4268,7 @@ def decide_hook(gate: Gate, tool: str, arguments: dict[str, Any],
 
 def hook_agent(name: str, call: Mapping[str, Any]) -> str:
     """The name on the card: agent, folder, session, sub-agent."""
-    session = inside(call, DIALECTS[name].session)
+    session = at_path(call, DIALECTS[name].session)
     parts = [os.environ.get("HITL_AGENT") or name.partition("-")[0],
              call.get("cwd"), session and f"session {str(session)[:8]}"]
     parts += [f"{key} {call[key]}" for key in ("agent_type", "agent_id")
@@ -4703,25 +4299,6 @@ SNIPPETS = {
                '"timeout": 86400, "failClosed": true}]}}'),
     "cline": (".clinerules/hooks/PreToolUse (make it executable)",
               "#!/bin/sh\nCMD\n"),
-    "opencode": (".opencode/plugin/hitl.js", """\
-export const Hitl = async () => ({
-  "tool.execute.before": async (input, output) => {
-    const call = {hook_event_name: "PreToolUse", session_id: input.sessionID,
-                  transcript_path: "", tool_name: input.tool,
-                  tool_input: output.args}
-    const run = Bun.spawn(["/bin/sh", "-c", CMD],
-      {stdin: new Blob([JSON.stringify(call)]), stdout: "pipe"})
-    const text = await new Response(run.stdout).text()
-    if ((await run.exited) !== 0) throw new Error("hitl: refused")
-    const answer = JSON.parse(text)
-    if (Object.prototype.toString.call(answer) !== "[object Object]")
-      throw new Error("hitl: refused")
-    const said = answer.hookSpecificOutput
-    if (said && said.permissionDecision !== "allow")
-      throw new Error(said.permissionDecisionReason)
-  },
-})
-"""),
 }
 
 
@@ -4738,74 +4315,24 @@ def hook_command(agent: str) -> str:
 
 
 def snippet(agent: str) -> tuple[str, str]:
-    """Where to install, and the text to put there."""
+    """Where to install, and the text to put request."""
     where, text = SNIPPETS[agent]
     command = hook_command(agent)
     if agent == "cline":
         return where, text.replace("CMD", command)
     text = text.replace("CMD", json.dumps(command))
-    if agent == "opencode":
-        return where, text
     return where, json.dumps(json.loads(text), indent=2)
 
 
-def installed_lines(agent: str) -> Iterator[tuple[Path, str, str]]:
-    """The lines that run this in an agent's settings, here or at home, each
-    with what is wrong in the settings around it."""
+def installed_lines(agent: str) -> Iterator[tuple[Path, str]]:
+    """The lines that run this in an agent's settings, here or at home."""
     name = SNIPPETS[agent][0].partition(" (")[0].removeprefix("~/")
-    if agent == "opencode":
-        return                          # JavaScript: not ours to run
     for path in (folder / name for folder in (Path.cwd(), Path.home())):
-        if not path.is_file():
-            continue
-        text = path.read_text(encoding="utf-8")
-        if agent == "cline":
-            yield path, text, ""
-            continue
-        try:
-            root = json.loads(text)
-        except ValueError as error:
-            raise ConfigError(f"{path}: not plain JSON: {error}") from None
-        off = "hooks are switched off" * bool(inside(root, "disableAllHooks"))
-        for settings, matcher in objects_in(root):
-            for line in settings.values():
-                if isinstance(line, str) and "hitl" in line and (
-                        " hook" in line):
-                    yield path, line, off or misfit(agent, settings, matcher)
-
-
-def objects_in(value: Any, matcher: Any = "*"
-               ) -> Iterator[tuple[dict[str, Any], Any]]:
-    """Every JSON object inside, with the `matcher` it stands under."""
-    if isinstance(value, dict):
-        matcher = value.get("matcher", matcher)
-        yield value, matcher
-        value = list(value.values())
-    for inner in value if isinstance(value, list) else ():
-        yield from objects_in(inner, matcher)
-
-
-# after how many seconds an agent gives up on a hook, if its settings say none
-GIVES_UP = {"claude": 600, "codex": 600, "gemini": 60, "copilot": 30,
-            "cursor": 60}
-
-
-def misfit(agent: str, settings: dict[str, Any], matcher: Any) -> str:
-    """Why these settings let calls pass although the line blocks, or ""."""
-    given = settings.get("timeoutSec" if agent == "copilot" else "timeout")
-    seconds = GIVES_UP[agent] if not isinstance(given, (int, float)) else (
-        given / 1000 if agent == "gemini" else given)
-    line = next(v for v in settings.values()
-                if isinstance(v, str) and " hook" in v)
-    deadline = re.search(r"--deadline[ =]([0-9.]+)", line)
-    wanted = float(deadline[1]) if deadline else DIALECTS[
-        agent if agent != "copilot" else "copilot-pascal"].seconds
-    if seconds <= wanted:
-        return (f"the agent gives up after {seconds:g} s, before the hook's "
-                f"deadline of {wanted:g} s, and lets the call run")
-    if matcher not in ("", "*", ".*"):
-        return f"it is run for {matcher!r} only"
-    return ""
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+            for line in [text] if agent == "cline" else re.findall(
+                    r'"(?:[^"\\]|\\.)*hitl(?:[^"\\]|\\.)* hook(?:[^"\\]|\\.)*"', text):
+                yield path, line if agent == "cline" else json.loads(line)
 
 
 SAMPLES: dict[str, dict[str, Any]] = {
@@ -4868,75 +4395,60 @@ def lines_from(file: int) -> Iterator[bytes]:
 
 
 class Proxy:
-    """Bytes pass both ways as they are, but for tools/call: that waits on a
-    thread of its own while everything else goes on."""
+    """Bytes pass both ways as they are, but for tools/call: each waits in a
+    task of its own while everything else goes on."""
 
     def __init__(self, gate: Gate, command: list[str], name: str) -> None:
-        import subprocess
         self.gate, self.name, self.command = gate, name, command
-        self.child: Any = subprocess.Popen(command, stdin=subprocess.PIPE,
-                                      stdout=subprocess.PIPE)
-        self.to_client, self.to_server = threading.Lock(), threading.Lock()
-        self.lock = threading.Lock()            # over the tables below
-        self.held: dict[str, Held] = {}         # by the JSON-RPC id
-        self.sent: dict[str, tuple[str, str]] = {}  # id -> method, call
-        self.resumes: dict[tuple[str, str], int] = {}   # state, call
+        self.held: dict[str, Any] = {}          # JSON-RPC id -> its task
+        self.sent: dict[str, tuple[str, str]] = {}      # id -> method, call
+        self.resumes: Counter[tuple[str, str]] = Counter()  # state, call
         self.seen: dict[str, Any] = {}          # what the server said of tools
 
-    def run(self, source: int, sink: Any) -> int:
+    async def run(self, source: int, sink: Any) -> int:
         """Serve until the client or the server ends -> the server's exit
         status."""
+        import asyncio
         self.sink = sink
-        back = threading.Thread(target=self.pump_back)
-        back.start()
-        threading.Thread(target=self.pump_in, args=(source,),
-                         daemon=True).start()
+        self.child = await asyncio.create_subprocess_exec(
+            *self.command, stdin=-1, stdout=-1, limit=1 << 26)
+        client = asyncio.ensure_future(self.pump_in(source))
         try:
-            back.join()
-        except BaseException:               # a signal: leave no orphan
+            async for line in self.child.stdout:
+                self.from_server(line)
+                self.answer(line)
+            for key in [*self.sent, *self.held]:
+                self.fault(-32000, "the MCP server ended", json.loads(key))
+            for task in self.held.values():     # nobody is there to run them
+                task.cancel()
+            return await self.end_child()
+        except BaseException:                   # a signal: leave no orphan
             self.child.terminate()
-        status = self.end_child()
-        with contextlib.suppress(OSError):
-            self.child.stdin.close()
-        for call in list(self.held.values()):   # nobody is there to run them
-            call.cancelled = True
-            self.gate._withdraw(call, "the MCP server ended")
-        return 128 - status if status < 0 else status
+            raise
+        finally:
+            client.cancel()
 
-    def pump_in(self, source: int) -> None:
+    async def pump_in(self, source: int) -> None:
         """Client to server, line by line."""
-        for line in lines_from(source):
-            try:
-                self.from_client(line)
-            except (BrokenPipeError, ValueError):   # the server is gone
-                return
-        for call in list(self.held.values()):
-            self.cancel(call)
-        with contextlib.suppress(OSError):
-            self.child.stdin.close()
-        self.end_child()
+        lines = lines_from(source)
+        while line := await in_thread(next, lines, b""):
+            self.from_client(line)
+        for task in self.held.values():
+            task.cancel()
+        self.child.stdin.close()
+        await self.end_child()
 
-    def end_child(self) -> int:
+    async def end_child(self) -> int:
         """Wait for the server; one that does not end by itself is ended ->
         its exit status."""
-        import subprocess
+        import asyncio
         for stop in (self.child.terminate, self.child.kill):
             try:
-                return int(self.child.wait(3))
-            except subprocess.TimeoutExpired:
+                status = await asyncio.wait_for(self.child.wait(), 3)
+                return 128 - status if status < 0 else status
+            except TimeoutError:
                 stop()
-        return int(self.child.wait())
-
-    def pump_back(self) -> None:
-        """Server to client; when it ends, open calls are answered."""
-        for line in self.child.stdout:
-            self.from_server(line)
-            self.answer(line)
-        with self.lock:
-            open_ids = [*self.sent, *self.held]
-            self.sent.clear()
-        for key in open_ids:
-            self.fault(-32000, "the MCP server ended", json.loads(key))
+        return 128 - await self.child.wait()
 
     def fault(self, code: int, words: str, key: Any = None) -> None:
         self.answer({"jsonrpc": "2.0", "id": key, "error": {
@@ -4945,14 +4457,9 @@ class Proxy:
     def answer(self, message: Any) -> None:
         line = message if isinstance(message, bytes) else (
             json.dumps(message) + "\n").encode()
-        with self.to_client, contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
             self.sink.write(line)
             self.sink.flush()
-
-    def forward(self, line: bytes) -> None:
-        with self.to_server:
-            self.child.stdin.write(line)
-            self.child.stdin.flush()
 
     def from_client(self, line: bytes) -> None:
         try:
@@ -4962,48 +4469,39 @@ class Proxy:
         except ValueError:
             # what we cannot read strictly, a server might read as a call
             if b"call" in line or b"\\u" in line or b"\r" in line[:-2]:
-                self.fault(-32700, "hitl: not strict JSON")
-            else:
-                self.forward(line)
-            return
+                return self.fault(-32700, "hitl: not strict JSON")
+            return self.child.stdin.write(line)
         if isinstance(message, list) and any(
-                inside(m, "method") == "tools/call" for m in message):
-            self.fault(-32600, "hitl: send calls one by one")
-        elif inside(message, "method") == "tools/call":
-            self.gated(message, line)
-        elif inside(message, "method") == "notifications/cancelled":
-            key = canonical(inside(message, "params.requestId"))
-            call = self.held.get(key)
-            if call is None:
-                self.forward(line)
-            else:
-                self.cancel(call)
-        else:
-            self.passes(message, line)
+                at_path(m, "method") == "tools/call" for m in message):
+            return self.fault(-32600, "hitl: send calls one by one")
+        if at_path(message, "method") == "tools/call":
+            return self.gated(message, line)
+        if at_path(message, "method") == "notifications/cancelled":
+            task = self.held.get(canonical(at_path(message,
+                                                  "params.requestId")))
+            if task is not None:        # withdrawn, never forwarded or answered
+                return task.cancel()
+        self.passes(message, line)
 
     def passes(self, message: Any, line: bytes, call: str = "") -> None:
         if isinstance(message, dict) and "id" in message and (
                 "method" in message):
-            with self.lock:
-                self.sent[canonical(message["id"])] = (message["method"], call)
+            self.sent[canonical(message["id"])] = (message["method"], call)
             if message["method"] == "initialize":
-                self.seen["client"] = inside(message, "params.clientInfo")
-        self.forward(line)
+                self.seen["client"] = at_path(message, "params.clientInfo")
+        self.child.stdin.write(line)
 
     def gated(self, message: dict[str, Any], line: bytes) -> None:
-        """A tools/call: passes, is refused, or waits on its own thread."""
+        """A tools/call: passes, is refused, or waits in its own task."""
+        import asyncio
         params = message.get("params")
         params = params if isinstance(params, dict) else {}
         tool, arguments = params.get("name"), params.get("arguments") or {}
         call = canonical([tool, arguments])
-        with self.lock:
-            resumed = (str(params.get("requestState")), call)
-            passes = self.resumes.get(resumed, 0) > 0
-            if passes:                  # the rest of a call approved before
-                self.resumes[resumed] -= 1
-        if passes:
+        resumed = (str(params.get("requestState")), call)
+        if self.resumes[resumed] > 0:   # the rest of a call approved before
+            self.resumes[resumed] -= 1
             return self.passes(message, line, call)
-        key = canonical(message.get("id"))
         try:
             if not isinstance(tool, str) or not isinstance(arguments, dict):
                 raise HitlError("this tools/call names no tool")
@@ -5013,67 +4511,51 @@ class Proxy:
                     "client": self.seen.get("client"),
                     "the server says of this tool (untrusted)":
                         self.seen.get(tool, "nothing")})
+            key = canonical(message.get("id"))
+            if held is not None and key in self.held:
+                raise HitlError("this id waits already")
         except HitlError as error:
             return self.refuse(message, logged(error))
         if held is None:
             return self.passes(message, line)
         if "id" not in message:
-            log.error("a tools/call without an id was dropped")
-            return
-        held.tick = self.progress(params)
-        with self.lock:
-            if key in self.held:        # cancel could not tell them apart
-                return self.refuse(message, HitlError("this id waits already"))
-            self.held[key] = held
-        threading.Thread(target=self.wait, daemon=True,
-                         args=(message, held, key, call)).start()
+            return log.error("a tools/call without an id was dropped")
+        held.tick = self.progress(params, asyncio.get_running_loop())
+        self.held[key] = asyncio.ensure_future(self.wait(message, held, call))
+        self.held[key].add_done_callback(lambda _: self.held.pop(key, None))
 
-    def wait(self, message: dict[str, Any], held: Held, key: str,
-             call: str) -> None:
+    async def wait(self, message: dict[str, Any], held: Held,
+                   call: str) -> None:
         """Hold one call until a person decides, then send it or refuse."""
         try:
-            self.gate._obtain(held)
-        except HitlError as error:      # a cancelled call is never answered
-            return None if held.cancelled else (
-                self.refuse(message, logged(error)))
-        finally:
-            self.held.pop(key, None)
-        if held.cancelled:
-            return
+            await self.gate._aobtain(held)
+        except HitlError as error:
+            return self.refuse(message, logged(error))
         message["params"]["arguments"] = held.approved()    # promise 2
-        try:
-            self.passes(message, (json.dumps(message) + "\n").encode(), call)
-        except (OSError, ValueError) as gone:
-            self.gate._report(held, gone)
-            return self.refuse(message, HitlError("the MCP server is gone"))
-        self.gate._report(held, None)
-
-    def cancel(self, held: Held) -> None:
-        held.cancelled = True
-        threading.Thread(target=self.gate._withdraw, args=(held, "cancelled"),
-                         daemon=True).start()
+        self.passes(message, (json.dumps(message) + "\n").encode(), call)
+        await in_thread(self.gate._report, held, None)
 
     def refuse(self, message: dict[str, Any], error: HitlError) -> None:
         """A refusal as a tool's result: agents drop the reason of a JSON-RPC
         error."""
-        text = f"{error.message}. Do not retry or rephrase it; tell the user."
-        result: dict[str, Any] = {"content": [{"type": "text", "text": text}],
-                                  "isError": True}
-        meta = inside(message, "params._meta")
+        result: dict[str, Any] = {"isError": True, "content": [
+            {"type": "text", "text": error.told}]}
+        meta = at_path(message, "params._meta")
         if isinstance(meta, dict) and MODERN in meta:
             result["resultType"] = "complete"
         if "id" in message:
             self.answer({"jsonrpc": "2.0", "id": message["id"],
                          "result": result})
 
-    def progress(self, params: dict[str, Any]) -> Callable[[], None]:
+    def progress(self, params: dict[str, Any], loop: Any
+                 ) -> Callable[[], None]:
         """What tells the client, at each look at the status, that a person
         is being waited for; nothing if it did not ask to be told."""
-        token = inside(params, "_meta.progressToken")
+        token = at_path(params, "_meta.progressToken")
         count = iter(range(1, 1 << 62))
 
         def tick() -> None:
-            self.answer({
+            loop.call_soon_threadsafe(self.answer, {
                 "jsonrpc": "2.0", "method": "notifications/progress",
                 "params": {"progressToken": token, "progress": next(count),
                            "message": "waiting for a person's approval"}})
@@ -5088,17 +4570,15 @@ class Proxy:
         if not isinstance(message, dict) or "id" not in message or (
                 "method" in message):
             return
-        with self.lock:
-            method, call = self.sent.pop(canonical(message["id"]), ("", ""))
-            state = inside(message, "result.requestState")
-            if call and state is not None and inside(
-                    message, "result.resultType") == "input_required":
-                known = (str(state), call)
-                self.resumes[known] = self.resumes.get(known, 0) + 1
-        tools = inside(message, "result.tools")
+        method, call = self.sent.pop(canonical(message["id"]), ("", ""))
+        state = at_path(message, "result.requestState")
+        if call and state is not None and at_path(
+                message, "result.resultType") == "input_required":
+            self.resumes[str(state), call] += 1
+        tools = at_path(message, "result.tools")
         if method == "tools/list" and isinstance(tools, list):
             for tool in tools:
-                self.seen[str(inside(tool, "name"))] = inside(
+                self.seen[str(at_path(tool, "name"))] = at_path(
                     tool, "annotations")
 
 
@@ -5174,8 +4654,7 @@ class Workshop:
         self.rules = folder / "checkpoints.toml"
         self.rules.write_text(SAMPLE_RULES.format(timeout=timeout))
         self.records, self.database = folder / "records.db", folder / "hitl.db"
-        self.token = fresh_token()
-        self.store = Store(self.database)
+        self.token, self.store = fresh_token(), Store(self.database)
         tokens = Tokens(None, token_hash(self.token), {})
         try:
             self.desk = open_desk("127.0.0.1", port, self.store, tokens,
@@ -5184,7 +4663,6 @@ class Workshop:
             self.desk = open_desk("127.0.0.1", 0, self.store, tokens, say=say)
         self.thread = threading.Thread(target=self.desk.serve_forever)
         self.thread.start()
-        self.waiting_id = ""            # of the request looked at last
         self.reset()
 
     def __enter__(self) -> Workshop:
@@ -5195,10 +4673,6 @@ class Workshop:
         self.thread.join()
         self.store.close()
         self.scratch.cleanup()
-
-    @property
-    def link(self) -> str:
-        return link_with(self.desk.url, self.token)
 
     def gate(self, agent: str, context: Any) -> Gate:
         return Gate(self.rules, server_url=self.desk.url, agent=agent,
@@ -5243,8 +4717,7 @@ def link_with(url: str, token: str) -> str:
 DELETE = {"table": "users", "condition": "last_login < '2020-01-01'"}
 
 
-def demo(timeout: float, keys: Iterator[str],
-         say: Callable[[str], None]) -> None:
+def demo(timeout: float, say: Callable[[str], None]) -> None:
     """A sample agent that wants to delete, a desk, and a person: you."""
     with Workshop(timeout, 8765) as shop:
         gate = shop.gate("demo agent", {
@@ -5252,13 +4725,13 @@ def demo(timeout: float, keys: Iterator[str],
             "records": shop.read_records("users")})
         say(f"hitl.py {__version__} demo: an agent wants to delete records, "
             "and waits for you.\n\nReview it in a browser:\n"
-            f"{shop.link}\n(if it asks: name reviewer, token {shop.token})\n"
-            "Or press a to approve, r to reject, here.\n")
-        say(f"agent: read_records(users) -> {shop.read_records('users')}")
-        say(f"agent: delete_records({DELETE['table']}, "
-            f"{DELETE['condition']!r}) ...")
+            f"{link_with(shop.desk.url, shop.token)}\n(if it asks: name "
+            f"reviewer, token {shop.token})\nOr type a to approve, r to "
+            "reject, here, and Enter.\n\n"
+            f"agent: read_records(users) -> {shop.read_records('users')}\n"
+            f"agent: delete_records({DELETE}) ...")
         threading.Thread(target=decide_by_keys, daemon=True,
-                         args=(shop, keys, say)).start()
+                         args=(shop.reviewer("terminal"), say)).start()
         try:
             gone = gate.call("delete_records", DELETE, shop.delete_records)
             say(f"agent: approved, {gone} records deleted")
@@ -5272,32 +4745,18 @@ def demo(timeout: float, keys: Iterator[str],
                 time.sleep(1)
 
 
-def decide_by_keys(shop: Workshop, keys: Iterator[str],
-                   say: Callable[[str], None]) -> None:
-    """Decide what waits when `a` or `r` is pressed."""
-    me = shop.reviewer("terminal")
-    for key in keys:
-        if key not in ("a", "r"):
-            say("press a to approve, r to reject")
+def decide_by_keys(me: Client, say: Callable[[str], None]) -> None:
+    """Decide what waits when `a` or `r` is typed."""
+    for line in lines_from(sys.stdin.fileno()):
+        decision = {b"a": "approved", b"r": "rejected"}.get(line.strip()[:1])
+        if decision is None:
+            say("type a to approve, r to reject")
             continue
-        decision = "approved" if key == "a" else "rejected"
-        end = time.monotonic() + 10     # the request may be on its way
-        while time.monotonic() < end:
-            for waiting in me.exchange("GET", "/pending",
-                                       seconds=5).body["waiting"]:
-                me.exchange("POST", f"/approve/{waiting['request_id']}",
-                            {"decision": decision}, seconds=5)
-                return
-            time.sleep(0.05)
-
-
-class Finding(NamedTuple):
-    """One line of the verification."""
-
-    step: str
-    expected: str
-    observed: str
-    holds: bool
+        for waiting in me.exchange("GET", "/pending",
+                                   seconds=5).body["waiting"]:
+            me.exchange("POST", f"/approve/{waiting['request_id']}",
+                        {"decision": decision}, seconds=5)
+            return
 
 
 def starting_state(model: str) -> dict[str, str]:
@@ -5317,14 +4776,48 @@ def file_sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def verification(shop: Workshop, lines: list[str]) -> Iterator[Finding]:
-    """The guide's verification, step by step: trigger, approve; trigger,
-    reject; trigger, and nobody decides. `lines` is the log as it grows."""
+def verify(model: str, timeout: float, say: Callable[[str], None]
+           ) -> dict[str, Any]:
+    """The guide's verification -> the evidence: state, configuration, what
+    was expected and observed. Nothing of it is left on the disk."""
+    lines: list[str] = []               # of the log
+    listener = logging.Handler()
+    listener.emit = lambda record: lines.append(  # type: ignore[method-assign]
+        f"{record.levelname} {record.getMessage()}")
+    log.addHandler(listener)
+    propagate, log.propagate = log.propagate, False
+    try:
+        with Workshop(timeout) as shop:
+            rules = shop.rules.read_text()
+            state = {
+                "started_at": instant(time.time()), **starting_state(model),
+                "configuration sha256": hashlib.sha256(
+                    rules.encode()).hexdigest(),
+                "database": str(shop.database), "server": shop.desk.url}
+            say("\n".join(f"{name:20} {state[name]}" for name in state))
+            findings = verification(shop, lines, say)
+    finally:
+        log.propagate = propagate
+        log.removeHandler(listener)
+    return {**state, "configuration": rules, "findings": findings,
+            "log": lines, "verified": all(f["holds"] for f in findings)}
+
+
+def verification(shop: Workshop, lines: list[str],
+                 say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Trigger, approve; trigger, reject; trigger, and nobody decides."""
+    findings: list[dict[str, Any]] = []
     gate = shop.gate("verification", {"plan": ["read", "delete"], "step": 2})
     me = shop.reviewer("verifier")
 
-    def trigger() -> Generator[Finding, None, tuple[
-            threading.Thread, dict[str, Any]]]:
+    def note(step: str, expected: str, observed: str, holds: bool) -> None:
+        findings.append({"step": step, "expected": expected,
+                         "observed": observed, "holds": holds})
+        say(f"\n{'ok  ' if holds else 'FAIL'} {step}\n     expected "
+            f"{expected}\n     observed {visible(observed)}")
+
+    def trigger() -> tuple[str, threading.Thread, dict[str, Any]]:
+        """A call in a thread -> its request_id, and what becomes of it."""
         result: dict[str, Any] = {}
 
         def run() -> None:
@@ -5334,149 +4827,93 @@ def verification(shop: Workshop, lines: list[str]) -> Iterator[Finding]:
             except HitlError as error:
                 result["raised"] = error
             result["at"] = time.monotonic()
+        shop.reset()
         thread = threading.Thread(target=run)
         began = time.monotonic()
         thread.start()
+        ids: list[str] = []
         with contextlib.closing(open_for_reading(shop.database)) as db:
-            ids: list[str] = []
             while not ids and time.monotonic() < began + 5:
                 ids = waiting_ids(db)
         took = time.monotonic() - began
-        yield Finding(
-            "trigger delete_records", "1 row with status waiting within 1 s",
-            f"{len(ids)} row after {took:.3f} s", len(ids) == 1 and took < 1)
-        shop.waiting_id = ids[0] if ids else ""
-        return thread, result
+        note("trigger delete_records", "1 row with status waiting within 1 s",
+             f"{len(ids)} row after {took:.3f} s", len(ids) == 1 and took < 1)
+        return ids[0] if ids else "", thread, result
 
-    def records() -> int:
-        return len(shop.read_records("users"))
+    def left() -> str:
+        return f"{len(shop.read_records('users'))} of 3 records left"
 
-    # 1 approve
-    thread, result = yield from trigger()
-    status, _, data = me.fetch("GET", "/", seconds=5, Accept="text/html")
-    description = f"Delete users where {DELETE['condition']}"
-    form = card_on(data, shop.waiting_id)
-    yield Finding("open the page", f"200, and it shows: {description}",
-                  f"{status}, and it shows: {form.description}",
-                  status == 200 and form.description == description)
-    yield Finding("look at the row", "amber: class waiting, and its buttons",
-                  f"class {form.style}, buttons "
-                  f"{', '.join(form.buttons) or 'none'}",
-                  "waiting" in form.style.split() and
-                  set(form.buttons) == {"approved", "rejected"})
-    clicked = time.monotonic()
-    status = form.click(me, "approved")
-    thread.join(10)
-    took = result.get("at", math.inf) - clicked
-    yield Finding("click Approve", "303 back to the page; the agent resumes "
-                  "within 5 s", f"{status}, resumed after {took:.3f} s",
-                  status == 303 and took < 5)
-    yield Finding("look at the records", "the tool ran: 2 of 3 deleted",
-                  f"it returned {result.get('returned')}, {records()} left",
-                  result.get("returned") == 2 and records() == 1)
-
-    # 2 reject
-    shop.reset()
-    thread, result = yield from trigger()
-    card_on(me.fetch("GET", "/", seconds=5)[2], shop.waiting_id).click(
-        me, "rejected")
-    thread.join(10)
-    yield Finding("click Reject", "CollaborationError reaches the caller",
-                  f"{type(result.get('raised')).__name__}: "
-                  f"{result.get('raised')}",
-                  type(result.get("raised")) is CollaborationError)
-    line = next((line for line in reversed(lines)
-                 if "CollaborationError: rejected" in line), "")
-    yield Finding("read the log", "a line with CollaborationError: rejected",
-                  line or "none", bool(line))
-    yield Finding("look at the records", "nothing ran: 3 left",
-                  f"{records()} left", records() == 3)
-
-    # 3 nobody decides
-    thread, result = yield from trigger()
-    limit = gate.configuration.gate["timeout_seconds"]
-    thread.join(limit + 10)
-    late = isinstance(result.get("raised"), TimeoutError)
-    yield Finding(f"wait (time-out set to {limit} s here)", "TimeoutError",
-                  f"{type(result['raised']).__name__}, a TimeoutError"
-                  if late else repr(result), late)
-    reply = me.exchange("POST", f"/approve/{shop.waiting_id}",
-                        {"decision": "approved"}, seconds=5)
-    yield Finding("click too late", "409, the row is expired, nothing runs",
-                  f"{reply.status}, {reply.reason}, {records()} records",
-                  (reply.status, reply.reason, records()) ==
-                  (409, "expired", 3))
-    with contextlib.closing(open_for_reading(shop.database)) as db:
-        faults = list(audit_faults(db))
-    yield Finding("check the audit log", "whole", "; ".join(faults) or "whole",
-                  not faults)
-
-
-class Card(NamedTuple):
-    """One request's card, as a browser sees it on the page."""
-
-    style: str
-    description: str
-    action: str
-    fields: dict[str, str]
-    buttons: list[str]
-
-    def click(self, client: Client, decision: str) -> int:
-        """Post the form as a browser does -> the status."""
-        from urllib.parse import urlencode
-        form = {**self.fields, "reason": "", "decision": decision}
-        return client.fetch(
-            "POST", self.action, urlencode(form).encode(), seconds=5,
-            Content_Type=FORM, Accept="text/html", Origin=client.server_url,
+    def click(request_id: str, decision: str) -> int:
+        """Press a button of the request's card, as a browser does."""
+        return me.fetch(
+            "POST", f"/approve/{request_id}",
+            f"reason=&decision={decision}".encode(), seconds=5,
+            Content_Type=FORM, Accept="text/html", Origin=me.server_url,
             Sec_Fetch_Site="same-origin")[0]
 
+    # 1 approve
+    request_id, thread, result = trigger()
+    status, _, page = me.fetch("GET", "/", seconds=5, Accept="text/html")
+    shown = card_on(page.decode(), request_id)
+    expected = ["waiting", f"Delete users where {DELETE['condition']}",
+                f"/approve/{request_id}", "approved", "rejected"]
+    note("look at the page", f"200, a card with {', '.join(expected)}",
+         f"{status}, a card with {', '.join(shown)}",
+         (status, shown) == (200, expected))
+    clicked = time.monotonic()
+    status = click(request_id, "approved")
+    thread.join(10)
+    took = result.get("at", math.inf) - clicked
+    note("click Approve", "303 back to the page; the agent resumes within 5 s",
+         f"{status}, resumed after {took:.3f} s", status == 303 and took < 5)
+    note("look at the records", "the tool ran, 1 of 3 records left",
+         f"it returned {result.get('returned')}, {left()}",
+         (result.get("returned"), left()) == (2, "1 of 3 records left"))
 
-def card_on(page: bytes, request_id: str) -> Card:
-    """The card of a request on the page; an empty one if it is not there."""
+    # 2 reject
+    request_id, thread, result = trigger()
+    click(request_id, "rejected")
+    thread.join(10)
+    error = result.get("raised")
+    note("click Reject", "CollaborationError reaches the caller",
+         f"{type(error).__name__}: {error}",
+         type(error) is CollaborationError)
+    line = next((line for line in reversed(lines)
+                 if "CollaborationError: rejected" in line), "none")
+    note("read the log", "a line with CollaborationError: rejected", line,
+         line != "none")
+    note("look at the records", "nothing ran, 3 of 3 records left", left(),
+         left() == "3 of 3 records left")
+
+    # 3 nobody decides
+    request_id, thread, result = trigger()
+    limit = gate.configuration.gate["timeout_seconds"]
+    thread.join(limit + 10)
+    error = result.get("raised")
+    note(f"wait (time-out set to {limit} s here)", "TimeoutError",
+         f"{type(error).__name__}, {error}", isinstance(error, TimeoutError))
+    reply = me.exchange("POST", f"/approve/{request_id}",
+                        {"decision": "approved"}, seconds=5)
+    note("click too late", "409, the row is expired, nothing runs",
+         f"{reply.status}, {reply.reason}, {left()}",
+         (reply.status, reply.reason, left()) ==
+         (409, "expired", "3 of 3 records left"))
+    with contextlib.closing(open_for_reading(shop.database)) as db:
+        faults = "; ".join(audit_faults(db)) or "whole"
+    note("check the audit log", "whole", faults, faults == "whole")
+    return findings
+
+
+def card_on(page: str, request_id: str) -> list[str]:
+    """What a person sees of a request: its colour's class, description,
+    where the form goes, its buttons."""
     from html import unescape
-    text = re.search(rf'<article class="([^"]*)" id="request-{request_id}">'
-                     r"(.*?)</article>", page.decode(), re.DOTALL) or [""] * 3
-    found = functools.partial(re.findall, string=text[2], flags=re.DOTALL)
-    return Card(text[1], unescape("".join(found("<h3[^>]*>(.*?)</h3>"))),
-                "".join(found('<form [^>]*action="([^"]*)"')),
-                dict(found('<input [^>]*name="([^"]*)" value="([^"]*)"')),
-                found('<button [^>]*value="([^"]*)"'))
-
-
-def verify(model: str, timeout: float, say: Callable[[str], None]
-           ) -> dict[str, Any]:
-    """Run the verification -> the evidence: state, configuration, findings.
-    Nothing of it is left on the disk."""
-    lines: list[str] = []
-    listener = logging.Handler()
-    listener.emit = lambda record: lines.append(  # type: ignore[method-assign]
-        f"{record.levelname} {record.getMessage()}")
-    log.addHandler(listener)
-    propagate, log.propagate = log.propagate, False
-    try:
-        with Workshop(timeout) as shop:
-            rules = shop.rules.read_text()
-            evidence: dict[str, Any] = {
-                "started_at": instant(time.time()), **starting_state(model),
-                "configuration": rules, "configuration sha256":
-                hashlib.sha256(rules.encode()).hexdigest(),
-                "database": str(shop.database), "server": shop.desk.url}
-            for name in evidence:
-                if name != "configuration":
-                    say(f"{name:20} {evidence[name]}")
-            findings = []
-            for finding in verification(shop, lines):
-                findings.append(finding._asdict())
-                say(f"\n{'ok  ' if finding.holds else 'FAIL'} "
-                    f"{finding.step}\n     expected {finding.expected}\n"
-                    f"     observed {visible(finding.observed)}")
-            evidence["findings"] = findings
-    finally:
-        log.propagate = propagate
-        log.removeHandler(listener)
-    evidence["log"] = lines
-    evidence["verified"] = all(f["holds"] for f in findings)
-    return evidence
+    card = re.search(rf'<article class="card (\w+)" id="request-{request_id}">'
+                     r".*?</article>", page, re.DOTALL)
+    seen = re.findall(r'<h3[^>]*>(.*?)</h3>|action="([^"]*)"|'
+                      r'<button [^>]*value="([^"]*)"', card[0] if card else "")
+    return [card[1] if card else "none", *(
+        unescape("".join(found)) for found in seen)]
 
 
 # =============================== Command line ==============================
@@ -5534,73 +4971,22 @@ category = "destructive"
 # effect = "deny"               # "review" (default), "allow": runs at once if
                                 # the whole name matches to the letter, "deny"
 
-# For coding agents (`python3 hitl.py hook --help`) and `hitl.py run`: `kind`
-# holds shell commands and file edits whatever an agent calls them, and
-# action_pattern then looks at the command, or at the files an edit touches.
-# A command that cannot be taken apart ($(...), eval ...) waits. Take away the
-# number signs of those you want.
+# For coding agents (`python3 hitl.py hook --help`), if yours has a shell. An
+# argument may have several names; what cannot be read by eye waits, too.
 
 # [[checkpoint]]
-# checkpoint_id = "shell-delete"
-# kind = "shell"
-# action_pattern = '\\b(rm|rmdir|shred|truncate|dd)\\b|\\bgit (reset|clean)\\b'
-# description_template = "Delete: {command}"
-# category = "destructive"
-
-# [[checkpoint]]
-# checkpoint_id = "shell-push"
-# kind = "shell"
-# action_pattern = '\\bgit push\\b|\\bgh (pr merge|release)\\b'
-# description_template = "Push: {command}"
-# category = "high-impact"
-
-# [[checkpoint]]
-# checkpoint_id = "shell-deploy"
-# kind = "shell"
-# action_pattern = '\\bterraform (apply|destroy)\\b|\\b(kubectl|helm)\\b'
-# description_template = "Deploy: {command}"
-# category = "high-impact"
-
-# [[checkpoint]]
-# checkpoint_id = "shell-publish"
-# kind = "shell"
-# action_pattern = '\\b(npm|cargo) publish\\b|\\b(twine upload|docker push)\\b'
-# description_template = "Publish: {command}"
-# category = "high-impact"
-
-# [[checkpoint]]
-# checkpoint_id = "shell-send"
-# kind = "shell"
-# action_pattern = '\\b(curl|wget|scp|rsync|ssh|nc|mail|sendmail)\\b'
-# description_template = "Send: {command}"
-# category = "data-risk"
+# checkpoint_id = "shell"
+# action_pattern = "bash|shell|terminal|command|exec"
+# arguments = { "command|commands|cmd" = '\\b(rm|dd|push|publish|apply|curl|ssh)\\b|\\$\\(|`|<<|\\beval\\b' }
+# description_template = "Run {command}"
 
 # [[checkpoint]]                # the agent's own leash
 # checkpoint_id = "own-rules"
-# kind = "edit"
-# action_pattern = '(checkpoints\\.toml|hitl\\.py|(hooks?|settings)\\.json)\\b'
+# action_pattern = "write|edit|patch|replace|create"
+# arguments = { "file_path|path|filePath" = '(checkpoints\\.toml|hitl\\.py|settings\\.json)' }
 # description_template = "Edit the rules of this agent: {file_path}"
 # effect = "deny"
 '''
-
-
-@contextlib.contextmanager
-def key_presses() -> Iterator[Iterator[str]]:
-    """Key presses as they come: single keys from a terminal, else the first
-    letter of each line. Read unbuffered, as lines_from() says."""
-    file = sys.stdin.fileno()
-    if not sys.stdin.isatty() or os.name != "posix":
-        yield (line.decode(errors="replace").strip()[:1].lower()
-               for line in lines_from(file))
-        return
-    import termios
-    import tty
-    saved = termios.tcgetattr(sys.stdin)
-    tty.setcbreak(sys.stdin)
-    try:
-        yield iter(lambda: os.read(file, 1).decode("latin-1").lower(), "")
-    finally:
-        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, saved)
 
 
 def say(text: str = "") -> None:
@@ -5628,7 +5014,7 @@ def configuration_for(args: Any, needed: bool = True) -> Configuration:
             raise
         gate, server = (checked(Path(), "", kind, {}) for kind in
                         ("gate", "server"))
-        return Configuration(None, "", gate, server, (), {}, ())
+        return Configuration(None, "", gate, server, (), {})
     return load_configuration(path)
 
 
@@ -5663,7 +5049,7 @@ def reviewer_client(args: Any) -> Client:
     return Client(url, basic(name, token))
 
 
-def asked(client: Client, method: str, path: str, body: Any = None
+def reply_of(client: Client, method: str, path: str, body: Any = None
           ) -> dict[str, Any]:
     """The server's answer; HitlError, with its words, if it refuses."""
     reply = client.exchange(method, path, body, seconds=15)
@@ -5684,10 +5070,10 @@ def whole_id(client: Client, start: str) -> str:
     if not REQUEST_ID.fullmatch(start):
         raise ConfigError(f'"{visible(start)}" is no request_id',
                           "`hitl.py list --all` prints them")
-    listed = (asked(client, "GET", "/pending")["waiting"]
-              + asked(client, "GET", "/history")["reviewed"])
-    ids = [there["request_id"] for there in listed
-           if there["request_id"].startswith(start)]
+    listed = (reply_of(client, "GET", "/pending")["waiting"]
+              + reply_of(client, "GET", "/history")["reviewed"])
+    ids = [request["request_id"] for request in listed
+           if request["request_id"].startswith(start)]
     if start in ids or not ids:
         return start
     if len(ids) > 1:
@@ -5696,18 +5082,18 @@ def whole_id(client: Client, start: str) -> str:
     return str(ids[0])
 
 
-def print_request(there: dict[str, Any]) -> None:
+def print_request(request: dict[str, Any]) -> None:
     """One request in full, as the page has it."""
-    say(f"{there['status']:10} {visible(there['action_description'])}")
+    say(f"{request['status']:10} {visible(request['action_description'])}")
     for name in ("tool", "agent", "checkpoint_id", "why", "asked_by",
                  "received_at", "deadline", "decided_by", "decided_at",
                  "reason", "outcome", "outcome_text", "request_id", "digest"):
-        if there.get(name):
-            say(f"  {name:14} {visible(str(there[name]))}")
+        if request.get(name):
+            say(f"  {name:14} {visible(str(request[name]))}")
     for name in ("arguments", "agent_context"):
-        say(f"  {name:14} {pretty(there[name], chr(10) + ' ' * 4)}")
-    if there["status"] == Status.WAITING:
-        say("  " + ("an agent waits for it" if there["attended"] else
+        say(f"  {name:14} {pretty(request[name], chr(10) + ' ' * 4)}")
+    if request["status"] == Status.WAITING:
+        say("  " + ("an agent waits for it" if request["attended"] else
                     "nobody waits for it now"))
 
 
@@ -5717,7 +5103,7 @@ def cmd_serve(args: Any) -> int:
     """the desk: server, page and database, until Ctrl-C"""
     import signal
     rules = configuration_for(args, needed=False)
-    warnings = list(rules.warnings) + file_warnings(rules)
+    warnings = file_warnings(rules)
     host = args.host or rules.server["host"]
     with config_error("--port"):
         port = port_value(first_of(args.port, rules.server["port"]))
@@ -5727,7 +5113,6 @@ def cmd_serve(args: Any) -> int:
     tokens, token = serving_tokens(rules)
     check_exposure(host, public_url, tokens, args.allow_clear_text)
     database = database_for(args, rules)
-    warnings += ignored_warning(database)
     store = Store(database)
     raise_file_limit()
     bell = "\a" if sys.stdout.isatty() else ""
@@ -5752,10 +5137,10 @@ def cmd_serve(args: Any) -> int:
     say(f"audit log: {store.head.sequence} rows, head {store.head.hash}")
     if os.environ.get("SSH_CONNECTION"):
         import getpass
-        there = os.environ["SSH_CONNECTION"].split()[2]
+        request = os.environ["SSH_CONNECTION"].split()[2]
         bound = desk.url.rpartition(":")[2]
         say(f"from your own machine: ssh -L {bound}:127.0.0.1:{bound} "
-            f"{getpass.getuser()}@{there}")
+            f"{getpass.getuser()}@{request}")
     if tokens.agent is None:
         say("any program on this machine can ask; HITL_AGENT_TOKEN changes "
             "that")
@@ -5823,21 +5208,6 @@ def file_warnings(rules: Configuration) -> list[str]:
     return [f"{rules.path} can be written by its group"] * bool(mode & 0o020)
 
 
-def ignored_warning(database: Path) -> list[str]:
-    """Words if the database, full of agents' state, could be committed."""
-    import subprocess
-    if not any((folder / ".git").exists() for folder in database.parents):
-        return []
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        if subprocess.run(
-                ["git", "-C", str(database.parent), "check-ignore", "-q",
-                 str(database)], stdin=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL, timeout=5).returncode == 1:
-            return [f"{database} lies in a git work tree and is not ignored: "
-                    f"add {database.name}* to .gitignore"]
-    return []
-
-
 def raise_file_limit() -> None:
     """As many connections as the system lets us have."""
     with contextlib.suppress(ImportError, ValueError, OSError):
@@ -5860,8 +5230,7 @@ def cmd_check(args: Any) -> int:
                  for name, v in dataclasses.asdict(c).items()}
                 for c in rules.checkpoints]}))
             return 0
-        warnings = [*rules.warnings, *file_warnings(rules),
-                    *ignored_warning(database_for(args, rules))]
+        warnings = file_warnings(rules)
         say(f"{rules.path}: {len(rules.checkpoints)} checkpoints, fine")
         for c in rules.checkpoints:
             say(f"  {c.checkpoint_id:20} {c.effect:7} {c.action_pattern}")
@@ -5870,7 +5239,7 @@ def cmd_check(args: Any) -> int:
             say(f"warning: {warning}")
         url = os.environ.get("HITL_SERVER_URL") or rules.gate["server_url"]
         try:
-            asked(Client(url), "GET", "/healthz")
+            reply_of(Client(url), "GET", "/healthz")
             say(f"server {url}: answers")
         except HitlError as error:
             say(f"server {url}: {error.message}")
@@ -5922,15 +5291,15 @@ def cmd_init(args: Any) -> int:
 def cmd_list(args: Any) -> int:
     """what waits, or with --all what was reviewed too"""
     client = reviewer_client(args)
-    rows = asked(client, "GET", "/pending")["waiting"]
+    rows = reply_of(client, "GET", "/pending")["waiting"]
     if args.all:
-        rows += asked(client, "GET", "/history")["reviewed"]
+        rows += reply_of(client, "GET", "/history")["reviewed"]
     if args.json:
         say(json.dumps(rows, indent=2))
         return 0
-    for there in rows:
-        say(f"{there['status']:10} {there['request_id']:32} "
-            f"{visible(there['action_description'])}")
+    for request in rows:
+        say(f"{request['status']:10} {request['request_id']:32} "
+            f"{visible(request['action_description'])}")
     if not rows:
         say("nothing waits")
     return 0
@@ -5939,11 +5308,11 @@ def cmd_list(args: Any) -> int:
 def cmd_show(args: Any) -> int:
     """one request in full"""
     client = reviewer_client(args)
-    there = asked(client, "GET", f"/review/{whole_id(client, args.id)}")
+    request = reply_of(client, "GET", f"/review/{whole_id(client, args.id)}")
     if args.json:
-        say(json.dumps(there, indent=2))
+        say(json.dumps(request, indent=2))
     else:
-        print_request(there)
+        print_request(request)
     return 0
 
 
@@ -5961,14 +5330,14 @@ def decide_as(args: Any, decision: str) -> int:
     client = reviewer_client(args)
     name = whole_id(client, args.id)
     if decision == "approved" and sys.stdin.isatty() and not args.yes:
-        print_request(asked(client, "GET", f"/review/{name}"))
+        print_request(reply_of(client, "GET", f"/review/{name}"))
         if input("approve it? y/N ").strip().lower() not in ("y", "yes"):
             say("nothing was decided")
             return 1
-    there = asked(client, "POST", f"/approve/{name}",
+    request = reply_of(client, "POST", f"/approve/{name}",
                   {"decision": decision, "reason": args.reason or ""})
-    say(json.dumps(there) if args.json else
-        f"{there['status']} {there['request_id']}")
+    say(json.dumps(request) if args.json else
+        f"{request['status']} {request['request_id']}")
     return 0
 
 
@@ -5998,7 +5367,7 @@ def cmd_log(args: Any) -> int:
         for row in audit_rows(db):
             if args.json:
                 say(json.dumps(dict(zip(("sequence", "at", "event",
-                    "request_id", "actor", "detail", "hash"), row))))
+                    "request_id", "actor", "detail", "sealed", "hash"), row))))
             else:
                 say(" ".join(visible(str(part)) for part in row[:6]))
     except (sqlite3.DatabaseError, ValueError, LookupError,
@@ -6044,30 +5413,14 @@ def cmd_hook(args: Any) -> int:
     return status
 
 
-def uncovered(rules: Configuration) -> list[str]:
-    """Words where a coding agent's own tools would run unasked."""
-    missing = {"shell", "edit"} - {c.kind for c in rules.checkpoints}
-    if not missing or rules.gate["unmatched"] == "review":
-        return []
-    what = {"shell": "shell commands", "edit": "file edits"}
-    return [f"{rules.path} has no checkpoint of kind "
-            f"{' or '.join(sorted(missing))}, and unmatched is allow: "
-            f"{' and '.join(what[k] for k in sorted(missing))} of coding "
-            "agents run without review"]
-
-
 def check_hooks(config: str | None) -> int:
-    """Run every installed line on a sample call: would it really block? And
-    do the rules hold what a coding agent does?"""
-    warnings = uncovered(load_configuration(
-        find_configuration(config, local=False)))
-    found, bad = 0, len(warnings)
-    for warning in warnings:
-        say(f"warning: {warning}")
+    """Run every installed line on a sample call: would it really block?"""
+    load_configuration(find_configuration(config, local=False))
+    found, bad = 0, 0
     for agent in SNIPPETS:
-        for path, line, fault in installed_lines(agent):
+        for path, line in installed_lines(agent):
             found += 1
-            fault = fault or blocks(agent, line)
+            fault = blocks(agent, line)
             bad += bool(fault)
             say(f"{agent}: {path}: " + (f"DOES NOT BLOCK: {fault}" if fault
                                         else "blocks when nobody answers"))
@@ -6085,11 +5438,12 @@ def cmd_mcp(args: Any) -> int:
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), exit_by_signal)
+    import asyncio
+    proxy = Proxy(gate, command, args.name or server_name(command))
     try:
-        proxy = Proxy(gate, command, args.name or server_name(command))
+        return asyncio.run(proxy.run(sys.stdin.fileno(), sys.stdout.buffer))
     except OSError as error:
         raise ConfigError(f"{command[0]}: {error.strerror}") from None
-    return proxy.run(sys.stdin.fileno(), sys.stdout.buffer)
 
 
 def cmd_run(args: Any) -> int:
@@ -6111,8 +5465,7 @@ def command_behind(args: Any) -> list[str]:
 
 def cmd_demo(args: Any) -> int:
     """see it happen: a sample agent asks, you decide"""
-    with key_presses() as keys:
-        demo(first_of(args.timeout, 300.0), keys, say)
+    demo(first_of(args.timeout, 300.0), say)
     return 0
 
 
@@ -6131,75 +5484,14 @@ def cmd_verify(args: Any) -> int:
     return 0 if evidence["verified"] else 1
 
 
+def exit_by_signal(number: int, frame: Any) -> NoReturn:
+    sys.exit(128 + number)
+
+
 # ---- what may be typed ----
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "--config": {"metavar": "FILE", "help": "checkpoints.toml"},
-    "--database": {"metavar": "FILE", "help": "hitl.db"},
-    "--server-url": {"metavar": "URL", "help": "where the server is"},
-    "--json": {"action": "store_true", "help": "for a program to read"},
-    "--host": {"help": "address to listen on (127.0.0.1)"},
-    "--port": {"type": int, "help": "port (8765; 0: any free one)"},
-    "--public-url": {"metavar": "URL", "help": "where reviewers reach it"},
-    "--allow-clear-text": {"action": "store_true",
-                           "help": "off loopback without https"},
-    "--all": {"action": "store_true", "help": "reviewed ones too"},
-    "--reason": {"metavar": "TEXT", "help": "told to the agent"},
-    "--yes": {"action": "store_true", "help": "do not ask y/N"},
-    "--verify": {"action": "store_true", "help": "check the whole chain"},
-    "--head": {"metavar": "HASH", "default": "",
-               "help": "a head noted before, to show a cut-off end"},
-    "--model": {"metavar": "NAME", "default": "", "help": "of the agent"},
-    "--output": {"metavar": "FILE", "default": "hitl-evidence.json",
-                 "help": "the evidence (hitl-evidence.json)"},
-    "--timeout": {"metavar": "SECONDS", "type": float,
-                  "help": "how long a call waits"},
-    "--deadline": {"metavar": "SECONDS", "type": float,
-                   "help": "answer before this (a default per agent)"},
-    "--snippet": {"metavar": "AGENT", "choices": list(SNIPPETS),
-                  "help": f"print what to install: {', '.join(SNIPPETS)}"},
-    "--check": {"action": "store_true", "help": "does what is installed "
-                "really block?"},
-    "--name": {"help": "the server's, in mcp__NAME__tool"},
-    "--tool": {"metavar": "NAME", "default": "run", "dest": "tool_name",
-               "help": "the name checkpoints see (run)"},
-    "command_words": {"nargs": "...", "metavar": "-- CMD",
-                      "help": "the command"},
-    "tool": {"nargs": "?", "help": "a tool's name"},
-    "arguments": {"nargs": "?", "default": "{}", "help": "its JSON"},
-    "id": {"help": "a request_id, or its beginning"},
-    "name": {"help": "the reviewer"},
-}
-COMMANDS: dict[Callable[[Any], int], tuple[str, str]] = {
-    cmd_serve: ("--config --database --host --port --public-url "
-                "--allow-clear-text", "serve --port 8765"),
-    cmd_check: ("tool arguments --config --database --json",
-                """check delete_users '{"table": "users"}'"""),
-    cmd_init: ("--config", "init"),
-    cmd_list: ("--all --json --config --server-url", "list --all"),
-    cmd_show: ("id --json --config --server-url", "show 1f0c"),
-    cmd_approve: ("id --yes --reason --json --config --server-url",
-                  "approve 1f0c --yes"),
-    cmd_reject: ("id --reason --json --config --server-url",
-                 'reject 1f0c --reason "use the staging table"'),
-    cmd_log: ("--verify --head --json --config --database", "log --verify"),
-    cmd_token: ("name", "token ana"),
-    cmd_run: ("--tool --timeout --config command_words",
-              "run -- terraform apply"),
-    cmd_hook: ("--deadline --snippet --check --config",
-               "hook --snippet claude"),
-    cmd_mcp: ("--name --config command_words",
-              "mcp --name fs -- npx -y "
-              "@modelcontextprotocol/server-filesystem ."),
-    cmd_demo: ("--timeout", "demo"),
-    cmd_verify: ("--model --output --timeout",
-                 "verify --output evidence.json"),
-}
-
-
-def command_line(only: str = "") -> Any:
-    """The parser, from COMMANDS and OPTIONS; `only` one command's, if it is
-    one: a coding agent pays for this at each of its tool calls."""
+def command_line() -> Any:
+    """The parser: a block for each command, with an example."""
     import argparse
     plain = argparse.RawDescriptionHelpFormatter
 
@@ -6214,21 +5506,78 @@ def command_line(only: str = "") -> Any:
     parser.add_argument("--version", action="store_true",
                         help="print version and SHA-256 of this file")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    names = {f.__name__.removeprefix("cmd_"): f for f in COMMANDS}
-    for name, function in names.items():
-        if only in names and name != only:
-            continue
-        options, example = COMMANDS[function]
-        command = commands.add_parser(
-            name, help=function.__doc__, description=function.__doc__,
+
+    def command(run: Callable[[Any], int], example: str,
+                shared: str = "") -> Callable[..., Any]:
+        made = commands.add_parser(
+            run.__name__[4:], help=run.__doc__, description=run.__doc__,
             epilog=f"example: python3 hitl.py {example}",
             formatter_class=plain)
-        for option in options.split():
-            command.add_argument(option, **OPTIONS[option])
-        command.set_defaults(function=function)
+        made.set_defaults(function=run)
+        for option in shared.split():
+            made.add_argument(option, **SHARED[option])
+        return made.add_argument
+
+    add = command(cmd_serve, "serve --port 8765", "--config --database")
+    add("--host", help="address to listen on (127.0.0.1)")
+    add("--port", type=int, help="port (8765; 0: any free one)")
+    add("--public-url", metavar="URL", help="where reviewers reach it")
+    add("--allow-clear-text", action="store_true",
+        help="off loopback without https")
+    add = command(cmd_check, """check delete_users '{"table": "users"}'""",
+                  "--config --database --json")
+    add("tool", nargs="?", help="a tool's name")
+    add("arguments", nargs="?", default="{}", help="its JSON")
+    command(cmd_init, "init", "--config")
+    add = command(cmd_list, "list --all", "--json --config --server-url")
+    add("--all", action="store_true", help="reviewed ones too")
+    command(cmd_show, "show 1f0c", "id --json --config --server-url")
+    add = command(cmd_approve, "approve 1f0c --yes",
+                  "id --reason --json --config --server-url")
+    add("--yes", action="store_true", help="do not ask y/N")
+    command(cmd_reject, 'reject 1f0c --reason "use the staging table"',
+            "id --reason --json --config --server-url")
+    add = command(cmd_log, "log --verify", "--json --config --database")
+    add("--verify", action="store_true", help="check the whole chain")
+    add("--head", metavar="HASH", default="",
+        help="a head noted before, to show a cut-off end")
+    add = command(cmd_token, "token ana")
+    add("name", help="the reviewer")
+    add = command(cmd_run, "run -- terraform apply",
+                  "--timeout --config command_words")
+    add("--tool", metavar="NAME", default="run", dest="tool_name",
+        help="the name checkpoints see (run)")
+    add = command(cmd_hook, "hook --snippet claude", "--config")
+    add("--deadline", metavar="SECONDS", type=float,
+        help="answer before this (a default per agent)")
+    add("--snippet", metavar="AGENT", choices=list(SNIPPETS),
+        help=f"print what to install: {', '.join(SNIPPETS)}")
+    add("--check", action="store_true",
+        help="does what is installed really block?")
+    add = command(cmd_mcp, "mcp --name fs -- npx -y "
+                  "@modelcontextprotocol/server-filesystem .",
+                  "--config command_words")
+    add("--name", help="the server's, in mcp__NAME__tool")
+    command(cmd_demo, "demo", "--timeout")
+    add = command(cmd_verify, "verify --output evidence.json", "--timeout")
+    add("--model", metavar="NAME", default="", help="of the agent")
+    add("--output", metavar="FILE", default="hitl-evidence.json",
+        help="the evidence (hitl-evidence.json)")
     return parser
 
 
+SHARED: dict[str, dict[str, Any]] = {
+    "--config": {"metavar": "FILE", "help": "checkpoints.toml"},
+    "--database": {"metavar": "FILE", "help": "hitl.db"},
+    "--server-url": {"metavar": "URL", "help": "where the server is"},
+    "--json": {"action": "store_true", "help": "for a program to read"},
+    "--reason": {"metavar": "TEXT", "help": "told to the agent"},
+    "--timeout": {"metavar": "SECONDS", "type": float,
+                  "help": "how long a call waits"},
+    "id": {"help": "a request_id, or its beginning"},
+    "command_words": {"nargs": "...", "metavar": "-- CMD",
+                      "help": "the command"},
+}
 EXIT_STATUS = ((ConfigError, 2), (ReviewTimeoutError, 3),
                (UnreachableError, 4))
 
@@ -6247,7 +5596,7 @@ def main(argv: list[str] | None = None) -> int:
         with contextlib.suppress(AttributeError):   # cannot show stops nothing
             stream.reconfigure(errors="backslashreplace")  # type: ignore
     words = sys.argv[1:] if argv is None else argv
-    parser = command_line(words[0] if words else "")
+    parser = command_line()
     args = parser.parse_args(words)
     if args.version:
         say(f"hitl.py {__version__} sha256 {file_sha256(Path(__file__))}")

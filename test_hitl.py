@@ -1003,11 +1003,11 @@ PATHS = {                           # the legal way into each state
 
 def put(store, name="r-1", life="", agent="a", context="{}"):
     """A request into the turn -> (summary, whether it is new)."""
-    return store.submit(hitl.Asked(
-        name, hitl.digest_of("Delete", None, None), store.now,
-        hitl.instant(store.time + float(life)) if life else None, store.now,
-        "agent:a", agent, None, None, None, None, None, "Delete", None,
-        context))
+    return store.submit(hitl.ReviewRequest._make((
+        name, "waiting", None, hitl.digest_of("Delete", None, None),
+        hitl.instant(store.time + float(life)) if life else None,
+        *[None] * 8, store.now, store.now, "agent:a", agent, None, None, None,
+        None, None, "Delete", None, context, 0, 0)))
 
 
 def act(store, step, name="r-1"):
@@ -1040,7 +1040,7 @@ def act(store, step, name="r-1"):
             return refusal.reason
     store.tick()
     result = store.attempt(change)
-    assert store.commit()[0]
+    assert store.commit() is not None
     return result
 
 
@@ -1155,7 +1155,7 @@ NEVER = [
     SET + "outcome_text = 'x' WHERE request_id = 'approved'",
     SET + "rowid = 99 WHERE request_id = 'waiting'",
     *(SET + f"{column} = {column} || '1'" for column in
-      ("id", *hitl.Asked._fields)),                         # promise 2
+      ("id", "request_id", "digest", "deadline", *hitl.ASKED)),                         # promise 2
     INSERT.format("", ", status, decided_at, decided_by", "new",
                   ", 'approved', 'x', 'reviewer:ana'"),
     INSERT.format("", ", outcome", "new", ", 'lapsed'"),
@@ -1372,7 +1372,7 @@ def test_an_audit_row_that_does_not_fit_leaves_no_gap(store):
     and the chain goes on where it was."""
     for n in range(80):
         store.attempt(put, store, f"r-{n}")
-    assert store.commit()[0]
+    assert store.commit() is not None
     failed = 0
     for n in range(80):
         let_grow(store.db, n // 20)
@@ -1582,7 +1582,7 @@ def test_what_a_crash_leaves_is_taken_up(store):
     folder, before = store.path.parent, store.path.read_bytes()
     for n in range(20):
         store.attempt(put, store, f"r-{n}", "", "a", '"%s"' % ("x" * 9000))
-    assert store.commit()[0]
+    assert store.commit() is not None
     wal = (folder / "hitl.db-wal").read_bytes()
     store.db.execute("PRAGMA wal_checkpoint(FULL)")
     first_page = store.path.read_bytes()[:4096]
