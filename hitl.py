@@ -94,6 +94,24 @@ Changes: 1.0.0 the first: checkpoints, store, server, page, gate, adapters.
 # ///
 from __future__ import annotations
 
+import os
+import sys
+
+if __name__ == "__main__" and not sys.flags.isolated:
+    # Nothing else is imported yet. A json.py beside this file, or one that
+    # PYTHONPATH names, would run in place of Python's own and could answer
+    # "approved" (promise 1): start again where only Python's folders count.
+    if os.name == "posix":
+        try:
+            os.execv(sys.executable, [
+                sys.executable, "-I", *(f"-W{w}" for w in sys.warnoptions),
+                __file__, *sys.argv[1:]])
+        except (OSError, ValueError, TypeError):
+            os._exit(2)             # to a coding agent: refused
+    # elsewhere exec would not wait for the new process
+    sys.path[:] = [folder for folder in sys.path[1:] if folder.startswith(
+        (sys.prefix, sys.base_prefix))]
+
 import contextlib
 import dataclasses
 import enum
@@ -103,9 +121,7 @@ import inspect
 import json
 import logging
 import math
-import os
 import re
-import sys
 import threading
 import time
 import unicodedata
