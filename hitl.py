@@ -510,9 +510,14 @@ class Checkpoint:
     description_template: str
     category: str = ""
     effect: str = "review"
+    kind: str = "tool"
     arguments: Mapping[str, str] = field(default_factory=dict)
     timeout_seconds: float | None = None
     lifetime_seconds: float | None = None
+    reviewers: tuple[str, ...] = ()     # who may decide it; empty: any
+    remember: bool = True               # a decision may stand for the same call
+    editable: bool = False              # a reviewer may change the arguments
+    digest: str = ""                    # of its table, checkpoint_digest
 
     def find(self, pattern: str, text: str) -> re.Match[str] | None:
         """Where a pattern of this checkpoint finds a text. `allow` opens a
@@ -555,15 +560,14 @@ class Match:
 
 
 @dataclass(frozen=True, slots=True)
-class Configuration:
-    """checkpoints.toml, checked. `digest` is the SHA-256 of its bytes."""
+class Rules:
+    """The checkpoints of one file, in its order, and what they say of a call.
+    `digest` is the SHA-256 of the file's bytes."""
 
-    path: Path | None
-    digest: str
-    gate: Mapping[str, Any]
-    server: Mapping[str, Any]
     checkpoints: tuple[Checkpoint, ...]
-    reviewers: Mapping[str, str]            # name -> SHA-256 of the token
+    unmatched: str = "allow"
+    path: Path | None = None
+    digest: str = ""
 
     def candidates(self, tool: str) -> tuple[Match, ...]:
         """Every checkpoint whose action_pattern finds this name, in file
@@ -577,12 +581,14 @@ class Configuration:
                 found.append(Match(checkpoint, why))
                 if not checkpoint.arguments:
                     return tuple(found)
-        last = Match(UNMATCHED[self.gate["unmatched"]],
+        last = Match(UNMATCHED[self.unmatched],
                      "no checkpoint matches")
         return (*found, Match(ODD_NAME, odd) if odd else last)
 
-    def first_match(self, tool: str, arguments: Mapping[str, Any]) -> Match:
-        """The checkpoint that decides about this call."""
+    def first_match(self, tool: str, arguments: Mapping[str, Any],
+                    cwd: str | None = None) -> Match:
+        """The checkpoint that decides about this call; paths in it are
+        relative to `cwd`."""
         return next(m for m in self.candidates(tool)
                     if m.checkpoint.arguments_match(arguments))
 
@@ -706,6 +712,26 @@ def template_parts(template: str) -> Iterator[str]:
 # A table of what each TOML table may hold: key -> (check, default). A check
 # takes the value and returns it, or raises ValueError with the cure.
 
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """checkpoints.toml, checked."""
+
+    rules: Rules
+    gate: Mapping[str, Any]
+    server: Mapping[str, Any]
+    reviewers: Mapping[str, str]            # name -> SHA-256 of the token
+    agents: Mapping[str, str]               # the same
+    notify: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def path(self) -> Path | None:
+        return self.rules.path
+
+    @property
+    def digest(self) -> str:
+        return self.rules.digest
+
+
 @contextlib.contextmanager
 def config_error(what: str) -> Iterator[None]:
     """A check's ValueError, as the ConfigError about this."""
@@ -753,6 +779,15 @@ name_value = check_that(
     "a printable name without a colon, 64 characters at most", lambda v:
     isinstance(v, str) and re.fullmatch(r"[^:]{1,64}", v)
     and v.isprintable() and v.strip())
+
+
+boolean_value = check_that("true or false", lambda v: isinstance(v, bool))
+
+
+def names_value(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value:
+        raise ValueError('must be like ["ana", "ben"]')
+    return tuple(name_value(name) for name in value)
 
 
 def one_of(*words: str) -> Callable[[Any], str]:
@@ -823,12 +858,15 @@ KEYS: dict[str, dict[str, tuple[Callable[[Any], Any], Any]]] = {
         "poll_seconds": (poll_value, 5),
         "lifetime_seconds": (seconds_value, None),
         "unmatched": (one_of("allow", "review"), "allow"),
+        "tls_ca": (text_value, ""),
     },
     "server": {
         "host": (text_value, "127.0.0.1"),
         "port": (port_value, 8765),
         "database": (text_value, "hitl.db"),
         "public_url": (public_url_value, ""),
+        "tls_certificate": (text_value, ""),
+        "tls_key": (text_value, ""),
     },
     "checkpoint": {
         "checkpoint_id": (id_value, REQUIRED),
@@ -836,11 +874,19 @@ KEYS: dict[str, dict[str, tuple[Callable[[Any], Any], Any]]] = {
         "description_template": (template_value, REQUIRED),
         "category": (one_of(*CATEGORIES), ""),
         "effect": (one_of(*EFFECTS), "review"),
+        "kind": (one_of("tool"), "tool"),
         "arguments": (patterns_value, {}),
         "timeout_seconds": (seconds_value, None),
         "lifetime_seconds": (seconds_value, None),
+        "reviewers": (names_value, ()),
+        "remember": (boolean_value, True),
+        "editable": (boolean_value, False),
     },
     "reviewer": {
+        "name": (name_value, REQUIRED),
+        "token_sha256": (sha256_value, REQUIRED),
+    },
+    "agent": {
         "name": (name_value, REQUIRED),
         "token_sha256": (sha256_value, REQUIRED),
     },
@@ -903,23 +949,55 @@ def load_configuration(path: Path) -> Configuration:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     check_tables(path, tables)
     checkpoints = tuple(
-        Checkpoint(**checked(path, f"checkpoint {n}", "checkpoint", table))
+        Checkpoint(**checked(path, f"checkpoint {n}", "checkpoint", table),
+                   digest=checkpoint_digest(table))
         for n, table in enumerate(tables.get("checkpoint", ()), 1))
     if not checkpoints:
         raise ConfigError(f"{path}: no [[checkpoint]] in it",
                           "`python3 hitl.py init` writes an example; to let "
                           'everything wait, set unmatched = "review" and '
                           "keep one")
-    reviewers = [checked(path, f"reviewer {n}", "reviewer", table)
-                 for n, table in enumerate(tables.get("reviewer", ()), 1)]
     refuse_twins(path, "checkpoint_id",
                  [c.checkpoint_id for c in checkpoints])
-    refuse_twins(path, "reviewer name", [r["name"] for r in reviewers])
+    gate = checked(path, "[gate]", "gate", tables.get("gate", {}))
+    people = credentials(path, "reviewer", tables)
+    refuse_strangers(path, checkpoints, people)
     return Configuration(
-        path, hashlib.sha256(data).hexdigest(),
-        checked(path, "[gate]", "gate", tables.get("gate", {})),
-        checked(path, "[server]", "server", tables.get("server", {})),
-        checkpoints, {r["name"]: r["token_sha256"] for r in reviewers})
+        Rules(checkpoints, gate["unmatched"], path,
+              hashlib.sha256(data).hexdigest()),
+        gate, checked(path, "[server]", "server", tables.get("server", {})),
+        people, credentials(path, "agent", tables))
+
+
+def checkpoint_digest(table: dict[str, Any]) -> str:
+    """SHA-256 of a checkpoint's table as canonical JSON: a decision stands
+    only while the rule is the one that it was made under."""
+    plain = {name: str(value) if value == math.inf else value
+             for name, value in table.items()}
+    return hashlib.sha256(canonical(plain).encode()).hexdigest()
+
+
+def credentials(path: Path, kind: str, tables: dict[str, Any]
+                ) -> dict[str, str]:
+    """The [[reviewer]] or [[agent]] tables: name -> SHA-256 of the token."""
+    rows = [checked(path, f"{kind} {n}", kind, table)
+            for n, table in enumerate(tables.get(kind, ()), 1)]
+    refuse_twins(path, f"{kind} name", [row["name"] for row in rows])
+    return {row["name"]: row["token_sha256"] for row in rows}
+
+
+def refuse_strangers(path: Path, checkpoints: Iterable[Checkpoint],
+                     reviewers: Mapping[str, str]) -> None:
+    """ConfigError where a checkpoint names somebody who is not a reviewer:
+    nobody could decide it."""
+    for checkpoint in checkpoints:
+        for name in checkpoint.reviewers:
+            if name not in reviewers:
+                raise ConfigError(
+                    f'{path}: checkpoint "{checkpoint.checkpoint_id}": '
+                    f'reviewers: "{name}" is not a [[reviewer]]'
+                    f"{did_you_mean(name, reviewers)}",
+                    f"`python3 hitl.py token {name}` prints the lines to add")
 
 
 def check_tables(path: Path, tables: dict[str, Any]) -> None:
@@ -3507,6 +3585,7 @@ class Gate:
             raise ConfigError(f'on_reject is "{on_reject}"',
                               'it can be "raise" or "return"')
         self.configuration = load_configuration(find_configuration(config))
+        self.rules = self.configuration.rules
         self.context, self.on_reject, self.agent = context, on_reject, agent
         with config_error("server_url"):
             self.server_url = url_value(
@@ -3640,7 +3719,7 @@ class Gate:
                timeout_seconds: float | None = None,
                checkpoint: str | None = None) -> Held | None:
         """The call held by a checkpoint, or None: it may run."""
-        rules = self.configuration
+        rules, settings = self.rules, self.configuration.gate
         check_call(tool, arguments, request_id)
         if checkpoint is not None:
             match = Match(rules.named(checkpoint), "the code names it")
@@ -3662,9 +3741,9 @@ class Gate:
         with config_error("timeout_seconds"):
             timeout = seconds_value(first_of(
                 timeout_seconds, rule.timeout_seconds,
-                rules.gate["timeout_seconds"]))
+                settings["timeout_seconds"]))
         lifetime = first_of(rule.lifetime_seconds,
-                            rules.gate["lifetime_seconds"], timeout)
+                            settings["lifetime_seconds"], timeout)
         description = describe(rule, tool, parse_json(text))
         if len(description.encode()) > MAX_DESCRIPTION:
             raise HitlError("the description of this call is over "
@@ -3958,11 +4037,11 @@ class Gate:
         tool = name or tool_name(function)
         binder = Binder(function, hide)
         if checkpoint is not None:
-            if self.configuration.named(checkpoint).effect == "allow":
+            if self.rules.named(checkpoint).effect == "allow":
                 raise ConfigError(f'checkpoint "{checkpoint}" allows; guard '
                                   "needs one that reviews or denies")
         elif all(m.effect == "allow" for m in
-                 self.configuration.candidates(tool)):
+                 self.rules.candidates(tool)):
             log.warning("%s runs without review: no checkpoint matches",
                         visible(tool))
 
@@ -4612,7 +4691,7 @@ def run_command(gate: Gate, tool: str, argv: list[str],
                         reason="no-such-command")
     call = {"argv": argv, "cwd": os.getcwd(),
             "executable": os.path.abspath(path)}
-    match = gate.configuration.first_match(tool, call)
+    match = gate.rules.first_match(tool, call)
     unlisted = match.checkpoint.checkpoint_id == "unmatched"
     return gate.call(tool, call, execute, timeout_seconds=timeout,
                      checkpoint="unmatched" if unlisted else None)
@@ -5030,7 +5109,7 @@ def configuration_for(args: Any, needed: bool = True) -> Configuration:
             raise
         gate, server = (checked(Path(), "", kind, {}) for kind in
                         ("gate", "server"))
-        return Configuration(None, "", gate, server, (), {})
+        return Configuration(Rules(()), gate, server, {}, {})
     return load_configuration(path)
 
 
@@ -5238,7 +5317,8 @@ def raise_file_limit() -> None:
 
 def cmd_check(args: Any) -> int:
     """which checkpoint decides about a call; alone: is all well?"""
-    rules = load_configuration(find_configuration(args.config))
+    configuration = load_configuration(find_configuration(args.config))
+    rules = configuration.rules
     if args.tool is None:
         if args.json:
             say(json.dumps({"path": str(rules.path), "checkpoints": [
@@ -5246,14 +5326,14 @@ def cmd_check(args: Any) -> int:
                  for name, v in dataclasses.asdict(c).items()}
                 for c in rules.checkpoints]}))
             return 0
-        warnings = file_warnings(rules)
+        warnings = file_warnings(configuration)
         say(f"{rules.path}: {len(rules.checkpoints)} checkpoints, fine")
         for c in rules.checkpoints:
             say(f"  {c.checkpoint_id:20} {c.effect:7} {c.action_pattern}")
-        say(f"  {'(what none matches)':20} {rules.gate['unmatched']}")
+        say(f"  {'(what none matches)':20} {rules.unmatched}")
         for warning in warnings:
             say(f"warning: {warning}")
-        url = os.environ.get("HITL_SERVER_URL") or rules.gate["server_url"]
+        url = os.environ.get("HITL_SERVER_URL") or configuration.gate["server_url"]
         try:
             reply_of(Client(url), "GET", "/healthz")
             say(f"server {url}: answers")
@@ -5278,12 +5358,12 @@ def cmd_check(args: Any) -> int:
         f'checkpoint "{rule.checkpoint_id}" in ' if named else "by ")
         + f"{rules.path}")
     say(f"  because  {match.why}" + ("" if rule.checkpoint_id != "unmatched"
-        else f', and unmatched = "{rules.gate["unmatched"]}"'))
+        else f', and unmatched = "{rules.unmatched}"'))
     if args.tool == "run" and not named:
         say("  but      `hitl.py run` always waits")
     if match.effect == "review":
         say("  shown as " + visible(describe(rule, args.tool, arguments)))
-        seconds = first_of(rule.timeout_seconds, rules.gate["timeout_seconds"])
+        seconds = first_of(rule.timeout_seconds, configuration.gate["timeout_seconds"])
         say(f"  waits    {seconds:g} s")
     return 0
 
