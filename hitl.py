@@ -850,6 +850,139 @@ def template_value(value: Any) -> str:
     return "".join(template_parts(text_value(value))) and str(value)
 
 
+# ---- [[notify]]: its shape; what ${NAME} holds is read by serve alone ----
+
+NOTICE_FIELDS = ("title", "text", "url", "request_id", "status", "tool",
+                 "checkpoint", "category", "agent", "deadline", "waiting")
+PLACEHOLDER = re.compile(r"\$\{([A-Za-z_]\w*)\}|\{([A-Za-z_]\w*)\}", re.ASCII)
+NOTIFY_KINDS = {"url": ("headers", "body", "sign"),
+                "smtp": ("login", "password", "from", "to"), "command": ()}
+HOST = r"([\w.-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?"
+MAIL_ADDRESS = r"[^\s@<>,;\"]+@[^\s@<>,;\"]+"
+
+
+def is_loopback(host: str) -> bool:
+    import ipaddress
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def notice_url_value(value: Any) -> str:
+    """A url that notices go to. Its host is never a {placeholder}, or an agent
+    could choose who is told; a ${NAME} in it is checked again by serve."""
+    text = text_value(value)
+    origin = re.split(r"(?<![:/])/|[?#]", text)[0]
+    if "${" in origin:
+        return str(text)
+    found = re.fullmatch(f"(https?)://{HOST}", origin, re.ASCII)
+    if not found or not re.fullmatch("[!-~]+", text) or (
+            int(found[3] or 0) > 65535):
+        raise ValueError('must be like "https://ntfy.sh/": https, a plain host, '
+                         "a path")
+    if found[1] == "http" and not is_loopback(found[2]):
+        raise ValueError("would leave this machine in clear text: write https://")
+    return str(text)
+
+
+def smtp_value(value: Any) -> str:
+    found = re.fullmatch(f"(starttls|tls|plain)://{HOST}/?", str(value), re.ASCII)
+    if not found or int(found[3] or 0) > 65535:
+        raise ValueError('must be like "starttls://mail.example.org:587" or '
+                         '"tls://mail.example.org:465"')
+    if found[1] == "plain" and not is_loopback(found[2]):
+        raise ValueError("would leave this machine in clear text: write "
+                         "starttls:// or tls://")
+    return str(value)
+
+
+def headers_value(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(
+            re.fullmatch(r"[A-Za-z0-9_-]+", name) and isinstance(text, str)
+            and text.isprintable() for name, text in value.items()):
+        raise ValueError('must be like { Authorization = "Bearer ${TOKEN}" }')
+    return value
+
+
+def body_value(value: Any) -> Any:
+    """A table, or the same as JSON text: TOML wants an inline table on one
+    line."""
+    try:
+        body = parse_json(value) if isinstance(value, str) else value
+        if not isinstance(body, (dict, list)):
+            raise ValueError("an object or a list is needed")
+        json.dumps(body, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError("is not JSON: write a table, or JSON in '''...''' "
+                         f"({error})") from None
+    return body
+
+
+def command_value(value: Any) -> list[str]:
+    """A program and its arguments. No part of it is ever read by a shell of
+    ours, and no placeholder may be read by one that it names."""
+    if not isinstance(value, list) or not value or not all(
+            isinstance(word, str) and word for word in value):
+        raise ValueError('must be like ["notify-send", "--", "{title}"]')
+    shell = re.search(r"(?i)(?:^|[/\\])(\w*sh|cmd)(\.exe)?$", value[0])
+    script = next((n for n, word in enumerate(value) if n and shell and
+                   re.match(r"-\w*c|/c", word, re.IGNORECASE)), len(value)) + 1
+    for word in [value[0], *value[script:script + 1]]:
+        if any(found[2] for found in PLACEHOLDER.finditer(word)):
+            raise ValueError(f'would run what fills "{word}": pass it as an '
+                             'argument of its own, as "$1" of the script')
+    return value
+
+
+def listed(words: str, test: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A check of a list, not empty, whose every item passes the test."""
+    return check_that(words, lambda value: isinstance(value, list) and value and
+                      all(isinstance(item, str) and test(item) for item in value))
+
+
+def leaves(value: Any) -> Iterator[str]:
+    """The texts in a value, at any depth."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from leaves(item)
+    elif isinstance(value, dict):
+        yield from leaves(list(value.values()))
+
+
+def check_notify(entry: Mapping[str, Any]) -> None:
+    """ValueError where the keys of a [[notify]] do not go together, or a
+    placeholder names nothing."""
+    kinds = [kind for kind in NOTIFY_KINDS if entry[kind]]
+    if len(kinds) != 1:
+        raise ValueError(f"has {' and '.join(kinds) or 'no target'}: it needs "
+                         "exactly one of url, smtp, command")
+    for kind, keys in NOTIFY_KINDS.items():
+        for key in keys if kind != kinds[0] else ():
+            if entry[key] is not None:
+                raise ValueError(f"{key}: belongs to an entry with {kind}, and "
+                                 f"this one has {kinds[0]}")
+    if kinds == ["smtp"] and not (entry["from"] and entry["to"]):
+        raise ValueError('smtp: needs from = "..." and to = ["..."]')
+    if (entry["login"] is None) != (entry["password"] is None):
+        raise ValueError("login and password: give both or neither")
+    for text in leaves([entry[key] for key in (
+            "url", "headers", "body", "sign", "login", "password", "command")]):
+        if "${" in PLACEHOLDER.sub("", text):
+            raise ValueError("${ is not closed: write ${NAME}, a variable of "
+                             "serve's environment")
+        for _, word in PLACEHOLDER.findall(text):
+            if word == "details" and not entry["details"]:
+                raise ValueError("{details} is what the agent wrote: to send it, "
+                                 "set details = true")
+            if word and word not in (*NOTICE_FIELDS, "details"):
+                raise ValueError(f"unknown placeholder {{{word}}}: known are "
+                                 f"{', '.join(NOTICE_FIELDS)}, details"
+                                 f"{did_you_mean(word, NOTICE_FIELDS)}")
+
+
 REQUIRED = object()
 KEYS: dict[str, dict[str, tuple[Callable[[Any], Any], Any]]] = {
     "gate": {
@@ -889,6 +1022,29 @@ KEYS: dict[str, dict[str, tuple[Callable[[Any], Any], Any]]] = {
     "agent": {
         "name": (name_value, REQUIRED),
         "token_sha256": (sha256_value, REQUIRED),
+    },
+    "notify": {
+        "name": (name_value, REQUIRED),
+        "url": (notice_url_value, None),
+        "headers": (headers_value, None),
+        "body": (body_value, None),
+        "sign": (text_value, None),
+        "smtp": (smtp_value, None),
+        "login": (text_value, None),
+        "password": (text_value, None),
+        "from": (check_that("an address, like hitl@example.org", lambda v:
+                            re.fullmatch(MAIL_ADDRESS, str(v))), None),
+        "to": (listed('like ["oncall@example.org"]', lambda v: re.fullmatch(
+            MAIL_ADDRESS, v)), None),
+        "command": (command_value, None),
+        "after_seconds": (check_that(
+            "a number of seconds, 0 to 604800 (a week)", lambda v: type(v) in (
+                int, float) and 0 <= v <= 604800), 0),
+        "category": (listed(f"a list of {', '.join(CATEGORIES)}",
+                            lambda v: v in CATEGORIES), ()),
+        "checkpoint": (listed("a list of checkpoint_ids",
+                              REQUEST_ID.fullmatch), ()),
+        "details": (boolean_value, False),
     },
 }
 
@@ -966,7 +1122,7 @@ def load_configuration(path: Path) -> Configuration:
         Rules(checkpoints, gate["unmatched"], path,
               hashlib.sha256(data).hexdigest()),
         gate, checked(path, "[server]", "server", tables.get("server", {})),
-        people, credentials(path, "agent", tables))
+        people, credentials(path, "agent", tables), notify_entries(path, tables))
 
 
 def checkpoint_digest(table: dict[str, Any]) -> str:
@@ -984,6 +1140,18 @@ def credentials(path: Path, kind: str, tables: dict[str, Any]
             for n, table in enumerate(tables.get(kind, ()), 1)]
     refuse_twins(path, f"{kind} name", [row["name"] for row in rows])
     return {row["name"]: row["token_sha256"] for row in rows}
+
+
+def notify_entries(path: Path, tables: dict[str, Any]
+                   ) -> tuple[Mapping[str, Any], ...]:
+    """The [[notify]] tables, checked key by key and as a whole."""
+    entries = []
+    for n, table in enumerate(tables.get("notify", ()), 1):
+        entries.append(checked(path, f"notify {n}", "notify", table))
+        with config_error(f'{path}: notify {n} "{entries[-1]["name"]}":'):
+            check_notify(entries[-1])
+    refuse_twins(path, "notify name", [entry["name"] for entry in entries])
+    return tuple(entries)
 
 
 def refuse_strangers(path: Path, checkpoints: Iterable[Checkpoint],
