@@ -435,40 +435,73 @@ def parse_timestamp(value: Any) -> str:
 
 
 # ================================== Text ===================================
-# How text is shown so that it cannot lie, and how durations and sizes are
-# put into words.
+# How text is shown so that it cannot lie, and how durations, sizes and calls
+# are put into words.
+#
+# One rule decides for every character (CVE-2024-27936 in Deno's prompt;
+# "Trojan Source", Boucher and Anderson 2021). ASCII and accented Latin letters
+# are themselves. Letters, digits and symbols of other scripts, and the marks
+# upon them, are in brackets, a word at a time. Everything else is a code in
+# brackets, U+202E: what is not drawn, what only looks like something else
+# (NFKC knows it by another character), all punctuation, and padding. The
+# brackets themselves are codes, so no two texts are shown alike. There is no
+# list of look-alikes here: such a list is never whole.
 
-# Text is shown so that it cannot lie (CVE-2024-27936 in Deno's prompt; "Trojan
-# Source", Boucher and Anderson 2021): whatever is not ASCII or an accented
-# Latin letter stands in brackets, and in them what has no shape of its own
-# stands as its code, U+202E. So a look-alike gives itself away, words of every
-# script stay readable, and no two texts are shown alike: the brackets
-# themselves are always shown as codes. There is no list of look-alikes here:
-# such a list is never whole.
 BRACKETS = "\u27e6\u27e7"
-LATIN = " -~\u00c0-\u0130\u0132-\u017e"
-FOREIGN = re.compile(f"[^{LATIN}]+(?: [^{LATIN}]+)*| {{9,}}")
+NOT_PLAIN = re.compile("[^ -~]+| {9,}")
+LINE_BREAK = f"{BRACKETS[0]}U+000A{BRACKETS[1]}"
 SHAPELESS = re.compile(         # printable to Python, yet nothing is drawn
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f"
-    f"\uffa0\U000e0100-\U000e01ef{BRACKETS}]")
+    "\uffa0\U00016fe4\U0001bc9d\U0001bc9e\U0001d159\U000e0100-\U000e01ef]")
+PARTS = re.compile(r"\n{9,}|a+|(?:bm{0,4})+|.", re.DOTALL)
 
 
-def bracketed(run: re.Match[str]) -> str:
-    """What is not plain, in brackets; a mark upon what stands before them,
-    what has no shape and padding as codes."""
-    if run[0].isspace() and len(run[0]) > 8 and run[0].isascii():
-        return f"{BRACKETS[0]}space x{len(run[0])}{BRACKETS[1]}"
-    coded = "".join(
-        c if c == " " or c.isprintable() and not SHAPELESS.match(c) and (
-            n or unicodedata.category(c)[0] != "M") else f"U+{ord(c):04X}"
-        for n, c in enumerate(run[0]))
-    return f"{BRACKETS[0]}{coded}{BRACKETS[1]}"
+@functools.lru_cache(maxsize=4096)
+def kind_of(c: str) -> str:
+    """A character's kind: `a` is itself, `b` is bracketed, `m` is a mark that
+    may follow `b`, a line break is itself; all others are codes, `c`."""
+    category = unicodedata.category(c)
+    if c == "\n":
+        return c
+    if SHAPELESS.match(c) or unicodedata.normalize("NFKC", c) != c:
+        return "c"
+    if "\xc0" <= c <= "\u017e" and category[0] == "L" and c not in "\u0131\u0138":
+        return "a"
+    apart = unicodedata.normalize("NFD", c)
+    if len(apart) > 1 and apart[0].isascii() and apart[0].isalpha():
+        return "a"
+    wide = unicodedata.east_asian_width(c) == "W"
+    if category in ("Lu", "Ll", "Lt", "Lo", "Nd", "Nl", "No", "Sc", "So") or (
+            wide and category in ("Lm", "Po", "Ps", "Pe")):
+        return "b"
+    upon = category in ("Mn", "Mc") and unicodedata.combining(c) != 1
+    return "m" if upon else "c"         # combining class 1 strikes out
+
+
+def shown(word: re.Match[str]) -> str:
+    """What is not plain ASCII, as visible() shows it."""
+    text = word[0]
+    if text[0] == " ":
+        return f"{BRACKETS[0]}space x{len(text)}{BRACKETS[1]}"
+    kinds = "".join(map(kind_of, text))
+    return "".join(shown_part(part[0][0], text[part.start():part.end()])
+                   for part in PARTS.finditer(kinds))
+
+
+def shown_part(kind: str, part: str) -> str:
+    if kind == "a":
+        return part
+    if len(part) > 8 and kind == "\n":
+        part = f"line break x{len(part)}"
+    elif kind != "b":
+        part = f"U+{ord(part):04X}"
+    return f"{BRACKETS[0]}{part}{BRACKETS[1]}"
 
 
 def visible(text: str) -> str:
     """The text as it can be trusted to look: printable, on one line, and
     different for every different text."""
-    return FOREIGN.sub(bracketed, text)
+    return NOT_PLAIN.sub(shown, text)
 
 
 def readable_seconds(seconds: float) -> str:
@@ -480,7 +513,51 @@ def readable_seconds(seconds: float) -> str:
 
 
 def readable_size(size: int) -> str:
-    return f"{size} bytes" if size < 2048 else f"{size / 1024:.0f} KiB"
+    """A size as people say it: `512 bytes`, `1.2 KB`, `64 KB`."""
+    if size < 1000:
+        return f"{size} bytes"
+    return f"{size / 1000:.1f} KB" if size < 9950 else f"{size / 1000:.0f} KB"
+
+
+def call_in_words(tool: str, arguments: Mapping[str, Any]) -> str:
+    """A call on one line, its short values first: `send_email to a@b.org,
+    subject "Refund", body (1.2 KB)`. It need not be complete."""
+    short, long = [], []
+    for name, value in arguments.items():
+        words = value_in_words(value)
+        if words is None:
+            size = len(value.encode("utf-8", "replace")) if isinstance(
+                value, str) else len(READABLE.encode(value))
+            long.append(f"{name} ({readable_size(size)})")
+        else:
+            short.append(f"{name} {words}")
+    return f"{tool} {', '.join(short + long)}".strip()
+
+
+def value_in_words(value: Any) -> str | None:
+    """A short value; an address, a path or a number without quotes. None for
+    what is long, has several lines or parts."""
+    if isinstance(value, (dict, list)) and value:
+        return None
+    if not isinstance(value, str):
+        return READABLE.encode(value)
+    if len(value) > 80 or "\n" in value:
+        return None
+    bare = re.fullmatch(r"[\w/.:@+=-]*[/.:@][\w/.:@+=-]*", value, re.ASCII)
+    return value if bare else f'"{value}"'
+
+
+def one_line(text: str, limit: int = 120) -> str:
+    """The visible text on one line, at most so long: cut with an ellipsis,
+    which visible() itself never shows."""
+    line = visible(" ".join(text.split()))
+    if len(line) <= limit:
+        return line
+    line = line[:limit - 1]
+    start = line.rfind(BRACKETS[0])
+    if start > line.rfind(BRACKETS[1]):
+        line = line[:start]
+    return line.rstrip() + "\u2026"
 
 
 def did_you_mean(word: Any, known: Any) -> str:
@@ -684,7 +761,7 @@ def describe(checkpoint: Checkpoint, tool: str,
     names = [n[1] for n in map(TEMPLATE_NAME.fullmatch, pieces) if n]
     if all(n != "tool" and argument(arguments, n) is MISSING for n in names
            ) and (names or not checkpoint.action_pattern):
-        return f"{tool} {canonical(dict(arguments))}"
+        return call_in_words(tool, arguments)
     return "".join(TEMPLATE_NAME.sub(fill_in, piece)
                    for piece in pieces).strip() or tool
 

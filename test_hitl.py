@@ -507,6 +507,22 @@ def test_a_timestamp_is_iso_8601_or_unix_seconds():
             hitl.parse_timestamp(bad)
 
 
+# ================================== Text ===================================
+
+SHOWN = re.compile("\u27e6(?:U\\+([0-9A-F]{4,6})|(space|line break) x([0-9]+)"
+                   "|([^ -~\u27e6\u27e7]+))\u27e7")
+
+
+def read_back(shown: str) -> str:
+    """The text that visible() has shown so."""
+    def original(found) -> str:
+        code, padding, count, word = found.groups()
+        if padding:
+            return {"space": " ", "line break": "\n"}[padding] * int(count)
+        return chr(int(code, 16)) if code else word
+    return SHOWN.sub(original, shown)
+
+
 @pytest.mark.parametrize("left, right, end", [
     ("", "", 0x11000), ("a", "", 0x3400), ("\u0430", "\u0430", 0x3400),
     *(pytest.param(left, right, sys.maxunicode, marks=long) for left, right
@@ -521,35 +537,62 @@ def test_no_two_texts_are_shown_alike(left, right, end):
                               for c in range(n, n + 512)))
     for text in texts:
         shown = hitl.visible(text)
-        assert shown.isprintable() and text == re.sub(
-            "\u27e6(?:U\\+([0-9A-F]{4,6})|space x([0-9]+))\u27e7",
-            lambda found: chr(int(found[1], 16)) if found[1]
-            else " " * int(found[2]), shown)
+        assert shown.isprintable() and text == read_back(shown)
+        beyond = re.sub("\u27e6[^\u27e7]*\u27e7", "", shown)
+        for c in filter(lambda c: not c.isascii(), set(beyond)):
+            base = unicodedata.normalize("NFD", c)[0]
+            assert base.isascii() or "\xc0" <= c <= "\u017e", hex(ord(c))
 
 
-@pytest.mark.parametrize("marked", [    # <a>: this a is to be an escape
-    "<\u0430>dmin x_<\u0437>", "<\u0440><\u0430><\u0443>", "<\u0578><\u0585>",
-    "prod<\u0301> x<\u20d2> y<\u093c>", "<\u27e6>U+0041<\u27e7>",
-    "<\uff44><\uff45> <\U0001d41d>", "<\ufb01>le",
-    "a<\n>b<\r><\t>c", "<\x1b>[2J<\x07><\0>", "a<\u202e>b<\u2028>", "<\ud800>",
-    "us<\u00ad>e<\u200b>rs", "a<\xa0>b<\u3164><\u2800><\U000e0041><\uff3f>",
-    "rm<\u2215>x<\u2024>y<\u2236>", "<\ua4d3><\u13a0><\u2c9f>",   # Lisu ...
-    "<\u051c><\u0474><\u050c> <\u054d><\u054f> <\u03c5>", "<\u0391><\u0392>",
-    "dr<\u0d20>p <\u146d>ro<\u146f>",      # Malayalam's o, Cree's P and d
-    "user<\u0661> <\u0661>",
-    # and plain words of any script stay readable
-    "Delete users where id = 3; -- it's 100% {x}", "a" + 8 * " " + "b",
-    "Stra\u00dfe l\u00f6schen, caf\u00e9 \u00e0 No\u00ebl \u20ac 5 \u2026",
-    "\u0437\u0430\u043f\u0438\u0441\u044c \u0395\u03bb\u03bb\u03ac\u03b4",
-    "\ud55c\uad6d\uc5b4 \u05e9\u05dc\u05d5\u05dd delete\u5220\u9664"],
-    ids=rules_id)
-def test_what_deceives_the_eye_is_shown_as_escapes(marked):
-    """Invisible, direction-changing and control characters, look-alikes,
-    words that mix scripts and padding are shown as visible escapes."""
-    assert hitl.visible(re.sub("(?s)<(.)>", r"\1", marked)) == re.sub(
-        "(?s)<(.)>", lambda c: f"\u27e6U+{ord(c[1]):04X}\u27e7", marked)
-    assert hitl.visible("\n" + " " * 10_000 + "x" + " " * 8) == (
-        "\u27e6U+000A\u27e7\u27e6space x10000\u27e7x" + " " * 8)    # padding
+@pytest.mark.parametrize("text, shown", [   # <a>: this a is a code; [a]: in
+    ("\u0430dmin x_\u0437", "[\u0430]dmin x_[\u0437]"),       # brackets
+    ("prod<\u0301> x<\u20d2> \u0430\u0306<\u0336>",
+     "prod<\u0301> x<\u20d2> [\u0430\u0306]<\u0336>"),
+    *((text, text) for text in (
+        "<\u27e6>U+0041<\u27e7>", "<\uff44><\uff45> <\U0001d41d>",
+        "<\ufb01>le <\u212a> <\u2126> <\xb2> <\u2122> <\u2026>",
+        "a<\n>b<\r><\t>c", "<\x1b>[2J<\x07><\0>", "a<\u202e>b<\u2028>",
+        "<\ud800>", "us<\xad>e<\u200b>rs", "a<\xa0>b<\u3164><\u2800>",
+        "<\U000e0041><\uff3f><\ufe0f>", "rm<\u2215>x<\u2024>y<\u2236>",
+        "<\u2010><\u2011><\u2012><\u2013><\u2014><\u2212><\ufe58>",
+        "<\u2018><\u2019><\u201a><\u201c><\u201d><\u2032><\u2033>",
+        "<\u02b9><\u02bc><\u05f3><\u2039><\xd7><\xf7>",
+        "Delete users where id = 3; -- it's 100% {x}",
+        "Stra\xdfe l\xf6schen, caf\xe9 \xe0 No\xebl, ti\u1ebfng Vi\u1ec7t",
+        "a" + 8 * " " + "b")),
+    ("\u0437\u0430\u043f\u0438\u0441\u044c \u0395\u03bb\u03bb\u03ac",
+     "[\u0437\u0430\u043f\u0438\u0441\u044c] [\u0395\u03bb\u03bb\u03ac]"),
+    ("mv \u05d0 \u05d1", "mv [\u05d0] [\u05d1]"),
+    ("delete\u5220\u9664\u3002 5 \u20ac \u2713",
+     "delete[\u5220\u9664\u3002] 5 [\u20ac] [\u2713]")], ids=rules_id)
+def test_what_deceives_the_eye_is_shown_as_escapes(text, shown):
+    """What is not drawn and what looks like something else is a code; words
+    of other scripts are in brackets, so a look-alike gives itself away."""
+    expected = re.sub(r"\[([^ -~]+)\]", "\u27e6\\1\u27e7", re.sub(
+        "(?s)<(.)>", lambda c: f"\u27e6U+{ord(c[1]):04X}\u27e7", shown))
+    assert hitl.visible(re.sub("(?s)<(.)>", r"\1", text)) == expected
+
+
+def test_padding_is_counted():
+    """Spaces and line breaks in large numbers push nothing away."""
+    assert hitl.visible("\n" * 2000 + " " * 10_000 + "x\n" + " " * 8) == (
+        "\u27e6line break x2000\u27e7\u27e6space x10000\u27e7x"
+        "\u27e6U+000A\u27e7" + " " * 8)
+
+
+def test_a_call_and_its_figures_are_put_into_words():
+    """A call reads as one line, its short values first; a line that is cut
+    ends in an ellipsis and never in the middle of a code."""
+    assert hitl.call_in_words("send_email", {
+        "body": "x\n" * 600, "to": "maria@example.com", "subject": "Refund",
+        "copies": 3, "tags": [], "files": ["a"]}) == (
+        'send_email to maria@example.com, subject "Refund", copies 3, '
+        'tags [], body (1.2 KB), files (5 bytes)')
+    assert [hitl.readable_size(n) for n in (999, 1000, 9949, 64_000)] == [
+        "999 bytes", "1.0 KB", "9.9 KB", "64 KB"]
+    for text, line in (("a\n b", "a b"), ("z" * 121, "z" * 119 + "\u2026"),
+                       ("z" * 115 + "\u202e" * 9, "z" * 115 + "\u2026")):
+        assert hitl.one_line(text) == line
 
 
 # =============================== Checkpoints ===============================
