@@ -3,7 +3,7 @@ numbered promise, hostile input, and the whole trip as one story in a browser.
 
     python3 -m pytest -W error test_hitl.py     # a minute, pytest alone
     HITL_LONG=1 python3 -m pytest ...           # the long ones as well
-    python3 test_hitl.py bench                  # the figures of the README
+    .ci/run                                     # all of it, on every Python
 
 Real server, real SQLite, real sockets, a real browser where there is one; no
 mocks of our own code. Each test's docstring is a sentence of the
@@ -29,7 +29,6 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import unicodedata
@@ -38,32 +37,25 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import urlencode
 
+import pytest
+
 with contextlib.suppress(ImportError):     # not on Windows
     import pty
-try:
-    import pytest
-except ImportError:                     # the bench needs none
-    class Missing:
-        """Stands where pytest's marks and fixtures would."""
-
-        def __getattr__(self, name):
-            return self
-
-        def __call__(self, *args, **kwargs):
-            return args[0] if args and callable(args[0]) else self
-    pytest = Missing()
 
 HERE = Path(__file__).absolute().parent
 FILE = HERE / "hitl.py"
 sys.path.insert(0, str(HERE))
 import hitl                                                     # noqa: E402
 
-long = pytest.mark.skipif(
-    not os.environ.get("HITL_LONG"), reason="long: set HITL_LONG=1")
+LONG = bool(os.environ.get("HITL_LONG"))
+long = pytest.mark.skipif(not LONG, reason="long: set HITL_LONG=1")
+HITL = (sys.executable, "-W", "error", str(FILE))
 
 # ================================== Tools ==================================
 # A desk on a free port with a database of its own, a reviewer and an agent to
-# talk to it, a gate, a served process that can be killed, a browser.
+# talk to it, a gate, a browser. Every process starts in start(): as `command`,
+# which waits for its end, as `Running`, which reads what it says meanwhile, as
+# `Served`, which is a desk that can be killed and started again.
 
 RULES = """
 [gate]
@@ -219,55 +211,92 @@ def in_background(function, *args):
     return result
 
 
-def command(*words: str, folder: Path = HERE, stdin: str | None = "",
-            seconds: float = 60, **environ: str):
+def start(*argv: str, folder: Path = HERE, stdin=subprocess.PIPE,
+          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text: bool = True,
+          **environ: str) -> subprocess.Popen:
+    """Start a process with these variables of the environment as well."""
+    return subprocess.Popen(
+        argv, cwd=folder, stdin=stdin, stdout=stdout, stderr=stderr,
+        text=text, env=os.environ | environ)
+
+
+def command(*words: str, folder: Path = HERE, stdin: str = "",
+            seconds: float = 60, argv=HITL, **environ: str):
     """Run hitl.py as a user does -> CompletedProcess with text."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith("HITL_")}
-    return subprocess.run(
-        [sys.executable, "-W", "error", str(FILE), *words], cwd=folder,
-        input=stdin, text=True, capture_output=True, timeout=seconds,
-        env=env | environ)
+    with start(*argv, *words, folder=folder, **environ) as process:
+        try:
+            out, err = process.communicate(stdin, seconds)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
 
 
-class Served:
+class Running:
+    """A process that runs on, and what it said so far."""
+
+    def __init__(self, *argv: str, stdin=subprocess.DEVNULL, **how) -> None:
+        self.process = start(*argv, stdin=stdin, stderr=subprocess.STDOUT,
+                             text=False, **how)
+        self.data = b""
+        self.reader = threading.Thread(target=self.read, daemon=True)
+        self.reader.start()
+
+    def read(self) -> None:
+        with self.process.stdout as file:
+            while part := os.read(file.fileno(), 1 << 16):
+                self.data += part
+
+    @property
+    def text(self) -> str:
+        return self.data.decode(errors="backslashreplace")
+
+    @property
+    def lines(self) -> list[str]:
+        return self.text.splitlines()
+
+    def said(self, pattern: str, seconds: float = 10.0):
+        """The first line that matches, once it is there, or None."""
+        return until(lambda: re.search(f"^{pattern}$", self.text, re.M),
+                     seconds)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal and wait -> the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        code = self.process.wait(20)
+        self.reader.join(5)
+        return code
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.process.kill()
+        self.stop()
+
+
+class Served(Running):
     """`hitl.py serve` as a process of its own, which can be killed."""
 
     def __init__(self, folder: Path, *words: str, port: int = 0,
                  **environ: str) -> None:
-        self.folder, self.words, self.environ = folder, words, environ
-        self.port = port
+        self.folder, self.words, self.port = folder, words, port
+        self.environ = {"HITL_REVIEWER_TOKEN": REVIEWER_TOKEN} | environ
         self.start()
 
     def start(self) -> None:
-        env = {k: v for k, v in os.environ.items()
-               if not k.startswith("HITL_")}
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "error", str(FILE), "serve", "--database",
-             str(self.folder / "hitl.db"), "--port", str(self.port),
-             *self.words], cwd=self.folder, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, env=env | {
-                "HITL_REVIEWER_TOKEN": REVIEWER_TOKEN} | self.environ)
-        self.lines: list[str] = []
-        threading.Thread(target=self.read, daemon=True).start()
-        assert until(lambda: any("audit log" in line for line in self.lines)
-                     or self.process.poll() is not None)
-        link = [line for line in self.lines if line.startswith("http")]
-        assert link, self.lines
+        super().__init__(
+            *HITL, "serve", "--database", str(self.folder / "hitl.db"),
+            "--port", str(self.port), *self.words, folder=self.folder,
+            **self.environ)
+        until(lambda: "audit log" in self.text
+              or self.process.poll() is not None)
+        link = re.search("^https?://.*$", self.text, re.M)
+        assert link, self.text
         self.link = link[0]
         self.url = re.sub(r"//.*@", "//", self.link).rstrip("/")
         self.port = int(self.url.rpartition(":")[2])
-
-    def read(self) -> None:
-        with self.process.stdout:
-            for line in self.process.stdout:
-                self.lines.append(line.rstrip("\n"))
-
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-        code = self.process.wait(20)
-        until(lambda: self.process.stdout.closed, 0.1)
-        return code
 
     def reviewer(self, name: str = "ana"):
         return hitl.Client(self.url, hitl.basic(name, REVIEWER_TOKEN))
@@ -275,6 +304,13 @@ class Served:
     def agent(self):
         return hitl.Client(self.url)
 
+
+@pytest.fixture(autouse=True, scope="session")
+def clean_environment():
+    """What is set for hitl.py is not for its tests: they set what they
+    mean."""
+    for name in [name for name in os.environ if name.startswith("HITL_")]:
+        del os.environ[name]
 
 @pytest.fixture
 def desk(tmp_path):
@@ -298,12 +334,8 @@ def make_desk(tmp_path):
         it.stop()
 
 @pytest.fixture
-def make_gate(tmp_path, monkeypatch):
+def make_gate(tmp_path):
     """A maker of gates: rules as text, a desk or a URL."""
-    for name in list(os.environ):
-        if name.startswith("HITL_") and name != "HITL_LONG":
-            monkeypatch.delenv(name)
-
     def make(where=None, rules: str = RULES, **more):
         path = tmp_path / "checkpoints.toml"
         path.write_text(rules)
@@ -336,9 +368,9 @@ class Browser:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.base = f"http://127.0.0.1:{port}"
-        self.process = subprocess.Popen(
-            [self.DRIVER, f"--port={port}"], stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL)
+        self.process = start(
+            self.DRIVER, f"--port={port}", stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         assert until(lambda: self.ready(), 20), "chromedriver does not start"
         arguments = [
             "--headless=new", "--no-sandbox", "--disable-gpu",
@@ -722,7 +754,7 @@ def test_a_damaged_file_never_loses_a_rule_silently(make_rules):
             return count
         return 0
 
-    text, step = hitl.EXAMPLE, 1 if os.environ.get("HITL_LONG") else 19
+    text, step = hitl.EXAMPLE, 1 if LONG else 19
     cuts = {*range(0, len(text), step), *(
         found.end() for found in re.finditer("\n", text))}
     taken = [n for n in (holds(text[:cut]) for cut in sorted(cuts)) if n]
@@ -739,7 +771,6 @@ def test_where_the_file_is_found(tmp_path, monkeypatch):
     (beside := tmp_path / "tool").mkdir()
     (here := tmp_path / "a").mkdir()
     monkeypatch.setattr(hitl, "__file__", str(beside / "hitl.py"))
-    monkeypatch.delenv("HITL_CONFIG", raising=False)
     monkeypatch.chdir(here)
     (tmp_path / "checkpoints.toml").write_text(rule())
     with pytest.raises(hitl.ConfigError) as error:
@@ -1442,9 +1473,7 @@ def test_another_process_reads_and_does_not_stop_the_desk(desk):
     that holds the write lock costs a quick 503; reading goes on, and
     writing when it lets go."""
     desk.post()
-    with subprocess.Popen(
-            [sys.executable, "-c", OTHER, str(desk.database)], text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+    with start(sys.executable, "-c", OTHER, str(desk.database)) as other:
         assert other.stdout.readline() == "('r-1', 'waiting')\n"
         assert other.stdout.readline() == "held\n"
         began = time.monotonic()
@@ -1593,7 +1622,7 @@ def test_a_database_that_git_would_take_is_warned_of(tmp_path):
         pytest.skip("no git")
     path = tmp_path / "hitl.db"
     assert hitl.ignored_warning(path) == []
-    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    assert command("init", "-q", str(tmp_path), argv=["git"]).returncode == 0
     assert "add hitl.db* to .gitignore" in hitl.ignored_warning(path)[0]
     (tmp_path / ".gitignore").write_text("hitl.db*\n")
     assert hitl.ignored_warning(path) == []
@@ -2090,8 +2119,6 @@ def test_who_hangs_up_waits_no_more(desk):
 def serve(tmp_path, monkeypatch, capsys):
     """`serve WORDS...` -> exit status and what it said: why it refuses, or
     else that its port is taken."""
-    for name in [n for n in os.environ if n.startswith("HITL_")]:
-        monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
 
     def run(*words, **environ):
@@ -2706,7 +2733,7 @@ def test_promise_1_a_false_server(make_gate, monkeypatch, step):
         (f"{status} {name}", lambda g, s=status, b=body: [http_reply(b(g), s)])
         for status in (200, *OTHER_STATUSES) for name, body in BODIES.items()
         if status == 200 or name in ("right", "{}")
-        or os.environ.get("HITL_LONG")]
+        or LONG]
     gate = make_gate(impostor, RULES.replace("= 20", "= 0.2"))
 
     def one(name: str, lie):
@@ -3115,15 +3142,14 @@ class Agent:
     def __init__(self, desk, config: Path, name: str = "agent-1",
                  way: str = "call") -> None:
         self.desk, self.name = desk, name
-        self.process = subprocess.Popen([
-            sys.executable, "-W", "error", "-c", f"""
+        self.process = start(sys.executable, "-W", "error", "-c", f"""
 import sys; sys.path.insert(0, {str(HERE)!r})
 import asyncio, hitl
 gate = hitl.Gate({str(config)!r}, server_url={desk.url!r})
 call = gate.{way}("delete_records", {CALL!r}, lambda **a: print("ran", *a),
                   request_id={name!r})
 asyncio.run(call) if asyncio.iscoroutine(call) else None
-"""], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+""", stdin=subprocess.DEVNULL)
 
     def waits(self):
         assert until(lambda: self.desk.server.waiters.get(self.name), 30)
@@ -3181,10 +3207,9 @@ def test_an_agent_imports_little():
     """`import hitl` in an agent loads no server, database or network."""
     heavy = {"http.server", "http.client", "sqlite3", "urllib.request",
              "asyncio", "ssl", "email", "argparse", "socketserver", "html"}
-    out = subprocess.run(
-        [sys.executable, "-I", "-c", "import sys; sys.path[:0] = ["
-         f"{str(HERE)!r}]; import hitl; print({heavy!r} & set(sys.modules))"],
-        capture_output=True, text=True)
+    out = command(f"import sys; sys.path[:0] = [{str(HERE)!r}]; import hitl; "
+                  f"print({heavy!r} & set(sys.modules))",
+                  argv=[sys.executable, "-I", "-c"])
     assert (out.stdout, out.stderr) == ("set()\n", "")
 
 
@@ -3783,10 +3808,10 @@ def test_hook_ignores_the_working_directory(desk, tmp_path):
     work = tmp_path / "work"
     work.mkdir()
     (work / "checkpoints.toml").write_text(RULES)
-    done = subprocess.run(
-        [sys.executable, str(copy / "hitl.py"), "hook", "--deadline", "0.2"],
-        input=json.dumps(HOOKS["claude"][0]("rm x")), text=True, cwd=work,
-        capture_output=True, env=os.environ | {"HITL_SERVER_URL": desk.url})
+    done = command("hook", "--deadline", "0.2", folder=work,
+                   argv=[sys.executable, str(copy / "hitl.py")],
+                   stdin=json.dumps(HOOKS["claude"][0]("rm x")),
+                   HITL_SERVER_URL=desk.url)
     assert "still waits" in done.stdout, done
 
 
@@ -3795,18 +3820,16 @@ def test_hook_killed(desk, tmp_path):
     approval runs nothing by itself. A signal is a refusal."""
     (tmp_path / "rules.toml").write_text(SHELL)
 
-    def start(call):
-        process = subprocess.Popen(
-            [sys.executable, str(FILE), "hook", "--config", "rules.toml"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, cwd=tmp_path,
-            env=os.environ | {"HITL_SERVER_URL": desk.url})
-        process.stdin.write(json.dumps(call).encode())
+    def asks(call):
+        process = start(*HITL, "hook", "--config", "rules.toml",
+                        stderr=subprocess.DEVNULL, folder=tmp_path,
+                        HITL_SERVER_URL=desk.url)
+        process.stdin.write(json.dumps(call))
         process.stdin.close()
         there, = desk.waiting()
         assert until(lambda: desk.server.attended(there["request_id"]))
         return process, there["request_id"]
-    process, name = start(HOOKS["claude"][0]("rm x"))
+    process, name = asks(HOOKS["claude"][0]("rm x"))
     process.kill()
     process.wait()
     process.stdout.close()
@@ -3814,9 +3837,9 @@ def test_hook_killed(desk, tmp_path):
     assert "nobody waits for it now" in desk.page()
     desk.decide(name)
     assert desk.state(name)["outcome"] is None
-    process, name = start(HOOKS["copilot"][0]("rm y"))
+    process, name = asks(HOOKS["copilot"][0]("rm y"))
     process.terminate()
-    assert "deny" in process.stdout.read().decode()
+    assert "deny" in process.stdout.read()
     process.stdout.close()
     assert process.wait() == 2
     assert desk.state(name)["status"] == "withdrawn"
@@ -3840,20 +3863,14 @@ def test_hook_snippets(tmp_path):
     home.mkdir()
     shutil.copy(FILE, tmp_path)
     (tmp_path / "checkpoints.toml").write_text(SHELL)
+    here = {"argv": (sys.executable, "hitl.py"), "folder": tmp_path}
     for agent in hitl.SNIPPETS:
-        text = subprocess.run(
-            [sys.executable, "hitl.py", "hook", "--snippet", agent],
-            cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        text = command("hook", "--snippet", agent, **here).stdout
         where, _, body = text.partition(":\n\n")
         path = tmp_path / where.partition(" (")[0].replace("~", "home")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(body.replace("86000", "0.05"))
 
-    def check():
-        return subprocess.run(
-            [sys.executable, "hitl.py", "hook", "--check"], cwd=tmp_path,
-            capture_output=True, text=True,
-            env=os.environ | {"HOME": str(home)})
     (home / ".claude").mkdir()
     (home / ".claude/settings.json").write_text(json.dumps(
         {"hooks": [{"timeout": 86400, "command":
@@ -3861,7 +3878,7 @@ def test_hook_snippets(tmp_path):
     (home / ".gemini/settings.json").write_text((
         home / ".gemini/settings.json").read_text().replace(
             "86400000", "40"))                  # of milliseconds
-    done = check()
+    done = command("hook", "--check", HOME=str(home), **here)
     assert done.returncode == 1, done
     assert done.stdout.count("blocks when nobody answers") == 6
     assert "gemini: " + str(home) in done.stdout
@@ -3974,12 +3991,10 @@ class Mcp:
     def __init__(self, desk, folder):
         (folder / "rules.toml").write_text(SHELL)
         (folder / "server.py").write_text(SERVER)
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "error", str(FILE), "mcp", "--config",
-             "rules.toml", "--name", "fs", "--", sys.executable, "server.py"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=folder,
-            stderr=subprocess.DEVNULL,
-            env=os.environ | {"HITL_SERVER_URL": desk.url})
+        self.process = start(
+            *HITL, "mcp", "--config", "rules.toml", "--name", "fs", "--",
+            sys.executable, "server.py", folder=folder, text=False,
+            stderr=subprocess.DEVNULL, HITL_SERVER_URL=desk.url)
         self.lines: list[bytes] = []
         self.reader = threading.Thread(target=self.read)
         self.reader.start()
@@ -4155,11 +4170,8 @@ def test_proxy_server_names():
 
 def start_run(desk, folder, *words, stdin=""):
     (folder / "rules.toml").write_text(SHELL)
-    process = subprocess.Popen(
-        [sys.executable, "-W", "error", str(FILE), "run", "--config",
-         "rules.toml", *words], stdin=subprocess.PIPE, text=True, cwd=folder,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=os.environ | {"HITL_SERVER_URL": desk.url})
+    process = start(*HITL, "run", "--config", "rules.toml", *words,
+                    folder=folder, HITL_SERVER_URL=desk.url)
     if stdin:
         process.stdin.write(stdin)
     return process
@@ -4668,32 +4680,6 @@ def test_a_card_pushed_off_the_page_still_waits(desk, look, monkeypatch):
 # ================================= Evidence ================================
 # `demo`, `verify` and the README, as the commands they are.
 
-def plain(**environ: str) -> dict:
-    """The environment without what is set for hitl.py, and these."""
-    return {k: v for k, v in os.environ.items()
-            if not k.startswith("HITL_")} | environ
-
-
-@contextlib.contextmanager
-def running(folder: Path, *argv, stdin=subprocess.DEVNULL, **environ: str):
-    """A command that runs on -> (process, said): said(pattern) is the first
-    line that matches, once it is there."""
-    with tempfile.NamedTemporaryFile() as file:
-        process = subprocess.Popen(
-            argv, cwd=folder, stdin=stdin, stdout=file, env=plain(**environ),
-            stderr=subprocess.STDOUT, start_new_session=True)
-
-        def said(pattern: str):
-            return until(lambda: re.search(
-                f"^{pattern}$", Path(file.name).read_text(), re.M))
-        try:
-            yield process, said
-        finally:
-            process.kill()
-            process.wait(20)
-
-
-HITL = (sys.executable, "-W", "error", str(FILE))
 LINK = r"http://reviewer:([\w-]{43})@127\.0\.0\.1:(\d+)/"
 
 
@@ -4740,9 +4726,7 @@ def readme(tmp_path_factory):
             "^python3", 'exec "$PYTHON" -W error', line.strip())]
 
     def run(name: str, line: str) -> None:
-        done = subprocess.run(argv(line), cwd=folder, text=True,
-                              capture_output=True, timeout=60,
-                              env=plain(**environ))
+        done = command(argv=argv(line), folder=folder, **environ)
         assert done.returncode == 0, (line, done)
         said[name] = done.stdout
     inline, blocks = readme_parts()
@@ -4757,8 +4741,8 @@ def readme(tmp_path_factory):
     rules = folder / "checkpoints.toml"     # no fixed port: any free one
     rules.write_text(rules.read_text().replace("# port = 8765",
                                                "port = 0"))
-    with running(folder, *argv(serve), **environ) as (process, line):
-        url = environ["HITL_SERVER_URL"] = line("(http://127.*)/")[1]
+    with Running(*argv(serve), folder=folder, **environ) as desk:
+        url = environ["HITL_SERVER_URL"] = desk.said("(http://127.*)/")[1]
         run("ask", ask.replace("http://127.0.0.1:8765", url))
         run("approve", approve.replace("http://127.0.0.1:8765", url))
         hitl.Client(url).exchange("POST", "/pending", four("r-2") | {
@@ -4768,9 +4752,8 @@ def readme(tmp_path_factory):
         run("list", "python3 hitl.py list --all")
         run("sqlite3", look_at)
         run("log", "python3 hitl.py log --verify")
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
-        said["serve"] = line("(?s:.*stopped; audit log.*)")[0]
+        assert desk.stop() == 0
+        said["serve"] = desk.text
     yield folder, said, verified
     verified()
 
@@ -4814,16 +4797,16 @@ def test_demo(tmp_path, terminal, keys, ending):
     on the page; on a terminal it stays open until Ctrl-C. It leaves nothing
     behind."""
     ours, theirs = pty.openpty() if terminal else os.pipe()[::-1]
-    with running(tmp_path, *HITL, "demo", stdin=theirs,
-                 TMPDIR=str(tmp_path)) as (process, said):
-        link = said(LINK)
+    with Running(*HITL, "demo", folder=tmp_path, stdin=theirs,
+                 TMPDIR=str(tmp_path)) as demo:
+        link = demo.said(LINK)
         os.write(ours, keys) if keys else on_the_page(link)
-        assert said(f"agent: {ending}")
+        assert demo.said(f"agent: {ending}")
         if terminal:
-            assert said(".*Ctrl-C to end.")
-            process.send_signal(signal.SIGINT)
-        assert process.wait(20) == (130 if terminal else 0)
-        assert ("'ben'" in said("records now: .*")[0]) is (
+            assert demo.said(".*Ctrl-C to end.")
+            demo.process.send_signal(signal.SIGINT)
+        assert demo.process.wait(20) == (130 if terminal else 0)
+        assert ("'ben'" in demo.said("records now: .*")[0]) is (
             "rejected" in ending)
     os.close(ours)
     os.close(theirs)
@@ -4873,8 +4856,6 @@ def typed(where, *words: str, **environ: str) -> Typed:
     with pytest.MonkeyPatch.context() as patch, \
             contextlib.redirect_stdout(io.StringIO()) as out, \
             contextlib.redirect_stderr(io.StringIO()) as err:
-        for name in [n for n in os.environ if n.startswith("HITL_")]:
-            patch.delenv(name)
         settings = {"HITL_REVIEWER": "ana", "HITL_SERVER_URL": where.url,
                     "HITL_REVIEWER_TOKEN": REVIEWER_TOKEN} | environ
         for name, value in settings.items():
@@ -5008,13 +4989,13 @@ def test_approve_asks_on_a_terminal(desk, asks, answer, status, state):
     secret = answer.startswith(REVIEWER_TOKEN)
     ours, theirs = pty.openpty()
     os.set_blocking(ours, False)
-    with running(desk.folder, *HITL, "approve", "r-1", *["--yes"] * secret,
-                 stdin=theirs, HITL_SERVER_URL=desk.url, HITL_REVIEWER_TOKEN=""
-                 if secret else REVIEWER_TOKEN) as (process, said):
-        assert said(asks)
+    with Running(*HITL, "approve", "r-1", *["--yes"] * secret,
+                 folder=desk.folder, stdin=theirs, HITL_SERVER_URL=desk.url,
+                 HITL_REVIEWER_TOKEN="" if secret else REVIEWER_TOKEN) as it:
+        assert it.said(asks)
         os.write(ours, answer.encode())
-        assert process.wait(20) == status
-        text = said("(?s:.*)")[0]
+        assert it.process.wait(20) == status
+    text = it.text
     echo = b""
     with contextlib.suppress(BlockingIOError):
         echo = os.read(ours, 1 << 16)
@@ -5121,457 +5102,3 @@ def test_the_whole_trip(tmp_path, make_gate, chromium):
     finally:
         code = served.stop()
     assert code == 0
-
-
-# =============================== Real clients ==============================
-# Frameworks and an MCP SDK as they are on PyPI, offline with scripted models;
-# skipped where they are not installed. `.ci/run` installs them in a folder of
-# their own and runs these with HITL_CLIENTS=1, which forbids skipping.
-
-def package(name: str):
-    """A module of somebody else's; where it is missing, the test is skipped
-    (or fails, where HITL_CLIENTS says that it has to be there)."""
-    if os.environ.get("HITL_CLIENTS"):
-        import importlib
-        return importlib.import_module(name)
-    return pytest.importorskip(name)
-
-
-def guarded_tool(gate, ran):
-    @gate.guard
-    def delete_records(table: str, condition: str) -> str:
-        """Delete records.
-
-        Args:
-            table: where
-            condition: which
-        """
-        ran.append((table, condition))
-        return "deleted 3"
-    return delete_records
-
-
-def reviewed(desk, decision, run):
-    """Run an agent while a reviewer decides what it asks for, once."""
-    result = in_background(run)
-    there, = desk.waiting() or [result()]
-    assert there["arguments"] == CALL
-    desk.decide(there["request_id"], decision, reason="no")
-    return result()
-
-
-@pytest.mark.filterwarnings("default")
-def test_real_client_pydantic_ai(desk, make_gate):
-    """pydantic-ai: approved runs, rejected propagates, one line added."""
-    package("pydantic_ai")
-    from pydantic_ai import Agent
-    from pydantic_ai.messages import (ModelResponse, TextPart, ToolCallPart,
-                                      ToolReturnPart)
-    from pydantic_ai.models.function import FunctionModel
-
-    def model(messages, info):
-        told = [p.content for p in messages[-1].parts
-                if isinstance(p, ToolReturnPart)]
-        return ModelResponse(parts=[TextPart(f"saw {told}")] if told else [
-            ToolCallPart("delete_records", CALL)])
-    gate, ran = make_gate(desk), []
-    agent = Agent(FunctionModel(model))
-    agent.tool_plain(guarded_tool(gate, ran))
-
-    def run():
-        return agent.run_sync("go").output
-    assert reviewed(desk, "approved", run) == "saw ['deleted 3']"
-    assert ran == [("users", "id = 3")]
-    with pytest.raises(hitl.CollaborationError, match="rejected by ana: no"):
-        reviewed(desk, "rejected", run)
-    assert len(ran) == 1
-
-
-@pytest.mark.filterwarnings("default")
-def test_real_client_langchain(desk, make_gate):
-    """LangChain: a tool keeps its schema, approved runs, rejected raises."""
-    tools = package("langchain_core.tools")
-    gate, ran = make_gate(desk), []
-    guarded = guarded_tool(gate, ran)
-    tool = tools.tool(guarded)
-    plain = tools.tool(guarded.__wrapped__)
-    assert tool.args_schema.model_json_schema() == (
-        plain.args_schema.model_json_schema())
-    assert reviewed(desk, "approved", lambda: tool.invoke(CALL)) == "deleted 3"
-    with pytest.raises(hitl.CollaborationError):
-        reviewed(desk, "rejected", lambda: tool.invoke(CALL))
-    assert len(ran) == 1
-
-
-@pytest.mark.filterwarnings("default")
-def test_real_client_openai_agents(desk, make_gate):
-    """OpenAI Agents: with on_reject="return" the model is told who and why."""
-    agents = package("agents")
-    from openai.types.responses import (
-        ResponseFunctionToolCall, ResponseOutputMessage, ResponseOutputText)
-    agents.set_tracing_disabled(True)
-
-    class Scripted(agents.Model):
-        async def get_response(self, system_instructions, input,
-                               *args, **more):
-            told = [] if isinstance(input, str) else [
-                i["output"] for i in input
-                if i.get("type") == "function_call_output"]
-            out = ResponseOutputMessage(
-                id="m", type="message", role="assistant", status="completed",
-                content=[ResponseOutputText(
-                    type="output_text", text=f"saw {told}", annotations=[])]
-            ) if told else ResponseFunctionToolCall(
-                type="function_call", call_id="c", name="delete_records",
-                arguments=json.dumps(CALL))
-            return agents.ModelResponse(output=[out], usage=agents.Usage(),
-                                        response_id="r")
-
-        def stream_response(self, *args, **more):
-            raise NotImplementedError
-    gate, ran = make_gate(desk, on_reject="return"), []
-    agent = agents.Agent(name="a", model=Scripted(), tools=[
-        agents.function_tool(guarded_tool(gate, ran))])
-
-    def run():
-        return asyncio.run(agents.Runner.run(agent, "go")).final_output
-    assert reviewed(desk, "approved", run) == "saw ['deleted 3']"
-    assert "rejected by ana: no. The call did not run" in reviewed(
-        desk, "rejected", run)
-    assert len(ran) == 1
-
-
-@pytest.mark.filterwarnings("default")
-def test_real_client_mcp(desk, tmp_path):
-    """The MCP Python SDK, client and server, through the proxy."""
-    package("mcp")
-    try:
-        from mcp.server.fastmcp import FastMCP      # noqa: F401  (1.x)
-        server = "from mcp.server.fastmcp import FastMCP as Server\n"
-    except ImportError:
-        server = "from mcp.server.mcpserver import MCPServer as Server\n"
-    from mcp import ClientSession, StdioServerParameters
-    from mcp.client.stdio import stdio_client
-    (tmp_path / "rules.toml").write_text(SHELL)
-    (tmp_path / "files.py").write_text(server + """
-server = Server("files")
-
-@server.tool()
-def delete_file(path: str) -> str:
-    return f"deleted {path}"
-
-@server.tool()
-def read_file(path: str) -> str:
-    return f"read {path}"
-
-server.run()
-""")
-    parameters = StdioServerParameters(
-        command=sys.executable, cwd=str(tmp_path), args=[
-            str(FILE), "mcp", "--config", "rules.toml", "--name", "fs", "--",
-            sys.executable, "files.py"],
-        env=os.environ | {"HITL_SERVER_URL": desk.url})
-
-    async def session():
-        async with stdio_client(parameters) as streams:
-            async with ClientSession(*streams) as client:
-                await client.initialize()
-                names = [t.name for t in (await client.list_tools()).tools]
-                assert names == ["delete_file", "read_file"]
-                calls = [client.call_tool("delete_file", {"path": p})
-                         for p in "ab"]
-                calls.append(client.call_tool("read_file", {"path": "c"}))
-                return [r.content[0].text for r in
-                        await asyncio.gather(*calls)]
-    result = in_background(lambda: asyncio.run(session()))
-    for there in desk.waiting(2):
-        path = there["arguments"]["path"]
-        desk.decide(there["request_id"], reason="no", decision="approved"
-                    if path == "a" else "rejected")
-    assert result() == ["deleted a", WHY, "read c"]
-
-@pytest.mark.filterwarnings("default")
-def test_real_client_filesystem(desk, tmp_path):
-    """The MCP reference server for files, of npm, behind the proxy: a file is
-    written when a person said so, and not otherwise."""
-    package("mcp")
-    from mcp import ClientSession, StdioServerParameters
-    from mcp.client.stdio import stdio_client
-    server = Path(os.environ.get("HITL_CLIENTS", "."), "node_modules",
-                  "@modelcontextprotocol", "server-filesystem", "dist",
-                  "index.js")
-    if not server.exists():
-        pytest.skip("no @modelcontextprotocol/server-filesystem installed")
-    (tmp_path / "rules.toml").write_text(SHELL.replace("delete_*", "write_"))
-    (tmp_path / "there.txt").write_text("it was there")
-    parameters = StdioServerParameters(
-        command=sys.executable, cwd=str(tmp_path), args=[
-            str(FILE), "mcp", "--config", str(tmp_path / "rules.toml"), "--",
-            "node", str(server), str(tmp_path)],
-        env=os.environ | {"HITL_SERVER_URL": desk.url})
-
-    async def session():
-        async with stdio_client(parameters) as streams:
-            async with ClientSession(*streams) as client:
-                await client.initialize()
-                return [r.content[0].text for r in await asyncio.gather(*(
-                    client.call_tool("write_file", {
-                        "path": str(tmp_path / name), "content": name})
-                    for name in "ab"), client.call_tool("read_text_file", {
-                        "path": str(tmp_path / "there.txt")}))]
-    result = in_background(lambda: asyncio.run(session()))
-    for there in desk.waiting(2):
-        yes = there["arguments"]["content"] == "a"
-        desk.decide(there["request_id"], reason="no",
-                    decision="approved" if yes else "rejected")
-    wrote, refused, read = result()
-    assert (tmp_path / "a").read_text() == "a" and "wrote" in wrote
-    assert not (tmp_path / "b").exists() and refused == WHY
-    assert read == "it was there"
-
-
-# ================================== Bench ==================================
-# `python3 test_hitl.py bench [PYTHON]`: figures, not tests. PYTHON is one with
-# fastapi and uvicorn; then the guide's service as most would write it is
-# measured beside ours, alternating, and the ratio printed.
-
-REFERENCE = '''
-import json, sqlite3, threading, time
-from typing import Any
-from fastapi import FastAPI, HTTPException
-from pydantic import BaseModel
-
-local = threading.local()
-
-def db():
-    if not hasattr(local, "db"):
-        local.db = sqlite3.connect("ref.db", isolation_level=None, timeout=30)
-        local.db.execute("PRAGMA journal_mode=WAL")
-        local.db.execute("PRAGMA synchronous=FULL")
-    return local.db
-
-db().execute("""CREATE TABLE IF NOT EXISTS pending_reviews (id INTEGER
-    PRIMARY KEY, request_id TEXT UNIQUE, action_description TEXT,
-    agent_context TEXT, timestamp TEXT, status TEXT)""")
-app = FastAPI()
-
-class Pending(BaseModel):
-    request_id: str
-    action_description: str
-    agent_context: dict[str, Any]
-    timestamp: str
-
-@app.post("/pending", status_code=201)
-def pending(p: Pending):
-    try:
-        db().execute("INSERT INTO pending_reviews (request_id, "
-            "action_description, agent_context, timestamp, status) VALUES "
-            "(?, ?, ?, ?, 'waiting')", (p.request_id, p.action_description,
-            json.dumps(p.agent_context), p.timestamp))
-    except sqlite3.IntegrityError:
-        raise HTTPException(409, "duplicate")
-    return {"request_id": p.request_id, "status": "waiting"}
-
-@app.get("/pending/{request_id}")
-def status(request_id: str):
-    row = db().execute("SELECT status FROM pending_reviews WHERE request_id "
-                       "= ?", (request_id,)).fetchone()
-    return {"request_id": request_id, "status": row[0]}
-'''
-
-
-def plain_http(method: str, path: str, body: bytes = b"") -> bytes:
-    head = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n"
-    if body:
-        head += ("Content-Type: application/json\r\n"
-                 f"Content-Length: {len(body)}\r\n")
-    return head.encode() + b"\r\n" + body
-
-
-def load(port: int, requests: list[bytes], good: bytes,
-         connections: int = 64) -> float:
-    """Send all requests over so many connections -> answers a second."""
-    import selectors
-    picker, left, done = selectors.DefaultSelector(), iter(requests), 0
-    buffers: dict[int, bytes] = {}
-    began = time.perf_counter()
-    for _ in range(connections):
-        sock = socket.create_connection(("127.0.0.1", port))
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.sendall(next(left))
-        picker.register(sock, selectors.EVENT_READ)
-    while done < len(requests):
-        for key, _ in picker.select(10):
-            answer = buffers.pop(key.fd, b"") + key.fileobj.recv(65536)
-            head, end, body = answer.partition(b"\r\n\r\n")
-            length = re.search(rb"(?i)content-length: (\d+)", head)
-            if not end or len(body) < int(length[1]):
-                buffers[key.fd] = answer
-                continue
-            assert answer.startswith(good), answer[:300]
-            done += 1
-            following = next(left, None)
-            if following is not None:
-                key.fileobj.sendall(following)
-    took = time.perf_counter() - began
-    for key in list(picker.get_map().values()):
-        key.fileobj.close()
-    return len(requests) / took
-
-
-def posts(count: int, mark: str) -> list[bytes]:
-    return [plain_http("POST", "/pending", json.dumps(
-        four(f"{mark}-{n}") | ({"agent": f"agent {n % 4}"} if mark[0] == "h"
-                               else {})).encode()) for n in range(count)]
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
-def rss(pid: int) -> float:
-    text = Path(f"/proc/{pid}/status").read_text()
-    return int(re.search(r"VmRSS:\s+(\d+)", text)[1]) / 1024
-
-
-def bench(reference: str | None) -> None:
-    import tempfile
-    ours: list[tuple[float, float]] = []
-    theirs: list[tuple[float, float]] = []
-    for turn in range(3):
-        with tempfile.TemporaryDirectory() as folder:
-            it = Served(Path(folder))
-            rate = load(it.port, posts(15000, "h"), b"HTTP/1.1 201")
-            reads = load(it.port, [plain_http("GET", "/pending/h-1")] * 20000,
-                         b"HTTP/1.1 200")
-            ours.append((rate, reads))
-            it.stop()
-        if reference:
-            theirs.append(bench_reference(reference))
-    best = max(r for r, _ in ours), max(g for _, g in ours)
-    print(f"durable POST /pending, 64 connections: {best[0]:,.0f}/s")
-    print(f"status reads, 64 connections: {best[1]:,.0f}/s")
-    if theirs:
-        ref = max(r for r, _ in theirs), max(g for _, g in theirs)
-        print(f"FastAPI + uvicorn + sqlite3: {ref[0]:,.0f}/s and "
-              f"{ref[1]:,.0f}/s: ratios {best[0] / ref[0]:.1f} and "
-              f"{best[1] / ref[1]:.1f}")
-    with tempfile.TemporaryDirectory() as folder:
-        bench_agent(Path(folder))
-    with tempfile.TemporaryDirectory() as folder:
-        bench_waiting(Path(folder))
-
-
-def bench_reference(python: str) -> tuple[float, float]:
-    import tempfile
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "reference.py").write_text(REFERENCE)
-        port = free_port()
-        process = subprocess.Popen(
-            [python, "-m", "uvicorn", "reference:app", "--port", str(port),
-             "--no-access-log", "--log-level", "warning"], cwd=folder)
-        try:
-            def up():
-                with contextlib.suppress(OSError):
-                    socket.create_connection(("127.0.0.1", port)).close()
-                    return True
-            assert until(up, 20)
-            return (load(port, posts(4000, "r"), b"HTTP/1.1 201"),
-                    load(port, [plain_http("GET", "/pending/r-1")] * 6000,
-                         b"HTTP/1.1 200"))
-        finally:
-            process.terminate()
-            process.wait()
-
-
-def bench_agent(folder: Path) -> None:
-    """Decision to running tool; the cost of what matches nothing."""
-    began = time.perf_counter()
-    it = Served(folder)
-    print(f"server ready: {(time.perf_counter() - began) * 1000:.0f} ms")
-    (folder / "checkpoints.toml").write_text(
-        RULES + "".join(f"""
-[[checkpoint]]
-checkpoint_id = "other-{n}"
-action_pattern = "other_{n}"
-description_template = "other"
-""" for n in range(9)))
-    logging.disable()
-    gate = hitl.Gate(folder / "checkpoints.toml", server_url=it.url)
-    delays = []
-    for n in range(50):
-        ran: list[float] = []
-        wait = in_background(lambda: gate.call(
-            "delete_records", CALL, lambda **_: ran.append(time.time()),
-            request_id=f"d-{n}"))
-        assert until(lambda: it.reviewer().exchange(
-            "GET", "/pending", seconds=5).body["waiting"])
-        time.sleep(0.02)
-        clicked = time.time()
-        it.reviewer().exchange("POST", f"/approve/d-{n}",
-                               {"decision": "approved"}, seconds=5)
-        wait()
-        delays.append(ran[0] - clicked)
-    delays.sort()
-    print(f"decision to running tool: median {delays[25] * 1000:.1f} ms")
-    count = 200_000
-    gate.call("read_records", {}, lambda: None)
-    began = time.perf_counter()
-    for _ in range(count):
-        gate.call("read_records", {}, int)
-    print("a call that matches nothing, 10 checkpoints: "
-          f"{(time.perf_counter() - began) / count * 1e6:.2f} us")
-    it.stop()
-    for what, words in (("bare Python", ["-c", "1"]), (
-            "import hitl", ["-c", f"import sys; sys.path.insert(0, "
-                            f"{str(HERE)!r}); import hitl"])):
-        times = []
-        for _ in range(7):
-            began = time.perf_counter()
-            subprocess.run([sys.executable, *words], check=True)
-            times.append(time.perf_counter() - began)
-        print(f"{what}: {min(times) * 1000:.0f} ms")
-    call = {"session_id": "s", "transcript_path": "t", "tool_name": "Read",
-            "hook_event_name": "PreToolUse", "tool_input": {"path": "x"}}
-    import resource
-    used = []
-    for _ in range(7):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, str(FILE), "hook", "--config", str(
-            folder / "checkpoints.toml")], input=json.dumps(call).encode(),
-            stdout=subprocess.DEVNULL, check=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        used.append(after.ru_utime + after.ru_stime
-                    - before.ru_utime - before.ru_stime)
-    print(f"a hook call that matches nothing: {min(used) * 1000:.0f} ms CPU")
-
-
-def bench_waiting(folder: Path, count: int = 5000) -> None:
-    """Memory of a server with 5,000 agents on long polls."""
-    import resource
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    it = Served(folder)
-    load(it.port, posts(count, "h"), b"HTTP/1.1 201")
-    socks = []
-    for n in range(count):
-        sock = socket.create_connection(("127.0.0.1", it.port))
-        sock.sendall(plain_http("GET", f"/pending/h-{n}?wait=60"))
-        socks.append(sock)
-    time.sleep(1)
-    page = time.perf_counter()
-    it.reviewer().fetch("GET", "/", seconds=30)
-    print(f"{count} waiting agents: {rss(it.process.pid):.0f} MB, the page in "
-          f"{(time.perf_counter() - page) * 1000:.0f} ms")
-    for sock in socks:
-        sock.close()
-    it.stop()
-
-
-if __name__ == "__main__":
-    if sys.argv[1:2] != ["bench"]:
-        sys.exit("usage: python3 test_hitl.py bench [PYTHON with fastapi]; "
-                 "the tests: python3 -m pytest -W error test_hitl.py")
-    bench(sys.argv[2] if len(sys.argv) > 2 else None)
