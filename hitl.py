@@ -121,13 +121,14 @@ import inspect
 import json
 import logging
 import math
+import operator
 import re
 import threading
 import time
 import unicodedata
 from collections import Counter
 from collections.abc import (
-    Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping)
+    Awaitable, Callable, Container, Coroutine, Iterable, Iterator, Mapping)
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -241,9 +242,12 @@ MAX_DESCRIPTION = 64 * 1024     # bytes: a sentence with arguments filled in
 MAX_CONTEXT = 512 * 1024        # bytes: beyond it a gate sends both ends
 MAX_DEPTH = 32                  # levels of JSON: nobody reads deeper
 MAX_NAME = 256                  # bytes of a tool's or an agent's name
+MAX_SESSION = 128               # bytes of a session's name
 MAX_WHY = 4096                  # bytes of a reason or an explanation
 MAX_YEARS = 100                 # of a deadline: beyond it, leave it out
-REQUEST_ID = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._:-]{1,128}")
+# `standing:7` is what the audit log calls a standing decision
+REQUEST_ID = re.compile(
+    r"(?!\.{1,2}\Z|standing:)[A-Za-z0-9._:-]{1,128}")
 
 # Status is the person's word, and final. Outcome is the call's fate.
 #
@@ -278,7 +282,8 @@ class Outcome(enum.StrEnum):
 
 
 class Summary(NamedTuple):
-    """What every reply about a request says (the server adds its `url`)."""
+    """What every reply about a request says; the server adds its `url`, and
+    leaves out the last two where they say nothing."""
 
     request_id: str
     status: str
@@ -288,50 +293,104 @@ class Summary(NamedTuple):
     decided_by: str | None = None
     decided_at: str | None = None
     reason: str | None = None
+    said_at: str | None = None          # of a standing decision: when made
+    approved_digest: str | None = None  # where the reviewer changed the call
 
 
 class ReviewRequest(NamedTuple):
     """A row of pending_reviews: what was asked, said and done; the
     Summary comes first. Instants are ISO 8601 UTC text, `arguments` is
-    canonical JSON, `agent_context` JSON."""
+    canonical JSON, `agent_context` JSON. SCHEMA explains each column."""
 
     request_id: str
     status: str
     outcome: str | None
     digest: str
     deadline: str | None
-    decided_by: str | None
-    decided_at: str | None
-    reason: str | None
-    signed_in: str | None
-    lapses_at: str | None
-    claim: str | None
-    outcome_at: str | None
-    outcome_text: str | None
-    received_at: str            # from here on: what was asked, never changed
-    timestamp: str
-    asked_by: str
-    agent: str | None
-    tool: str | None
-    checkpoint_id: str | None
-    category: str | None
-    why: str | None
-    config_digest: str | None
-    action_description: str
-    arguments: str | None
-    agent_context: str
+    decided_by: str | None = None
+    decided_at: str | None = None
+    reason: str | None = None
+    said_at: str | None = None
+    approved_digest: str | None = None
+    signed_in: str | None = None
+    lapses_at: str | None = None
+    standing: int | None = None
+    claim: str | None = None
+    handed_over: int | None = None
+    outcome_at: str | None = None
+    outcome_text: str | None = None
+    approved_arguments: str | None = None
     id: int = 0
+    asked_sha256: str = ""
+    received_at: str = ""       # from here on: what was asked, never changed
+    timestamp: str = ""
+    asked_by: str = ""
+    agent: str | None = None
+    tool: str | None = None
+    checkpoint_id: str | None = None
+    checkpoint_digest: str | None = None
+    session: str | None = None
+    category: str | None = None
+    why: str | None = None
+    config_digest: str | None = None
+    edits: int | None = None
     size: int = 0               # bytes of what the agent sent
+    action_description: str = ""
+    arguments: str | None = None
+    agent_context: str = "null"
 
     @property
     def summary(self) -> Summary:
         return Summary._make(self[:len(Summary._fields)])
 
     @property
+    def runs(self) -> str | None:
+        """The arguments that run once it is approved."""
+        if self.approved_arguments is None:
+            return self.arguments
+        return self.approved_arguments
+
+    @property
+    def runs_digest(self) -> str:
+        """The digest of what runs: a claim must name it."""
+        return self.approved_digest or self.digest
+
+    @property
     def intact(self) -> bool:
-        """Whether what is stored still has the digest it was stored with."""
-        return self.digest == digest_of(
-            self.action_description, self.arguments, self.tool)
+        """Whether what is stored still has the digests it was stored with."""
+        asked = digest_of(self.action_description, self.arguments, self.tool)
+        if self.approved_digest is None:
+            return self.digest == asked
+        return self.digest == asked and self.approved_digest == digest_of(
+            self.action_description, self.approved_arguments, self.tool)
+
+
+class Standing(NamedTuple):
+    """A row of standing_decisions: a decision that answers the same call
+    again, or, `stopped`, every call. SCHEMA explains each column."""
+
+    number: int
+    decision: str
+    made_by: str
+    made_at: str
+    until: str | None = None
+    uses: int | None = None
+    request_id: str | None = None
+    reason: str | None = None
+    signed_in: str | None = None
+    digest: str | None = None
+    checkpoint_id: str | None = None
+    checkpoint_digest: str | None = None
+    desk_digest: str | None = None
+    session: str | None = None
+    principal: str | None = None
+    lifted_at: str | None = None
+    lifted_by: str | None = None
+
+    @property
+    def subject(self) -> str:
+        """What the audit log calls it."""
+        return f"standing:{self.number}"
 
 
 def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -1302,18 +1361,24 @@ def refuse_twins(path: Path, what: str, names: list[str]) -> None:
 # The memory, and the only SQL. One connection writes, in transactions that the
 # server opens and commits once a turn. The database restates the promises as
 # constraints and triggers, so that a mistake above cannot break them. Every
-# change of state writes its audit row in the same transaction; the row seals
-# the request as it then stood and carries the hash of the row before
-# (promise 8).
+# change of state is one `move`, which writes its audit row in the same
+# transaction. The row carries a seal, the hash of the request as it then was,
+# and the hash of the row before: so the log proves itself, and each request
+# is proved by its last row (promise 8).
 #
 # SQLite 3.26 is enough (RHEL 8): no RETURNING, no STRICT.
 
 APPLICATION_ID = 0x4849544C     # "HITL", in the database file's header
-SCHEMA_VERSION = 1
-MAX_WAITING_PER_AGENT = 10_000  # one agent cannot fill the desk ...
-MAX_WAITING = 20_000            # ... and all together not the page's query
+SCHEMA_VERSION = 2
+MAX_WAITING_PER_AGENT = 1_000   # one name cannot fill its credential's share,
+MAX_WAITING_PER_CREDENTIAL = 10_000     # nor one credential the desk,
+MAX_WAITING = 20_000            # which all together must stay quick to list
 CLAIM_SECONDS = 60              # a late approval can still be claimed for
 BUSY_SECONDS = 0.1              # another writer costs a 503, not a stop
+SEARCH_SECONDS = 0.03           # for one look back: the loop waits meanwhile
+MAX_STANDING_SECONDS = 8 * 3600     # an approval stands for a working day ...
+MAX_STANDING_USES = 50              # ... and for what a person can recall
+STOPPED_A_TURN = 200            # rejected in one turn once all is stopped
 
 SCHEMA = """
 CREATE TABLE pending_reviews (
@@ -1328,15 +1393,21 @@ CREATE TABLE pending_reviews (
   decided_by         TEXT,                          -- 'reviewer:ana'
   signed_in          TEXT,                          -- how
   reason             TEXT,
+  standing           INTEGER,                       -- the decision that did it
+  said_at            TEXT,                          -- when that one was made
+  approved_arguments TEXT,                          -- where ana changed them
+  approved_digest    TEXT,                          -- of those
   -- the call's fate
   outcome            TEXT CHECK (outcome IS NULL OR outcome IN
                      ('running', 'executed', 'failed', 'lapsed')),
   lapses_at          TEXT,                          -- unclaimed until then
   claim              TEXT,                          -- who may run it: a nonce
+  handed_over        INTEGER,                       -- 1: its end is not told
   outcome_at         TEXT,
   outcome_text       TEXT,
   -- what was asked: never changes
   digest             TEXT NOT NULL CHECK (length(digest) = 64),
+  asked_sha256       TEXT NOT NULL,                 -- of all below, for seals
   received_at        TEXT NOT NULL,                 -- this server's clock
   deadline           TEXT,
   timestamp          TEXT NOT NULL,                 -- the agent's claim
@@ -1344,9 +1415,13 @@ CREATE TABLE pending_reviews (
   agent              TEXT,
   tool               TEXT,
   checkpoint_id      TEXT,
+  checkpoint_digest  TEXT,                          -- of the gate's table
+  session            TEXT,
   category           TEXT,
   why                TEXT,
   config_digest      TEXT,
+  edits              INTEGER,                       -- 1: may be changed
+  size               INTEGER NOT NULL,              -- bytes of what was sent
   action_description TEXT NOT NULL,
   arguments          TEXT,                          -- canonical JSON
   agent_context      TEXT NOT NULL,                 -- JSON
@@ -1354,16 +1429,26 @@ CREATE TABLE pending_reviews (
   -- promises 1 and 4: an approval or a rejection has a person
   CHECK ((status IN ('approved', 'rejected')) = (decided_by IS NOT NULL)),
   CHECK (decided_by IS NULL OR decided_by LIKE 'reviewer:_%'),   -- promise 5
+  CHECK ((standing IS NULL) = (said_at IS NULL)),
+  CHECK ((approved_digest IS NULL) = (approved_arguments IS NULL)),
+  CHECK (approved_digest IS NULL OR coalesce(edits = 1 AND standing IS NULL
+         AND status = 'approved' AND length(approved_digest) = 64
+         AND approved_digest <> digest, 0)),
   CHECK (outcome IS NULL OR status = 'approved'),
-  CHECK (coalesce(outcome <> 'lapsed', 0) = (claim IS NOT NULL))
+  CHECK (coalesce(outcome <> 'lapsed', 0) = (claim IS NOT NULL)),
+  CHECK (handed_over IS NULL OR (handed_over = 1 AND claim IS NOT NULL))
 );
-CREATE INDEX waiting  ON pending_reviews (agent, id) WHERE status = 'waiting';
-CREATE INDEX due      ON pending_reviews (deadline)
-  WHERE status = 'waiting' AND deadline IS NOT NULL;
+CREATE INDEX waiting  ON pending_reviews (deadline, id, request_id, asked_by,
+  agent) WHERE status = 'waiting';
 CREATE INDEX reviewed ON pending_reviews (decided_at, id)
   WHERE status <> 'waiting';
+CREATE INDEX answered ON pending_reviews (digest, decided_at)
+  WHERE decided_by IS NOT NULL;
+CREATE INDEX open ON pending_reviews (digest)
+  WHERE status IN ('waiting', 'approved') AND outcome IS NULL;
 CREATE INDEX unclaimed ON pending_reviews (lapses_at)
   WHERE status = 'approved' AND outcome IS NULL;
+CREATE INDEX used ON pending_reviews (standing) WHERE standing IS NOT NULL;
 
 CREATE TRIGGER asked_as_waiting BEFORE INSERT ON pending_reviews
 WHEN NEW.status <> 'waiting' OR NEW.outcome IS NOT NULL
@@ -1379,38 +1464,123 @@ WHEN NEW.id IS NOT OLD.id
 BEGIN SELECT RAISE(ABORT, 'what was asked cannot change'); END;
 
 CREATE TRIGGER asked_once BEFORE UPDATE OF id, request_id, digest,
-  received_at, deadline, timestamp, asked_by, agent, tool, checkpoint_id,
-  category, why, config_digest, action_description, arguments, agent_context
+  asked_sha256, received_at, deadline, timestamp, asked_by, agent, tool,
+  checkpoint_id, checkpoint_digest, session, category, why, config_digest,
+  edits, size, action_description, arguments, agent_context
 ON pending_reviews                                               -- promise 2
 BEGIN SELECT RAISE(ABORT, 'what was asked cannot change'); END;
 
 CREATE TRIGGER decided_once BEFORE UPDATE OF status, decided_at, decided_by,
-  signed_in, reason, lapses_at ON pending_reviews
+  signed_in, reason, standing, said_at, approved_arguments, approved_digest,
+  lapses_at ON pending_reviews
 WHEN OLD.status <> 'waiting' OR NEW.status = 'waiting'
 BEGIN SELECT RAISE(ABORT, 'a decision is final'); END;
 
-CREATE TRIGGER claimed_once BEFORE UPDATE OF outcome, claim, outcome_at,
-  outcome_text ON pending_reviews                                -- promise 3
+CREATE TRIGGER claimed_once BEFORE UPDATE OF outcome, claim, handed_over,
+  outcome_at, outcome_text ON pending_reviews                    -- promise 3
 WHEN NOT coalesce(OLD.status = 'approved' AND (
     (OLD.outcome IS NULL AND NEW.outcome IN ('running', 'lapsed')) OR
     (OLD.outcome = 'running' AND NEW.outcome IN ('executed', 'failed')
-     AND NEW.claim = OLD.claim)), 0)
+     AND NEW.claim = OLD.claim AND NEW.handed_over IS OLD.handed_over)), 0)
 BEGIN SELECT RAISE(ABORT, 'one approval runs one call, once'); END;
 
 CREATE TRIGGER nothing_is_forgotten BEFORE DELETE ON pending_reviews
 BEGIN SELECT RAISE(ABORT, 'a request is never deleted'); END;
 
+CREATE TABLE standing_decisions (
+  number            INTEGER PRIMARY KEY,
+  decision          TEXT NOT NULL CHECK (decision IN
+                    ('approved', 'rejected', 'stopped')),
+  made_by           TEXT NOT NULL CHECK (made_by LIKE 'reviewer:_%'),
+  made_at           TEXT NOT NULL,
+  until             TEXT,
+  uses              INTEGER,      -- what was used is counted, not kept
+  request_id        TEXT,         -- about which it was said
+  reason            TEXT,
+  signed_in         TEXT,
+  -- what it answers: the same call, of the same agent
+  digest            TEXT,
+  checkpoint_id     TEXT,
+  checkpoint_digest TEXT,         -- void once the gate's table differs,
+  desk_digest       TEXT,         -- or what the desk's own file says of it
+  session           TEXT,
+  principal         TEXT,
+  lifted_at         TEXT,
+  lifted_by         TEXT CHECK (lifted_by LIKE 'reviewer:_%'),
+  CHECK ((lifted_at IS NULL) = (lifted_by IS NULL)),
+  CHECK (decision = 'stopped' OR (until IS NOT NULL AND request_id IS NOT NULL
+         AND digest IS NOT NULL AND session IS NOT NULL
+         AND principal IS NOT NULL)),
+  CHECK (decision <> 'approved' OR coalesce(uses BETWEEN 1 AND 50 AND
+         julianday(until) - julianday(made_at) < (8 * 3600 + 0.001) / 86400,
+         0))
+);
+CREATE INDEX in_force ON standing_decisions (digest) WHERE lifted_at IS NULL;
+
+CREATE TRIGGER standing_is_said BEFORE INSERT ON standing_decisions
+WHEN NEW.lifted_at IS NOT NULL
+  OR NEW.number <= (SELECT max(number) FROM standing_decisions)
+  OR (NEW.decision <> 'stopped' AND NOT EXISTS (
+    SELECT 1 FROM pending_reviews AS r WHERE r.request_id = NEW.request_id
+    AND r.status = NEW.decision AND r.decided_by = NEW.made_by
+    AND r.standing IS NULL AND r.approved_digest IS NULL
+    AND r.digest = NEW.digest AND r.checkpoint_id IS NEW.checkpoint_id
+    AND r.checkpoint_digest IS NEW.checkpoint_digest
+    AND r.session = NEW.session AND r.asked_by = NEW.principal))
+BEGIN SELECT RAISE(ABORT, 'a person decides what stands'); END;
+
+CREATE TRIGGER only_lifted BEFORE UPDATE ON standing_decisions
+WHEN OLD.lifted_at IS NOT NULL OR NEW.lifted_at IS NULL
+  OR NEW.number IS NOT OLD.number OR NEW.decision IS NOT OLD.decision
+  OR NEW.made_by IS NOT OLD.made_by OR NEW.made_at IS NOT OLD.made_at
+  OR NEW.until IS NOT OLD.until OR NEW.uses IS NOT OLD.uses
+  OR NEW.request_id IS NOT OLD.request_id OR NEW.reason IS NOT OLD.reason
+  OR NEW.signed_in IS NOT OLD.signed_in OR NEW.digest IS NOT OLD.digest
+  OR NEW.checkpoint_id IS NOT OLD.checkpoint_id
+  OR NEW.checkpoint_digest IS NOT OLD.checkpoint_digest
+  OR NEW.desk_digest IS NOT OLD.desk_digest
+  OR NEW.session IS NOT OLD.session OR NEW.principal IS NOT OLD.principal
+BEGIN SELECT RAISE(ABORT, 'a standing decision is only ever lifted'); END;
+
+CREATE TRIGGER standing_is_kept BEFORE DELETE ON standing_decisions
+BEGIN SELECT RAISE(ABORT, 'a standing decision is only ever lifted'); END;
+
+CREATE TRIGGER answered_by_standing BEFORE UPDATE OF standing
+ON pending_reviews
+WHEN NEW.standing IS NOT NULL AND NOT EXISTS (
+  SELECT 1 FROM standing_decisions AS s WHERE s.number = NEW.standing
+  AND s.made_by = NEW.decided_by AND s.made_at = NEW.said_at
+  AND s.lifted_at IS NULL AND (
+    (s.decision = 'stopped' AND NEW.status = 'rejected') OR
+    (s.decision = NEW.status AND s.until > NEW.decided_at
+     AND s.digest = NEW.digest AND s.checkpoint_id IS NEW.checkpoint_id
+     AND s.checkpoint_digest IS NEW.checkpoint_digest
+     AND s.session = NEW.session AND s.principal = NEW.asked_by AND
+     (s.uses IS NULL OR s.uses > (
+      SELECT count(*) FROM pending_reviews WHERE standing = NEW.standing)))))
+BEGIN SELECT RAISE(ABORT, 'no standing decision answers this'); END;
+
+CREATE TABLE votes (              -- for later: several reviewers for one
+  request_id TEXT NOT NULL REFERENCES pending_reviews (request_id),
+  reviewer   TEXT NOT NULL CHECK (reviewer LIKE 'reviewer:_%'),
+  vote       TEXT NOT NULL CHECK (vote IN ('approved', 'rejected')),
+  voted_at   TEXT NOT NULL,
+  signed_in  TEXT,
+  reason     TEXT,
+  PRIMARY KEY (request_id, reviewer)
+);
+
 CREATE TABLE audit_log (
   sequence   INTEGER PRIMARY KEY,
   at         TEXT NOT NULL,
   event      TEXT NOT NULL,       -- submitted, approved, ... executed, failed
-  request_id TEXT NOT NULL,
+  subject    TEXT NOT NULL,       -- a request_id, or 'standing:7'
   actor      TEXT NOT NULL,       -- 'agent:...', 'reviewer:...', 'server'
   detail     TEXT NOT NULL,       -- JSON
-  sealed     TEXT NOT NULL,       -- SHA-256 of the request as it then stood
+  seal       TEXT NOT NULL,       -- SHA-256 of the subject as it then was
   hash       TEXT NOT NULL        -- SHA-256 of the hash before and this row
 );
-CREATE INDEX audit_of ON audit_log (request_id);
+CREATE INDEX audit_of ON audit_log (subject);
 
 CREATE TRIGGER audit_goes_on BEFORE INSERT ON audit_log
 WHEN NEW.sequence <= (SELECT max(sequence) FROM audit_log)
@@ -1421,19 +1591,27 @@ CREATE TRIGGER audit_stays BEFORE DELETE ON audit_log
 BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END;
 """
 LARGE_BYTES = 8 * 1024          # a larger request is not listed in full
-SIZE = " + ".join(f"length(CAST(coalesce({name}, '') AS BLOB))" for name in (
-    "action_description", "arguments", "agent_context", "why"))
-COLUMNS = ", ".join(ReviewRequest._fields[:-1]) + f", {SIZE} AS size"
-CUT = {"arguments": "NULL", "agent_context": "'null'", "action_description":
+WHOLE = ", ".join(ReviewRequest._fields)
+WITHOUT_CONTEXT = WHOLE.replace("agent_context", "'null'")
+CUT = {"arguments": "NULL", "approved_arguments": "NULL",
+       "agent_context": "'null'", "action_description":
        "substr(action_description, 1, 200) || ' ...'"}
 BRIEF = ", ".join(              # a desk full of large ones must fit into memory
-    f"CASE WHEN {SIZE} > {LARGE_BYTES} AND length({name}) > 200 THEN "
+    f"CASE WHEN size > {LARGE_BYTES} AND length({name}) > 200 THEN "
     f"{CUT[name]} ELSE {name} END" if name in CUT else name
-    for name in ReviewRequest._fields[:-1]) + f", {SIZE}"
+    for name in ReviewRequest._fields)
 SUMMARY = ", ".join(Summary._fields)
-ASKED = ReviewRequest._fields[ReviewRequest._fields.index("received_at"):-2]
-SUBMIT = (f"INSERT INTO pending_reviews (request_id, digest, deadline, "
-          f"{', '.join(ASKED)}) VALUES ({', '.join('?' * (len(ASKED) + 3))})")
+STANDING = ", ".join(Standing._fields)
+# what was asked: asked_sha256 covers these columns, and a seal the others
+ASKED = ("request_id", "digest", "deadline", *ReviewRequest._fields[
+    ReviewRequest._fields.index("received_at"):])
+asked_values = operator.attrgetter(*ASKED)
+SUBMIT = (f"INSERT INTO pending_reviews ({', '.join(ASKED)}, asked_sha256) "
+          f"VALUES ({', '.join('?' * (len(ASKED) + 1))})")
+SEALED = ("id", "request_id", "asked_sha256", *(
+    name for name in ReviewRequest._fields
+    if name not in ("id", "asked_sha256", *ASKED)))
+sealed_values = operator.attrgetter(*SEALED)
 GENESIS = "0" * 64              # the hash before the first audit row
 
 
@@ -1445,46 +1623,92 @@ class Head(NamedTuple):
 
 
 class Change(NamedTuple):
-    """One change of state, for whoever is told after the commit."""
+    """One row of the audit log, for whoever is told after the commit."""
 
     event: str
-    request_id: str
+    request_id: str             # or `standing:7`
     actor: str
 
 
-def sha256_of(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+SELDOM = ("said_at", "approved_digest")     # left out of a reply where empty
+
+
+class Page(NamedTuple):
+    """A part of the history, and the position to go on from; None at the
+    end. What was looked at reaches back to that position."""
+
+    rows: list[ReviewRequest]
+    next: tuple[str, int] | None
+
+
+def sha256_of(value: Any) -> str:
+    return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
+def columns_hash(names: Iterable[str], values: Iterable[Any]) -> str:
+    """SHA-256 of the canonical JSON of the columns that are not NULL, so that
+    a column of a later schema breaks no old seal."""
+    return sha256_of({name: value for name, value in zip(names, values, strict=True)
+                      if value is not None})
+
+
+def seal_of(subject: ReviewRequest | Standing) -> str:
+    """What an audit row says of a request or a standing decision as it is.
+    What was asked enters as `asked_sha256`: sealing a large request costs no
+    more than a small one."""
+    if isinstance(subject, Standing):
+        return columns_hash(Standing._fields, subject)
+    return columns_hash(SEALED, sealed_values(subject))
+
+
+def asked_hash(request: ReviewRequest) -> str:
+    """The `asked_sha256` that belongs to what was asked."""
+    return columns_hash(ASKED, asked_values(request))
+
+
+def last_head(db: Any) -> Head:
+    row = db.execute("SELECT sequence, hash FROM audit_log ORDER BY sequence "
+                     "DESC LIMIT 1").fetchone()
+    return Head(*(row or (0, GENESIS)))
 
 
 class Store:
-    """The requests and the audit log in one SQLite file.
+    """The requests, the standing decisions and the audit log in one SQLite
+    file; open_store() opens it.
 
     A turn is one transaction: it begins by itself at the first change,
     commit() ends it. Raises Refusal where a change may not happen,
     sqlite3.Error where the disk fails.
     """
 
-    def __init__(self, path: Path,
-                 clock: Callable[[], float] = time.time) -> None:
-        import sqlite3
-        self.path, self.clock, self.spoilt = path, clock, False
-        self.lock = lock_database(path)
-        try:
-            self.db = open_database(path)
-            self.reread()
-        except (sqlite3.Error, ValueError, TypeError) as error:
-            self.close()
-            raise bad_database(path, f"is damaged: {error}",
-                               "restore a backup") from None
-        except BaseException:
-            self.lock.close()
-            raise
-        self.told = self.head.sequence
+    def __init__(self, db: Any, lock: Any, path: Path,
+                 clock: Callable[[], float]) -> None:
+        self.db, self.lock, self.path, self.clock = db, lock, path, clock
+        self.spoilt = False             # SQLite rolled this turn back
+        # what the desk's own file says of a call's checkpoints, as a digest
+        self.desk_digest: Callable[
+            [ReviewRequest], str | None] = lambda request: None
         self.tick()
+        self.reread()
+        self.told = self.head.sequence
+        self.files = self.identities()
 
     def close(self) -> None:
         self.db.close()
         self.lock.close()
+
+    def identities(self) -> list[tuple[int, int]]:
+        return [(found.st_dev, found.st_ino) for found in (
+            os.stat(self.path), os.stat(f"{self.path}-wal"))]
+
+    def still_there(self) -> bool:
+        """Whether the database is still the file that was opened. Where it
+        was deleted or replaced, what is written goes nowhere."""
+        try:
+            return (self.identities() == self.files
+                    and os.path.getsize(self.path) > 0)
+        except OSError:
+            return False
 
     # ---- a turn ----
 
@@ -1496,18 +1720,42 @@ class Store:
     def reread(self) -> None:
         """What is remembered of the database, from the database itself."""
         self.head = last_head(self.db)
-        self.waiting_per_agent: Counter[str | None] = Counter(dict(
-            self.db.execute("SELECT agent, count(*) FROM pending_reviews "
-                            "WHERE status = 'waiting' GROUP BY agent")))
-        self.waiting_count = self.waiting_per_agent.total()
+        self.counts: Counter[tuple[str | None, ...]] = Counter()
+        for asked_by, agent, count in self.db.execute(
+                "SELECT asked_by, agent, count(*) FROM pending_reviews WHERE "
+                "status = 'waiting' GROUP BY asked_by, agent"):
+            for owner in ((), (asked_by,), (asked_by, agent)):
+                self.counts[owner] += count
+        self.reread_standing()
+
+    def reread_standing(self) -> None:
+        """The stop that is in force, and until when anything else stands."""
+        self.stop_in_force, self.stands_until = None, ""
+        for row in self.db.execute(
+                f"SELECT {STANDING} FROM standing_decisions WHERE lifted_at "
+                "IS NULL AND (decision = 'stopped' OR until > ?)",
+                (self.now,)):
+            standing = Standing._make(row)
+            if standing.decision == "stopped":
+                self.stop_in_force = self.stop_in_force or standing
+            self.stands_until = max(self.stands_until, standing.until or "")
+
+    @property
+    def waiting_count(self) -> int:
+        return self.counts[()]
+
+    def count_waiting(self, request: ReviewRequest, by: int) -> None:
+        for owner in ((), (request.asked_by,),
+                      (request.asked_by, request.agent)):
+            self.counts[owner] += by
 
     def attempt(self, change: Callable[..., T], *args: Any) -> T:
         """change(*args) inside a savepoint: all of one request's changes are
-        kept or none, whatever its neighbours in the turn do. A Refusal is no
-        failure; the server answers it inside.
+        kept or none, whatever its neighbours in the turn do. A Refusal is
+        not a failure; the server answers it inside.
 
         Where the disk is full or fails, SQLite may have rolled back the
-        whole turn by itself: it is spoilt, nothing begins anew in it, and
+        whole turn by itself: it is spoilt, nothing begins in it again, and
         commit() keeps none of it. Raises sqlite3.Error."""
         import sqlite3
         if self.spoilt:
@@ -1538,7 +1786,7 @@ class Store:
                     return []
                 self.db.execute("COMMIT")
                 news = self.db.execute(
-                    "SELECT event, request_id, actor FROM audit_log WHERE "
+                    "SELECT event, subject, actor FROM audit_log WHERE "
                     "sequence > ?", (self.told,)).fetchall()
                 self.told = self.head.sequence
                 return list(map(Change._make, news))
@@ -1550,46 +1798,80 @@ class Store:
             self.spoilt = False
         return None
 
-    def audit(self, event: str, request: ReviewRequest, actor: str,
-              detail: str) -> None:
+    def audit(self, event: str, subject: str, actor: str,
+              detail: Mapping[str, Any], seal: str) -> None:
         """The audit row of a change, in the change's transaction: chained to
-        the one before, sealing the request as it stands now."""
-        row = (self.head.sequence + 1, self.now, event, request.request_id,
-               actor, detail, sha256_of(*request[:-2]))
-        self.head = Head(row[0], sha256_of(self.head.hash, *row))
+        the one before, sealing its subject as it is now."""
+        row = (self.head.sequence + 1, self.now, event, subject, actor,
+               READABLE.encode(detail), seal)
+        self.head = Head(row[0], sha256_of([self.head.hash, *row]))
         self.db.execute("INSERT INTO audit_log VALUES (?, ?, ?, ?, ?, ?, ?, "
                         "?)", (*row, self.head.hash))
 
+    def note(self, request: ReviewRequest, event: str, actor: str,
+             detail: Mapping[str, Any]) -> None:
+        """An audit row about a request that changes nothing of it, such as
+        `notified`."""
+        self.audit(event, request.request_id, actor, detail, seal_of(request))
+
     # ---- the changes of state ----
 
-    def submit(self, asked: ReviewRequest) -> tuple[Summary, bool]:
+    def submit(self, asked: ReviewRequest,
+               attach: bool = False) -> tuple[Summary, bool]:
         """Store a request as waiting -> its summary, and whether it is new.
-        The same id with the same digest is the same request, whatever else
-        differs: an agent that crashed asks again and meets it."""
-        waiting = self.waiting_per_agent[asked.agent]
-        room = (waiting < MAX_WAITING_PER_AGENT
-                and self.waiting_count < MAX_WAITING)
-        if room and self.db.execute(SUBMIT, (
-                asked.request_id, asked.digest, asked.deadline,
-                *asked[-len(ASKED) - 2:-2])).rowcount:
-            self.audit("submitted", asked, asked.asked_by, "{}")
-            self.waiting_per_agent[asked.agent] += 1
-            self.waiting_count += 1
+        The same id and the same call of the same agent are the same request,
+        whatever else differs: an agent that crashed asks again and meets it.
+        With `attach` the same call alone is enough, while it is open."""
+        if attach and (open_one := self.open_like(asked)):
+            return open_one.summary, False
+        asked = asked._replace(size=sent_bytes(asked))
+        asked = asked._replace(asked_sha256=asked_hash(asked))
+        inserted = self.has_room(asked) and self.db.execute(
+            SUBMIT, (*asked_values(asked), asked.asked_sha256))
+        if inserted and inserted.rowcount:
+            asked = asked._replace(id=inserted.lastrowid)
+            self.note(asked, "submitted", asked.asked_by, {})
+            self.count_waiting(asked, +1)
             return asked.summary, True
+        return self.asked_again(asked).summary, False
+
+    def has_room(self, asked: ReviewRequest) -> bool:
+        owner = (asked.asked_by, asked.agent)
+        return (self.counts[()] < MAX_WAITING
+                and self.counts[owner[:1]] < MAX_WAITING_PER_CREDENTIAL
+                and self.counts[owner] < MAX_WAITING_PER_AGENT)
+
+    def asked_again(self, asked: ReviewRequest) -> ReviewRequest:
+        """The stored request that has this id and is this call; Refusal."""
         request = self.find(asked.request_id)
         if request is None:
-            raise Refusal("too-many-waiting", f"{self.waiting_count} requests "
-                          f"wait already, {waiting} of this agent",
-                          "let a reviewer decide some, or withdraw some")
-        if request.digest != asked.digest:
-            raise Refusal("id-taken", f'request_id "{asked.request_id}" '
-                          "belongs to another action",
-                          "choose a fresh request_id for another action",
-                          about=request)
-        return request.summary, False
+            raise Refusal(
+                "too-many-waiting", f"{self.waiting_count} requests wait "
+                f"already, {self.counts[asked.asked_by, asked.agent]} of this "
+                "agent", "let a reviewer decide some, or withdraw some")
+        own = request.asked_by == asked.asked_by
+        if not own or (request.digest, request.checkpoint_id, request.session
+                       ) != (asked.digest, asked.checkpoint_id, asked.session):
+            raise Refusal(
+                "id-taken", f'request_id "{asked.request_id}" belongs to '
+                "another action", "choose a fresh request_id for another "
+                "action, checkpoint or session", about=request if own else None)
+        return request
+
+    def open_like(self, asked: ReviewRequest) -> ReviewRequest | None:
+        """The newest request for this call of this agent in this session that
+        waits, or that a person approved and nobody claimed."""
+        found = self.select(
+            "WHERE digest = ? AND status IN ('waiting', 'approved') AND "
+            "outcome IS NULL AND standing IS NULL AND checkpoint_id IS ? AND "
+            "session IS ? AND asked_by = ? AND "
+            "coalesce(lapses_at, deadline, '~') > ? ORDER BY id DESC LIMIT 1",
+            asked.digest, asked.checkpoint_id, asked.session, asked.asked_by,
+            self.now)
+        return found[0] if found else None
 
     def move(self, request: ReviewRequest, event: str, actor: str,
-             detail: dict[str, Any], **columns: Any) -> ReviewRequest:
+             detail: Mapping[str, Any], **columns: Any) -> ReviewRequest:
         """The one way a request changes: a guarded UPDATE from the state it
         was read in, and its audit row -> the request as it is now."""
         done = self.db.execute(
@@ -1600,10 +1882,9 @@ class Store:
         if not done:
             raise damaged(request)
         if request.status == Status.WAITING:
-            self.waiting_count -= 1
-            self.waiting_per_agent[request.agent] -= 1
-        request = self.request(request.request_id)
-        self.audit(event, request, actor, READABLE.encode(detail))
+            self.count_waiting(request, -1)
+        request = request._replace(**columns)
+        self.note(request, event, actor, detail)
         return request
 
     def decide(self, request_id: str, decision: Status, by: str,
@@ -1622,31 +1903,26 @@ class Store:
                 decided_at=self.now, decided_by=by,
                 signed_in=detail.get("signed_in"), reason=detail.get("reason"),
                 lapses_at=lapses_at if decision == Status.APPROVED else None)
-        who = (request.decided_by or "").partition(":")[2]
-        raise Refusal(
-            "already-decided" if who else request.status,
-            f"this request is {request.status}" + (f" by {who}" if who else "")
-            + f" since {request.decided_at}",
-            "a decision is final; nothing was changed" if who else
-            "nobody waits for a decision any more; nothing will run",
-            about=request)
+        raise decided_already(request)
 
     def withdraw(self, request_id: str, why: str, by: str) -> ReviewRequest:
         """Nobody waits any more -> the request as it is now, which tells
         whether a reviewer was faster."""
-        request = self.request(request_id)
+        request = self.owned(request_id, by)
         if request.status != Status.WAITING:
             return request
         status = Status.EXPIRED if why == "timeout" else Status.WITHDRAWN
         return self.move(request, status, by, {"why": why}, status=status,
                          decided_at=self.now)
 
-    def claim(self, request_id: str, digest: str, claim: str,
-              by: str) -> ReviewRequest:
+    def claim(self, request_id: str, digest: str, claim: str, by: str,
+              handed_over: bool = False) -> ReviewRequest:
         """Take an approved request for running: succeeds once, and again
-        for the same claim, whose reply may have been lost (promise 3)."""
-        request = self.expire(self.request(request_id))
-        if request.digest != digest:
+        for the same claim, whose reply may have been lost (promise 3).
+        `digest` is that of what will run; `handed_over` says that its end
+        will not be reported."""
+        request = self.expire(self.owned(request_id, by))
+        if request.runs_digest != digest:
             raise Refusal("arguments-changed", "the digest is not that of "
                           "the approved request", about=request)
         if not request.intact:
@@ -1657,19 +1933,20 @@ class Store:
                           about=request)
         if request.outcome is None:
             return self.move(request, "claimed", by, {}, claim=claim,
-                             outcome=Outcome.RUNNING, outcome_at=self.now)
+                             outcome=Outcome.RUNNING, outcome_at=self.now,
+                             handed_over=1 if handed_over else None)
         if (request.outcome, request.claim) == (Outcome.RUNNING, claim):
             return request
-        lapsed = request.outcome == Outcome.LAPSED
-        raise Refusal("lapsed" if lapsed else "already-claimed",
-                      "nobody claimed this approval in time" if lapsed else
-                      "this approval was claimed already",
-                      "ask anew with another request_id", about=request)
+        if request.outcome == Outcome.LAPSED:
+            raise Refusal("lapsed", "nobody claimed this approval in time",
+                          "ask again with another request_id", about=request)
+        raise Refusal("already-claimed", "this approval was claimed already",
+                      "ask again with another request_id", about=request)
 
     def finish(self, request_id: str, claim: str, outcome: Outcome,
                text: str, by: str) -> ReviewRequest:
         """Record what became of a claimed call; the same again is the same."""
-        request = self.request(request_id)
+        request = self.owned(request_id, by)
         if request.claim is None or request.claim != claim:
             raise Refusal("not-claimed", "this claim does not hold this "
                           "request", about=request)
@@ -1685,8 +1962,7 @@ class Store:
     def overdue(self) -> list[ReviewRequest]:
         """Requests past their deadline, and approvals nobody claimed."""
         return self.select(
-            "WHERE status = 'waiting' AND deadline IS NOT NULL "
-            "AND deadline <= ? LIMIT 500", self.now
+            "WHERE status = 'waiting' AND deadline <= ? LIMIT 500", self.now
             ) + self.select("WHERE status = 'approved' AND outcome IS NULL "
                             "AND lapses_at <= ? LIMIT 500", self.now)
 
@@ -1706,46 +1982,146 @@ class Store:
     # ---- reading ----
 
     def select(self, where: str, *values: Any,
-               columns: str = COLUMNS) -> list[ReviewRequest]:
+               columns: str = WITHOUT_CONTEXT) -> list[ReviewRequest]:
+        """Requests, without their contexts unless `columns` says so: those
+        are large, and no decision needs them."""
         return list(map(ReviewRequest._make, self.db.execute(
             f"SELECT {columns} FROM pending_reviews {where}", values)))
 
-    def find(self, request_id: str) -> ReviewRequest | None:
-        rows = self.select("WHERE request_id = ?", request_id)
+    def find(self, request_id: str,
+             columns: str = WITHOUT_CONTEXT) -> ReviewRequest | None:
+        rows = self.select("WHERE request_id = ?", request_id, columns=columns)
         return rows[0] if rows else None
 
-    def request(self, request_id: str) -> ReviewRequest:
-        """The whole row; Refusal "unknown" if there is none."""
-        request = self.find(request_id)
+    def request(self, request_id: str,
+                columns: str = WITHOUT_CONTEXT) -> ReviewRequest:
+        """A request; Refusal "unknown" if there is none."""
+        request = self.find(request_id, columns)
         if request is None:
             raise unknown(request_id)
         return request
 
-    def summary(self, request_id: str) -> Summary:
-        """The few columns that a poll needs; Refusal "unknown"."""
+    def owned(self, request_id: str, by: str) -> ReviewRequest:
+        """A request, for the agent that asked it."""
+        request = self.request(request_id)
+        check_owner(request.asked_by, by)
+        return request
+
+    def whole(self, request_id: str) -> ReviewRequest:
+        """A request with its context."""
+        return self.request(request_id, WHOLE)
+
+    def summary(self, request_id: str, by: str = "") -> Summary:
+        """The few columns that a poll needs; Refusal "unknown", or where it
+        is another agent's than `by`."""
         row = self.db.execute(
-            f"SELECT {SUMMARY} FROM pending_reviews WHERE request_id = ?",
-            (request_id,)).fetchone()
+            f"SELECT asked_by, {SUMMARY} FROM pending_reviews WHERE "
+            "request_id = ?", (request_id,)).fetchone()
         if row is None:
             raise unknown(request_id)
-        return Summary._make(row)
+        if by:
+            check_owner(row[0], by)
+        return Summary._make(row[1:])
 
-    def waiting(self, limit: int) -> list[ReviewRequest]:
-        """What waits, oldest first, the agents taking turns: an agent that
-        floods the desk pushes nobody else's request off the page."""
-        return self.select(
-            "JOIN (SELECT id AS n, row_number() OVER (PARTITION BY agent "
-            "ORDER BY id) AS turn FROM pending_reviews WHERE status = "
-            "'waiting') ON n = id ORDER BY turn, id LIMIT ?", limit,
-            columns=BRIEF)
+    def waiting(self, limit: int, skip: int = 0,
+                attended: Container[str] = ()) -> list[ReviewRequest]:
+        """A page of what waits: what somebody waits for first, then in turns
+        by credential, then by agent, each agent's soonest deadline first.
+        Whoever floods the desk pushes nobody else's request off the page."""
+        queue = [(request_id not in attended, deadline or "~", number,
+                  asked_by, agent) for number, request_id, deadline, asked_by,
+                 agent in self.db.execute(
+                     "SELECT id, request_id, deadline, asked_by, agent FROM "
+                     "pending_reviews WHERE status = 'waiting'")]
+        queue.sort(key=operator.itemgetter(0, 1, 2))
+        queue = take_turns(queue, operator.itemgetter(3, 4))
+        queue = take_turns(queue, operator.itemgetter(3))
+        queue.sort(key=operator.itemgetter(0))
+        return self.by_number([row[2] for row in queue[skip:skip + limit]])
 
-    def reviewed(self, limit: int,
-                 before: tuple[str, int] = ("~", 0)) -> list[ReviewRequest]:
-        """What no longer waits, the latest decision first; `before` is the
-        decided_at and id of one to go on behind."""
-        return self.select(
-            "WHERE status <> 'waiting' AND (decided_at, id) < (?, ?) ORDER BY "
-            "decided_at DESC, id DESC LIMIT ?", *before, limit, columns=BRIEF)
+    def by_number(self, numbers: list[int]) -> list[ReviewRequest]:
+        """The requests with these ids, in this order, as a list shows them."""
+        if not numbers:
+            return []
+        rows = self.select(f"WHERE id IN ({', '.join(map(str, numbers))})",
+                           columns=BRIEF)
+        found = {request.id: request for request in rows}
+        return [found[number] for number in numbers]
+
+    def reviewed(self, limit: int, before: tuple[str, int] | None = None,
+                 words: str = "", status: str = "") -> Page:
+        """What no longer waits, the latest decision first, from a position
+        backwards: with all `words`, in any case, and the `status`. Looks back
+        for SEARCH_SECONDS at most, whatever it has found by then."""
+        wanted = words.casefold().split()
+        last = time.monotonic() + SEARCH_SECONDS
+        numbers: list[int] = []
+        position = None
+        for row in self.db.execute(
+                "SELECT decided_at, id, status, request_id, tool, agent, "
+                "checkpoint_id, decided_by, action_description FROM "
+                "pending_reviews WHERE status <> 'waiting' AND (decided_at, "
+                "id) < (?, ?) ORDER BY decided_at DESC, id DESC",
+                before or ("~", 0)):
+            if len(numbers) == limit or time.monotonic() > last:
+                return Page(self.by_number(numbers), position)
+            position = (row[0], row[1])
+            if status and row[2] != status:
+                continue
+            text = "\n".join(filter(None, row[3:])).casefold()
+            if all(word in text for word in wanted):
+                numbers.append(row[1])
+        return Page(self.by_number(numbers), None)
+
+    def asked_before(self, request: ReviewRequest) -> ReviewRequest | None:
+        """The newest earlier request for the same call that was decided."""
+        rows = self.select(
+            "WHERE digest = ? AND decided_by IS NOT NULL AND id < ? "
+            "ORDER BY decided_at DESC, id DESC LIMIT 1", request.digest,
+            request.id)
+        return rows[0] if rows else None
+
+
+def sent_bytes(asked: ReviewRequest) -> int:
+    """How much the agent sent, in bytes."""
+    return sum(len((text or "").encode()) for text in (
+        asked.action_description, asked.arguments, asked.agent_context,
+        asked.why))
+
+
+QueueRow = tuple[bool, str, int, str, str | None]
+
+
+def take_turns(queue: list[QueueRow],
+               owner: Callable[[QueueRow], Any]) -> list[QueueRow]:
+    """The queue with its owners taking turns: first the first of each, then
+    the second of each; those of one owner stay in their order."""
+    taken: Counter[Any] = Counter()
+
+    def turn(row: QueueRow) -> int:
+        taken[owner(row)] += 1
+        return taken[owner(row)]
+    return sorted(queue, key=turn)
+
+
+def check_owner(asked_by: str, by: str) -> None:
+    """Refusal where another agent asked."""
+    if asked_by != by:
+        raise Refusal("not-your-request", "another agent asked this",
+                      "use the credentials that asked it")
+
+
+def decided_already(request: ReviewRequest) -> Refusal:
+    who = (request.decided_by or "").partition(":")[2]
+    if who:
+        return Refusal(
+            "already-decided", f"this request is {request.status} by {who} "
+            f"since {request.decided_at}",
+            "a decision is final; nothing was changed", about=request)
+    return Refusal(
+        request.status, f"this request is {request.status} since "
+        f"{request.decided_at}", "nobody waits for a decision any more; "
+        "nothing will run", about=request)
 
 
 def unknown(request_id: str) -> Refusal:
@@ -1761,6 +2137,26 @@ def damaged(request: ReviewRequest) -> Refusal:
 
 # ============================== Database file ==============================
 # Opening the file, locking it, and what can be told from it.
+
+def open_store(path: Path, clock: Callable[[], float] = time.time) -> Store:
+    """The Store of a database that is ours, whole and durable, and that no
+    other server has; ConfigError for any other file."""
+    import sqlite3
+    path = path.resolve()           # one lock, whatever name leads here
+    lock = lock_database(path)
+    try:
+        db = open_database(path)
+    except BaseException:
+        lock.close()
+        raise
+    try:
+        return Store(db, lock, path, clock)
+    except (sqlite3.Error, ValueError, TypeError, OSError) as error:
+        db.close()
+        lock.close()
+        raise bad_database(path, f"is damaged: {error}",
+                           "restore a backup") from None
+
 
 def bad_database(path: Path, what: str, cure: str) -> ConfigError:
     return ConfigError(f"{path}: {what}", cure, reason="bad-database")
@@ -1800,9 +2196,7 @@ def open_database(path: Path) -> Any:
         raise bad_database(path, "is a folder", "name a file")
     if not path.exists():
         create_database(path)
-    if not path.stat().st_size or path.stat().st_size % 512:
-        raise bad_database(path, "is empty or was cut short",
-                           "move it away, or restore a backup")
+    check_header(path)
     db = None
     try:
         db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True,
@@ -1813,6 +2207,10 @@ def open_database(path: Path) -> Any:
         if ours != APPLICATION_ID:
             raise bad_database(path, "belongs to another program",
                                "use --database with another file")
+        if version == 1:
+            raise bad_database(path, "was written by hitl.py 1.0 (schema 1)",
+                               "keep that hitl.py to read it, and move the "
+                               "file away to begin again")
         if version > SCHEMA_VERSION:
             raise bad_database(path, f"was written by a newer hitl.py (schema "
                                f"{version})", "use that one")
@@ -1820,7 +2218,7 @@ def open_database(path: Path) -> Any:
         for fault in database_faults(db, path.stat().st_size):
             raise bad_database(path, f"is damaged or was edited: {fault}",
                                "restore a backup, or move it away to begin "
-                               "anew; `hitl.py log --verify` tells more")
+                               "again; `hitl.py log --verify` tells more")
     except (ConfigError, sqlite3.Error, ValueError, TypeError) as error:
         if db is not None:
             db.close()
@@ -1833,6 +2231,23 @@ def open_database(path: Path) -> Any:
         raise bad_database(path, f"is damaged or not ours: {error}",
                            "restore a backup, or move it away") from None
     return db
+
+
+def check_header(path: Path) -> None:
+    """ConfigError for a file that SQLite would take for an empty database, or
+    that is none; SQLite itself finds out what else may be wrong."""
+    try:
+        with open(path, "rb") as file:
+            beginning, size = file.read(16), os.stat(path).st_size
+    except OSError as error:
+        raise bad_database(path, f"cannot be read: {error.strerror}",
+                           "see to its mode, or use --database") from None
+    if size and beginning != b"SQLite format 3\0":
+        raise bad_database(path, "is not an SQLite database",
+                           "use --database with another file")
+    if not size or size % 512:
+        raise bad_database(path, "is empty or was cut short",
+                           "move it away, or restore a backup")
 
 
 # SQLITE_BUSY, LOCKED, READONLY, IOERR, FULL, CANTOPEN
@@ -1899,35 +2314,49 @@ def database_faults(db: Any, size: int) -> Iterator[str]:
         if result != "ok":
             yield result
             return
-    yield from row_faults(db, (
-        "WHERE status NOT IN ('rejected', 'expired', 'withdrawn') AND (status "
-        "<> 'approved' OR outcome IS NULL OR outcome NOT IN ('executed', "
-        "'failed', 'lapsed'))"))
+    yield from request_faults(db, "WHERE status IN ('waiting', 'approved') AND "
+                              "outcome IS NULL")
+    yield from standing_faults(db, "WHERE lifted_at IS NULL")
 
 
-def row_faults(db: Any, where: str = "") -> Iterator[str]:
+def request_faults(db: Any, where: str = "") -> Iterator[str]:
     """Requests that are not as their last audit row sealed them, or whose
     audit row does not have its hash."""
-    for row in db.execute(f"SELECT {COLUMNS} FROM pending_reviews {where}"):
+    for row in db.execute(f"SELECT {WHOLE} FROM pending_reviews {where}"):
         request = ReviewRequest._make(row)
-        last = db.execute("SELECT * FROM audit_log WHERE request_id = ? ORDER "
-                          "BY sequence DESC LIMIT 1",
-                          (request.request_id,)).fetchone()
-        before = last and db.execute(
-            "SELECT hash FROM audit_log WHERE sequence = ?",
-            (last[0] - 1,)).fetchone() or (GENESIS,)
         name = f'request "{visible(str(request.request_id))}"'
-        if last is None:
-            yield f"{name} has no audit row"
-        elif last[6] != sha256_of(*request[:-2]) or (
-                last[7] != sha256_of(before[0], *last[:7])):
-            yield (f"{name} is not as the audit log has it")
+        if asked_hash(request) != request.asked_sha256:
+            yield f"{name} is not what was asked: its row was edited"
+        else:
+            yield from seal_faults(db, name, request.request_id,
+                                   seal_of(request))
 
 
-def last_head(db: Any) -> Head:
-    row = db.execute("SELECT sequence, hash FROM audit_log ORDER BY sequence "
-                     "DESC LIMIT 1").fetchone()
-    return Head(*(row or (0, GENESIS)))
+def standing_faults(db: Any, where: str = "") -> Iterator[str]:
+    """The same of standing decisions; and votes, which nobody can cast yet."""
+    for row in db.execute(f"SELECT {STANDING} FROM standing_decisions {where}"):
+        standing = Standing._make(row)
+        yield from seal_faults(
+            db, f"standing decision {visible(str(standing.number))}",
+            standing.subject, seal_of(standing))
+    for request_id, in db.execute("SELECT request_id FROM votes"):
+        yield (f'request "{visible(str(request_id))}" has a vote, and this '
+               "version takes none")
+
+
+def seal_faults(db: Any, name: str, subject: str, seal: str) -> Iterator[str]:
+    """Whether the last audit row of a subject has this seal, and its hash."""
+    last = db.execute("SELECT * FROM audit_log WHERE subject = ? ORDER BY "
+                      "sequence DESC LIMIT 1", (subject,)).fetchone()
+    if last is None:
+        yield f"{name} has no audit row"
+        return
+    before = db.execute("SELECT hash FROM audit_log WHERE sequence = ?",
+                        (last[0] - 1,)).fetchone() or (GENESIS,)
+    if last[6] != seal:
+        yield f"{name} is not as the audit log has it: its row was edited"
+    elif last[7] != sha256_of([before[0], *last[:7]]):
+        yield f"{name} has an audit row that was edited: {last[0]}"
 
 
 def open_for_reading(path: Path) -> Any:
@@ -1959,17 +2388,20 @@ def audit_faults(db: Any, noted: str = "") -> Iterator[str]:
     for row in audit_rows(db):
         if row[0] != head.sequence + 1:
             yield f"audit row {head.sequence + 1} is missing"
-        elif row[-1] != sha256_of(head.hash, *row[:-1]):
-            yield f"audit row {row[0]} was changed, or one before it"
+        elif row[-1] != sha256_of([head.hash, *row[:-1]]):
+            yield (f"audit row {row[0]} was changed, or one before it: it is "
+                   f'about "{visible(str(row[3]))}"')
         head = Head(row[0], row[-1])
         seen = seen or row[-1] == noted
     if not seen:
         yield f"the noted head {noted} is not in the log: its end was cut"
-    yield from row_faults(db)
-    for name, in db.execute(
-            "SELECT DISTINCT request_id FROM audit_log WHERE request_id NOT "
-            "IN (SELECT request_id FROM pending_reviews)"):
-        yield f'request "{visible(name)}" is in the log, but gone'
+    yield from request_faults(db)
+    yield from standing_faults(db)
+    for subject, in db.execute(
+            "SELECT DISTINCT subject FROM audit_log WHERE subject NOT IN "
+            "(SELECT request_id FROM pending_reviews) AND subject NOT IN "
+            "(SELECT 'standing:' || number FROM standing_decisions)"):
+        yield f'"{visible(str(subject))}" is in the log, but gone'
 
 
 # ================================== Pages ==================================
@@ -2503,6 +2935,8 @@ REFUSALS = {
     "withdrawn": 409, "id-taken": 409, "not-approved": 409,
     "already-claimed": 409, "lapsed": 409, "arguments-changed": 409,
     "not-claimed": 409, "already-finished": 409, "length-required": 411,
+    "stopped": 409, "not-editable": 409, "not-remembered": 409,
+    "not-your-request": 403,
     "too-large": 413, "wrong-type": 415, "wrong-host": 421,
     "too-many-waiting": 429, "head-too-large": 431, "internal": 500,
     "damaged": 503, "storage-failed": 503,
@@ -2748,9 +3182,10 @@ REQUIRED_FIELDS = ("request_id", "action_description", "agent_context",
                    "timestamp")
 OPTIONAL_FIELDS = {"tool": MAX_NAME, "agent": MAX_NAME,
                    "checkpoint_id": MAX_NAME, "category": MAX_NAME,
-                   "why": MAX_WHY, "config_digest": MAX_NAME}
+                   "why": MAX_WHY, "config_digest": MAX_NAME,
+                   "session": MAX_SESSION, "checkpoint_digest": 64}
 PENDING_FIELDS = frozenset((*REQUIRED_FIELDS, *OPTIONAL_FIELDS, "arguments",
-                            "timeout_seconds", "digest"))
+                            "timeout_seconds", "digest", "attach", "edits"))
 
 
 def asked_from(body: dict[str, Any], by: Principal, at: float,
@@ -2767,11 +3202,11 @@ def asked_from(body: dict[str, Any], by: Principal, at: float,
     request_id = body["request_id"]
     if not isinstance(request_id, str) or not REQUEST_ID.fullmatch(request_id):
         raise Refusal("bad-field", '"request_id" must be 1 to 128 of '
-                      "A-Z a-z 0-9 . _ : -, and not . or ..",
-                      "a UUID is fine")
+                      "A-Z a-z 0-9 . _ : -, not . or .., and not begin with "
+                      "standing:", "a UUID is fine")
     description = text_field(body, "action_description", MAX_DESCRIPTION, True)
-    texts = {name: text_field(body, name, limit)
-             for name, limit in OPTIONAL_FIELDS.items()}
+    texts: dict[str, Any] = {name: text_field(body, name, limit)
+                             for name, limit in OPTIONAL_FIELDS.items()}
     arguments = body.get("arguments")
     if not (arguments is None or isinstance(arguments, dict)):
         raise Refusal("bad-field", '"arguments" must be an object',
@@ -2787,6 +3222,9 @@ def asked_from(body: dict[str, Any], by: Principal, at: float,
     if arguments is not None and len(arguments) > MAX_ARGUMENTS:
         raise Refusal("too-large", f"arguments over {MAX_ARGUMENTS} bytes",
                       "pass a reference, such as a file's name and SHA-256")
+    if not re.fullmatch("[0-9a-f]{64}", texts["checkpoint_digest"] or "0" * 64):
+        raise Refusal("bad-field", '"checkpoint_digest" must be a SHA-256',
+                      "64 digits of 0-9 a-f")
     digest = digest_of(description or "", arguments, texts["tool"])
     if body.get("digest") not in (None, digest):
         raise Refusal("bad-digest", "the digest sent is not that of the "
@@ -2794,9 +3232,19 @@ def asked_from(body: dict[str, Any], by: Principal, at: float,
                       f"it would be {digest}")
     return ReviewRequest(
         request_id, Status.WAITING, None, digest,
-        deadline_from(body.get("timeout_seconds"), at), *[None] * 8, now,
-        timestamp, str(by), **texts, action_description=description or "",
-        arguments=arguments, agent_context=context)
+        deadline_from(body.get("timeout_seconds"), at), received_at=now,
+        timestamp=timestamp, asked_by=str(by), **texts,
+        action_description=description or "", arguments=arguments,
+        agent_context=context, edits=1 if flag(body, "edits") else None)
+
+
+def flag(body: Mapping[str, Any], name: str) -> bool:
+    """A field that is true or false; false where it may be left out."""
+    value = body.get(name, False)
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    raise Refusal("bad-field", f'"{name}" must be true or false',
+                  f'send "{name}": true')
 
 
 def deadline_from(timeout: Any, at: float) -> str | None:
@@ -3307,8 +3755,9 @@ class Desk:
 
     def shape(self, summary: Summary) -> dict[str, Any]:
         """The one shape of every reply about a request."""
-        return summary._asdict() | {
-            "url": f"{self.url}/review/{summary.request_id}"}
+        return {name: value for name, value in summary._asdict().items()
+                if value is not None or name not in SELDOM} | {
+                    "url": f"{self.url}/review/{summary.request_id}"}
 
     def about(self, http: HttpRequest, summary: Summary, status: int = 200,
               headers: str = "") -> bytes:
@@ -3319,7 +3768,8 @@ class Desk:
         """shape() as JSON; written out, since every poll takes this way."""
         return "{%s, \"url\": %s}" % (", ".join(
             f'"{name}": {"null" if value is None else json_text(value)}'
-            for name, value in zip(Summary._fields, summary)),
+            for name, value in zip(Summary._fields, summary, strict=True)
+            if value is not None or name not in SELDOM),
             json_text(f"{self.url}/review/{summary.request_id}"))
 
     def json(self, http: HttpRequest, value: Any) -> bytes:
@@ -3332,9 +3782,9 @@ class Desk:
     # ---- the routes: an agent's ----
 
     def post_pending(self, http: HttpRequest, body: bytes) -> bytes:
-        asked = asked_from(parse_object(body), http.who, self.store.time,
-                           self.store.now)
-        summary, new = self.store.submit(asked)
+        asks = parse_object(body)
+        asked = asked_from(asks, http.who, self.store.time, self.store.now)
+        summary, new = self.store.submit(asked, flag(asks, "attach"))
         if not new:
             return self.about(http, summary)
         return self.about(http, summary, 201,
@@ -3342,7 +3792,7 @@ class Desk:
 
     def get_pending(self, http: HttpRequest,
                     connection: Connection) -> bytes | None:
-        summary = self.store.summary(http.request_id)
+        summary = self.store.summary(http.request_id, str(http.who))
         text = parse_query(http.query).get("wait", "0")
         if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
             raise Refusal("bad-field", '"wait" is not a number of seconds',
@@ -3359,7 +3809,7 @@ class Desk:
         return self.about(http, self.store.claim(
             http.request_id, text_field(asks, "digest", 64, True) or "",
             text_field(asks, "claim", MAX_NAME, True) or "",
-            str(http.who)).summary)
+            str(http.who), flag(asks, "handed_over")).summary)
 
     def post_outcome(self, http: HttpRequest, body: bytes) -> bytes:
         asks = parse_object(body)
@@ -3413,10 +3863,11 @@ class Desk:
     def get_desk(self, http: HttpRequest, _: Connection) -> bytes:
         return self.html(http, desk_page(
             self.view(http), self.store.waiting(PAGE_CARDS),
-            self.store.waiting_count, self.store.reviewed(REVIEWED_CARDS)))
+            self.store.waiting_count,
+            self.store.reviewed(REVIEWED_CARDS).rows))
 
     def get_review(self, http: HttpRequest, _: Connection) -> bytes:
-        request = self.store.request(http.request_id)
+        request = self.store.whole(http.request_id)
         if "application/json" not in http.headers["accept"]:
             return self.html(http, review_page(self.view(http), request))
         return self.json(http, request._asdict() | self.listed(request) | {
@@ -3426,8 +3877,8 @@ class Desk:
     def get_history(self, http: HttpRequest, _: Connection) -> bytes:
         behind = re.fullmatch("([0-9TZ:.-]{24})_([0-9]{1,18})", parse_query(
             http.query).get("before", ""))
-        rows = self.store.reviewed(HISTORY_ROWS, *(
-            [(behind[1], int(behind[2]))] if behind else []))
+        before = (behind[1], int(behind[2])) if behind else None
+        rows = self.store.reviewed(HISTORY_ROWS, before).rows
         if "application/json" not in http.headers["accept"]:
             return self.html(http, history_page(self.view(http), rows))
         return self.json(http, {"reviewed": list(map(self.listed, rows))})
@@ -4994,7 +5445,7 @@ class Workshop:
         self.rules = folder / "checkpoints.toml"
         self.rules.write_text(SAMPLE_RULES.format(timeout=timeout))
         self.records, self.database = folder / "records.db", folder / "hitl.db"
-        self.token, self.store = fresh_token(), Store(self.database)
+        self.token, self.store = fresh_token(), open_store(self.database)
         tokens = Tokens(None, token_hash(self.token), {})
         try:
             self.desk = open_desk("127.0.0.1", port, self.store, tokens,
@@ -5453,7 +5904,7 @@ def cmd_serve(args: Any) -> int:
     tokens, token = serving_tokens(rules)
     check_exposure(host, public_url, tokens, args.allow_clear_text)
     database = database_for(args, rules)
-    store = Store(database)
+    store = open_store(database)
     raise_file_limit()
     bell = "\a" if sys.stdout.isatty() else ""
     try:
@@ -5708,7 +6159,7 @@ def cmd_log(args: Any) -> int:
         for row in audit_rows(db):
             if args.json:
                 say(json.dumps(dict(zip(("sequence", "at", "event",
-                    "request_id", "actor", "detail", "sealed", "hash"), row))))
+                    "subject", "actor", "detail", "seal", "hash"), row))))
             else:
                 say(" ".join(visible(str(part)) for part in row[:6]))
     except (sqlite3.DatabaseError, ValueError, LookupError,

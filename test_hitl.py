@@ -98,7 +98,7 @@ class Desk:
         self.start(port)
 
     def start(self, port: int = 0) -> None:
-        self.store = hitl.Store(self.database, self.clock)
+        self.store = hitl.open_store(self.database, self.clock)
         self.server = hitl.open_desk("127.0.0.1", port, self.store,
                                      self.tokens, say=self.lines.append,
                                      **self.more)
@@ -1052,16 +1052,16 @@ PATHS = {                           # the legal way into each state
     "waiting": "", "approved": "approve", "rejected": "reject",
     "expired": "withdraw:timeout", "withdrawn": "withdraw",
     "running": "approve claim", "executed": "approve claim finish",
-    "failed": "approve claim finish:failed", "lapsed": "approve expire"}
+    "failed": "approve claim finish:failed", "lapsed": "approve +99 expire"}
 
 
 def put(store, name="r-1", life="", agent="a", context="{}"):
     """A request into the turn -> (summary, whether it is new)."""
-    return store.submit(hitl.ReviewRequest._make((
+    return store.submit(hitl.ReviewRequest(
         name, "waiting", None, hitl.digest_of("Delete", None, None),
         hitl.instant(store.time + float(life)) if life else None,
-        *[None] * 8, store.now, store.now, "agent:a", agent, None, None, None,
-        None, None, "Delete", None, context, 0, 0)))
+        received_at=store.now, timestamp=store.now, asked_by="agent:a",
+        agent=agent, action_description="Delete", agent_context=context))
 
 
 def act(store, step, name="r-1"):
@@ -1124,14 +1124,14 @@ def together(count, function):
 
 @pytest.fixture
 def store(tmp_path):
-    it = hitl.Store(tmp_path / "hitl.db", Clock())
+    it = hitl.open_store(tmp_path / "hitl.db", Clock())
     yield it
     it.close()
 
 @pytest.fixture(scope="session")
 def used(tmp_path_factory):
     """The bytes of a database with a request in every state."""
-    it = hitl.Store(tmp_path_factory.mktemp("used") / "hitl.db", Clock())
+    it = hitl.open_store(tmp_path_factory.mktemp("used") / "hitl.db", Clock())
     for state, story in PATHS.items():
         assert tell(it, "ask:99 " + story, state) == state
     it.close()
@@ -1193,10 +1193,12 @@ def test_the_database_allows_only_the_arrows(every):
 
 
 INSERT = ("INSERT {} INTO pending_reviews (request_id, digest, received_at, "
-          "timestamp, asked_by, action_description, agent_context{}) VALUES "
-          "('{}', printf('%064d', 0), 'x', 'x', 'agent:a', 'other', '{{}}'{})")
+          "timestamp, asked_by, action_description, agent_context, size, "
+          "asked_sha256{}) VALUES ('{}', printf('%064d', 0), 'x', 'x', "
+          "'agent:a', 'other', '{{}}', 1, ''{})")
 DECIDE = SET + "status = '{}', decided_at = 'x'{}"
-AUDIT = "{} INTO audit_log VALUES ({}, 'x', 'approved', 'w', 'x', '', '')"
+AUDIT = ("{} INTO audit_log VALUES ({}, 'x', 'approved', 'w', 'x', '', '', "
+         "'')")
 NEVER = [
     DECIDE.format("approved", ""), DECIDE.format("rejected", ""),
     *(DECIDE.format("approved", f", decided_by = '{who}'")
@@ -1207,9 +1209,10 @@ NEVER = [
                   "'running', claim = 'c'"),
     SET + "claim = 'c'", "DELETE FROM pending_reviews",
     SET + "outcome_text = 'x' WHERE request_id = 'approved'",
+    SET + "handed_over = 1 WHERE request_id = 'running'",
     SET + "rowid = 99 WHERE request_id = 'waiting'",
     *(SET + f"{column} = {column} || '1'" for column in
-      ("id", "request_id", "digest", "deadline", *hitl.ASKED)),                         # promise 2
+      ("id", "asked_sha256", *hitl.ASKED)),                     # promise 2
     INSERT.format("", ", status, decided_at, decided_by", "new",
                   ", 'approved', 'x', 'reviewer:ana'"),
     INSERT.format("", ", outcome", "new", ", 'lapsed'"),
@@ -1394,7 +1397,7 @@ def test_a_turn_that_fails_stores_nothing(store):
                                   '"%s"' % ("x" * 50_000))
                 except sqlite3.Error as error:
                     failed.append((n, str(error)))
-            assert store.commit() == (False, [])
+            assert store.commit() is None
         assert [n for n, _ in failed] == (
             [] if cache > 2 else list(range(failed[0][0], 20)))
         assert {why for _, why in failed[1:]} <= {"this turn was rolled back"}
@@ -1415,7 +1418,7 @@ def test_a_disk_that_fills_in_mid_turn_spoils_the_turn(store):
     let_grow(store.db, 10_000)
     with pytest.raises(sqlite3.OperationalError, match="rolled back"):
         store.attempt(put, store, "r-3")
-    assert store.commit() == (False, [])
+    assert store.commit() is None
     assert names(store) == ["before"] and store.waiting_count == 1
     assert act(store, "ask", "after") == "waiting"
     assert chain_faults(store.path) == []
@@ -1506,11 +1509,12 @@ UNFIT = {
     "zero bytes": (shortened(0), "is empty"),
     "a text": (lambda path: path.write_text("hello\n" * 99),
                "is not an SQLite database"),
-    "cut in half": (shortened(0.5), "was cut short"),
+    "cut in half": (shortened(0.5), "was cut short|malformed"),
     "cut at its end": (shortened(0.999), "was cut short"),
     "another program's": (with_sql("PRAGMA application_id = 7"),
                           "belongs to another program"),
     "newer": (with_sql("PRAGMA user_version = 9999"), "by a newer hitl.py"),
+    "older": (with_sql("PRAGMA user_version = 1"), "by hitl.py 1.0"),
     "a dropped trigger": (with_sql("DROP TRIGGER claimed_once"),
                           "tables or triggers"),
     "a trigger named sqlite...": (with_sql(
@@ -1518,13 +1522,13 @@ UNFIT = {
         "END"), "tables or triggers"),
     "an approval nobody made": (with_sql(DECIDE.format(
         "approved", ", decided_by = 'reviewer:a' WHERE status = 'waiting'")),
-        "is approved, the audit log says otherwise"),
+        "is not as the audit log has it"),
     "another reviewer": (with_sql(
         SET + "decided_by = 'reviewer:eve' WHERE status = 'approved'",
-        "decided_once"), "the audit log says otherwise"),
+        "decided_once"), "is not as the audit log has it"),
     "a used approval again": (with_sql(
         SET + "outcome = NULL, claim = NULL WHERE outcome = 'executed'",
-        "claimed_once"), "the audit log otherwise"),
+        "claimed_once"), "is not as the audit log has it"),
     "other words": (with_sql(SET + "action_description = 'Read'",
                              "asked_once"), "is not what was asked"),
     "a longer deadline": (with_sql(SET + "deadline = '2099'", "asked_once"),
@@ -1535,7 +1539,7 @@ UNFIT = {
         path.read_bytes().replace(b"BEGIN SELECT", b"B\xc7GIN SELECT", 1)),
         "damaged"),
     "a request without a log": (with_sql(INSERT.format("", "", "new", "")),
-                                "has no audit row")}
+                                "is not what was asked")}
 @pytest.mark.parametrize("name", UNFIT)
 def test_an_unfit_file_refuses_to_start(every, used, name):
     """A zero-byte, foreign, newer, cut or edited file refuses to start,
@@ -1544,12 +1548,12 @@ def test_an_unfit_file_refuses_to_start(every, used, name):
     damage(every)
     before = every.read_bytes()
     with pytest.raises(hitl.ConfigError, match=words) as refused:
-        hitl.Store(every)
+        hitl.open_store(every)
     assert refused.value.reason == "bad-database" and refused.value.hint
     assert str(every) in refused.value.message
     assert every.read_bytes() == before != used
     every.write_bytes(used)
-    hitl.Store(every).close()
+    hitl.open_store(every).close()
 
 @pytest.mark.parametrize("spoil", [
     lambda path: path.mkdir(),
@@ -1560,7 +1564,7 @@ def test_a_strange_file_in_the_way_is_an_error_message(tmp_path, spoil):
     -wal whose database is gone: a ConfigError, never a new database."""
     spoil(tmp_path / "hitl.db")
     with pytest.raises(hitl.ConfigError):
-        hitl.Store(tmp_path / "hitl.db")
+        hitl.open_store(tmp_path / "hitl.db")
     assert not (tmp_path / "hitl.db").is_file()
 
 @pytest.mark.parametrize("count", [99, pytest.param(3000, marks=long)])
@@ -1575,7 +1579,7 @@ def test_a_flipped_bit_approves_nothing(used, tmp_path, count):
             beside.unlink()
         path.write_bytes(data)
         with contextlib.suppress(hitl.ConfigError), contextlib.closing(
-                hitl.Store(path, Clock())) as it:
+                hitl.open_store(path, Clock())) as it:
             opened += 1
             with contextlib.suppress(sqlite3.Error):
                 assert "approved" not in [
@@ -1588,9 +1592,9 @@ def test_one_server_a_database(every):
     """A second server is refused, in this process and then in another; the
     first lives on, and its files are its owner's alone."""
     every.chmod(0o600)                  # the others have its mode
-    first = hitl.Store(every, Clock())
+    first = hitl.open_store(every, Clock())
     with pytest.raises(hitl.ConfigError, match="another server runs"):
-        hitl.Store(every)               # must not drop the first one's lock
+        hitl.open_store(every)               # must not drop the first one's lock
     other = command("serve", "--port", "0", "--database", str(every),
                     seconds=20)
     assert other.returncode == 2, other.stderr
@@ -1602,7 +1606,7 @@ def test_one_server_a_database(every):
                             ("", "-wal", "-shm", ".lock")}
     assert os.name != "posix" or set(modes.values()) == {0o600}
     first.close()
-    hitl.Store(every).close()
+    hitl.open_store(every).close()
 
 
 def test_a_database_in_use_is_not_called_damaged(every):
@@ -1610,22 +1614,9 @@ def test_a_database_in_use_is_not_called_damaged(every):
     with edited(every) as db:
         db.executescript("PRAGMA locking_mode = EXCLUSIVE; BEGIN IMMEDIATE")
         with pytest.raises(hitl.ConfigError) as refused:
-            hitl.Store(every)
+            hitl.open_store(every)
     assert "damaged" not in refused.value.message
     assert "begin anew" not in refused.value.hint
-
-
-def test_a_database_that_git_would_take_is_warned_of(tmp_path):
-    """There is a warning when the database lies in a git work tree and is
-    not ignored."""
-    if not shutil.which("git"):
-        pytest.skip("no git")
-    path = tmp_path / "hitl.db"
-    assert hitl.ignored_warning(path) == []
-    assert command("init", "-q", str(tmp_path), argv=["git"]).returncode == 0
-    assert "add hitl.db* to .gitignore" in hitl.ignored_warning(path)[0]
-    (tmp_path / ".gitignore").write_text("hitl.db*\n")
-    assert hitl.ignored_warning(path) == []
 
 
 def test_what_a_crash_leaves_is_taken_up(store):
@@ -1644,7 +1635,7 @@ def test_what_a_crash_leaves_is_taken_up(store):
         (crashed / "hitl.db.new").write_bytes(b"half")
         (crashed / "hitl.db").write_bytes(whole)
         (crashed / "hitl.db-wal").write_bytes(wal)
-        again = hitl.Store(crashed / "hitl.db")
+        again = hitl.open_store(crashed / "hitl.db")
         assert names(again) == names(store) and len(names(again)) == 20
         again.close()
 
@@ -1731,7 +1722,7 @@ def verifies(db, noted=""):
 def test_promise_8_any_changed_character_shows(unlocked):
     """The audit log shows tampering: change one character anywhere in any
     row, and verifying it fails."""
-    columns = "at", "event", "request_id", "actor", "detail", "hash"
+    columns = "at", "event", "subject", "actor", "detail", "seal", "hash"
     rows = unlocked.execute("SELECT * FROM audit_log").fetchall()
     assert verifies(unlocked) and len(rows) > 20
     unlocked.execute("BEGIN")
@@ -1747,7 +1738,7 @@ def test_promise_8_any_changed_character_shows(unlocked):
 
 
 FORGED = ("INSERT INTO audit_log SELECT (SELECT max(sequence) + 1 FROM "
-          "audit_log), at, '{}', request_id, actor, detail, hash FROM "
+          "audit_log), at, '{}', subject, actor, detail, seal, hash FROM "
           "audit_log WHERE sequence = 1")
 UNDECIDE = SET + ("status = 'waiting', decided_at = NULL, decided_by = NULL, "
                   "signed_in = NULL, reason = NULL WHERE status = 'rejected'")
@@ -1757,15 +1748,15 @@ TAMPERED = [
     "UPDATE audit_log SET sequence = sequence + 1000",
     "UPDATE audit_log SET detail = x'00' WHERE sequence = 3",
     *map(FORGED.format, ("approved", "claimed", "submitted")),
-    "UPDATE audit_log SET (at, event, request_id, actor, detail, hash) = "
-    "(SELECT at, event, request_id, actor, detail, hash FROM audit_log AS o "
+    "UPDATE audit_log SET (at, event, subject, actor, detail, hash) = "
+    "(SELECT at, event, subject, actor, detail, hash FROM audit_log AS o "
     "WHERE o.sequence = 9 - audit_log.sequence) WHERE sequence IN (4, 5)",
     "DELETE FROM pending_reviews WHERE id = 3",
     SET + "action_description = 'x' WHERE id = 5", UNDECIDE,
     UNDECIDE + "; UPDATE audit_log SET event = 'submitted' "
     "WHERE event = 'rejected'"]
 CUT_END = ("DELETE FROM pending_reviews WHERE id = (SELECT max(id) FROM "
-           "pending_reviews); DELETE FROM audit_log WHERE request_id NOT "
+           "pending_reviews); DELETE FROM audit_log WHERE subject NOT "
            "IN (SELECT request_id FROM pending_reviews)")
 
 
