@@ -238,6 +238,7 @@ class Refusal(HitlError):
 # never look the same, and how text is shown so that it cannot lie.
 
 MAX_ARGUMENTS = 64 * 1024       # bytes: more is a document, not an action
+MAX_EDITED = 256 * 1024         # bytes of what a reviewer made of them
 MAX_DESCRIPTION = 64 * 1024     # bytes: a sentence with arguments filled in
 MAX_CONTEXT = 512 * 1024        # bytes: beyond it a gate sends both ends
 MAX_DEPTH = 32                  # levels of JSON: nobody reads deeper
@@ -561,6 +562,13 @@ def visible(text: str) -> str:
     """The text as it can be trusted to look: printable, on one line, and
     different for every different text."""
     return NOT_PLAIN.sub(shown, text)
+
+
+def editable_text(text: str) -> bool:
+    """Whether all of a text is seen as it is, so that a person can change it
+    without changing what they do not see."""
+    return text.isascii() and text.replace("\n", "").isprintable() or all(
+        kind_of(c) != "c" for c in text)
 
 
 def readable_seconds(seconds: float) -> str:
@@ -1512,7 +1520,7 @@ CREATE TABLE standing_decisions (
          AND digest IS NOT NULL AND session IS NOT NULL
          AND principal IS NOT NULL)),
   CHECK (decision <> 'approved' OR coalesce(uses BETWEEN 1 AND 50 AND
-         julianday(until) - julianday(made_at) < (8 * 3600 + 0.001) / 86400,
+         julianday(until) - julianday(made_at) < (8 * 3600 + 0.5) / 86400,
          0))
 );
 CREATE INDEX in_force ON standing_decisions (digest) WHERE lifted_at IS NULL;
@@ -1630,7 +1638,16 @@ class Change(NamedTuple):
     actor: str
 
 
+SAID = ("decision", "until", "uses", "request_id", "reason")
 SELDOM = ("said_at", "approved_digest")     # left out of a reply where empty
+
+
+class Bounds(NamedTuple):
+    """How long a decision stands, and for how many calls: an approval has
+    both bounds, a rejection a time only."""
+
+    seconds: float
+    uses: int | None
 
 
 class Page(NamedTuple):
@@ -1821,9 +1838,15 @@ class Store:
         """Store a request as waiting -> its summary, and whether it is new.
         The same id and the same call of the same agent are the same request,
         whatever else differs: an agent that crashed asks again and meets it.
-        With `attach` the same call alone is enough, while it is open."""
-        if attach and (open_one := self.open_like(asked)):
+        With `attach` the same call alone is enough, while it is open.
+
+        In this order: a stop, a standing rejection, attach, a standing
+        approval, a person."""
+        self.check_not_stopped()
+        standing = self.standing_for(asked, Status.REJECTED)
+        if attach and standing is None and (open_one := self.open_like(asked)):
             return open_one.summary, False
+        standing = standing or self.standing_for(asked, Status.APPROVED)
         asked = asked._replace(size=sent_bytes(asked))
         asked = asked._replace(asked_sha256=asked_hash(asked))
         inserted = self.has_room(asked) and self.db.execute(
@@ -1832,6 +1855,8 @@ class Store:
             asked = asked._replace(id=inserted.lastrowid)
             self.note(asked, "submitted", asked.asked_by, {})
             self.count_waiting(asked, +1)
+            if standing:
+                asked = self.answer(asked, standing)
             return asked.summary, True
         return self.asked_again(asked).summary, False
 
@@ -1887,23 +1912,50 @@ class Store:
         self.note(request, event, actor, detail)
         return request
 
-    def decide(self, request_id: str, decision: Status, by: str,
-               **detail: Any) -> ReviewRequest:
+    def decide(self, request_id: str, decision: Status, by: str, *,
+               reason: str | None = None, signed_in: str | None = None,
+               shown_at: str | None = None, digest: str | None = None,
+               arguments: dict[str, Any] | None = None,
+               remember: Bounds | None = None) -> ReviewRequest:
         """A reviewer's decision, once; Refusal if there is one, or if the
-        deadline has passed."""
+        deadline has passed. `digest` is of what the reviewer read, where it
+        is known; `arguments` are those to run instead; with `remember` the
+        decision stands for the same call again."""
         request = self.request(request_id)
         if not request.intact:
             raise damaged(request)
         request = self.expire(request)                              # promise 4
-        if request.status == Status.WAITING:
-            lapses_at = request.deadline and max(
-                request.deadline, instant(self.time + CLAIM_SECONDS))
-            return self.move(
-                request, decision, by, detail, status=decision,
-                decided_at=self.now, decided_by=by,
-                signed_in=detail.get("signed_in"), reason=detail.get("reason"),
-                lapses_at=lapses_at if decision == Status.APPROVED else None)
-        raise decided_already(request)
+        if request.status != Status.WAITING:
+            raise decided_already(request)
+        if digest not in (None, request.digest):
+            raise Refusal("arguments-changed", "this is not the request that "
+                          "was read", "look at it again", about=request)
+        columns: dict[str, Any] = {}
+        if decision == Status.APPROVED:
+            self.check_not_stopped()
+            columns = changed_call(request, arguments)
+            columns["lapses_at"] = self.lapse_of(request)
+        if remember and (columns.get("approved_digest")
+                         or request.session is None):
+            raise Refusal("not-remembered", "this decision cannot stand for "
+                          "other calls", "only an unchanged call of a known "
+                          "session can; decide this one alone", about=request)
+        detail = {"reason": reason, "signed_in": signed_in,
+                  "shown_at": shown_at}
+        if columns.get("approved_digest"):
+            detail["approved_digest"] = columns["approved_digest"]
+        request = self.move(
+            request, decision, by, detail, status=decision,
+            decided_at=self.now, decided_by=by, signed_in=signed_in,
+            reason=reason, **columns)
+        if remember:
+            self.let_stand(request, remember)
+        return request
+
+    def lapse_of(self, request: ReviewRequest) -> str | None:
+        """Until when an approval given now can be claimed."""
+        return request.deadline and max(
+            request.deadline, instant(self.time + CLAIM_SECONDS))
 
     def withdraw(self, request_id: str, why: str, by: str) -> ReviewRequest:
         """Nobody waits any more -> the request as it is now, which tells
@@ -1922,6 +1974,7 @@ class Store:
         `digest` is that of what will run; `handed_over` says that its end
         will not be reported."""
         request = self.expire(self.owned(request_id, by))
+        self.check_not_stopped()
         if request.runs_digest != digest:
             raise Refusal("arguments-changed", "the digest is not that of "
                           "the approved request", about=request)
@@ -1960,11 +2013,23 @@ class Store:
         return request
 
     def overdue(self) -> list[ReviewRequest]:
-        """Requests past their deadline, and approvals nobody claimed."""
-        return self.select(
+        """Requests past their deadline, approvals nobody claimed, and after
+        a stop whatever waits, for close_overdue()."""
+        found = self.select(
             "WHERE status = 'waiting' AND deadline <= ? LIMIT 500", self.now
             ) + self.select("WHERE status = 'approved' AND outcome IS NULL "
                             "AND lapses_at <= ? LIMIT 500", self.now)
+        if self.stop_in_force and not found:
+            found = self.select(f"WHERE status = 'waiting' LIMIT "
+                                f"{STOPPED_A_TURN}")
+        return found
+
+    def close_overdue(self, request: ReviewRequest) -> ReviewRequest:
+        """The request, closed by the clock, or by a stop."""
+        request = self.expire(request)
+        if request.status == Status.WAITING and self.stop_in_force:
+            return self.answer(request, self.stop_in_force)
+        return request
 
     def expire(self, request: ReviewRequest) -> ReviewRequest:
         """The request, closed if it is overdue: `expired`, or `lapsed` where
@@ -1978,6 +2043,120 @@ class Store:
             return self.move(request, Outcome.LAPSED, "server", {},
                              outcome=Outcome.LAPSED, outcome_at=self.now)
         return request
+
+    # ---- standing decisions ----
+
+    def standing_for(self, asked: ReviewRequest,
+                     decision: Status) -> Standing | None:
+        """The standing decision that answers a call: for the same call, agent
+        and session, under a checkpoint that neither side has edited since."""
+        if self.stands_until <= self.now:       # the usual case costs nothing
+            return None
+        for row in self.db.execute(
+                f"SELECT {STANDING} FROM standing_decisions WHERE digest = ? "
+                "AND lifted_at IS NULL AND decision = ? AND until > ? AND "
+                "checkpoint_id IS ? AND checkpoint_digest IS ? AND session = ? "
+                "AND principal = ? AND desk_digest IS ? ORDER BY number",
+                (asked.digest, decision, self.now, asked.checkpoint_id,
+                 asked.checkpoint_digest, asked.session, asked.asked_by,
+                 self.desk_digest(asked))).fetchall():
+            standing = Standing._make(row)
+            if standing.uses is None or self.used(standing) < standing.uses:
+                return standing
+        return None
+
+    def used(self, standing: Standing) -> int:
+        """How many requests a standing decision has answered."""
+        return int(self.db.execute(
+            "SELECT count(*) FROM pending_reviews WHERE standing = ?",
+            (standing.number,)).fetchone()[0])
+
+    def answer(self, request: ReviewRequest,
+               standing: Standing) -> ReviewRequest:
+        """A waiting request, decided by a standing decision."""
+        approved = standing.decision == Status.APPROVED
+        status = Status.APPROVED if approved else Status.REJECTED
+        return self.move(
+            request, status, standing.made_by, {"standing": standing.number},
+            status=status, decided_at=self.now, decided_by=standing.made_by,
+            signed_in=standing.signed_in, reason=standing.reason,
+            standing=standing.number, said_at=standing.made_at,
+            lapses_at=self.lapse_of(request) if approved else None)
+
+    def let_stand(self, request: ReviewRequest, bounds: Bounds) -> Standing:
+        """A decision that was just made, standing for the same call again."""
+        return self.keep(Standing(
+            self.next_number(), request.status, request.decided_by or "",
+            self.now, instant(self.time + bounds.seconds), bounds.uses,
+            request.request_id, request.reason, request.signed_in,
+            request.digest, request.checkpoint_id, request.checkpoint_digest,
+            self.desk_digest(request), request.session, request.asked_by))
+
+    def stop(self, by: str, reason: str | None,
+             signed_in: str | None = None) -> Standing:
+        """Everything is refused until this is lifted; a stop that is in force
+        already is met."""
+        return self.stop_in_force or self.keep(Standing(
+            self.next_number(), "stopped", by, self.now, reason=reason,
+            signed_in=signed_in))
+
+    def next_number(self) -> int:
+        return int(self.db.execute(
+            "SELECT coalesce(max(number), 0) + 1 FROM standing_decisions"
+            ).fetchone()[0])
+
+    def keep(self, standing: Standing) -> Standing:
+        self.db.execute(f"INSERT INTO standing_decisions ({STANDING}) VALUES "
+                        f"({', '.join('?' * len(standing))})", standing)
+        self.audit_standing(standing, "stopped" if standing.decision ==
+                            "stopped" else "stands", standing.made_by)
+        return standing
+
+    def lift(self, number: int, by: str) -> Standing:
+        """End a standing decision; one that was lifted stays as it is."""
+        row = self.db.execute(f"SELECT {STANDING} FROM standing_decisions "
+                              "WHERE number = ?", (number,)).fetchone()
+        if row is None:
+            raise Refusal("unknown", f"there is no standing decision {number}",
+                          "`hitl.py standing` lists them")
+        standing = Standing._make(row)
+        if standing.lifted_at is None:
+            standing = standing._replace(lifted_at=self.now, lifted_by=by)
+            self.db.execute("UPDATE standing_decisions SET lifted_at = ?, "
+                            "lifted_by = ? WHERE number = ?",
+                            (self.now, by, number))
+            self.audit_standing(standing, "lifted", by)
+        return standing
+
+    def audit_standing(self, standing: Standing, event: str,
+                       actor: str) -> None:
+        self.audit(event, standing.subject, actor, {
+            name: value for name, value in standing._asdict().items()
+            if value is not None and name in SAID}, seal_of(standing))
+        self.reread_standing()
+
+    def standing(self) -> list[tuple[Standing, int]]:
+        """What is in force, the newest first, each with how often it was
+        used."""
+        rows = self.db.execute(
+            f"SELECT {STANDING} FROM standing_decisions WHERE lifted_at IS "
+            "NULL AND (decision = 'stopped' OR until > ?) ORDER BY number "
+            "DESC LIMIT 500", (self.now,)).fetchall()
+        found = [(standing, self.used(standing))
+                 for standing in map(Standing._make, rows)]
+        return [(standing, used) for standing, used in found
+                if standing.uses is None or used < standing.uses]
+
+    def check_not_stopped(self) -> None:
+        """Refusal while a reviewer's stop is in force."""
+        if self.stop_in_force is None:
+            return
+        stop = self.stop_in_force
+        why = f": {stop.reason}" if stop.reason else ""
+        raise Refusal(
+            "stopped", f"{stop.made_by.partition(':')[2]} stopped everything "
+            f"at {stop.made_at}{why}", "nothing is asked, approved or run "
+            f"until a reviewer lifts it: hitl.py lift {stop.number}")
 
     # ---- reading ----
 
@@ -2122,6 +2301,52 @@ def decided_already(request: ReviewRequest) -> Refusal:
         request.status, f"this request is {request.status} since "
         f"{request.decided_at}", "nobody waits for a decision any more; "
         "nothing will run", about=request)
+
+
+def changed_call(request: ReviewRequest,
+                 arguments: dict[str, Any] | None) -> dict[str, Any]:
+    """The columns that a reviewer's changed arguments become; none where
+    nothing was changed."""
+    if arguments is None:
+        return {}
+    if not request.edits or request.arguments is None:
+        raise Refusal("not-editable", "the arguments of this request cannot "
+                      "be changed", "approve it as it is, or reject it and "
+                      "say what should change", about=request)
+    text = canonical(changed_value(parse_json(request.arguments), arguments,
+                                   "arguments"))
+    if text == request.arguments:
+        return {}
+    if len(text) > MAX_EDITED:
+        raise Refusal("too-large", f"arguments over {MAX_EDITED} bytes",
+                      "send less of it", about=request)
+    return {"approved_arguments": text, "approved_digest": digest_of(
+        request.action_description, text, request.tool)}
+
+
+def changed_value(old: Any, new: Any, name: str) -> Any:
+    """The new value, where it may take the place of the old one: only texts,
+    numbers and booleans change, and keep their types."""
+    if type(old) is float and type(new) is int and float(new) == new:
+        new = float(new)
+    names = old.keys() if isinstance(old, dict) else ()
+    if type(old) is not type(new) or (
+            isinstance(old, dict) and names != new.keys()) or (
+            isinstance(old, list) and len(old) != len(new)):
+        raise Refusal("bad-field", f'"{visible(name[:200])}" has another type, '
+                      "or other parts", "only the values of texts, numbers "
+                      "and booleans change")
+    if isinstance(old, dict):
+        return {key: changed_value(old[key], new[key], f"{name}.{key}")
+                for key in old}
+    if isinstance(old, list):
+        return [changed_value(*pair, f"{name}.{number}") for number, pair
+                in enumerate(zip(old, new, strict=True))]
+    if isinstance(old, str) and old != new and not editable_text(old):
+        raise Refusal("not-editable", f'"{visible(name[:200])}" has characters '
+                      "that cannot be seen", "approve it as it is, or reject "
+                      "it")
+    return new
 
 
 def unknown(request_id: str) -> Refusal:
@@ -3513,7 +3738,7 @@ class Desk:
         self.turn()
         try:
             for request in self.store.overdue():
-                self.store.attempt(self.store.expire, request)
+                self.store.attempt(self.store.close_overdue, request)
             self.failing = False
         except (sqlite3.Error, ValueError, TypeError) as error:
             if not self.failing:            # once, not four times a second
