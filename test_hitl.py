@@ -16,6 +16,7 @@ import base64
 import colorsys
 import contextlib
 import hashlib
+import hmac
 import io
 import json
 import logging
@@ -27,13 +28,18 @@ import shutil
 import signal
 import socket
 import sqlite3
+import ssl
+import struct
 import subprocess
 import sys
 import threading
 import time
 import unicodedata
 import urllib.request
+from email import message_from_bytes
+from email.utils import formatdate
 from html.parser import HTMLParser
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -1813,6 +1819,483 @@ def test_log_lists_every_change_beside_a_running_server(desk):
         2, "rejected", desk.store.head.hash)
     assert json.loads(last["detail"])["reason"] == "no"
     assert log_of(desk.database, "--verify")[0] == 0
+
+
+# ================================= Notices =================================
+# Real receivers on sockets: HTTP, SMTP with TLS, programs. `Pace` makes the
+# delays of minutes short.
+
+WHSEC = "whsec_" + base64.b64encode(b"k" * 24).decode()
+SOON = hitl.Pace(tries=(0, 0.05, 0.1, 0.15, 0.2), window=0.3, patience=0.5)
+
+
+class Receiver(ThreadingHTTPServer):
+    """Takes what is posted; each answer is a status, or a function of the
+    handler, and the last one is repeated."""
+    daemon_threads = True
+
+    def __init__(self, *answers) -> None:
+        self.answers, self.got, self.at = list(answers) or [204], [], []
+        super().__init__(("127.0.0.1", 0), ReceiverHandler)
+        self.url = f"http://127.0.0.1:{self.server_port}/"
+        threading.Thread(target=self.serve_forever, args=(0.01,),
+                         daemon=True).start()
+
+    def handle_error(self, *_) -> None:
+        pass                            # it hangs up on purpose
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.shutdown()
+        self.server_close()
+
+    def bodies(self) -> list:
+        return [json.loads(body) for _, _, body in self.got]
+
+
+class ReceiverHandler(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.at.append(time.monotonic())
+        self.server.got.append((self.path, self.headers, body))
+        answers = self.server.answers
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        if callable(answer):
+            return answer(self)
+        self.reply(*answer if isinstance(answer, tuple) else (answer,))
+
+    def reply(self, status, body=b"", **headers) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": len(body), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+def hang(handler) -> None:
+    time.sleep(3)
+
+
+def reset(handler) -> None:
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                  struct.pack("ii", 1, 0))
+    handler.connection.close()
+
+
+def endless(status):
+    def answer(handler) -> None:
+        handler.send_response(status)
+        handler.end_headers()
+        with contextlib.suppress(OSError):
+            while True:
+                handler.wfile.write(b"x" * 4096)
+    return answer
+
+
+def dripping(handler) -> None:
+    with contextlib.suppress(OSError):
+        for byte in b"HTTP/1.1 200 OK\r\nX: " + b"y" * 90:
+            handler.wfile.write(bytes([byte]))
+            time.sleep(0.02)
+
+
+def verified(headers, body) -> bool:
+    """Whether a message is signed as Standard Webhooks 1.0.0 has it."""
+    key = base64.b64decode(WHSEC.removeprefix("whsec_"))
+    signed = f"{headers['webhook-id']}.{headers['webhook-timestamp']}.".encode()
+    good = base64.b64encode(hmac.digest(key, signed + body, "sha256")).decode()
+    return (abs(time.time() - int(headers["webhook-timestamp"])) < 300
+            and f"v1,{good}" in headers["webhook-signature"].split(" "))
+
+
+def notify(name="phone", **keys) -> str:
+    """A [[notify]] in TOML; the keys as TOML or, if not text, as JSON."""
+    lines = [f"{key.rstrip('_')} = " + (
+        value if isinstance(value, str) else json.dumps(value))
+        for key, value in keys.items()]
+    return "\n".join(["\n[[notify]]", f'name = "{name}"', *lines, ""])
+
+
+def quoted(text: str) -> str:
+    return json.dumps(text)
+
+
+def channels(make_rules, text: str, **environ) -> list:
+    path = make_rules(RULES + text).path
+    return [hitl.Channel(path, entry, environ)
+            for entry in hitl.load_configuration(path).notify]
+
+
+def a_request(request_id="r-1", **fields):
+    """A stored request, as hostile as one may be."""
+    now = hitl.instant(time.time())
+    values = dict.fromkeys(hitl.ReviewRequest._fields) | {
+        "request_id": request_id, "status": "waiting", "received_at": now,
+        "tool": 'x"]}\\ @everyone <!channel> https://evil/é', "agent": "-x\r\ny",
+        "checkpoint_id": "delete-records", "category": "destructive",
+        "deadline": hitl.instant(time.time() + 300), "arguments": "{}",
+        "action_description": 'canary "of" the\nagent {title} ${HOME} \\ \U0001f514',
+        "agent_context": "null", "asked_by": "agent:a"} | fields
+    return hitl.ReviewRequest(**values)
+
+
+@pytest.fixture
+def tell(make_rules):
+    """Tell the entries of a TOML text of requests -> [(name, ids, Answer)]."""
+    def run(text, *requests, pace=SOON, count=1, **environ):
+        done = []
+        notices = hitl.Notices(
+            channels(make_rules, text, **environ), {"delete-records": "destructive"},
+            "https://desk.example", lambda *result: done.append(result), pace)
+        for request in requests or [a_request()]:
+            notices.submitted(request)
+        assert until(lambda: len(done) >= count), done
+        run.notices = notices
+        return done
+    return run
+
+
+WRONG_NOTIFY = [(notify(**keys), cure) for keys, cure in (
+    ({}, "exactly one of url, smtp, command"),
+    ({"url": '"https://x"', "command": ["x"]}, "has url and command"),
+    ({"url": '"http://ntfy.sh/"'}, "in clear text: write https://"),
+    ({"url": '"https://{agent}.example/"'}, "a plain host"),
+    ({"url": '"https://u:p@example/"'}, "a plain host"),
+    ({"url": '"https://127.0.0.1:99999/"'}, "a plain host"),
+    ({"url": '"https://x"', "body": "'{'"}, "is not JSON"),
+    ({"url": '"https://x"', "body": "'7'"}, "an object or a list is needed"),
+    ({"url": '"https://x"', "body": "{ a = nan }"}, "is not JSON"),
+    ({"url": '"https://x"', "body": '{ a = ["{titel}"] }'},
+     "unknown placeholder {titel}: known are title, text"),
+    ({"url": '"https://x"', "body": '{ a = "{titel}" }'}, "did you mean title?"),
+    ({"url": '"https://x"', "body": '{ a = "{details}" }'}, "set details = true"),
+    ({"url": '"https://x"', "headers": '{ a = "${A-B}" }'}, "write ${NAME}"),
+    ({"url": '"https://x"', "headers": '{ "a b" = "c" }'}, "Authorization"),
+    ({"url": '"https://x"', "to": ["a@b"]}, "to: belongs to an entry with smtp"),
+    ({"url": '"https://x"', "after_seconds": -1}, "0 to 604800"),
+    ({"url": '"https://x"', "category": ["bad"]}, "a list of high-impact"),
+    ({"url": '"https://x"', "details": 1}, "true or false"),
+    ({"smtp": '"starttls://m"'}, 'needs from = "..." and to'),
+    ({"smtp": '"plain://mail.example"'}, "write starttls:// or tls://"),
+    ({"smtp": '"mail.example:25"'}, "must be like"),
+    ({"smtp": '"tls://m"', "from": '"a@b"', "to": ["a@b\n"]}, "oncall@example"),
+    ({"smtp": '"tls://m"', "from": '"a@b"', "to": ["a@b"], "login": '"x"'},
+     "give both or neither"),
+    ({"command": []}, "notify-send"), ({"command": '"x {title}"'}, "notify-send"),
+    ({"command": ["{tool}"]}, "as an argument of its own"),
+    ({"command": ["sh", "-c", "echo {text}"]}, "as an argument of its own"),
+    ({"command": ["x"], "colour": 1}, 'unknown key "colour"'))]
+
+
+@pytest.mark.parametrize("text, cure", [*WRONG_NOTIFY, (
+    notify(command=["a"]) * 2, 'notify name "phone" appears twice')], ids=rules_id)
+def test_a_wrong_notify_says_place_and_cure(make_rules, text, cure):
+    """What is wrong in a [[notify]] is a ConfigError that says where, and how
+    to mend it."""
+    with pytest.raises(hitl.ConfigError, match=re.escape(cure)) as error:
+        make_rules(RULES + text)
+    assert 'checkpoints.toml: notify ' in str(error.value)
+
+
+@pytest.mark.parametrize("keys, value, cure", [
+    ({"url": '"https://x/${A}"'}, "", "${A} is not set"),
+    ({"url": '"https://x/${A}"'}, "secret\n", "${A} holds a line break"),
+    ({"url": '"${A}/x"'}, "http://secret.example", "in clear text"),
+    ({"url": '"${A}"'}, "secret.example/x", "must be like"),
+    ({"url": '"https://x"', "sign": '"${A}"'}, "whsec_secret", "and base64"),
+    ({"url": '"https://x"', "sign": '"${A}"'}, WHSEC[6:], "and base64")])
+def test_what_only_serve_resolves(make_rules, make_gate, keys, value, cure):
+    """${NAME} is resolved by serve alone, which refuses a bad one without
+    quoting it; a gate that reads the same file does not care."""
+    make_gate("http://127.0.0.1:1", RULES + notify(**keys))
+    with pytest.raises(hitl.ConfigError) as error:
+        channels(make_rules, notify(**keys), A=value)
+    assert cure in str(error.value) and 'notify "phone"' in str(error.value)
+    assert "secret" not in str(error.value) and WHSEC[6:] not in str(error.value)
+
+
+@pytest.mark.parametrize("answers, tries, status, told", [
+    ([200], 1, "200", True), ([204], 1, "204", True), ([202], 1, "202", True),
+    ([endless(200)], 1, "200", True), ([302], 1, "302", False),
+    ([(307, b"", {"Location": "/other"})], 1, "307", False),
+    ([403], 1, "403", False), ([410], 1, "410", False),
+    ([endless(403)], 1, "403", False),
+    ([500, 204], 2, "204", True), ([408, 425, 204], 3, "204", True),
+    ([reset, 204], 2, "204", True), ([500], 5, "500", False),
+    ([reset], 5, "ConnectionResetError|RemoteDisconnected", False),
+    ([hang, 204], 2, "204", True), ([dripping, 204], 2, "204", True)])
+def test_the_answers_of_a_receiver(tell, answers, tries, status, told):
+    """2xx is told; a transport error, 408, 425, 429 and 5xx are tried five
+    times; any other answer is final, and no redirect is followed."""
+    answers = [lambda h, a=a: h.reply(a[0], a[1], **a[2]) if isinstance(
+        a, tuple) else None for a in answers] if isinstance(
+            answers[0], tuple) else answers
+    with Receiver(*answers) as receiver:
+        (name, ids, answer), = tell(notify(url=quoted(receiver.url)))
+        assert (name, ids, answer.told) == ("phone", ["r-1"], told)
+        assert re.fullmatch(status, answer.status)
+        assert len(receiver.got) == tries
+        assert {path for path, _, _ in receiver.got} == {"/"}
+        assert len({h["webhook-id"] for _, h, _ in receiver.got}) == 1
+
+
+def test_retry_after_is_minded(tell):
+    """After a 429 the next try comes when Retry-After says, in seconds or as a
+    date, and for no other request earlier."""
+    with Receiver(lambda h: h.reply(429, Retry_After="1"), 204) as receiver:
+        done = tell(notify(url=quoted(receiver.url)), a_request("r-1"),
+                    a_request("r-2"), count=2)
+        assert all(answer.told for _, _, answer in done)
+        assert receiver.at[1] - receiver.at[0] >= 0.99
+    at = formatdate(time.time() + 9, usegmt=True)
+    assert 7 < hitl.retry_after(at) < 10
+    assert [hitl.retry_after(text) for text in (
+        None, "", "x", "-1", "nan", "9" * 30, "99999999", "7")] == [
+            None] * 6 + [600, 7]
+
+
+def test_the_event_is_signed(tell):
+    """Without a body the event goes out, one a request, signed per Standard
+    Webhooks, and without anything that the agent wrote."""
+    with Receiver() as receiver:
+        tell(notify(url=quoted(receiver.url + "{tool}?a={text}"),
+                    sign='"${KEY}"'), *map(a_request, "abc"), count=3, KEY=WHSEC)
+        for path, headers, body in receiver.got:
+            assert verified(headers, body)
+            assert re.fullmatch(r"/x_____[A-Za-z0-9_]+\?a=checkpoint%3A%20"
+                                r"[A-Za-z0-9%._-]+", path)
+        assert not verified(headers, body + b" ")
+        event = receiver.bodies()[0]
+        assert event["type"] == "request.waiting"
+        assert set(event["data"]) == set(hitl.NOTICE_FIELDS)
+        assert event["data"] | {"text": "", "deadline": ""} == {
+            "title": f"{event['data']['tool']} waits for a decision", "text": "",
+            "url": "https://desk.example/review/a", "request_id": "a",
+            "status": "waiting", "tool": hitl.plain_name(a_request().tool),
+            "checkpoint": "delete_records", "category": "destructive",
+            "agent": "_x__y", "deadline": "",
+            "waiting": event["data"]["waiting"]}
+        assert "canary" not in str(receiver.bodies())
+
+
+def test_a_body_is_filled_in_its_texts(tell):
+    """Placeholders are filled in string leaves, in one pass; one alone keeps
+    its type; with details the description goes out, and never as a
+    placeholder."""
+    body = {"a": "{title}: {details}", "b": ["{waiting}", 7, None, {"c": "{deadline}"}],
+            "${A}": "${A} {nothing", "d": "{text} {waiting}"}
+    with Receiver() as receiver:
+        tell(notify(url=quoted(receiver.url), body=f"'''{json.dumps(body)}'''",
+                    headers='{ Title = "{details} é\u2192", X = "${A}" }', details=True),
+             a_request(deadline=None), A="{title}")
+        (_, headers, _), = receiver.got
+        got, = receiver.bodies()
+    assert got["b"] == [1, 7, None, {"c": None}]
+    assert got["${A}"] == "{title} {nothing" and got["d"].endswith("no deadline 1")
+    assert 'canary "of" the' in got["a"] and "{title} ${HOME} \\" in got["a"]
+    assert headers["X"] == "{title}" and headers["Title"].startswith('canary "of"')
+    assert "Content-Type" in headers and "webhook-id" not in headers
+
+
+@pytest.mark.parametrize("answer", [204, 403])
+def test_a_burst_rings_once(tell, answer):
+    """Of a burst the first is told at once and the others together when the
+    window is over; an event without a body is never bundled."""
+    with Receiver(answer) as receiver, Receiver() as siem:
+        done = tell(notify(url=quoted(receiver.url), body='{ a = "{title}", '
+                           'b = "{url}", c = "{request_id}", d = "{agent}" }')
+                    + notify("siem", url=quoted(siem.url)), a_request("r-0"),
+                    count=2)
+        for n in range(1, 50):
+            tell.notices.submitted(a_request(f"r-{n}", agent=f"a{n % 3}"))
+        assert until(lambda: len(done) == 52)
+        assert len(receiver.got) == 2
+        assert receiver.at[1] - receiver.at[0] >= SOON.window - 0.01
+        assert receiver.bodies()[1] == {
+            "a": "49 requests wait", "b": "https://desk.example/", "c": "r-49",
+            "d": "several"}
+        assert len(siem.got) == 50
+        ids = [i for name, ids, _ in done if name == "phone" for i in ids]
+        assert sorted(ids) == sorted(f"r-{n}" for n in range(50))
+
+
+def test_no_try_after_it_stopped_waiting(tell):
+    """A request that stopped waiting is not tried again, and the log says so;
+    one whose delay had not come is owed nothing."""
+    with Receiver(500) as receiver:
+        slow = hitl.Pace(tries=(0, 60), window=60)
+        text = notify(url=quoted(receiver.url), body="{}") + notify(
+            "later", url=quoted(receiver.url), after_seconds=60)
+        done = tell(text, pace=slow, count=0)
+        phone, later = tell.notices.channels
+        assert until(lambda: receiver.got and not phone.trying)
+        tell.notices.ended("r-1")
+        assert [(n, i, a.told, a.status) for n, i, a in done] == [
+            ("phone", ["r-1"], False, "it stopped waiting first")]
+        assert len(receiver.got) == 1 and not later.jobs
+
+
+@pytest.mark.parametrize("keys, sent", [
+    ({}, True), ({"category": ["destructive"]}, True),
+    ({"category": ["data-risk"]}, False), ({"checkpoint": ["delete-records"]}, True),
+    ({"checkpoint": ["other"]}, False)])
+def test_filters_go_by_serves_own_file(make_rules, keys, sent):
+    """A filter goes by the category that serve's own file has for the
+    checkpoint, whatever the agent says."""
+    channel, = channels(make_rules, notify(command=["true"], **keys))
+    notice = hitl.notice_of(a_request(category="data-risk"),
+                            {"delete-records": "destructive"})
+    assert channel.wants(notice) is sent
+
+
+def test_a_command_gets_arguments_and_no_credential(tell, tmp_path, monkeypatch):
+    """A command gets its argv as it is, the event on stdin, no token of the
+    desk, and no option that an agent chose."""
+    monkeypatch.setenv("HITL_REVIEWER_TOKEN", "canary-1")
+    monkeypatch.setenv("HITL_AGENT_TOKEN", "canary-2")
+    out = tmp_path / "out"
+    script = (f"import json, os, sys; open({str(out)!r}, 'w').write(json.dumps("
+              "[sys.argv[1:], json.load(sys.stdin), dict(os.environ)]))")
+    (_, _, answer), = tell(notify(command=[
+        sys.executable, "-c", script, "--", "{request_id}", "a {title}",
+        "$(id) `id` ;"]), a_request("-rf"))
+    assert answer == hitl.Answer(True, "exit 0")
+    argv, event, environ = json.loads(out.read_text())
+    assert argv[1:] == [" -rf", f"a {event['data']['title']}", "$(id) `id` ;"]
+    assert event["data"]["request_id"] == "-rf" and "canary" not in str(environ)
+
+
+@pytest.mark.parametrize("script, status", [
+    ("print('no'); sys.exit(3)", "exit 3"), ("time.sleep(9)", "TimeoutError"),
+    ("", "FileNotFoundError")])
+def test_a_command_that_fails_is_final(tell, script, status):
+    """Any end of a command but exit 0 is final, one that hangs too."""
+    program = [sys.executable, "-c", "import sys, time; " + script]
+    (_, _, answer), = tell(notify(
+        command=program if script else ["/no/such/program"]))
+    assert (answer.told, answer.status) == (False, status)
+    assert answer.text == ("no" if "print" in script else "")
+
+
+def test_a_hanging_receiver_holds_up_nobody(tell):
+    """While one receiver hangs, another entry is told at once."""
+    with Receiver(hang) as stuck, Receiver() as well:
+        start = time.monotonic()
+        tell(notify("stuck", url=quoted(stuck.url)) + notify(
+            "well", url=quoted(well.url)))
+        assert well.got and time.monotonic() - start < 0.4
+
+
+def test_an_answer_shows_no_secret(make_rules):
+    """Of an answer 200 characters are kept, visible, without any ${NAME}'s
+    value in any of its forms."""
+    with Receiver(lambda h: h.reply(403, (
+            h.headers["X"] + h.path + json.dumps(h.headers["X"])
+            + "\x1b[2J\u202e" + "z" * 900).encode())) as receiver:
+        channel, = channels(make_rules, notify(
+            url=quoted(receiver.url + "${A}/${B}"), headers='{ X = "${B}" }'),
+            A="pa/th+1", B='sec"ret\\2')
+        answer = channel.attempt([hitl.notice_of(a_request(), {})], "", 1)
+        assert answer.status == "403" and len(answer.text) == 200
+        assert answer.text.startswith("***/***/***")
+        assert not re.search("pa|th.1|sec|ret|\x1b|\u202e", answer.text)
+
+
+# ---- e-mail: a tiny SMTP server ----
+
+class Mailbox:
+    """An SMTP server for some messages, with TLS from the start or STARTTLS;
+    `refuse` answers RCPT."""
+
+    def __init__(self, context=None, tls=False, refuse=b"250 ok") -> None:
+        self.context, self.tls, self.refuse = context, tls, refuse
+        self.got, self.seen = [], []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self) -> None:
+        while True:
+            try:
+                sock = self.listener.accept()[0]
+            except OSError:
+                return
+            with contextlib.suppress(OSError):
+                sock.settimeout(5)
+                if self.tls:
+                    sock = self.context.wrap_socket(sock, server_side=True)
+                sock = self.talk(sock)
+            sock.close()
+
+    def talk(self, sock):
+        file = sock.makefile("rwb", buffering=0)
+        file.write(b"220 hello\r\n")
+        while line := file.readline():
+            self.seen.append(line.strip().decode())
+            verb = line[:4].upper()
+            file.write({b"EHLO": b"250-me\r\n250-STARTTLS\r\n250 AUTH PLAIN\r\n",
+                        b"DATA": b"354 go on\r\n", b"AUTH": b"235 ok\r\n",
+                        b"RCPT": self.refuse + b"\r\n",
+                        b"QUIT": b"221 bye\r\n", b"STAR": b"220 go on\r\n",
+                        }.get(verb, b"250 ok\r\n"))
+            if verb == b"STAR":
+                file.close()
+                sock = self.context.wrap_socket(sock, server_side=True)
+                file = sock.makefile("rwb", buffering=0)
+            elif verb == b"DATA":
+                lines = list(iter(file.readline, b".\r\n"))
+                self.got.append(message_from_bytes(b"".join(lines)))
+                file.write(b"250 taken\r\n")
+        file.close()
+        return sock
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory):
+    """A certificate for 127.0.0.1 and its key in one file, by openssl."""
+    if not shutil.which("openssl"):
+        pytest.skip("no openssl to make a certificate with")
+    path = tmp_path_factory.mktemp("tls") / "both.pem"
+    made = subprocess.run([
+        "openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days",
+        "2", "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1",
+        "-keyout", "-", "-out", "-"], capture_output=True, check=True)
+    path.write_bytes(made.stdout)
+    return path
+
+
+@pytest.mark.parametrize("scheme, refuse, told", [
+    ("starttls", b"250 ok", "250"), ("tls", b"250 ok", "250"),
+    ("plain", b"250 ok", "250"), ("plain", b"550 no", "550 SMTPRecipientsRefused"),
+    ("untrusted", b"250 ok", "SSLCertVerificationError")])
+def test_a_mail_is_sent(tell, certificate, monkeypatch, scheme, refuse, told):
+    """E-mail goes out over STARTTLS, TLS or on this machine, with login, and
+    never to a server whose certificate is not trusted."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    if scheme != "untrusted":
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    scheme = scheme.replace("untrusted", "starttls")
+    box = Mailbox(context, scheme == "tls", refuse)
+    with box.listener:
+        (_, _, answer), = tell(notify(
+            "mail", smtp=f'"{scheme}://127.0.0.1:{box.port}"', login='"me"',
+            password='"${P}"', from_='"hitl@a.example"', to=["b@a.example"]), P="pw")
+    assert (answer.status, answer.told) == (told, told == "250")
+    assert (["AUTH PLAIN " + base64.b64encode(b"\0me\0pw").decode()] == [
+        line for line in box.seen if line.startswith("AUTH")]) is (
+            told != "SSLCertVerificationError")
+    for message in box.got:
+        assert message["Auto-Submitted"] == "auto-generated"
+        assert message["Subject"].endswith("waits for a decision")
+        text = message.get_payload(decode=True).decode()
+        assert "https://desk.example/review/r-1" in text and "canary" not in text
+    assert len(box.got) == (told == "250")
 
 
 # ================================== Server =================================
