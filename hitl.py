@@ -2260,6 +2260,26 @@ class Store:
             request.id)
         return rows[0] if rows else None
 
+    def notices_of(self, request_id: str) -> list[tuple[str, str, str]]:
+        """What became of the notices of a request: (event, name, status or
+        why), in the order of the log."""
+        found = []
+        for event, text in self.db.execute(
+                "SELECT event, detail FROM audit_log WHERE subject = ? AND event "
+                "IN ('notified', 'not-notified') ORDER BY sequence", (request_id,)):
+            detail = json.loads(text)
+            found.append((event, str(detail["name"]),
+                          str(detail.get("status") or detail.get("why"))))
+        return found
+
+    def owed(self) -> list[tuple[ReviewRequest, list[str]]]:
+        """What waits, in order of arrival, each with the names of the entries
+        whose notice the log has: the others still owe one."""
+        waiting = self.select("WHERE status = 'waiting' ORDER BY id",
+                              columns=BRIEF)
+        return [(request, [name for _, name, _ in self.notices_of(
+            request.request_id)]) for request in waiting]
+
 
 def sent_bytes(asked: ReviewRequest) -> int:
     """How much the agent sent, in bytes."""
