@@ -6210,8 +6210,8 @@ def execute(argv: list[str], cwd: str, executable: str) -> int:
 # The whole path, for real: a desk on a free port, a database, the page, a
 # gate, and a small agent whose tools work on a table of records in a scratch
 # SQLite file (SQL, but not on the desk's file). `demo` lets a person decide;
-# `verify` decides as the page's buttons would, compares what it sees with the
-# guide's expectations and writes the evidence down.
+# `verify` presses the page's buttons itself and keeps a notebook: what the
+# guide expects, what was observed, and whether that holds.
 
 SAMPLE_RULES = """\
 [gate]
@@ -6223,11 +6223,12 @@ action_pattern = "delete_*"
 description_template = "Delete {{table}} where {{condition}}"
 category = "destructive"
 """
+DELETE = {"table": "users", "condition": "last_login < '2020-01-01'"}
 
 
 class Workshop:
     """A desk in a thread, and an agent's tools on a table of records, all in
-    a folder that is gone afterwards."""
+    a folder that is removed afterwards."""
 
     def __init__(self, timeout: float, port: int = 0,
                  say: Callable[[str], None] | None = None) -> None:
@@ -6242,7 +6243,7 @@ class Workshop:
         try:
             self.desk = open_desk("127.0.0.1", port, self.store, tokens,
                                   say=say)
-        except OSError:
+        except OSError:                 # the port is taken: any free one
             self.desk = open_desk("127.0.0.1", 0, self.store, tokens, say=say)
         self.thread = threading.Thread(target=self.desk.serve_forever)
         self.thread.start()
@@ -6285,9 +6286,12 @@ class Workshop:
         """What the sample agent wants; a real tool, which really deletes."""
         return self.sql(f"DELETE FROM {table} WHERE {condition}")
 
+    def left(self) -> str:
+        return f"{len(self.read_records('users'))} of 3 records left"
+
 
 def basic(name: str, token: str) -> str:
-    """An Authorization field for HTTP Basic (RFC 7617)."""
+    """An Authorization header for HTTP Basic (RFC 7617)."""
     import base64
     pair = f"{name}:{token}".encode()
     return f"Basic {base64.b64encode(pair).decode()}"
@@ -6297,8 +6301,11 @@ def link_with(url: str, token: str) -> str:
     return url.replace("://", f"://reviewer:{token}@", 1) + "/"
 
 
-DELETE = {"table": "users", "condition": "last_login < '2020-01-01'"}
+def file_sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
+
+# ---- demo ----
 
 def demo(timeout: float, say: Callable[[str], None]) -> None:
     """A sample agent that wants to delete, a desk, and a person: you."""
@@ -6334,12 +6341,127 @@ def decide_by_keys(me: Client, say: Callable[[str], None]) -> None:
         decision = {b"a": "approved", b"r": "rejected"}.get(line.strip()[:1])
         if decision is None:
             say("type a to approve, r to reject")
-            continue
-        for waiting in me.exchange("GET", "/pending",
-                                   seconds=5).body["waiting"]:
-            me.exchange("POST", f"/approve/{waiting['request_id']}",
-                        {"decision": decision}, seconds=5)
+        elif decide_next(me, decision):
             return
+
+
+def decide_next(me: Client, decision: str) -> bool:
+    """Decide the request that waits; it may be on its way for ten seconds."""
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        waiting = me.exchange("GET", "/pending", seconds=5).body["waiting"]
+        if waiting:
+            me.exchange("POST", f"/approve/{waiting[0]['request_id']}",
+                        {"decision": decision}, seconds=5)
+            return True
+        time.sleep(0.05)
+    return False
+
+
+# ---- verify ----
+
+class Notebook(logging.Handler):
+    """What was expected and observed, and the lines of the log."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__()
+        self.say = say
+        self.findings: list[dict[str, Any]] = []
+        self.log_lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.log_lines.append(f"{record.levelname} {record.getMessage()}")
+
+    def note(self, step: str, expected: str, observed: str, holds: bool
+             ) -> None:
+        self.findings.append({"step": step, "expected": expected,
+                              "observed": observed, "holds": holds})
+        self.say(f"\n{'ok  ' if holds else 'FAIL'} {step}\n     expected "
+                 f"{expected}\n     observed {visible(observed)}")
+
+
+class Trial:
+    """One call of delete_records in a thread, and what became of it."""
+
+    def __init__(self, shop: Workshop, gate: Gate, book: Notebook) -> None:
+        self.shop, self.gate, self.book = shop, gate, book
+        self.me = shop.reviewer("verifier")
+        self.returned: Any = None
+        self.raised: HitlError | None = None
+        self.ended_at = math.inf
+        shop.reset()
+        self.thread = threading.Thread(target=self.run)
+        self.request_id = self.trigger()
+
+    def run(self) -> None:
+        try:
+            self.returned = self.gate.call(
+                "delete_records", DELETE, self.shop.delete_records)
+        except HitlError as error:
+            self.raised = error
+        self.ended_at = time.monotonic()
+
+    def trigger(self) -> str:
+        """Start the call -> its request_id, once the database has it."""
+        began = time.monotonic()
+        self.thread.start()
+        ids: list[str] = []
+        with contextlib.closing(open_for_reading(self.shop.database)) as db:
+            while not ids and time.monotonic() < began + 5:
+                ids = waiting_ids(db)
+        took = time.monotonic() - began
+        self.book.note(
+            "trigger delete_records", "1 row with status waiting within 1 s",
+            f"{len(ids)} row after {took:.3f} s", len(ids) == 1 and took < 1)
+        return ids[0] if ids else ""
+
+    def click(self, decision: str) -> tuple[int, float]:
+        """Press a button as a browser does -> status, and seconds until the
+        agent went on."""
+        clicked = time.monotonic()
+        status = self.me.fetch(
+            "POST", f"/approve/{self.request_id}",
+            f"reason=&decision={decision}".encode(), seconds=5,
+            Content_Type=FORM, Accept="text/html", Origin=self.me.server_url,
+            Sec_Fetch_Site="same-origin")[0]
+        self.thread.join(10)
+        return status, self.ended_at - clicked
+
+
+def verify(model: str, timeout: float, say: Callable[[str], None]
+           ) -> dict[str, Any]:
+    """The guide's verification -> the evidence: state, configuration, what
+    was expected and observed. It leaves nothing of it on the disk."""
+    book = Notebook(say)
+    log.addHandler(book)
+    propagate, log.propagate = log.propagate, False
+    try:
+        with Workshop(timeout) as shop:
+            rules = shop.rules.read_text()
+            state = {
+                "started_at": instant(time.time()), **starting_state(model),
+                "configuration sha256": hashlib.sha256(
+                    rules.encode()).hexdigest(),
+                "database": str(shop.database), "server": shop.desk.url}
+            say("\n".join(f"{name:20} {state[name]}" for name in state))
+            verification(shop, book, timeout)
+    finally:
+        log.propagate = propagate
+        log.removeHandler(book)
+    return {**state, "configuration": rules, "findings": book.findings,
+            "log": book.log_lines,
+            "verified": all(finding["holds"] for finding in book.findings)}
+
+
+def verification(shop: Workshop, book: Notebook, timeout: float) -> None:
+    """Trigger, approve; trigger, reject; trigger, and nobody decides."""
+    gate = shop.gate("verification", {"plan": ["read", "delete"], "step": 2})
+    verify_approval(Trial(shop, gate, book))
+    verify_rejection(Trial(shop, gate, book))
+    verify_silence(Trial(shop, gate, book), timeout)
+    with contextlib.closing(open_for_reading(shop.database)) as db:
+        faults = "; ".join(audit_faults(db)) or "whole"
+    book.note("check the audit log", "whole", faults, faults == "whole")
 
 
 def starting_state(model: str) -> dict[str, str]:
@@ -6355,136 +6477,52 @@ def starting_state(model: str) -> dict[str, str]:
         "model": model or "none"}
 
 
-def file_sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def verify(model: str, timeout: float, say: Callable[[str], None]
-           ) -> dict[str, Any]:
-    """The guide's verification -> the evidence: state, configuration, what
-    was expected and observed. Nothing of it is left on the disk."""
-    lines: list[str] = []               # of the log
-    listener = logging.Handler()
-    listener.emit = lambda record: lines.append(  # type: ignore[method-assign]
-        f"{record.levelname} {record.getMessage()}")
-    log.addHandler(listener)
-    propagate, log.propagate = log.propagate, False
-    try:
-        with Workshop(timeout) as shop:
-            rules = shop.rules.read_text()
-            state = {
-                "started_at": instant(time.time()), **starting_state(model),
-                "configuration sha256": hashlib.sha256(
-                    rules.encode()).hexdigest(),
-                "database": str(shop.database), "server": shop.desk.url}
-            say("\n".join(f"{name:20} {state[name]}" for name in state))
-            findings = verification(shop, lines, say)
-    finally:
-        log.propagate = propagate
-        log.removeHandler(listener)
-    return {**state, "configuration": rules, "findings": findings,
-            "log": lines, "verified": all(f["holds"] for f in findings)}
-
-
-def verification(shop: Workshop, lines: list[str],
-                 say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Trigger, approve; trigger, reject; trigger, and nobody decides."""
-    findings: list[dict[str, Any]] = []
-    gate = shop.gate("verification", {"plan": ["read", "delete"], "step": 2})
-    me = shop.reviewer("verifier")
-
-    def note(step: str, expected: str, observed: str, holds: bool) -> None:
-        findings.append({"step": step, "expected": expected,
-                         "observed": observed, "holds": holds})
-        say(f"\n{'ok  ' if holds else 'FAIL'} {step}\n     expected "
-            f"{expected}\n     observed {visible(observed)}")
-
-    def trigger() -> tuple[str, threading.Thread, dict[str, Any]]:
-        """A call in a thread -> its request_id, and what becomes of it."""
-        result: dict[str, Any] = {}
-
-        def run() -> None:
-            try:
-                result["returned"] = gate.call("delete_records", DELETE,
-                                               shop.delete_records)
-            except HitlError as error:
-                result["raised"] = error
-            result["at"] = time.monotonic()
-        shop.reset()
-        thread = threading.Thread(target=run)
-        began = time.monotonic()
-        thread.start()
-        ids: list[str] = []
-        with contextlib.closing(open_for_reading(shop.database)) as db:
-            while not ids and time.monotonic() < began + 5:
-                ids = waiting_ids(db)
-        took = time.monotonic() - began
-        note("trigger delete_records", "1 row with status waiting within 1 s",
-             f"{len(ids)} row after {took:.3f} s", len(ids) == 1 and took < 1)
-        return ids[0] if ids else "", thread, result
-
-    def left() -> str:
-        return f"{len(shop.read_records('users'))} of 3 records left"
-
-    def click(request_id: str, decision: str) -> int:
-        """Press a button of the request's card, as a browser does."""
-        return me.fetch(
-            "POST", f"/approve/{request_id}",
-            f"reason=&decision={decision}".encode(), seconds=5,
-            Content_Type=FORM, Accept="text/html", Origin=me.server_url,
-            Sec_Fetch_Site="same-origin")[0]
-
-    # 1 approve
-    request_id, thread, result = trigger()
-    status, _, page = me.fetch("GET", "/", seconds=5, Accept="text/html")
-    shown = card_on(page.decode(), request_id)
+def verify_approval(trial: Trial) -> None:
+    """The card is on the page; after a click on Approve the tool runs."""
+    note, left = trial.book.note, trial.shop.left
+    status, _, page = trial.me.fetch("GET", "/", seconds=5, Accept="text/html")
+    shown = card_on(page.decode(), trial.request_id)
     expected = ["waiting", f"Delete users where {DELETE['condition']}",
-                f"/approve/{request_id}", "approved", "rejected"]
+                f"/approve/{trial.request_id}", "approved", "rejected"]
     note("look at the page", f"200, a card with {', '.join(expected)}",
          f"{status}, a card with {', '.join(shown)}",
          (status, shown) == (200, expected))
-    clicked = time.monotonic()
-    status = click(request_id, "approved")
-    thread.join(10)
-    took = result.get("at", math.inf) - clicked
+    status, took = trial.click("approved")
     note("click Approve", "303 back to the page; the agent resumes within 5 s",
          f"{status}, resumed after {took:.3f} s", status == 303 and took < 5)
     note("look at the records", "the tool ran, 1 of 3 records left",
-         f"it returned {result.get('returned')}, {left()}",
-         (result.get("returned"), left()) == (2, "1 of 3 records left"))
+         f"it returned {trial.returned}, {left()}",
+         (trial.returned, left()) == (2, "1 of 3 records left"))
 
-    # 2 reject
-    request_id, thread, result = trigger()
-    click(request_id, "rejected")
-    thread.join(10)
-    error = result.get("raised")
+
+def verify_rejection(trial: Trial) -> None:
+    """A click on Reject reaches the caller and the log; nothing runs."""
+    note, left = trial.book.note, trial.shop.left
+    trial.click("rejected")
     note("click Reject", "CollaborationError reaches the caller",
-         f"{type(error).__name__}: {error}",
-         type(error) is CollaborationError)
-    line = next((line for line in reversed(lines)
-                 if "CollaborationError: rejected" in line), "none")
-    note("read the log", "a line with CollaborationError: rejected", line,
-         line != "none")
+         f"{type(trial.raised).__name__}: {trial.raised}",
+         type(trial.raised) is CollaborationError)
+    logged = [line for line in trial.book.log_lines
+              if "CollaborationError: rejected" in line]
+    note("read the log", "a line with CollaborationError: rejected",
+         " / ".join(logged) or "none", bool(logged))
     note("look at the records", "nothing ran, 3 of 3 records left", left(),
          left() == "3 of 3 records left")
 
-    # 3 nobody decides
-    request_id, thread, result = trigger()
-    limit = gate.configuration.gate["timeout_seconds"]
-    thread.join(limit + 10)
-    error = result.get("raised")
-    note(f"wait (time-out set to {limit} s here)", "TimeoutError",
-         f"{type(error).__name__}, {error}", isinstance(error, TimeoutError))
-    reply = me.exchange("POST", f"/approve/{request_id}",
-                        {"decision": "approved"}, seconds=5)
+
+def verify_silence(trial: Trial, timeout: float) -> None:
+    """Nobody decides: TimeoutError, and a late click decides nothing."""
+    note, left = trial.book.note, trial.shop.left
+    trial.thread.join(timeout + 10)
+    note(f"wait (time-out set to {timeout} s here)", "TimeoutError",
+         f"{type(trial.raised).__name__}, {trial.raised}",
+         isinstance(trial.raised, TimeoutError))
+    reply = trial.me.exchange("POST", f"/approve/{trial.request_id}",
+                              {"decision": "approved"}, seconds=5)
     note("click too late", "409, the row is expired, nothing runs",
          f"{reply.status}, {reply.reason}, {left()}",
          (reply.status, reply.reason, left()) ==
          (409, "expired", "3 of 3 records left"))
-    with contextlib.closing(open_for_reading(shop.database)) as db:
-        faults = "; ".join(audit_faults(db)) or "whole"
-    note("check the audit log", "whole", faults, faults == "whole")
-    return findings
 
 
 def card_on(page: str, request_id: str) -> list[str]:

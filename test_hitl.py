@@ -2684,18 +2684,17 @@ def test_what_serve_prints(serve, tmp_path):
         f"warning: {rules} can be written by its group"}
 
 
-def test_lines_that_cannot_be_printed(tmp_path):
-    """A name that stdout cannot encode is printed escaped, and a stdout that
-    nobody reads (`serve | head`) costs lines, not the server; a given token
-    is not printed."""
-    served = Served(tmp_path, PYTHONIOENCODING="latin-1")
+def test_lines_that_nobody_reads(tmp_path):
+    """A stdout that nobody reads (`serve | head`) costs lines, not the
+    server; a given token is not printed."""
+    served = Served(tmp_path)
     try:
         for n in range(4):
             served.agent().exchange("POST", "/pending", four(f"r-{n}"),
                                     seconds=10)
             assert desk_ask(served, "POST", f"/approve/r-{n}", hitl.basic(
                 "Łukasz", REVIEWER_TOKEN), YES)[0] == 200
-            assert n or until(lambda: r"\u0141ukasz" in served.lines[-1])
+            assert n or until(lambda: "Łukasz" in served.lines[-1])
             with open(os.devnull) as nothing:   # closes our end of the pipe
                 if not n:
                     os.dup2(nothing.fileno(), served.process.stdout.fileno())
@@ -5167,7 +5166,7 @@ def test_the_readme_names_real_commands():
     """Each command that README.md prints is one that hitl.py takes, and it
     names them all."""
     inline, blocks = readme_parts()
-    names = {function.__name__[4:] for function in hitl.COMMANDS}
+    names = set(commands())
     assert names <= set(inline)
     lines = [re.sub(r"^(\$ )?python3 hitl\.py ", "$ ", line)
              for line in inline + "\n".join(blocks).splitlines()]
@@ -5191,8 +5190,7 @@ def readme(tmp_path_factory):
     (folder / "tmp").mkdir()
     shutil.copy(FILE, folder)
     environ = {"PYTHON": sys.executable, "TMPDIR": str(folder / "tmp"),
-               "HITL_REVIEWER_TOKEN": REVIEWER_TOKEN,
-               "PYTHONIOENCODING": "ascii"}
+               "HITL_REVIEWER_TOKEN": REVIEWER_TOKEN}
     said = {}
 
     def argv(line: str) -> list[str]:
@@ -5219,10 +5217,6 @@ def readme(tmp_path_factory):
         url = environ["HITL_SERVER_URL"] = desk.said("(http://127.*)/")[1]
         run("ask", ask.replace("http://127.0.0.1:8765", url))
         run("approve", approve.replace("http://127.0.0.1:8765", url))
-        hitl.Client(url).exchange("POST", "/pending", four("r-2") | {
-            "action_description": "L\xf6schen"}, seconds=10)
-        hitl.Client(url, hitl.basic("Zo\xeb", REVIEWER_TOKEN)).exchange(
-            "POST", "/approve/r-2", {"decision": "approved"}, seconds=10)
         run("list", "python3 hitl.py list --all")
         run("sqlite3", look_at)
         run("log", "python3 hitl.py log --verify")
@@ -5234,18 +5228,16 @@ def readme(tmp_path_factory):
 
 def test_the_readme_runs(readme):
     """The lines of README.md run as printed, from a folder that holds only
-    hitl.py, and leave what they say they write; what the terminal cannot
-    print is escaped, and serve goes on."""
+    hitl.py, and leave what they say they write."""
     folder, said, _ = readme
     for name, words in (
             ("init", "next: python3 hitl.py serve"),
             ("check", "delete_users waits for a person"),
-            ("ask", '"status": "waiting"'), ("list", "L\\xf6schen"),
+            ("ask", '"status": "waiting"'), ("list", "approved   r-1 "),
             ("approve", '"status": "approved"'), ("log", ": whole"),
             ("sqlite3", "r-1|approved|reviewer:reviewer"),
             ("serve", "submitted r-1 by agent:unauthenticated"),
-            ("serve", "approved  r-1 by reviewer:reviewer"),
-            ("serve", "approved  r-2 by reviewer:Zo\\xeb")):
+            ("serve", "approved  r-1 by reviewer:reviewer")):
         assert words in said[name], said[name]
     assert sorted(p.name for p in folder.iterdir()) == [
         "checkpoints.toml", "hitl-evidence.json", "hitl.db", "hitl.db.lock",
@@ -5264,12 +5256,11 @@ def on_the_page(link) -> None:
 
 @pytest.mark.parametrize("terminal, keys, ending", (
     (False, b"?\na\n", "approved, 2 records deleted"),
-    (True, b"r", "stopped by CollaborationError: rejected by terminal"),
+    (True, b"r\n", "stopped by CollaborationError: rejected by terminal"),
     (True, b"", "stopped by CollaborationError: rejected by eva: not yet")))
 def test_demo(tmp_path, terminal, keys, ending):
-    """demo: a person decides by a or r, on a terminal by the key alone, or
-    on the page; on a terminal it stays open until Ctrl-C. It leaves nothing
-    behind."""
+    """demo: a person decides by typing a or r, or on the page; on a terminal
+    it stays open until Ctrl-C. It leaves nothing behind."""
     ours, theirs = pty.openpty() if terminal else os.pipe()[::-1]
     with Running(*HITL, "demo", folder=tmp_path, stdin=theirs,
                  TMPDIR=str(tmp_path)) as demo:
@@ -5296,14 +5287,15 @@ def test_verify(readme):
     evidence = json.loads((folder / "hitl-evidence.json").read_text())
     assert evidence["verified"] is True and evidence["model"] == "none"
     assert evidence["hitl.py sha256"] == hitl.file_sha256(FILE)
-    assert shlex.split(evidence["command"]) == [
-        evidence["executable"], "hitl.py", "verify"]
+    python, file, *words = shlex.split(evidence["command"])
+    assert (python, words) == (evidence["executable"], ["verify"])
+    assert (folder / "hitl.py").samefile(file)
     assert [finding["step"] for finding in evidence["findings"]] == [
-        "trigger delete_records", "open the page", "look at the row",
-        "click Approve", "look at the records", "trigger delete_records",
-        "click Reject", "read the log", "look at the records",
-        "trigger delete_records", "wait (time-out set to 2.0 s here)",
-        "click too late", "check the audit log"]
+        "trigger delete_records", "look at the page", "click Approve",
+        "look at the records", "trigger delete_records", "click Reject",
+        "read the log", "look at the records", "trigger delete_records",
+        "wait (time-out set to 2.0 s here)", "click too late",
+        "check the audit log"]
     for finding in evidence["findings"]:
         assert finding["holds"] and finding["expected"]
         assert f"ok   {finding['step']}" in said["verify"]
@@ -5325,10 +5317,13 @@ class Typed(hitl.NamedTuple):
     err: str
 
 
-def typed(where, *words: str, **environ: str) -> Typed:
-    """What a reviewer types, in a desk's folder."""
+def typed(where, *words: str, encoding: str = "utf-8", **environ: str
+          ) -> Typed:
+    """What a reviewer types, in a desk's folder, on a terminal of this
+    encoding."""
+    screen = io.TextIOWrapper(io.BytesIO(), encoding)
     with pytest.MonkeyPatch.context() as patch, \
-            contextlib.redirect_stdout(io.StringIO()) as out, \
+            contextlib.redirect_stdout(screen), \
             contextlib.redirect_stderr(io.StringIO()) as err:
         settings = {"HITL_REVIEWER": "ana", "HITL_SERVER_URL": where.url,
                     "HITL_REVIEWER_TOKEN": REVIEWER_TOKEN} | environ
@@ -5339,12 +5334,14 @@ def typed(where, *words: str, **environ: str) -> Typed:
             status = hitl.main(list(words))
         except SystemExit as end:               # argparse
             status = end.code
-    return Typed(status, out.getvalue(), err.getvalue())
+    screen.flush()
+    return Typed(status, screen.buffer.getvalue().decode(), err.getvalue())
 
 
 def test_list_show_approve_reject(desk):
     """list and show print what waits; approve and reject decide, and take a
-    shortened id while it is unique; --json is for programs."""
+    shortened id while it is unique; --json is for programs; what a terminal
+    cannot print is escaped."""
     long_id = "abd-" + "d" * 36
     desk.post("abc-1", **FULL)
     desk.post(long_id, action_description="Send \u202e a\nletter")
@@ -5353,6 +5350,7 @@ def test_list_show_approve_reject(desk):
         ["waiting", "abc-1", "Delete users where id = 3"],
         ["waiting", long_id,
          "Send \u27e6U+202E\u27e7 a\u27e6U+000A\u27e7letter"]]
+    assert "Send \\u27e6U+202E" in typed(desk, "list", encoding="ascii").out
     shown = typed(desk, "show", "abc").out
     for words in ("waiting    Delete users where id = 3", "delete_records",
                   '      "table": "users"', "agent:unauthenticated",
@@ -5425,21 +5423,27 @@ def test_what_goes_wrong_has_its_status(desk, monkeypatch):
         assert desk.state("r-1")["status"] == "waiting", line
 
 
+def commands():
+    """The parser of each command, by name."""
+    actions = hitl.command_line()._actions
+    return next(action.choices for action in actions
+                if isinstance(action.choices, dict))
+
+
 def test_help_is_whole(desk):
-    """A command's help says what it does, names every flag and has an
-    example, and the example runs as it stands."""
+    """A command's help says what it does, explains every flag and has an
+    example, and the example runs as printed."""
     assert typed(desk, "--version").out == (
         f"hitl.py {hitl.__version__} sha256 {hitl.file_sha256(FILE)}\n")
+    overview = typed(desk, "--help").out
     rules = desk.folder / "checkpoints.toml"
     desk.post("1f0c-2")
-    for function, (flags, _) in hitl.COMMANDS.items():
-        name = function.__name__[4:]
+    for name, parser in commands().items():
         status, text, _ = typed(desk, name, "--help")
-        assert status == 0 and function.__doc__ in text
-        for flag in flags.split():
-            flag = flag.replace("command_words", "-- CMD")
-            assert re.search(rf"^  {flag}\b.*( {{2,}}|\n {{9,}})\S", text,
-                             re.M), flag
+        does = getattr(hitl, f"cmd_{name}").__doc__
+        assert status == 0 and does in text
+        assert does in " ".join(overview.split())
+        assert all(action.help for action in parser._actions), name
         example = re.search("example: python3 hitl.py (.+)", text)[1]
         assert shlex.split(example)[0] == name
         if name in ("serve", "run", "hook", "mcp", "demo", "verify"):
