@@ -72,7 +72,8 @@ hands an approval to: the MCP server, the coding agent.
   * Checkpoints   reads checkpoints.toml, matches a call
   * Store         the only SQL: requests, decisions, the audit log
     Pages         the only HTML; pure functions
-  * Server        the only listening socket; the table of rights
+  * Rights and routes   the table of rights, the answers
+    Loop          the only listening socket; one transaction a turn
   * Client        the only outgoing requests
   * Gate          match, ask, wait, claim, run, report: runs a tool
     Adapters      coding-agent hooks, MCP proxy, command prefix
@@ -126,7 +127,7 @@ import re
 import threading
 import time
 import unicodedata
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import (
     Awaitable, Callable, Container, Coroutine, Iterable, Iterator, Mapping)
 from dataclasses import dataclass, field
@@ -263,7 +264,7 @@ REQUEST_ID = re.compile(
 # the database refuses every other move. A new status would be added here, in
 # SCHEMA and database_faults, as a move of Store, in REFUSALS, in the page's
 # STYLE, SCRIPT and reviewed_row, and where Gate._wait and _claim look at it.
-# The deadline is watched in four places: Desk.sweep and Store.decide (the
+# The deadline is watched in four places: Loop.sweep and Store.decide (the
 # server's clock), Gate._wait and _give_up (the gate's own).
 
 
@@ -3694,26 +3695,18 @@ def reviewed_row(request: ReviewRequest) -> Html:
                     id=request.request_id)
 
 
-# ================================== Server =================================
-# The desk: one thread, one selector over every socket, one transaction a
-# turn. All requests that became readable in a turn run inside one SQLite
-# transaction, and nobody is answered before its COMMIT: a group commit without
-# a second thread, no locks, no races. A waiting agent is a parked connection.
+# ============================ Rights and routes ============================
+# The desk's answers, without a socket: what a request's head may say, who it
+# comes from, whether he may ask that, and what the Store and the Pages say.
 # http.server's own parser is lenient (two Content-Lengths, Transfer-Encoding
 # ignored, a bare CR ends a line: cpython#150499), so heads are parsed here.
+# ROUTES is the table of rights; what it does not list is refused.
 
 MAX_HEAD = 16 * 1024            # bytes: browsers stay below 8 KiB
 MAX_FIELDS = 64                 # header fields: browsers send about 20
 MAX_BODY = 1 << 20              # bytes: context, arguments and their escapes
-REQUEST_SECONDS = 15            # from a request's first byte to its last
-ANSWER_SECONDS = 60             # for a client to take its answer
-IDLE_SECONDS = 75               # a connection kept for the next request
-LINGER_SECONDS = 2              # to let a refused client read the refusal
 MAX_POLL_SECONDS = 60           # one long poll; proxies cut longer ones
-SLOW_SECONDS = 1                # before wrong credentials are answered
 RECENT_SECONDS = 10             # a poll this recent: somebody waits
-MAX_CONNECTIONS = 8000 if os.name == "posix" else 480   # select() on Windows
-SWEEP_SECONDS = 0.25            # how often deadlines are looked at
 PAGE_CARDS = 100                # waiting requests on the page at once
 REVIEWED_CARDS = 20             # reviewed ones below them
 
@@ -4087,296 +4080,37 @@ def status_line(status: int) -> str:
     return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
 
 
-class Connection:
-    """One client, as asyncio's loop calls it (its Protocol): bytes in, whole
-    requests to the desk. One request at a time, so answers keep their order.
-    """
+class Poll(NamedTuple):
+    """An answer that waits until something changes."""
 
-    __slots__ = ("desk", "inbox", "http", "waits_for", "timer", "answering",
-                 "refused", "ended", "close_connection", "until", "transport")
-
-    def __init__(self, desk: Desk) -> None:
-        self.desk, self.inbox = desk, bytearray()
-        self.http: HttpRequest | None = None     # its head is here
-        self.waits_for = ""             # parked on this request_id
-        self.timer: Any = None          # of a poll, or of a slow answer
-        self.answering = False          # an answer is not given so far
-        self.refused = False            # what still comes in is discarded
-        self.ended = False              # the client sends no more
-        self.close_connection = False
-        self.until = desk.monotonic + REQUEST_SECONDS
-
-    def connection_made(self, transport: Any) -> None:
-        self.transport = transport
-        self.desk.welcome(self)
-
-    def data_received(self, data: bytes) -> None:
-        if self.refused:
-            return
-        if not self.inbox and self.http is None and not self.answering:
-            self.until = self.desk.monotonic + REQUEST_SECONDS
-        self.inbox += data
-        if self.answering and len(self.inbox) > MAX_HEAD + MAX_BODY:
-            self.transport.abort()      # sends on and does not wait
-        self.advance()
-
-    def eof_received(self) -> bool:
-        self.ended = True               # an answer on its way is still given
-        return self.answering and not self.waits_for
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self.desk.forget(self)
-
-    def pause_writing(self) -> None:    # an answer is written whole; who does
-        pass                            # not take it is dropped by sweep()
-
-    resume_writing = pause_writing
-
-    def advance(self) -> None:
-        """Handle the next request, if all of it is here and the one before
-        is answered."""
-        if self.answering:
-            return
-        head = b""
-        try:
-            if self.http is None:
-                head = self.next_head()
-                if not head:
-                    return
-                self.http = self.desk.admit(head)
-                if self.http.headers["expect"].lower() == "100-continue":
-                    self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            length = self.http.length
-            if len(self.inbox) >= length:
-                http, self.http = self.http, None
-                self.answering = True
-                body = bytes(self.inbox[:length])
-                del self.inbox[:length]
-                self.desk.dispatch(self, http, body)
-        except Refusal as refusal:
-            self.refused = self.answering = self.close_connection = True
-            self.desk.refuse(self, head, refusal)
-
-    def next_head(self) -> bytes:
-        """The head that is here whole; b"" if none is."""
-        end = self.inbox.find(b"\r\n\r\n", 0, MAX_HEAD + 4)
-        if end == 0:
-            raise bad_head("there is no request line")
-        if end < 0:
-            if len(self.inbox) > MAX_HEAD:
-                raise Refusal("head-too-large", f"the head is over {MAX_HEAD} "
-                              "bytes", "send fewer or shorter headers")
-            if NOT_HTTP.search(self.inbox):
-                raise bad_head("this is not HTTP, or its lines do not end in "
-                               "CR LF (https is for a proxy in front)")
-            return b""
-        head = bytes(self.inbox[:end])
-        del self.inbox[:end + 4]
-        return head
-
-    def send(self, data: bytes) -> None:
-        self.transport.write(data)
-        self.answering = False
-        if not self.close_connection and not self.ended:
-            self.until = self.desk.monotonic + (
-                ANSWER_SECONDS if self.transport.get_write_buffer_size()
-                else IDLE_SECONDS)
-            self.desk.renew(self)
-        elif self.refused:      # more may be on its way: a close now would
-            self.inbox.clear()  # reset the connection, and the answer away
-            self.until = self.desk.monotonic + LINGER_SECONDS
-            self.transport.write_eof()
-        else:
-            self.transport.close()
+    about: str                          # a request_id
+    seconds: float                      # at most
 
 
 class Desk:
-    """The connections and the routes. open_desk() makes it the class of
-    http.server that owns the listening socket; asyncio turns the loop."""
+    """Who may do what, and the answers. It knows no socket: a request's head
+    and body come in, an answer goes out as bytes, or as a Poll."""
 
-    address_family: int
-    socket: Any
-    request_queue_size = 1024       # a burst of agents is not refused
-
-    def __init__(self, address: tuple[str, int], handler: type, store: Store,
-                 tokens: Tokens, public_url: str,
-                 say: Callable[[str], None] | None) -> None:
-        import asyncio
-        import socket
-        if ":" in address[0]:
-            self.address_family = socket.AF_INET6
-        self.allow_reuse_address = os.name == "posix"
-        self.store, self.tokens, self.say = store, tokens, say
-        super().__init__(address, handler)  # type: ignore[call-arg]
-        self.socket.setblocking(False)
-        port = self.socket.getsockname()[1]
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(
-            address[0], address[0])
-        host = f"[{host}]" if ":" in host else host
-        self.url = public_url or f"http://{host}:{port}"
-        self.public_host = public_url.partition("://")[2].lower()
+    def __init__(self, store: Store, tokens: Tokens, url: str) -> None:
+        self.store, self.tokens, self.url = store, tokens, url
+        self.public_host = url.partition("://")[2].lower()
         self.admit = functools.lru_cache(maxsize=512)(self.judge)
-        self.loop = asyncio.new_event_loop()
-        self.connections: dict[Connection, None] = {}   # oldest first
-        self.waiters: dict[str, dict[Connection, None]] = {}
-        self.polled: dict[str, float] = {}      # request_id -> last poll
-        self.answers: list[tuple[Connection, HttpRequest | None, bytes]] = []
-        self.monotonic = self.loop.time()
-        self.stopped = asyncio.Event()
-        self.turning = self.failing = False
         self.dated = (0, "")
-
-    def server_bind(self) -> None:
-        """Bind, without http.server's getfqdn: with dead DNS that takes half
-        a minute, and air-gapped is where this runs."""
-        import socketserver
-        socketserver.TCPServer.server_bind(self)  # type: ignore[arg-type]
-        self.server_name, self.server_port = self.socket.getsockname()[:2]
-
-    # ---- the loop ----
-
-    def serve_forever(self, poll_interval: float = 0.0) -> None:
-        """Serve until stop() is called, from a signal or another thread."""
-        import asyncio
-        server = self.loop.run_until_complete(self.loop.create_server(
-            lambda: Connection(self), sock=self.socket, backlog=1024))
-        self.sweep()
-        self.loop.run_until_complete(self.stopped.wait())
-        server.close()
-        for connection in list(self.connections):
-            self.release(connection)
-            connection.transport.close()
-        while self.connections:         # until their answers are out
-            self.loop.run_until_complete(asyncio.sleep(0))
-        self.loop.close()
-
-    def stop(self) -> None:
-        self.loop.call_soon_threadsafe(self.stopped.set)
-
-    def turn(self) -> None:
-        """Begin a turn, if none is going on: all that is readable now, and
-        what came meanwhile, goes into one commit."""
-        if not self.turning:
-            self.turning = True
-            self.monotonic = self.loop.time()
-            self.store.tick()
-            self.loop.call_soon(self.loop.call_soon, self.commit)
-
-    def commit(self) -> None:
-        """End the turn's transaction, then answer; if it is not on disk,
-        every answer of the turn becomes a 503 (promise 6)."""
-        self.turning = False
-        changes = self.store.commit()
-        answers, self.answers = self.answers, []
-        for connection, http, answer in answers:
-            if changes is None:
-                answer = self.problem(http, STORAGE_FAILED,
-                                      connection.close_connection)
-            connection.send(answer)
-        self.tell(changes or [])
-
-    def tell(self, changes: list[Change]) -> None:
-        """Wake who waits for a request that changed, and print a line."""
-        for change in changes:
-            for connection in list(self.waiters.get(change.request_id, ())):
-                self.release(connection)
-            if change.event != "submitted":
-                self.polled.pop(change.request_id, None)
-        if self.say and changes:
-            try:
-                self.say("\n".join(
-                    f"{self.store.now[11:19]} {change.event:9} "
-                    f"{change.request_id} by {visible(change.actor)}"
-                    for change in changes))
-            except (OSError, ValueError):   # nobody reads our lines any more
-                self.say = None
-
-    def sweep(self) -> None:
-        """What is past its time: connections, polls, requests."""
-        self.loop.call_later(SWEEP_SECONDS, self.sweep)
-        self.monotonic = self.loop.time()
-        for late in [c for c in self.connections
-                     if c.until <= self.monotonic and not c.waits_for]:
-            late.transport.abort()
-        for request_id in [r for r, at in self.polled.items()
-                           if at + RECENT_SECONDS < self.monotonic]:
-            del self.polled[request_id]
-        import sqlite3
-        self.turn()
-        try:
-            for request in self.store.overdue():
-                self.store.attempt(self.store.close_overdue, request)
-            self.failing = False
-        except (sqlite3.Error, ValueError, TypeError) as error:
-            if not self.failing:            # once, not four times a second
-                log.error("the database fails: %s", error)
-            self.failing = True
-
-    def welcome(self, connection: Connection) -> None:
-        """A new connection; at the limit the oldest idle one goes, else the
-        oldest parked poll is answered early."""
-        self.connections[connection] = None
-        if len(self.connections) > MAX_CONNECTIONS:
-            oldest = next((c for c in self.connections if not c.waits_for),
-                          connection)
-            if oldest is not connection:
-                oldest.transport.abort()
-            else:
-                oldest = next(iter(self.connections))
-                oldest.close_connection = True
-                self.release(oldest)
-
-    def renew(self, connection: Connection) -> None:
-        """An answer is out: the connection is the youngest again."""
-        self.connections.pop(connection, None)
-        self.connections[connection] = None
-        if connection.inbox:
-            self.loop.call_soon(connection.advance)
-
-    def forget(self, connection: Connection) -> None:
-        self.connections.pop(connection, None)
-        request_id = self.unpark(connection)
-        if request_id not in self.waiters:
-            self.polled.pop(request_id, None)
-
-    def park(self, connection: Connection, request_id: str,
-             seconds: float) -> None:
-        """Hold a poll until the request changes or its time is up."""
-        connection.waits_for = request_id
-        connection.timer = self.loop.call_later(seconds, self.release,
-                                                connection)
-        self.waiters.setdefault(request_id, {})[connection] = None
-
-    def unpark(self, connection: Connection) -> str:
-        """Out of the tables of polls -> the request_id it waited for."""
-        request_id, connection.waits_for = connection.waits_for, ""
-        if connection.timer:
-            connection.timer.cancel()
-        others = self.waiters.get(request_id, {})
-        others.pop(connection, None)
-        if not others:
-            self.waiters.pop(request_id, None)
-        return request_id
-
-    def release(self, connection: Connection) -> None:
-        """Answer a parked poll with what its request is now."""
-        request_id = self.unpark(connection)
-        if not request_id:
-            return
-        self.polled[request_id] = self.monotonic
-        import sqlite3
-        try:
-            summary = self.store.summary(request_id)
-            answer = self.message(200, JSON, self.shape_json(summary).encode(),
-                                  connection.close_connection)
-        except (Refusal, sqlite3.Error):
-            connection.close_connection = True
-            answer = self.problem(None, STORAGE_FAILED)
-        connection.send(answer)
+        self.attended_until: dict[str, float] = {}  # request_id -> monotonic
 
     def attended(self, request_id: str) -> bool:
         """Whether somebody waits for this: a parked poll or a recent one."""
-        return request_id in self.waiters or request_id in self.polled
+        return self.attended_until.get(request_id, 0) > time.monotonic()
+
+    def close_overdue(self) -> None:
+        """Close requests past their deadline, and approvals nobody claimed.
+        Raises what a failing database does."""
+        now = time.monotonic()
+        for request_id in [r for r, until in self.attended_until.items()
+                           if until < now]:
+            del self.attended_until[request_id]
+        for request in self.store.overdue():
+            self.store.attempt(self.store.close_overdue, request)
 
     # ---- who may do what ----
 
@@ -4464,53 +4198,51 @@ class Desk:
 
     # ---- answers ----
 
-    def dispatch(self, connection: Connection, http: HttpRequest,
-                 body: bytes) -> None:
-        """Run a route, inside a savepoint if it can change something; its
-        answer waits for the commit."""
+    def answer(self, http: HttpRequest, body: bytes) -> bytes | Poll:
+        """Run a route, inside a savepoint if it can change something. Whoever
+        asked is told only after the commit."""
         import sqlite3
-        self.turn()
-        connection.close_connection = http.close
-        answer = getattr(self, http.route.answer)
+        route = getattr(self, http.route.answer)
         try:
             if http.method == "POST":
-                data = self.store.attempt(self.answered, answer, http, body)
-            else:
-                data = self.answered(answer, http, connection)
+                return self.store.attempt(self.answered, route, http, body)
+            return self.answered(route, http)
         except sqlite3.Error as error:
             log.error("the database fails: %s", visible(str(error)))
-            data = self.problem(http, STORAGE_FAILED)
+            return self.problem(http, STORAGE_FAILED)
         except Exception:
             log.exception("a fault of ours in %s", http.route.answer)
-            data = self.problem(http, Refusal(
+            return self.problem(http, Refusal(
                 "internal", "a fault of ours; nothing was changed",
                 "the server's log has it"))
-        if data is not None:
-            self.answers.append((connection, http, data))
 
-    def answered(self, answer: Callable[..., bytes | None], http: HttpRequest,
-                 *more: Any) -> bytes | None:
-        """A route's answer, a refusal being one; None: it is parked."""
+    def answered(self, route: Callable[..., bytes | Poll], http: HttpRequest,
+                 *body: bytes) -> bytes | Poll:
+        """A route's answer; a refusal is one too."""
         try:
-            return answer(http, *more)
+            return route(http, *body)
         except Refusal as refusal:
             return self.problem(http, refusal)
 
-    def refuse(self, connection: Connection, head: bytes,
-               refusal: Refusal) -> None:
-        """Answer a request that is not admitted; wrong credentials slowly,
-        but nobody is locked out: an agent could lock the reviewer out."""
+    def news(self, request_id: str, close: bool) -> bytes:
+        """What a parked poll is answered."""
+        import sqlite3
+        self.attended_until[request_id] = time.monotonic() + RECENT_SECONDS
+        try:
+            summary = self.store.summary(request_id)
+        except (Refusal, sqlite3.Error):
+            return self.problem(None, STORAGE_FAILED, close)
+        return self.message(200, JSON, self.shape_json(summary).encode(), close)
+
+    def refused(self, head: bytes, refusal: Refusal) -> bytes:
+        """The answer to a request that is not admitted."""
         http = None
         with contextlib.suppress(Refusal):
             http = parse_head(head)
-        data = self.problem(http, refusal, close=True)
+        answer = self.problem(http, refusal, close=True)
         if head.startswith(b"HEAD "):
-            data = data[:data.index(b"\r\n\r\n") + 4]
-        self.turn()
-        if refusal.reason == "wrong-credentials":
-            self.loop.call_later(SLOW_SECONDS, connection.send, data)
-        else:
-            self.answers.append((connection, http, data))
+            answer = answer[:answer.index(b"\r\n\r\n") + 4]
+        return answer
 
     def problem(self, http: HttpRequest | None, refusal: Refusal,
                 close: bool = False) -> bytes:
@@ -4519,7 +4251,7 @@ class Desk:
         headers = refusal.headers
         if status in (429, 503):
             headers += "Retry-After: 5\r\n"
-        close = close or http is None or http.close
+        close = close or bool(http and http.close)
         if http and "text/html" in http.headers["accept"]:
             page = problem_page(status, refusal)
             return self.message(status, HTML, page.encode(), close, headers)
@@ -4582,18 +4314,18 @@ class Desk:
         return self.about(http, summary, 201,
                           f"Location: /review/{asked.request_id}\r\n")
 
-    def get_pending(self, http: HttpRequest,
-                    connection: Connection) -> bytes | None:
+    def get_pending(self, http: HttpRequest) -> bytes | Poll:
         summary = self.store.summary(http.request_id, str(http.who))
         text = parse_query(http.query).get("wait", "0")
         if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
             raise Refusal("bad-field", '"wait" is not a number of seconds',
                           "ask for ?wait=5")
         if summary.status == Status.WAITING:
-            self.polled[http.request_id] = self.monotonic
-            if wait := min(float(text), MAX_POLL_SECONDS):
-                self.park(connection, http.request_id, wait)
-                return None
+            wait = min(float(text), MAX_POLL_SECONDS)
+            self.attended_until[http.request_id] = (
+                time.monotonic() + wait + RECENT_SECONDS)
+            if wait:
+                return Poll(http.request_id, wait)
         return self.about(http, summary)
 
     def post_claim(self, http: HttpRequest, body: bytes) -> bytes:
@@ -4640,7 +4372,7 @@ class Desk:
                                 "Location: /\r\n")
         return self.about(http, request.summary)
 
-    def get_waiting(self, http: HttpRequest, _: Connection) -> bytes:
+    def get_waiting(self, http: HttpRequest) -> bytes:
         """Everything that waits, in the order of the page."""
         return self.json(http, {"waiting": [
             self.listed(request) for request in self.store.waiting(MAX_WAITING)]})
@@ -4652,13 +4384,13 @@ class Desk:
             "agent": request.agent, "checkpoint_id": request.checkpoint_id,
             "large": request.size > LARGE_BYTES}      # then its url has it all
 
-    def get_desk(self, http: HttpRequest, _: Connection) -> bytes:
+    def get_desk(self, http: HttpRequest) -> bytes:
         return self.html(http, desk_page(
             self.view(http), self.store.waiting(PAGE_CARDS),
             self.store.waiting_count,
             self.store.reviewed(REVIEWED_CARDS).rows))
 
-    def get_review(self, http: HttpRequest, _: Connection) -> bytes:
+    def get_review(self, http: HttpRequest) -> bytes:
         request = self.store.whole(http.request_id)
         if "application/json" not in http.headers["accept"]:
             return self.html(http, review_page(self.view(http), request))
@@ -4666,7 +4398,7 @@ class Desk:
             "agent_context": stored_json(request.agent_context), "claim": None,
             "attended": self.attended(request.request_id)})
 
-    def get_history(self, http: HttpRequest, _: Connection) -> bytes:
+    def get_history(self, http: HttpRequest) -> bytes:
         behind = re.fullmatch("([0-9TZ:.-]{24})_([0-9]{1,18})", parse_query(
             http.query).get("before", ""))
         before = (behind[1], int(behind[2])) if behind else None
@@ -4678,22 +4410,387 @@ class Desk:
     def view(self, http: HttpRequest) -> View:
         return View(http.who.name, self.store.time, self.attended)
 
-    def get_healthz(self, http: HttpRequest, _: Connection) -> bytes:
+    def get_healthz(self, http: HttpRequest) -> bytes:
         self.store.reviewed(0)          # the database answers, or 503
         return self.json(http, {"status": "ok"})
 
 
+# ================================== Loop ===================================
+# The listening socket: http.server's HTTPServer binds it, asyncio serves it.
+# Whole requests queue up; a turn takes them, reviewers' first, runs them in
+# one SQLite transaction, and answers only after its COMMIT: a group commit
+# without a second thread, no locks, no races. A waiting agent is a parked
+# connection, not a thread.
+
+
+class Limits(NamedTuple):
+    """What one client may cost the others, in seconds, bytes and numbers."""
+
+    turn_seconds: float = 0.05      # then commit and answer, before more work
+    request_seconds: float = 15     # from a request's first byte to its last
+    answer_seconds: float = 60      # for a client to take its answer
+    idle_seconds: float = 75        # a connection kept for the next request
+    linger_seconds: float = 2       # to let a refused client read the refusal
+    slow_seconds: float = 1         # before wrong credentials are answered
+    drain_seconds: float = 5        # for the last answers when stopping
+    sweep_seconds: float = 0.25     # how often deadlines are looked at
+    connections: int = 8000         # file descriptors, and a page of memory
+    unread_bytes: int = 64 << 20    # of all requests that are not answered
+
+
+class Connection:
+    """One client, as asyncio calls it (its Protocol): bytes in, whole
+    requests to the queue. One request at a time, so answers keep their order.
+    """
+
+    __slots__ = ("loop", "transport", "inbox", "searched", "http", "body",
+                 "waits_for", "timer", "answering", "refused", "ended",
+                 "close_connection", "trusted", "until")
+
+    def __init__(self, loop: Loop) -> None:
+        self.loop, self.inbox, self.body = loop, bytearray(), b""
+        self.searched = 0               # so far there is no end of a head
+        self.http: HttpRequest | None = None     # its head is here
+        self.waits_for: str | None = None        # what its poll is about
+        self.timer: Any = None          # of a poll, or of a slow answer
+        self.answering = False          # an answer is not given so far
+        self.refused = False            # what still comes in is discarded
+        self.ended = False              # the client sends no more
+        self.close_connection = False
+        self.trusted = False            # a reviewer signed in here
+        self.until = loop.clock() + loop.limits.request_seconds
+
+    # ---- what asyncio calls ----
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+        self.loop.welcome(self)
+
+    def data_received(self, data: bytes) -> None:
+        if self.refused:
+            return
+        if not (self.inbox or self.http):
+            self.until = self.loop.clock() + self.loop.limits.request_seconds
+        self.inbox += data
+        self.advance()
+        if self.inbox:
+            self.loop.count_unread(self)
+            if self.answering and len(self.inbox) > MAX_HEAD + MAX_BODY:
+                self.transport.abort()      # sends on and does not wait
+
+    def eof_received(self) -> bool:
+        self.ended = True               # an answer on its way is still given
+        return self.answering and self.waits_for is None
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.loop.forget(self)
+
+    def pause_writing(self) -> None:
+        """An answer is written whole; sweep() drops who does not take it."""
+
+    resume_writing = pause_writing
+
+    # ---- requests ----
+
+    def advance(self) -> None:
+        """Queue the next request, if all of it is here and the one before is
+        answered."""
+        if self.answering:
+            return
+        head = b""
+        try:
+            if self.http is None:
+                head = self.next_head()
+                if not head:
+                    return
+                self.http = self.loop.desk.admit(head)
+                self.trusted = self.trusted or self.http.who.kind == "reviewer"
+                if self.http.headers["expect"].lower() == "100-continue":
+                    self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        except Refusal as refusal:
+            self.refuse(head, refusal)
+            return
+        length = self.http.length
+        if len(self.inbox) >= length:
+            self.body = bytes(self.inbox[:length])
+            del self.inbox[:length]
+            self.answering = True
+            self.close_connection = self.http.close
+            self.loop.enqueue(self)
+
+    def next_head(self) -> bytes:
+        """The head that is here whole; b"" if none is. Only what is new is
+        searched: a head may come byte by byte."""
+        start = max(0, self.searched - 3)
+        end = self.inbox.find(b"\r\n\r\n", start, MAX_HEAD + 4)
+        if end == 0:
+            raise bad_head("there is no request line")
+        if end > 0:
+            head = bytes(self.inbox[:end])
+            del self.inbox[:end + 4]
+            self.searched = 0
+            return head
+        if len(self.inbox) > MAX_HEAD:
+            raise Refusal("head-too-large", f"the head is over {MAX_HEAD} "
+                          "bytes", "send fewer or shorter headers")
+        if NOT_HTTP.search(self.inbox, start):
+            raise bad_head("this is not HTTP, or its lines do not end in "
+                           "CR LF (https is for a proxy in front)")
+        self.searched = len(self.inbox)
+        return b""
+
+    def refuse(self, head: bytes, refusal: Refusal) -> None:
+        """Answer a request that is not admitted; wrong credentials slowly,
+        but nobody is locked out: an agent could lock the reviewer out."""
+        self.refused = self.answering = self.close_connection = True
+        self.inbox.clear()
+        answer = self.loop.desk.refused(head, refusal)
+        if refusal.reason == "wrong-credentials":
+            self.timer = self.loop.asyncio_loop.call_later(
+                self.loop.limits.slow_seconds, self.send, answer)
+        else:
+            self.send(answer)
+
+    def send(self, answer: bytes) -> None:
+        """Give the answer; then the next request, or the end."""
+        limits, now = self.loop.limits, self.loop.clock()
+        self.transport.write(answer)
+        self.answering = False
+        if not (self.close_connection or self.ended):
+            untaken = self.transport.get_write_buffer_size()
+            self.until = now + (
+                limits.answer_seconds if untaken else limits.idle_seconds)
+            self.loop.renew(self)
+        elif self.refused:      # more may be on its way: a close now would
+            self.until = now + limits.linger_seconds    # reset the connection,
+            self.transport.write_eof()                  # and the answer away
+        else:
+            self.until = now + limits.answer_seconds
+            self.transport.close()
+
+
+class Loop:
+    """The connections. open_desk() makes it the class of http.server that
+    owns the listening socket; the answers are the Desk's."""
+
+    address_family: int
+    socket: Any
+    url: str
+    desk: Desk
+    request_queue_size = 1024       # a burst of agents is not refused
+
+    def __init__(self, address: tuple[str, int], handler: type,
+                 limits: Limits, say: Callable[[str], None] | None,
+                 notices: Any) -> None:
+        import asyncio
+        import socket
+        if ":" in address[0]:
+            self.address_family = socket.AF_INET6
+        self.allow_reuse_address = os.name == "posix"
+        super().__init__(address, handler)  # type: ignore[call-arg]
+        self.socket.setblocking(False)
+        self.limits, self.say, self.notices = limits, say, notices
+        self.asyncio_loop = asyncio.new_event_loop()
+        self.clock = self.asyncio_loop.time
+        self.stopped = asyncio.Event()
+        self.connections: dict[Connection, None] = {}   # oldest first
+        self.queues: tuple[deque[Connection], deque[Connection]] = (
+            deque(), deque())           # whole requests: reviewers', agents'
+        self.turn_is_due = self.failing = False
+        self.waiters: dict[str, dict[Connection, None]] = {}
+
+    def server_bind(self) -> None:
+        """Bind, without http.server's getfqdn: with dead DNS that takes half
+        a minute, and air-gapped is where this runs."""
+        import socketserver
+        socketserver.TCPServer.server_bind(self)  # type: ignore[arg-type]
+        self.server_name, self.server_port = self.socket.getsockname()[:2]
+
+    def own_url(self, host: str) -> str:
+        """Where this is reached from the same machine."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        host = f"[{host}]" if ":" in host else host
+        return f"http://{host}:{self.server_port}"
+
+    def serve_forever(self, poll_interval: float = 0.0) -> None:
+        """Serve until stop() is called, from a signal or another thread."""
+        import asyncio
+        loop = self.asyncio_loop
+        protocol: Any = functools.partial(Connection, self)
+        server = loop.run_until_complete(loop.create_server(
+            protocol, sock=self.socket, backlog=1024))
+        self.sweep()
+        loop.run_until_complete(self.stopped.wait())
+        server.close()
+        for connection in list(self.connections):
+            self.release(connection)
+            connection.transport.close()
+        end = self.clock() + self.limits.drain_seconds
+        while self.connections and self.clock() < end:
+            loop.run_until_complete(asyncio.sleep(0.001))
+        for connection in list(self.connections):
+            connection.transport.abort()
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+
+    def stop(self) -> None:
+        self.asyncio_loop.call_soon_threadsafe(self.stopped.set)
+
+    # ---- a turn ----
+
+    def enqueue(self, connection: Connection) -> None:
+        """A whole request: a turn takes it."""
+        self.queues[0 if connection.trusted else 1].append(connection)
+        self.turn_soon()
+
+    def turn_soon(self) -> None:
+        """A turn, once all that is readable now has been read."""
+        if not self.turn_is_due:
+            self.turn_is_due = True
+            self.asyncio_loop.call_soon(self.turn)
+
+    def turn(self) -> None:
+        """Answer what is whole, in one transaction, for 50 ms at most."""
+        self.turn_is_due = False
+        end = self.clock() + self.limits.turn_seconds
+        self.desk.store.tick()
+        answers: list[tuple[Connection, HttpRequest, bytes | Poll]] = []
+        for queue in self.queues:               # 1. run, reviewers' first
+            while queue and self.clock() < end:
+                connection = queue.popleft()
+                http, body = connection.http, connection.body
+                connection.http, connection.body = None, b""
+                if http:                        # it is still there
+                    answers.append(
+                        (connection, http, self.desk.answer(http, body)))
+        self.commit(answers)
+        if any(self.queues):                    # 4. the rest, in another turn
+            self.turn_soon()
+
+    def commit(self, answers: list[tuple[Connection, HttpRequest,
+                                         bytes | Poll]]) -> None:
+        """End the transaction, then answer; if it is not on disk, every
+        answer of the turn becomes a 503 (promise 6)."""
+        changes = self.desk.store.commit()      # 2. on disk
+        for connection, http, answer in answers:            # 3. answer
+            if changes is None:
+                answer = self.desk.problem(http, STORAGE_FAILED)
+            if isinstance(answer, Poll):
+                self.park(connection, answer)
+            else:
+                connection.send(answer)
+        if changes:
+            self.tell(changes)
+
+    def tell(self, changes: list[Change]) -> None:
+        """Wake who waits for what changed, print lines, send notices."""
+        for change in changes:
+            for connection in list(self.waiters.get(change.request_id, ())):
+                self.release(connection)
+            if change.event != "submitted":
+                self.desk.attended_until.pop(change.request_id, None)
+        if self.say:
+            try:
+                self.say("\n".join(
+                    f"{self.desk.store.now[11:19]} {change.event:9} "
+                    f"{change.request_id} by {visible(change.actor)}"
+                    for change in changes))
+            except (OSError, ValueError):   # nobody reads our lines any more
+                self.say = None
+
+    def sweep(self) -> None:
+        """What is past its time: connections, polls, requests."""
+        import sqlite3
+        self.asyncio_loop.call_later(self.limits.sweep_seconds, self.sweep)
+        now = self.clock()
+        for late in [c for c in self.connections
+                     if c.until <= now and c.waits_for is None]:
+            late.transport.abort()
+        self.desk.store.tick()
+        try:
+            self.desk.close_overdue()
+            self.failing = False
+        except (sqlite3.Error, ValueError, TypeError) as error:
+            if not self.failing:            # once, not four times a second
+                log.error("the database fails: %s", error)
+            self.failing = True
+        self.commit([])
+
+    # ---- connections ----
+
+    def welcome(self, connection: Connection) -> None:
+        """A new connection; at the limit the oldest idle one goes, else the
+        oldest parked poll is answered early."""
+        self.connections[connection] = None
+        if len(self.connections) <= self.limits.connections:
+            return
+        oldest = next((c for c in self.connections if c.waits_for is None),
+                      connection)
+        if oldest is not connection:
+            oldest.transport.abort()
+        else:
+            oldest = next(iter(self.connections))
+            oldest.close_connection = True
+            self.release(oldest)
+
+    def renew(self, connection: Connection) -> None:
+        """An answer is out: the connection is the youngest again."""
+        self.connections.pop(connection, None)
+        self.connections[connection] = None
+        if connection.inbox:
+            self.asyncio_loop.call_soon(connection.advance)
+
+    def forget(self, connection: Connection) -> None:
+        self.connections.pop(connection, None)
+        connection.http, connection.body = None, b""
+        key = self.unpark(connection)
+        if key and key not in self.waiters:
+            self.desk.attended_until.pop(key, None)
+
+    def count_unread(self, connection: Connection) -> None:
+        pass
+
+    # ---- polls ----
+
+    def park(self, connection: Connection, poll: Poll) -> None:
+        """Hold a poll until its request changes or its time is up."""
+        connection.waits_for = poll.about
+        connection.timer = self.asyncio_loop.call_later(
+            poll.seconds, self.release, connection)
+        self.waiters.setdefault(poll.about, {})[connection] = None
+
+    def unpark(self, connection: Connection) -> str | None:
+        """Out of the table of polls -> what it waited for."""
+        key, connection.waits_for = connection.waits_for, None
+        if connection.timer:
+            connection.timer.cancel()
+        if key is not None:
+            others = self.waiters[key]
+            del others[connection]
+            if not others:
+                del self.waiters[key]
+        return key
+
+    def release(self, connection: Connection) -> None:
+        """Answer a parked poll with what its request is now."""
+        key = self.unpark(connection)
+        if key is not None:
+            connection.send(self.desk.news(key, connection.close_connection))
+
+
 def open_desk(host: str, port: int, store: Store, tokens: Tokens,
-              public_url: str = "",
-              say: Callable[[str], None] | None = None) -> Desk:
+              public_url: str = "", say: Callable[[str], None] | None = None,
+              *, notices: Any = None, limits: Limits = Limits()) -> Loop:
     """A desk that listens; OSError if the port is taken. http.server is
     imported here, because a gate does not need it: HTTPServer owns the
     socket, BaseHTTPRequestHandler's class is the handler of a connection."""
     from http.server import BaseHTTPRequestHandler, HTTPServer
-    server: Any = type("Server", (Desk, HTTPServer), {})
-    desk: Desk = server((host, port), BaseHTTPRequestHandler, store, tokens,
-                        public_url, say)
-    return desk
+    server: Any = type("Server", (Loop, HTTPServer), {})
+    loop: Loop = server((host, port), BaseHTTPRequestHandler, limits, say,
+                        notices)
+    loop.url = public_url or loop.own_url(host)
+    loop.desk = Desk(store, tokens, loop.url)
+    return loop
 
 
 # ================================== Client =================================
@@ -6834,7 +6931,7 @@ def raise_file_limit() -> None:
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        want = MAX_CONNECTIONS + 64
+        want = Limits().connections + 64
         if soft != resource.RLIM_INFINITY and soft < want:
             resource.setrlimit(resource.RLIMIT_NOFILE, (
                 want if hard == resource.RLIM_INFINITY else min(want, hard),
