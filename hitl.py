@@ -133,12 +133,15 @@ from collections.abc import (
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import (Any, NamedTuple, NoReturn, ParamSpec, TypedDict, TypeVar,
-                    Unpack, overload)
+from typing import (TYPE_CHECKING, Any, NamedTuple, NoReturn, ParamSpec,
+                    TypedDict, TypeVar, Unpack, overload)
+
+if TYPE_CHECKING:
+    import asyncio
 
 __version__ = "2.0.0"
 __all__ = [
-    "Gate", "HitlError", "ConfigError", "CollaborationError", "DeniedError",
+    "Gate", "Held", "HitlError", "ConfigError", "CollaborationError", "DeniedError",
     "UnreachableError", "ChangedError", "AlreadyClaimedError",
     "ReviewTimeoutError",
 ]
@@ -5113,43 +5116,76 @@ def is_async(function: Any) -> bool:
 
 UNREACHABLE_SECONDS = 10        # a server that is down when first asked
 CLAIM_RETRY_SECONDS = 30        # for a claim whose reply was lost
+LAST_WORD_SECONDS = 2           # for a withdrawal or an outcome
 GRACE_SECONDS = 5               # of the network, beyond a poll's own wait
 PROGRESS_SECONDS = 15           # between lines that say what is waited for
+MAX_FREE = 10_000               # calls remembered as free: names can be made up
 CUT_BYTES = 160 * 1024          # of each end of a context that is too large
-
-
-@dataclass(slots=True)
-class Held:
-    """A tool call on its way through the gate."""
-
-    tool: str
-    arguments: str              # canonical JSON: what is asked, and what runs
-    checkpoint: Checkpoint
-    description: str
-    request_id: str
-    timeout_seconds: float
-    lifetime_seconds: float
-    body: dict[str, Any]
-    deadline: float             # on the monotonic clock
-    digest: str
-    claim: str                  # a nonce: the same claim may be retried
-    cancelled: bool = False
-    tick: Callable[[], None] = lambda: None     # called while it waits
-
-    def approved(self) -> dict[str, Any]:
-        """The arguments, parsed from the bytes that were digested, stored
-        and shown: what runs is what was approved (promise 2)."""
-        arguments: dict[str, Any] = parse_json(self.arguments)
-        return arguments
+INNER = frozenset((             # arguments that may name an inner call
+    "tool_name", "toolname", "name", "tool", "recipient_name", "tool_slug"))
 
 
 class How(TypedDict, total=False):
-    """What one call may say for itself, over the configuration."""
+    """What one call may say for itself, over the gate and the configuration.
+
+    request_id: the same one with the same call is the same request.
+    checkpoint: the id of one that holds it, whatever the tool's name.
+    session: who or what is served, where a gate serves several.
+    attach: meet the same call of the same session, if it still waits.
+    tick: called at each look at the status. cwd: what paths are relative to.
+    """
 
     context: Any
     request_id: str | None
     timeout_seconds: float | None
-    checkpoint: str | None      # one that holds it, whatever the name
+    lifetime_seconds: float | None
+    checkpoint: str | None
+    session: str | None
+    attach: bool
+    tick: Callable[[], object] | None
+    cwd: str | None
+
+
+@dataclass(slots=True)
+class Asked:
+    """A tool call on its way through the gate."""
+
+    tool: str
+    arguments: str              # canonical JSON: what is asked
+    description: str
+    digest: str
+    request_id: str
+    timeout_seconds: float
+    lifetime_seconds: float
+    body: dict[str, Any]        # of POST /pending
+    deadline: float             # on the monotonic clock
+    claim: str                  # a nonce: the same claim may be retried
+    tick: Callable[[], object] | None = None
+    claiming: bool = False      # from here on the server may have claimed it
+    cancelled: bool = False
+    ended: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A call that a person approved and this process claimed: whoever runs
+    it runs it with `arguments`, once, and reports how it ended."""
+
+    arguments: dict[str, Any]
+    approved_by: str
+    request_id: str
+    claim: str
+    gate: Gate = field(repr=False)
+
+    def report(self, error: BaseException | str | None = None) -> None:
+        """Record that the call was executed, or how it failed. Never raises:
+        a failure here changes nothing of the call, and is logged."""
+        self.gate._report(self.request_id, self.claim, error)
+
+    async def areport(self, error: BaseException | str | None = None) -> None:
+        """report() for asyncio; finishes also where its task is cancelled,
+        so that nothing that was done goes unrecorded or is lost."""
+        await undisturbed(self.report, error)
 
 
 class Gate:
@@ -5157,21 +5193,24 @@ class Gate:
 
     config: path of checkpoints.toml (default: HITL_CONFIG, then
     ./checkpoints.toml, then the one beside this file). context: the agent's
-    state for the reviewer, or a callable that gives it. on_reject: "raise",
+    state for the reviewer, or a callable that gives it. on_reject: "raise";
     or "return" to hand a rejection, a denial or an expiry to the model as
-    text. agent: the name on the card. Raises ConfigError.
+    text; or a callable that is given that text and whose result is returned,
+    an exception class for one that is raised. agent: the name on the card.
+    session: what a decision may stand for; default: this object. Raises
+    ConfigError.
     """
 
     def __init__(self, config: str | os.PathLike[str] | None = None, *,
-                 context: Any = None, on_reject: str = "raise",
+                 context: Any = None,
+                 on_reject: str | Callable[[str], Any] = "raise",
                  agent: str | None = None, server_url: str | None = None,
-                 token: str | None = None) -> None:
-        if on_reject not in ("raise", "return"):
-            raise ConfigError(f'on_reject is "{on_reject}"',
-                              'it can be "raise" or "return"')
+                 token: str | None = None, session: str | None = None) -> None:
+        self.on_reject = checked_on_reject(on_reject)
         self.configuration = load_configuration(find_configuration(config))
         self.rules = self.configuration.rules
-        self.context, self.on_reject, self.agent = context, on_reject, agent
+        self.context, self.agent = context, agent
+        self.session = os.urandom(16).hex() if session is None else session
         with config_error("server_url"):
             self.server_url = url_value(
                 server_url or os.environ.get("HITL_SERVER_URL")
@@ -5179,9 +5218,12 @@ class Gate:
         self.token = (token or os.environ.get("HITL_AGENT_TOKEN", "")).strip()
         if not re.fullmatch(r"[!-~]*", self.token):
             raise ConfigError("the agent's token is not plain ASCII")
+        if os.environ.get("HITL_REVIEWER_TOKEN"):       # promise 5
+            log.warning("HITL_REVIEWER_TOKEN is in the environment of an "
+                        "agent, which could decide with it: take it out")
         self.client = Client(self.server_url, self.token and
                              f"Bearer {self.token}")
-        self._free: set[str] = set()    # names no checkpoint can stop
+        self._free: set[tuple[str, ...]] = set()
 
     # ---- the story ----
 
@@ -5191,29 +5233,39 @@ class Gate:
         matches. Raises CollaborationError, ReviewTimeoutError or another
         HitlError, and then nothing ran; what execute raises passes through.
         """
-        if tool in self._free and how.get("checkpoint") is None:
+        if not how and self._is_free(tool, arguments):
             return execute(**arguments)
         if is_async(execute):
             raise TypeError(f"{visible(str(tool))} is async: await "
                             "gate.acall(...), or nothing would run in here")
         try:
-            held = self._match(tool, arguments, **how)              # 1 match
-            if held is not None:
-                with self._withdrawing(held):
-                    state = self._ask(held)                         # 2 ask
-                    state = self._wait(held, state)                 # 3 wait
-                    self._claim(held, state)                        # 4 claim
+            asked = self._match(tool, arguments, **how)             # 1 match
+            if asked is not None:
+                held = self._obtain(asked)                          # 2, 3, 4
         except HitlError as error:
-            return self._end(error)  # type: ignore[no-any-return]
-        if held is None:
+            return self._refusal(error)  # type: ignore[no-any-return]
+        if asked is None:
             return execute(**arguments)
         try:
-            result = execute(**held.approved())                     # 5 run
+            result = execute(**held.arguments)                      # 5 run
         except BaseException as error:
-            self._report(held, error)
+            held.report(error)
             raise
-        self._report(held, None)                                    # 6 report
+        held.report()                                               # 6 report
         return result
+
+    def _obtain(self, asked: Asked, handed_over: bool = False) -> Held:
+        """The call, approved and claimed; nothing else comes back."""
+        try:
+            state = self._ask(asked)                                # 2 ask
+            state = self._wait(asked, state)                        # 3 wait
+            return self._claim(asked, state, handed_over)           # 4 claim
+        except BaseException as error:
+            if not isinstance(error, Exception):                # Ctrl-C, exit
+                self._break_off(asked, "interrupted")
+            raise
+        finally:
+            asked.ended.set()
 
     @overload
     async def acall(self, tool: str, arguments: Mapping[str, Any],
@@ -5227,117 +5279,155 @@ class Gate:
     async def acall(self, tool: str, arguments: Mapping[str, Any],
                     execute: Callable[..., Any], **how: Unpack[How]) -> Any:
         """The same for asyncio: waits on a thread of its own, so the event
-        loop goes on; a cancelled wait withdraws its request."""
-        if tool in self._free and how.get("checkpoint") is None:
+        loop goes on; a cancelled wait withdraws its request. Once the tool
+        has returned, its result is returned, whatever is cancelled."""
+        if not how and self._is_free(tool, arguments):
             return await awaited(execute(**arguments))
         try:
-            held = self._match(tool, arguments, **how)
-            if held is not None:
-                await self._aobtain(held)
+            asked = self._match(tool, arguments, **how)
+            if asked is not None:
+                held = await self._aobtain(asked)
         except HitlError as error:
-            return self._end(error)
-        if held is None:
+            return self._refusal(error)
+        if asked is None:
             return await awaited(execute(**arguments))
         try:
-            result = await awaited(execute(**held.approved()))
+            result = await awaited(execute(**held.arguments))
         except BaseException as error:
-            await in_thread(self._report, held, error)
+            await held.areport(error)
             raise
-        await in_thread(self._report, held, None)
+        await held.areport()
         return result
+
+    async def _aobtain(self, asked: Asked, handed_over: bool = False) -> Held:
+        import asyncio
+        work = in_thread(self._obtain, asked, handed_over)
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            asked.cancelled = True
+            work.add_done_callback(
+                lambda done: done.cancelled() or done.exception())
+            await undisturbed(self._break_off, asked, "cancelled")
+            raise
+
+    # ---- for whoever runs the tool himself ----
+
+    def hold(self, tool: str, arguments: Mapping[str, Any],
+             **how: Unpack[How]) -> Held | None:
+        """The call, approved and claimed, for whoever runs it and then
+        reports; None where no checkpoint holds it. Raises as call() does,
+        whatever on_reject says. Until it is reported it is recorded as
+        handed over."""
+        try:
+            asked = self._match(tool, arguments, **how)
+            if asked is None:
+                return None
+            return self._obtain(asked, handed_over=True)
+        except HitlError as error:
+            raise logged(error)
+
+    async def ahold(self, tool: str, arguments: Mapping[str, Any],
+                    **how: Unpack[How]) -> Held | None:
+        """hold() for asyncio."""
+        try:
+            asked = self._match(tool, arguments, **how)
+            if asked is None:
+                return None
+            return await self._aobtain(asked, handed_over=True)
+        except HitlError as error:
+            raise logged(error)
 
     def require(self, tool: str, arguments: Mapping[str, Any],
                 **how: Unpack[How]) -> dict[str, Any]:
         """The approved arguments, claimed, for middleware that runs the tool
-        itself. Raises as call() does, whatever on_reject says: there is no
-        result that could carry a refusal. The outcome stays `running`."""
-        try:
-            held = self._match(tool, arguments, **how)
-            if held is None:
-                return dict(arguments)
-            self._obtain(held)
-        except HitlError as error:
-            raise logged(error)
-        return held.approved()
+        and reports nothing."""
+        held = self.hold(tool, arguments, **how)
+        return dict(arguments) if held is None else held.arguments
 
     async def arequire(self, tool: str, arguments: Mapping[str, Any],
                        **how: Unpack[How]) -> dict[str, Any]:
         """require() for asyncio."""
-        try:
-            held = self._match(tool, arguments, **how)
-            if held is None:
-                return dict(arguments)
-            await self._aobtain(held)
-        except HitlError as error:
-            raise logged(error)
-        return held.approved()
+        held = await self.ahold(tool, arguments, **how)
+        return dict(arguments) if held is None else held.arguments
 
-    def _obtain(self, held: Held) -> str:
-        """Steps 2 to 4 -> who approved; returns only with the approval
-        claimed."""
-        with self._withdrawing(held):
-            return self._claim(held, self._wait(held, self._ask(held)))
-
-    async def _aobtain(self, held: Held) -> None:
-        import asyncio
-        try:
-            await in_thread(self._obtain, held)
-        except asyncio.CancelledError:
-            held.cancelled = True
-            await in_thread(self._withdraw, held, "cancelled")
-            raise
-
-    def _end(self, error: HitlError) -> Any:
+    def _refusal(self, error: HitlError) -> Any:
         """How a refusal reaches the caller: raised, so that it propagates,
         or as text for a model whose framework swallows exceptions."""
         logged(error)
         told = type(error) in (CollaborationError, DeniedError,
                                ReviewTimeoutError)
-        if self.on_reject == "return" and told:
+        if self.on_reject == "raise" or not told:
+            raise error
+        if not callable(self.on_reject):
             return error.told
-        raise error
+        answer = self.on_reject(error.told)
+        if isinstance(answer, Exception):
+            raise answer from None      # its cause would show more than that
+        return answer
 
     # ---- 1 match ----
 
+    def _is_free(self, tool: str, arguments: Mapping[str, Any]) -> bool:
+        """Whether such a call, by tool and argument names, was seen to match
+        nothing, and no argument can hide another call."""
+        if (tool, *arguments) not in self._free:
+            return False
+        for value in arguments.values():
+            if type(value) is str:
+                if "{" in value or "[" in value:
+                    return False
+            elif value is not None and type(value) not in (bool, int, float):
+                return False
+        return True
+
     def _match(self, tool: str, arguments: Mapping[str, Any], *,
-               context: Any = None, request_id: str | None = None,
-               timeout_seconds: float | None = None,
-               checkpoint: str | None = None) -> Held | None:
-        """The call held by a checkpoint, or None: it may run."""
-        rules, settings = self.rules, self.configuration.gate
+               checkpoint: str | None = None, cwd: str | None = None,
+               request_id: str | None = None, **how: Any) -> Asked | None:
+        """The call as it is to be asked, or None: it may run."""
         check_call(tool, arguments, request_id)
         if checkpoint is not None:
-            match = Match(rules.named(checkpoint), "the code names it")
+            match = Match(self.rules.named(checkpoint), "the code names it")
         else:
-            candidates = rules.candidates(tool)
-            if len(candidates) == 1 and candidates[0].effect == "allow":
-                if len(self._free) < 10_000:    # names can be made up
-                    self._free.add(tool)
-                return None
-            match = rules.first_match(tool, arguments)
+            match = self.rules.first_match(tool, arguments, cwd)
             if match.effect == "allow":
+                candidates = self.rules.candidates(tool)
+                if (len(candidates) == 1 and len(self._free) < MAX_FREE
+                        and INNER.isdisjoint(map(str.casefold, arguments))):
+                    self._free.add((tool, *arguments))
                 return None
         rule = match.checkpoint
         if rule.effect == "deny":
             raise DeniedError(
                 f'denied by checkpoint "{rule.checkpoint_id}"; nobody was '
-                "asked and nothing ran", f"{match.why}, in {rules.path}")
+                "asked and nothing ran", f"{match.why}, in {self.rules.path}")
+        return self._asked(tool, arguments, match, request_id, **how)
+
+    def _asked(self, tool: str, arguments: Mapping[str, Any], match: Match,
+               request_id: str | None, *, context: Any = None,
+               timeout_seconds: float | None = None,
+               lifetime_seconds: float | None = None,
+               session: str | None = None, attach: bool = False,
+               tick: Callable[[], object] | None = None) -> Asked:
+        """What is asked of the reviewer, and for how long."""
+        rule, settings = match.checkpoint, self.configuration.gate
         text = argument_text(tool, arguments)
         with config_error("timeout_seconds"):
             timeout = seconds_value(first_of(
                 timeout_seconds, rule.timeout_seconds,
                 settings["timeout_seconds"]))
-        lifetime = first_of(rule.lifetime_seconds,
-                            settings["lifetime_seconds"], timeout)
+        with config_error("lifetime_seconds"):
+            lifetime = seconds_value(first_of(
+                lifetime_seconds, rule.lifetime_seconds,
+                settings["lifetime_seconds"], timeout))
         description = describe(rule, tool, parse_json(text))
         if len(description.encode()) > MAX_DESCRIPTION:
             raise HitlError("the description of this call is over "
                             f"{MAX_DESCRIPTION} bytes",
                             "name fewer arguments in description_template",
                             reason="too-large")
-        import secrets
-        given = self.context if context is None else context
         digest = digest_of(description, text, tool)
+        given = self.context if context is None else context
         body = {
             "action_description": description, "tool": tool,
             "arguments": parse_json(text), "digest": digest,
@@ -5345,13 +5435,17 @@ class Gate:
                 given() if callable(given) else given),
             "timestamp": instant(time.time()),
             "checkpoint_id": rule.checkpoint_id, "category": rule.category,
+            "checkpoint_digest": rule.digest,
             "why": match.why[:MAX_WHY // 4],
             "agent": cut(self.agent or agent_name(), MAX_NAME),
-            "config_digest": rules.digest}
-        return Held(tool, text, rule, description,
-                    request_id or secrets.token_hex(16), timeout, lifetime,
-                    body, time.monotonic() + timeout, digest,
-                    secrets.token_hex(16))
+            "session": cut(first_of(session, self.session), MAX_SESSION),
+            "config_digest": self.rules.digest}
+        if attach:
+            body["attach"] = True
+        return Asked(tool, text, description, digest,
+                     request_id or os.urandom(16).hex(), timeout, lifetime,
+                     body, time.monotonic() + timeout, os.urandom(16).hex(),
+                     tick)
 
     def _snapshot(self, context: Any) -> Any:
         """The context as JSON with secrets masked; both ends, with size and
@@ -5369,29 +5463,40 @@ class Gate:
 
     # ---- 2 ask ----
 
-    def _ask(self, held: Held) -> Summary:
+    def _ask(self, asked: Asked) -> Summary:
         """Post the request -> its state: waiting, or what was decided when
-        the same request_id was asked before."""
+        the same was asked before."""
         give_up = time.monotonic() + min(UNREACHABLE_SECONDS,
-                                         held.timeout_seconds)
-        lifetime = None if held.lifetime_seconds == math.inf else (
-            held.lifetime_seconds)
-        reply = self._insist("POST", "/pending", held, {
-            **held.body, "request_id": held.request_id,
+                                         asked.timeout_seconds)
+        lifetime = None if asked.lifetime_seconds == math.inf else (
+            asked.lifetime_seconds)
+        reply = self._insist("POST", "/pending", asked, {
+            **asked.body, "request_id": asked.request_id,
             "timeout_seconds": lifetime}, give_up)
         if reply.status not in (200, 201):
-            raise self._refused(held, reply)
-        state = self._state(held, reply)
+            raise self._refused(reply, asked.request_id)
+        if asked.body.get("attach"):
+            self._follow(asked, reply)
+        state = self._state(asked, reply)
         if state.status == Status.WAITING:
             log.warning(
                 '%s waits for a person: "%s"; review it at %s (%s)',
-                visible(held.tool), visible(held.description),
+                visible(asked.tool), visible(asked.description),
                 visible(str(reply.body.get("url"))), "for ever" if
-                held.timeout_seconds == math.inf else
-                f"{held.timeout_seconds:g} s")
+                asked.timeout_seconds == math.inf else
+                f"{asked.timeout_seconds:g} s")
         return state
 
-    def _insist(self, method: str, path: str, held: Held, body: Any,
+    def _follow(self, asked: Asked, reply: Reply) -> None:
+        """Take the id of the request that this one was attached to, if that
+        is about the very call (promise 2): from here on nothing but this id
+        with this digest is polled, claimed or run."""
+        request_id = reply.body.get("request_id")
+        if (isinstance(request_id, str) and REQUEST_ID.fullmatch(request_id)
+                and reply.body.get("digest") == asked.digest):
+            asked.request_id = request_id
+
+    def _insist(self, method: str, path: str, asked: Asked | None, body: Any,
                 give_up: float) -> Reply:
         """An exchange, repeated until it is answered or time is up."""
         pause = 0.05
@@ -5402,10 +5507,10 @@ class Gate:
                     method, path, body, seconds=min(left, UNREACHABLE_SECONDS))
                 if reply.status < 500:
                     return reply
-                error = self._refused(held, reply)
+                error = self._refused(reply)
             except UnreachableError as unreachable:
                 error = unreachable
-            if (error.reason == "bad-reply" or held.cancelled
+            if (error.reason == "bad-reply" or asked and asked.cancelled
                     or time.monotonic() + pause >= give_up):
                 raise error
             if pause == 0.8:            # about a second has passed
@@ -5413,14 +5518,14 @@ class Gate:
             time.sleep(pause)
             pause = min(2 * pause, 1.0)
 
-    def _state(self, held: Held, reply: Reply) -> Summary:
+    def _state(self, asked: Asked, reply: Reply) -> Summary:
         """What a reply says of this very request, else ChangedError."""
         body = reply.body
-        if (body.get("request_id") != held.request_id
-                or body.get("digest") != held.digest):
+        if (body.get("request_id") != asked.request_id
+                or body.get("digest") != asked.digest):
             raise ChangedError("the server's reply is about another call; "
                                "nothing ran", "is server_url the right one?",
-                               request_id=held.request_id)
+                               request_id=asked.request_id)
         state = Summary._make(body.get(name) for name in Summary._fields)
         if not all(value is None or isinstance(value, str)
                    for value in state) or state.status not in set(
@@ -5428,171 +5533,200 @@ class Gate:
             raise self.client.nonsense("with fields that make no sense")
         return state
 
-    def _refused(self, held: Held, reply: Reply) -> HitlError:
-        """The error for an answer that is no success."""
+    def _refused(self, reply: Reply, request_id: str = "") -> HitlError:
+        """The error for an answer that is not a success."""
+        if reply.status in (401, 403):
+            return UnreachableError(
+                "the server refused this agent's credential",
+                "set HITL_AGENT_TOKEN, or Gate(token=...), to the agent token "
+                "that serve was started with", reason=reply.reason,
+                request_id=request_id)
         kind: type[HitlError] = {
             "already-claimed": AlreadyClaimedError,
             "lapsed": ReviewTimeoutError, "expired": ReviewTimeoutError,
+            "stopped": CollaborationError,
             "id-taken": ChangedError, "bad-digest": ChangedError,
             "arguments-changed": ChangedError,
         }.get(reply.reason, UnreachableError if reply.status in
-              (401, 403, 404, 421) or reply.status >= 500 else HitlError)
+              (404, 421) or reply.status >= 500 else HitlError)
         return kind(f"the server refused: "
                     f"{visible(str(reply.body.get('title', reply.status)))}",
                     visible(str(reply.body.get("detail") or "is server_url "
                                 "that of hitl.py's server?")),
-                    reason=reply.reason, request_id=held.request_id)
+                    reason=reply.reason, request_id=request_id)
 
     # ---- 3 wait ----
 
-    def _wait(self, held: Held, state: Summary) -> Summary:
+    def _wait(self, asked: Asked, state: Summary) -> Summary:
         """The state once it is no longer waiting: by long polls that the
         server answers the moment a person decides. A server that goes away
         is ridden out until the deadline."""
         said, away = time.monotonic(), 0.0
         while state.status == Status.WAITING:
             began = time.monotonic()
-            left = held.deadline - began
-            if left <= 0 or held.cancelled:
-                return self._give_up(held)
-            held.tick()
-            wait = min(self.configuration.gate["poll_seconds"], left)
-            try:
-                reply = self.client.exchange(
-                    "GET", f"/pending/{held.request_id}?wait={wait:.3f}",
-                    seconds=wait + GRACE_SECONDS)
-            except UnreachableError as error:
-                reply = Reply(503, {"title": error.message})
+            left = asked.deadline - began
+            if left <= 0 or asked.cancelled:
+                return self._give_up(asked)
+            if asked.tick:
+                asked.tick()
+            reply = self._poll(asked, left)
             if reply.status == 200:
-                state = self._state(held, reply)
+                state = self._state(asked, reply)
                 if state.status == Status.EXPIRED:
-                    raise self._nobody(held)
+                    raise self._nobody(asked)
             elif reply.status < 500:
-                raise self._refused(held, reply)
+                raise self._refused(reply, asked.request_id)
             elif away < time.monotonic():
                 away = time.monotonic() + PROGRESS_SECONDS
                 log.warning("%s; still waiting",
                             visible(str(reply.body.get("title"))))
             if state.status == Status.WAITING and (
-                    time.monotonic() - began < wait / 2):   # answered early
-                time.sleep(max(0, min(0.5, left)))
+                    time.monotonic() - began < 0.1):    # answered early
+                time.sleep(max(0.0, min(0.5, left)))
             if time.monotonic() - said >= PROGRESS_SECONDS:
                 said = time.monotonic()
                 log.warning(
                     "waiting for review of %s at %s, %s left",
-                    visible(held.tool),
-                    f"{self.server_url}/review/{held.request_id}",
+                    visible(asked.tool),
+                    f"{self.server_url}/review/{asked.request_id}",
                     "any time" if left == math.inf else f"{left:.0f} s")
         return state
 
-    def _nobody(self, held: Held, more: str = "") -> ReviewTimeoutError:
-        seconds = min(held.timeout_seconds, held.lifetime_seconds)
+    def _poll(self, asked: Asked, left: float) -> Reply:
+        """One look at the status; a server that does not answer is a 503.
+        The wait for a reply never outlasts the deadline by much."""
+        wait = min(self.configuration.gate["poll_seconds"], left)
+        try:
+            return self.client.exchange(
+                "GET", f"/pending/{asked.request_id}?wait={wait:.3f}",
+                seconds=min(wait + GRACE_SECONDS, max(left, 0.1)))
+        except UnreachableError as error:
+            if error.reason == "bad-reply":
+                raise
+            return Reply(503, {"title": error.message})
+
+    def _nobody(self, asked: Asked, more: str = "") -> ReviewTimeoutError:
+        seconds = min(asked.timeout_seconds, asked.lifetime_seconds)
         return ReviewTimeoutError(
-            f'nobody decided "{visible(held.description)}" within '
+            f'nobody decided "{visible(asked.description)}" within '
             f"{seconds:g} s; nothing ran{more}", "raise timeout_seconds in "
             f"{self.configuration.path}: people usually need 300 or more",
             reason="still-waiting" if more else "",
-            request_id=held.request_id)
+            request_id=asked.request_id)
 
-    def _give_up(self, held: Held) -> Summary:
+    def _give_up(self, asked: Asked) -> Summary:
         """The end of a wait. Unless the request is to outlive it, it is
         withdrawn, and the answer decides: a reviewer may have been faster."""
-        if held.lifetime_seconds > held.timeout_seconds and not held.cancelled:
-            raise self._nobody(held, "; the request still waits, and the same "
-                               "call with request_id "
-                               f'"{held.request_id}" picks up its decision')
-        state = self._withdraw(held, "cancelled" if held.cancelled
+        outlives = asked.lifetime_seconds > asked.timeout_seconds
+        if outlives and not asked.cancelled:
+            raise self._nobody(asked, "; the request still waits, and the "
+                               "same call with request_id "
+                               f'"{asked.request_id}" picks up its decision')
+        state = self._withdraw(asked, "cancelled" if asked.cancelled
                                else "timeout")
         if state is None or state.status in (Status.WAITING, Status.EXPIRED):
-            raise self._nobody(held)
+            raise self._nobody(asked)
         return state
 
-    def _withdraw(self, held: Held, why: str) -> Summary | None:
+    def _withdraw(self, asked: Asked, why: str) -> Summary | None:
         """Tell the server that nobody waits -> the state, None if it did
         not answer (then its own clock ends the request)."""
         try:
-            return self._state(held, self._insist(
-                "POST", f"/withdraw/{held.request_id}", held, {"why": why},
-                time.monotonic() + 2))
+            return self._state(asked, self._insist(
+                "POST", f"/withdraw/{asked.request_id}", asked, {"why": why},
+                time.monotonic() + LAST_WORD_SECONDS))
         except HitlError:
             return None
 
-    @contextlib.contextmanager
-    def _withdrawing(self, held: Held) -> Iterator[None]:
-        """Withdraw when the wait is broken off: Ctrl-C, exit."""
-        try:
-            yield
-        except BaseException as error:
-            if not isinstance(error, Exception):
-                self._withdraw(held, "interrupted")
-            raise
+    def _break_off(self, asked: Asked, why: str) -> None:
+        """The call was cancelled before it ran: nobody waits any more, and
+        what is claimed already is recorded as failed, not as running."""
+        if not asked.claiming:
+            self._withdraw(asked, why)
+            if why == "cancelled":      # another thread is in the middle of it
+                asked.ended.wait(LAST_WORD_SECONDS)
+        if asked.claiming:
+            self._report(asked.request_id, asked.claim, "cancelled")
 
     # ---- 4 claim ----
 
-    def _claim(self, held: Held, state: Summary) -> str:
-        """Who approved, if this call, and no other, may run now (promise 3).
-        """
-        who = (state.decided_by or "").partition(":")[2]
+    def _claim(self, asked: Asked, state: Summary, handed_over: bool) -> Held:
+        """The call, if this one, and no other, may run now (promise 3)."""
+        who = visible((state.decided_by or "").partition(":")[2])
         if state.status == Status.REJECTED:
-            error = CollaborationError(
-                f"rejected by {visible(who)}" + (
-                    f": {visible(state.reason)}" if state.reason else ""),
-                request_id=held.request_id)
+            reason = f": {visible(state.reason)}" if state.reason else ""
+            error = CollaborationError(f"rejected by {who}{reason}",
+                                       request_id=asked.request_id)
             error.decided_at = state.decided_at or ""
             raise error
+        self._check_unspent(asked, state)
+        asked.claiming = not asked.cancelled
+        if not asked.claiming:
+            raise self._nobody(asked)
+        body = {"digest": asked.digest, "claim": asked.claim}
+        reply = self._insist(
+            "POST", f"/claim/{asked.request_id}", asked,
+            {**body, "handed_over": True} if handed_over else body,
+            time.monotonic() + CLAIM_RETRY_SECONDS)
+        if reply.status != 200:
+            raise self._refused(reply, asked.request_id)
+        state = self._state(asked, reply)
+        if (state.status, state.outcome) != (Status.APPROVED,
+                                             Outcome.RUNNING):
+            raise ChangedError("the server's reply to the claim is not an "
+                               "approval; nothing ran",
+                               "is server_url the right one?",
+                               request_id=asked.request_id)
+        if asked.cancelled:
+            self._report(asked.request_id, asked.claim, "cancelled")
+            raise self._nobody(asked)
+        log.warning("%s approved by %s: runs now", visible(asked.tool), who)
+        return Held(self._approved(asked, reply), who, asked.request_id,
+                    asked.claim, self)
+
+    def _check_unspent(self, asked: Asked, state: Summary) -> None:
+        """An error unless the request is approved and not yet claimed."""
         if state.status != Status.APPROVED or state.outcome == Outcome.LAPSED:
             ended = state.outcome or state.status
             raise ReviewTimeoutError(
-                f'"{visible(held.description)}" is {visible(ended)}; nothing '
+                f'"{visible(asked.description)}" is {visible(ended)}; nothing '
                 "ran", "ask anew with another request_id", reason=ended,
-                request_id=held.request_id)
+                request_id=asked.request_id)
         if state.outcome is not None:
             raise AlreadyClaimedError(
                 f"this approval was used already: the call is {state.outcome}",
                 "ask anew with another request_id",
-                request_id=held.request_id)
-        reply = self._insist(
-            "POST", f"/claim/{held.request_id}", held,
-            {"digest": held.digest, "claim": held.claim},
-            time.monotonic() + CLAIM_RETRY_SECONDS)
-        if reply.status != 200:
-            raise self._refused(held, reply)
-        state = self._state(held, reply)
-        if (state.status, state.outcome) != (Status.APPROVED,
-                                             Outcome.RUNNING):
-            raise ChangedError("the server's reply to the claim is no "
-                               "approval; nothing ran",
-                               "is server_url the right one?",
-                               request_id=held.request_id)
-        if held.cancelled:
-            self._report(held, RuntimeError("cancelled before it ran"))
-            raise CollaborationError("cancelled before it ran",
-                                     reason="cancelled",
-                                     request_id=held.request_id)
-        log.warning("%s approved by %s: runs now", visible(held.tool),
-                    visible(who))
-        return visible(who)
+                request_id=asked.request_id)
+
+    def _approved(self, asked: Asked, reply: Reply) -> dict[str, Any]:
+        """The arguments to run with, parsed from the bytes that were
+        digested, stored and shown: what runs is what was approved (promise
+        2). This gate does not ask for changed ones, and takes none."""
+        if reply.body.get("approved_digest") not in (None, asked.digest):
+            raise ChangedError("the arguments were changed, which this gate "
+                               "did not ask for; nothing ran",
+                               request_id=asked.request_id)
+        arguments: dict[str, Any] = parse_json(asked.arguments)
+        return arguments
 
     # ---- 6 report ----
 
-    def _report(self, held: Held, error: BaseException | None) -> None:
-        """Record what became of the call; a failure here changes nothing of
-        the call, and is logged."""
-        text = "" if error is None else type(error).__name__
-        with contextlib.suppress(Exception):    # an error may have no words
-            text += f": {error}" if error else ""
-        text = cut(masked(text, self.token), 500)
+    def _report(self, request_id: str, claim: str,
+                error: BaseException | str | None) -> None:
+        """Record what became of a claimed call; a failure here changes
+        nothing of the call, and is logged."""
+        outcome = Outcome.EXECUTED if error is None else Outcome.FAILED
         try:
             reply = self._insist(
-                "POST", f"/outcome/{held.request_id}", held, {
-                    "claim": held.claim, "text": text,
-                    "outcome": "executed" if error is None else "failed"},
-                time.monotonic() + 2)
+                "POST", f"/outcome/{request_id}", None, {
+                    "claim": claim, "outcome": outcome,
+                    "text": cut(masked(error_text(error), self.token), 500)},
+                time.monotonic() + LAST_WORD_SECONDS)
             if reply.status != 200:
-                raise self._refused(held, reply)
+                raise self._refused(reply)
         except HitlError as fault:
             log.warning("the outcome of %s was not recorded: %s",
-                        held.request_id, fault.message)
+                        request_id, fault.message)
 
     # ---- the decorator ----
 
@@ -5631,8 +5765,6 @@ class Gate:
                         visible(tool))
 
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            if tool in self._free and checkpoint is None:
-                return function(*args, **kwargs)
             arguments, run = binder.bind(args, kwargs)
             call: Any = self.acall if is_async(function) else self.call
             return call(tool, arguments, run, context=context,
@@ -5656,9 +5788,10 @@ async def awaited(result: Awaitable[T] | T) -> T:
     return await result if inspect.isawaitable(result) else result
 
 
-async def in_thread(function: Callable[..., T], *args: Any) -> T:
-    """function(*args) on a daemon thread of its own: asyncio.to_thread's pool
-    has cpu + 4 threads, and forty waits would queue (7 s against 1)."""
+def in_thread(function: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+    """function(*args) on a daemon thread of its own, to be awaited:
+    asyncio.to_thread's pool has cpu + 4 threads, and forty waits would queue
+    (7 s against 1)."""
     import asyncio
     import contextvars
     loop = asyncio.get_running_loop()
@@ -5679,7 +5812,40 @@ async def in_thread(function: Callable[..., T], *args: Any) -> T:
         with contextlib.suppress(RuntimeError):     # the loop is closed
             loop.call_soon_threadsafe(settle, put, value)
     threading.Thread(target=run, name="hitl", daemon=True).start()
-    return await future
+    return future
+
+
+async def undisturbed(function: Callable[..., T], *args: Any) -> T:
+    """function(*args) on a thread, waited for to its end: whatever cancels
+    this task meanwhile comes too late. The function is to be a short one."""
+    import asyncio
+    work = in_thread(function, *args)
+    while not work.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.shield(work)
+    return work.result()
+
+
+def error_text(error: BaseException | str | None) -> str:
+    """An error as the log names it; some have no words, or none that can be
+    had."""
+    if error is None or isinstance(error, str):
+        return error or ""
+    text = type(error).__name__
+    with contextlib.suppress(Exception):
+        words = str(error)
+        text += f": {words}" if words else ""
+    return text
+
+
+def checked_on_reject(value: Any) -> Any:
+    """What is to happen with a refusal; ConfigError if it makes no sense."""
+    fatal = isinstance(value, type) and issubclass(
+        value, BaseException) and not issubclass(value, Exception)
+    if fatal or not (value in ("raise", "return") or callable(value)):
+        raise ConfigError(f'on_reject is "{value}"', 'it can be "raise", '
+                          '"return", a callable or an exception class')
+    return value
 
 
 def logged(error: HitlError) -> HitlError:
@@ -5703,7 +5869,7 @@ def check_call(tool: Any, arguments: Any, request_id: Any) -> None:
                         reason="bad-arguments")
 
 
-def first_of(*values: float | None) -> float:
+def first_of(*values: T | None) -> T:
     return next(v for v in values if v is not None)
 
 
@@ -5912,38 +6078,16 @@ def hook(data: bytes, config: Path | None, seconds: float | None
 def decide_hook(gate: Gate, tool: str, arguments: dict[str, Any],
                 session: str, seconds: float) -> str | None:
     """Who approved this call, None if nothing matches; raises as the gate
-    does. The request_id is a digest of session and call with a number: the
-    first that is free or alive counts, so a repeat attaches to what waits,
-    claims what is approved, and is told at once what was just rejected; one
-    that is spent or expired makes room for a new asking."""
-    held = gate._match(tool, arguments, timeout_seconds=seconds)
-    if held is None:
-        return None
-    limit = min(seconds, held.checkpoint.timeout_seconds or math.inf)
-    held.timeout_seconds = limit
-    held.lifetime_seconds = max(first_of(
-        held.checkpoint.lifetime_seconds,
-        gate.configuration.gate["lifetime_seconds"], HOOK_LIFETIME), limit + 1)
-    key = hashlib.sha256(f"{session}\n{held.digest}".encode()).hexdigest()[:32]
-    began = time.monotonic()
-    for number in range(1, 1000):
-        held.request_id = f"{key}-{number}"
-        held.deadline = began + limit
-        try:
-            return f"approved by {gate._obtain(held)}"
-        except AlreadyClaimedError:
-            continue
-        except CollaborationError as error:
-            if not "" < error.decided_at < instant(
-                    time.time() - REJECTED_SECONDS):
-                raise
-        except ReviewTimeoutError as error:
-            if error.reason not in (*Status, *Outcome):
-                raise
-            if time.monotonic() - began > limit - 1:
-                raise
-    raise AlreadyClaimedError("this call was approved a thousand times in "
-                              "this session")
+    does. A repeat attaches to what waits or claims what is approved."""
+    rule = gate.rules.first_match(tool, arguments).checkpoint
+    limit = min(seconds, rule.timeout_seconds or math.inf)
+    lifetime = max(first_of(
+        rule.lifetime_seconds, gate.configuration.gate["lifetime_seconds"],
+        HOOK_LIFETIME), limit + 1)
+    held = gate.hold(
+        tool, arguments, timeout_seconds=limit, lifetime_seconds=lifetime,
+        session=hashlib.sha256(session.encode()).hexdigest(), attach=True)
+    return None if held is None else f"approved by {held.approved_by}"
 
 
 def hook_agent(name: str, call: Mapping[str, Any]) -> str:
@@ -6185,35 +6329,40 @@ class Proxy:
         try:
             if not isinstance(tool, str) or not isinstance(arguments, dict):
                 raise HitlError("this tools/call names no tool")
-            held = self.gate._match(
-                f"mcp__{self.name}__{tool}", arguments, context={
+            match = self.gate.rules.first_match(
+                f"mcp__{self.name}__{tool}", arguments)
+            if match.effect == "allow":
+                return self.passes(message, line)
+            key = canonical(message.get("id"))
+            if key in self.held:
+                raise HitlError("this id waits already")
+        except HitlError as error:
+            return self.refuse(message, logged(error))
+        if "id" not in message:
+            return log.error("a tools/call without an id was dropped")
+        tick = self.progress(params, asyncio.get_running_loop())
+        self.held[key] = asyncio.ensure_future(
+            self.wait(message, tool, arguments, tick, call))
+        self.held[key].add_done_callback(lambda _: self.held.pop(key, None))
+
+    async def wait(self, message: dict[str, Any], tool: str,
+                   arguments: dict[str, Any], tick: Callable[[], None],
+                   call: str) -> None:
+        """Hold one call until a person decides, then send it or refuse."""
+        try:
+            held = await self.gate.ahold(
+                f"mcp__{self.name}__{tool}", arguments, tick=tick, context={
                     "MCP server": self.command,
                     "client": self.seen.get("client"),
                     "the server says of this tool (untrusted)":
                         self.seen.get(tool, "nothing")})
-            key = canonical(message.get("id"))
-            if held is not None and key in self.held:
-                raise HitlError("this id waits already")
         except HitlError as error:
-            return self.refuse(message, logged(error))
+            return self.refuse(message, error)
         if held is None:
-            return self.passes(message, line)
-        if "id" not in message:
-            return log.error("a tools/call without an id was dropped")
-        held.tick = self.progress(params, asyncio.get_running_loop())
-        self.held[key] = asyncio.ensure_future(self.wait(message, held, call))
-        self.held[key].add_done_callback(lambda _: self.held.pop(key, None))
-
-    async def wait(self, message: dict[str, Any], held: Held,
-                   call: str) -> None:
-        """Hold one call until a person decides, then send it or refuse."""
-        try:
-            await self.gate._aobtain(held)
-        except HitlError as error:
-            return self.refuse(message, logged(error))
-        message["params"]["arguments"] = held.approved()    # promise 2
+            raise AssertionError("matched before, and not now")
+        message["params"]["arguments"] = held.arguments     # promise 2
         self.passes(message, (json.dumps(message) + "\n").encode(), call)
-        await in_thread(self.gate._report, held, None)
+        await held.areport()
 
     def refuse(self, message: dict[str, Any], error: HitlError) -> None:
         """A refusal as a tool's result: agents drop the reason of a JSON-RPC
