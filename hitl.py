@@ -5210,7 +5210,7 @@ class Gate:
         self.configuration = load_configuration(find_configuration(config))
         self.rules = self.configuration.rules
         self.context, self.agent = context, agent
-        self.session = os.urandom(16).hex() if session is None else session
+        self.session, self._own_session = session, os.urandom(16).hex()
         with config_error("server_url"):
             self.server_url = url_value(
                 server_url or os.environ.get("HITL_SERVER_URL")
@@ -5371,7 +5371,8 @@ class Gate:
     def _is_free(self, tool: str, arguments: Mapping[str, Any]) -> bool:
         """Whether such a call, by tool and argument names, was seen to match
         nothing, and no argument can hide another call."""
-        if (tool, *arguments) not in self._free:
+        if (type(arguments) is not dict
+                or (tool, *arguments) not in self._free):
             return False
         for value in arguments.values():
             if type(value) is str:
@@ -5385,7 +5386,8 @@ class Gate:
                checkpoint: str | None = None, cwd: str | None = None,
                request_id: str | None = None, **how: Any) -> Asked | None:
         """The call as it is to be asked, or None: it may run."""
-        check_call(tool, arguments, request_id)
+        check_call(tool, arguments, request_id, first_of(
+            how.get("session"), self.session, self._own_session))
         if checkpoint is not None:
             match = Match(self.rules.named(checkpoint), "the code names it")
         else:
@@ -5428,6 +5430,12 @@ class Gate:
                             reason="too-large")
         digest = digest_of(description, text, tool)
         given = self.context if context is None else context
+        named: dict[str, Any] = {"attach": True} if attach else {}
+        session = self.session if session is None else session
+        if session is None and request_id is None:  # a process that asks for
+            session = self._own_session     # its request again has another
+        if session is not None:
+            named["session"] = session
         body = {
             "action_description": description, "tool": tool,
             "arguments": parse_json(text), "digest": digest,
@@ -5438,10 +5446,7 @@ class Gate:
             "checkpoint_digest": rule.digest,
             "why": match.why[:MAX_WHY // 4],
             "agent": cut(self.agent or agent_name(), MAX_NAME),
-            "session": cut(first_of(session, self.session), MAX_SESSION),
-            "config_digest": self.rules.digest}
-        if attach:
-            body["attach"] = True
+            "config_digest": self.rules.digest, **named}
         return Asked(tool, text, description, digest,
                      request_id or os.urandom(16).hex(), timeout, lifetime,
                      body, time.monotonic() + timeout, os.urandom(16).hex(),
@@ -5854,17 +5859,25 @@ def logged(error: HitlError) -> HitlError:
     return error
 
 
-def check_call(tool: Any, arguments: Any, request_id: Any) -> None:
+def check_call(tool: Any, arguments: Any, request_id: Any,
+               session: Any) -> None:
     """HitlError for a call that cannot even be named."""
-    wrong = ("tool is no text" if not isinstance(tool, str) else
-             "arguments are no mapping" if not isinstance(arguments, Mapping)
-             else "request_id is not 1 to 128 of A-Za-z0-9._:-" if not (
-                 request_id is None or isinstance(request_id, str)
-                 and REQUEST_ID.fullmatch(request_id))
-             else "tool has a lone surrogate in its name"
-             if re.search("[\ud800-\udfff]", tool) else "")
+    wrong = ""
+    if not isinstance(tool, str):
+        wrong = "its tool must be a string"
+    elif re.search("[\ud800-\udfff]", tool):
+        wrong = "its tool's name has a lone surrogate"
+    elif not isinstance(arguments, Mapping):
+        wrong = "its arguments must be a mapping of names to values"
+    elif request_id is not None and not (isinstance(request_id, str) and
+                                         REQUEST_ID.fullmatch(request_id)):
+        wrong = "its request_id must be 1 to 128 of A-Za-z0-9._:-"
+    elif session is not None and not (
+            isinstance(session, str) and session.isprintable()
+            and 0 < len(session.encode(errors="replace")) <= MAX_SESSION):
+        wrong = f"its session must be 1 to {MAX_SESSION} bytes of plain text"
     if wrong:
-        raise HitlError(f"this call's {wrong}; nothing ran",
+        raise HitlError(f"this call makes no sense: {wrong}; nothing ran",
                         "call(tool, arguments, execute, request_id=str(...))",
                         reason="bad-arguments")
 

@@ -3491,7 +3491,7 @@ def test_attach(make_gate, make_desk):
     for name in ("waiting", "approved", "rejected", "expired", "lapsed",
                  "withdrawn"):          # as crashed agents left them
         desk.post(name, timeout_seconds=20, tool="delete_records",
-                  arguments=CALL)
+                  arguments=CALL, checkpoint_id="delete-records")
     for name in ("approved", "lapsed"):
         desk.decide(name)
     desk.decide("rejected", "rejected", reason="no")
