@@ -34,8 +34,9 @@ The promises (the code cites them by number; test_hitl.py tests each)
 1. A tool call that matches a checkpoint never runs without a recorded
    approval. Every failure refuses: server gone, bad reply, bad
    configuration, crash.
-2. What runs is exactly what the reviewer was shown: the arguments executed
-   are parsed from the bytes that were stored, displayed and digested.
+2. What runs is exactly what the reviewer approved: the arguments executed
+   are parsed from the bytes that were stored, displayed and digested (or,
+   where the reviewer changed them, from those).
 3. One approval runs one call, once, whatever is retried, raced or replayed.
 4. Silence is not consent, and it is not a refusal either: a request nobody
    answers by its deadline is `expired`, and says so.
@@ -46,6 +47,8 @@ The promises (the code cites them by number; test_hitl.py tests each)
 7. The page cannot mislead: nothing is cut or hidden where the buttons are,
    and nothing an agent wrote can act as markup.
 8. The audit log shows tampering.
+9. A reviewer is told: each notice that is configured was sent for every
+   request, or the card and the log say that it was not.
 
 Not promised
 ------------
@@ -60,25 +63,32 @@ trust. A tool that is approved can still do more than its name says.
 How to audit this file
 ----------------------
 The path of a call is what decides whether a call runs: the rooms marked *
-below, in reading order. Each room uses only rooms above it, and each effect
-has one address. The reviewer's half (Store to Server) and the agent's half
-(Client, Gate) meet only over HTTP, so each can be read alone: they share the
-first three rooms. Tools are run in Gate.call and acall, and by what `require`
-hands an approval to: the MCP server, the coding agent.
+below, in reading order. A room that is not marked is a face, or a mechanism
+whose failure refuses. Each room uses only rooms above it, and each effect has
+one address. The reviewer's half (Store to Loop) and the agent's half (Client
+to Adapters) meet only over HTTP, so each can be read alone: they share the
+rooms above them. Tools are run in Gate.call and acall, and by what an approval
+is handed to: the MCP server, the coding agent, the command of `run`.
 `grep -n '^# ====' hitl.py` prints this map with line numbers.
 
-  * Errors        the ways it can go wrong, each with its hint
-  * Vocabulary    statuses, canonical JSON, the digest, visible text
-  * Checkpoints   reads checkpoints.toml, matches a call
-  * Store         the only SQL: requests, decisions, the audit log
-    Pages         the only HTML; pure functions
-  * Rights and routes   the table of rights, the answers
-    Loop          the only listening socket; one transaction a turn
-  * Client        the only outgoing requests
-  * Gate          match, ask, wait, claim, run, report: runs a tool
-    Adapters      coding-agent hooks, MCP proxy, command prefix
-    Evidence      `verify` and `demo`: the whole path, for real
-    Command line  argv, stdout
+  * Errors            000  the ways it can go wrong, each with its hint
+  * Vocabulary        000  statuses, canonical JSON, the digest
+    Text              000  text that a person can trust to be what it shows
+  * Matching          000  does a checkpoint match this call?
+    Configuration     000  reads and checks checkpoints.toml
+  * Store             000  the only SQL: requests, decisions, the audit log
+    Database file     000  opens, locks and verifies it
+    Notices           000  tells a reviewer; the only outgoing messages
+    Pages             000  the only HTML; pure functions
+  * Rights and routes 000  who may do what, and the replies
+    Loop              000  the only listening socket; one transaction a turn
+  * Client            000  the only outgoing requests to the server
+  * Gate              000  match, ask, wait, claim, run, report: runs a tool
+    Guard             000  the decorator
+    Context           000  what the card says of the agent; secrets masked
+    Adapters          000  coding-agent hooks, MCP proxy, command prefix
+    Evidence          000  `verify` and `demo`: the whole path, for real
+    Command line      000  argv, environment, stdout
 
 Files: checkpoints.toml (rules); hitl.db, -wal, -shm (requests and audit log);
 hitl.db.lock (one server a database). Environment: HITL_SERVER_URL,
@@ -88,8 +98,29 @@ HITL_REVIEWER_TOKEN. A flag wins over the environment, that over the file.
 Is this copy whole and current? `python3 hitl.py --version` prints its version
 and its own SHA-256, to compare with the one you trust.
 
-Changes: 1.0.0 the first: checkpoints, store, server, page, gate, adapters.
+Changes: 2.0.0 notices, named reviewers and agents, decisions that stand,
+arguments a reviewer may change, kind = "shell" and "edit", TLS; half the loop
+is asyncio's. 1.0.0 the first: checkpoints, store, server, page, gate, adapters.
 """
+# SPDX-License-Identifier: MIT-0
+#
+# Copyright 2026 the authors of hitl.py
+#
+# Permission is hereby granted, free of charge, to any person obtaining a copy
+# of this software and associated documentation files (the "Software"), to deal
+# in the Software without restriction, including without limitation the rights
+# to use, copy, modify, merge, publish, distribute, sublicense, and/or sell
+# copies of the Software, and to permit persons to whom the Software is
+# furnished to do so.
+#
+# THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+# IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
+# FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+# AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
+# LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+# OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
+# SOFTWARE.
+#
 # /// script
 # requires-python = ">=3.11"
 # ///
@@ -97,6 +128,15 @@ from __future__ import annotations
 
 import os
 import sys
+
+if sys.version_info < (3, 11):  # said in words that Python 3.8 can still read
+    OLD = ("hitl.py needs Python 3.11 or newer, and this is Python "
+           + sys.version.split()[0])
+    if __name__ != "__main__":
+        raise ImportError(OLD)
+    sys.stderr.write("hitl: error: " + OLD + "\nhitl: hint: python3.11, or "
+                     "`uv run hitl.py`, which fetches one\n")
+    sys.exit(2)                         # to a coding agent: refused
 
 if __name__ == "__main__" and not sys.flags.isolated:
     # Nothing else is imported yet. A json.py beside this file, or one that

@@ -11,6 +11,7 @@ specification.
 """
 from __future__ import annotations
 
+import ast
 import asyncio
 import base64
 import colorsys
@@ -450,6 +451,53 @@ class Browser:
 needs_browser = pytest.mark.skipif(
     not (Browser.CHROMIUM and Browser.DRIVER),
     reason="no browser: Debian's packages chromium and chromium-driver")
+
+
+# =============================== Front door ================================
+# What the first lines say of the file is so.
+
+def test_the_map_shows_the_rooms():
+    """The front door's map has every room of the file, in its order, with
+    its lines to within ten."""
+    parts = re.split("^# =+ (.+) =+$", FILE.read_text("utf-8"), flags=re.M)
+    lines = dict(zip(parts[1::2], (p.count("\n") for p in parts[2::2])))
+    mapped = dict(re.findall(r"^  [* ] (\S.*?) +(\d+)  \S", hitl.__doc__, re.M))
+    assert list(mapped) == list(lines)
+    wrong = {name: count for name, count in lines.items()
+             if abs(int(mapped[name]) - count) > 10}
+    assert not wrong, "write these into the map"
+
+
+def test_the_front_door_names_everything():
+    """Each promise is cited by the code and has a test of its own; every
+    variable of the environment is named; the licence goes with the copy."""
+    code = FILE.read_text("utf-8").replace(hitl.__doc__, "")
+    promises = set(re.findall(r"^(\d)\. ", hitl.__doc__, re.M))
+    assert promises == set("123456789")
+    assert promises == set(re.findall(r"promise (\d)", code))
+    assert promises == set(re.findall(r"def test_promise_(\d)",
+                                      Path(__file__).read_text("utf-8")))
+    variables = set(re.findall('"(HITL_[A-Z_]+)', code))
+    assert variables == set(re.findall("HITL_[A-Z_]+", hitl.__doc__))
+    assert "SPDX-License-Identifier: MIT-0\n" in code
+    assert f"hitl.py {hitl.__version__} (" in hitl.__doc__.splitlines()[0]
+
+
+def test_an_old_python_is_told_so():
+    """Python 3.8 to 3.10 can parse the file and say in one sentence what it
+    needs, with a refusal's exit status; an import raises ImportError."""
+    ast.parse(FILE.read_text("utf-8"), feature_version=(3, 8))
+    code = ("import sys; sys.version_info, sys.version = (3, 10), '3.10.1 x'; "
+            f"exec(open({str(FILE)!r}, encoding='utf-8').read(), "
+            "{'__name__': sys.argv[1]})")
+    says = "hitl.py needs Python 3.11 or newer, and this is Python 3.10.1\n"
+    argv = sys.executable, "-c", code
+    done = command("__main__", argv=argv)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"hitl: error: {says}hitl: hint: ")
+    done = command("hitl", argv=argv)
+    assert done.returncode == 1
+    assert done.stderr.endswith(f"ImportError: {says}")
 
 
 # =============================== Vocabulary ================================
