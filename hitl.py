@@ -2813,19 +2813,17 @@ def notice_fields(notices: list[Notice], desk_url: str, waiting: int,
             "\n".join(notice.details for notice in notices[:20]), 900)}
 
 
-def told_words(outcomes: Iterable[tuple[str, str, str]]) -> str:
-    """What became of a request's notices, from its (event, name, status):
-    "phone: 403, nobody was told". Nobody, only where no entry succeeded."""
+def notice_mark(outcomes: Iterable[tuple[str, str, str]]) -> str:
+    """The mark on a card, from (event, name, status) of its notices: "phone:
+    403, nobody was told"; empty if none has failed."""
     told, failed = [], []
     for event, name, status in outcomes:
         if event == "notified":
             told.append(name)
         else:
             failed.append(f"{name}: {status}")
-    if failed and not told:
-        failed.append("nobody was told")
-    elif told:
-        failed.append(f"told: {', '.join(told)}")
+    if failed:
+        failed.append(f"{' and '.join(told) or 'nobody'} was told")
     return ", ".join(failed)
 
 
@@ -2997,6 +2995,17 @@ class Channel:
         names = json.dumps([self.name, *(n.request_id for n in notices)])
         return self.send(fields, notices[-1].received_at,
                          "msg_" + hashlib.sha256(names.encode()).hexdigest()[:32])
+
+    def sample(self, desk_url: str) -> Answer:
+        """Send a text that is hard to send, once."""
+        now = instant(time.time())
+        hard = '"quotes", a \\, an emoji \U0001f514'
+        fields = notice_fields([Notice(
+            "test", "test", "nobody", "test", "", now, None, f"{hard}\nand {hard}")],
+            desk_url, 1, time.time()) | {
+                "title": f"A test of hitl.py: {hard}", "url": f"{desk_url}/",
+                "text": f"This is a test. {hard}\na line break, and {{title}}"}
+        return self.send(fields, now, "msg_test" + now)
 
     def send(self, fields: dict[str, Any], at: str, message_id: str) -> Answer:
         """One try, over in `patience` seconds whatever hangs (a dead name
@@ -7128,6 +7137,60 @@ def file_warnings(rules: Configuration) -> list[str]:
     return [f"{rules.path} can be written by its group"] * bool(mode & 0o020)
 
 
+def check_file_owner(configuration: Configuration) -> None:
+    """ConfigError where the file says who decides, who asks or who is told,
+    and another user could change that; a command in it runs as this one."""
+    path, names = configuration.path, [
+        entry["name"] for entry in configuration.notify if entry["command"]]
+    if path is None or os.name != "posix" or not (
+            configuration.notify or configuration.reviewers
+            or configuration.agents):
+        return
+    status = path.stat()
+    if status.st_uid not in (0, os.geteuid()):
+        raise ConfigError(
+            f"{path} belongs to another user, who could change its [[reviewer]], "
+            "[[agent]] and [[notify]]", "serve with a file of your own "
+            f"(--config), or as root: chown {os.geteuid()} {path}")
+    if names and status.st_mode & 0o022:
+        raise ConfigError(f'{path} can be written by its group, and notify '
+                          f'"{names[0]}" runs a command from it',
+                          f"chmod go-w {path}")
+
+
+def notice_warnings(configuration: Configuration, public_url: str
+                    ) -> Iterator[str]:
+    """What is doubtful about the [[notify]] entries."""
+    known = [c.checkpoint_id for c in configuration.rules.checkpoints]
+    for entry in configuration.notify:
+        name = f'notify "{entry["name"]}"'
+        if not public_url and not entry["command"]:
+            yield (f"{name}: public_url is empty, and a link to this machine is "
+                   "no use on a phone: set public_url under [server]")
+        if writes_secret(entry):
+            yield (f"{name}: a secret is written out, and agents can read this "
+                   "file: write ${NAME}, a variable of serve's environment")
+        for checkpoint_id in entry["checkpoint"]:
+            if checkpoint_id not in (*known, "unmatched", "odd-name"):
+                yield (f'{name}: no checkpoint "{checkpoint_id}" in this file'
+                       f"{did_you_mean(checkpoint_id, known)}")
+
+
+def writes_secret(value: Any, name: str = "") -> bool:
+    """Whether a table holds what looks like a secret, by its name or shape."""
+    if isinstance(value, dict):
+        return any(writes_secret(item, key) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return any(writes_secret(item, name) for item in value)
+    if not isinstance(value, str) or "${" in value:
+        return False
+    text = PLACEHOLDER.sub("", value)
+    return bool(
+        text and re.search(rf"{SECRET_NAME}|^sign$|key$", name)
+        or masked_text(text, "") != text
+        or re.search(r"(?=[\w-]*[0-9])(?=[\w-]*[A-Za-z])[\w-]{20,}", text))
+
+
 def raise_file_limit() -> None:
     """As many connections as the system lets us have."""
     with contextlib.suppress(ImportError, ValueError, OSError):
@@ -7151,7 +7214,8 @@ def cmd_check(args: Any) -> int:
                  for name, v in dataclasses.asdict(c).items()}
                 for c in rules.checkpoints]}))
             return 0
-        warnings = file_warnings(configuration)
+        warnings = [*file_warnings(configuration), *notice_warnings(
+            configuration, str(configuration.server["public_url"]))]
         say(f"{rules.path}: {len(rules.checkpoints)} checkpoints, fine")
         for c in rules.checkpoints:
             say(f"  {c.checkpoint_id:20} {c.effect:7} {c.action_pattern}")
@@ -7260,6 +7324,29 @@ def decide_as(args: Any, decision: str) -> int:
     say(json.dumps(request) if args.json else
         f"{request['status']} {request['request_id']}")
     return 0
+
+
+def cmd_notify(args: Any) -> int:
+    """try what tells the reviewers: a sample through every [[notify]]"""
+    configuration = configuration_for(args)
+    file_warnings(configuration)
+    check_file_owner(configuration)
+    names = [entry["name"] for entry in configuration.notify]
+    if args.test not in ("", *names) or not names:
+        raise ConfigError(
+            f"{configuration.path}: no [[notify]] "
+            f'"{args.test}"{did_you_mean(args.test, names)}'.replace(' ""', ""),
+            f"there are: {', '.join(names) or 'none'}")
+    server = configuration.server
+    url = server["public_url"] or f"http://{server['host']}:{server['port']}"
+    failed = 0
+    for entry in configuration.notify:
+        if args.test in ("", entry["name"]):
+            answer = Channel(configuration.path, entry, os.environ).sample(url)
+            failed += not answer.told
+            text = f": {answer.text}" if answer.text else ""
+            say(f"{entry['name']}: {answer.status}{text}")
+    return 1 if failed else 0
 
 
 def cmd_log(args: Any) -> int:
@@ -7458,6 +7545,9 @@ def command_line() -> Any:
     add("--yes", action="store_true", help="do not ask y/N")
     command(cmd_reject, 'reject 1f0c --reason "use the staging table"',
             "id --reason --json --config --server-url")
+    add = command(cmd_notify, "notify --test phone", "--config")
+    add("--test", metavar="NAME", nargs="?", const="", required=True,
+        help="send a sample, by this entry or by all")
     add = command(cmd_log, "log --verify", "--json --config --database")
     add("--verify", action="store_true", help="check the whole chain")
     add("--head", metavar="HASH", default="",
