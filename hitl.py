@@ -2827,6 +2827,26 @@ def notice_mark(outcomes: Iterable[tuple[str, str, str]]) -> str:
     return ", ".join(failed)
 
 
+def record_notice(store: Store, name: str, request_ids: list[str],
+                  answer: Answer) -> list[str]:
+    """What became of a notice, into the log, a row a request -> the marks of
+    those that it did not reach."""
+    lines = []
+    event, word = "notified", "status"
+    if not answer.told:
+        event, word = "not-notified", "why"
+    detail = {"name": name, word: answer.status}
+    if answer.text and not answer.told:
+        detail["answer"] = answer.text
+    for request_id in request_ids:
+        store.attempt(store.note, store.request(request_id), event, "server",
+                      detail)
+        if not answer.told:
+            mark = notice_mark(store.notices_of(request_id))
+            lines.append(f"{request_id}: {mark}")
+    return lines
+
+
 def retry_after(text: str | None) -> float | None:
     """A Retry-After in seconds from now, bounded: seconds or a date."""
     from email.utils import parsedate_to_datetime
@@ -3234,6 +3254,23 @@ class Notices:
             if channel.drop(request_id):
                 self.report(channel.name, [request_id],
                             Answer(False, "it stopped waiting first"))
+
+    def follow(self, store: Store, changes: list[Change]) -> None:
+        """Tell of what has begun to wait (not of what was decided in its own
+        submit), and no longer of what has ended."""
+        for change in changes:
+            if change.event != "submitted":
+                self.ended(change.request_id)
+                continue
+            request = store.find(change.request_id)
+            if request and request.status == Status.WAITING:
+                self.submitted(request)
+
+    def catch_up(self, store: Store) -> None:
+        """Owe what the log does not have, after a start."""
+        for request, told in store.owed():
+            begun = datetime.fromisoformat(request.received_at).timestamp()
+            self.submitted(request, store.clock() - begun, told)
 
     def watch(self, channel: Channel) -> None:
         """An entry's thread: all that is owed, one try after the other."""
@@ -4621,6 +4658,9 @@ class Connection:
             self.transport.close()
 
 
+REPORTED_ROWS = 200             # audit rows of notices in one turn
+
+
 class Loop:
     """The connections. open_desk() makes it the class of http.server that
     owns the listening socket; the answers are the Desk's."""
@@ -4632,8 +4672,7 @@ class Loop:
     request_queue_size = 1024       # a burst of agents is not refused
 
     def __init__(self, address: tuple[str, int], handler: type,
-                 limits: Limits, say: Callable[[str], None] | None,
-                 notices: Any) -> None:
+                 limits: Limits, say: Callable[[str], None] | None) -> None:
         import asyncio
         import socket
         if ":" in address[0]:
@@ -4641,7 +4680,8 @@ class Loop:
         self.allow_reuse_address = os.name == "posix"
         super().__init__(address, handler)  # type: ignore[call-arg]
         self.socket.setblocking(False)
-        self.limits, self.say, self.notices = limits, say, notices
+        self.limits, self.say = limits, say
+        self.notices: Notices | None = None
         self.asyncio_loop = asyncio.new_event_loop()
         self.clock = self.asyncio_loop.time
         self.stopped = asyncio.Event()
@@ -4736,19 +4776,53 @@ class Loop:
 
     def tell(self, changes: list[Change]) -> None:
         """Wake who waits for what changed, print lines, send notices."""
+        changes = [change for change in changes if change.event not in (
+            "notified", "not-notified")]            # those change no request
         for change in changes:
             for connection in list(self.waiters.get(change.request_id, ())):
                 self.release(connection)
             if change.event != "submitted":
                 self.desk.attended_until.pop(change.request_id, None)
-        if self.say:
+        self.print_lines(f"{change.event:9} {change.request_id} by "
+                         f"{visible(change.actor)}" for change in changes)
+        if self.notices:
+            self.notices.follow(self.desk.store, changes)
+
+    def print_lines(self, lines: Iterable[str]) -> None:
+        text = "\n".join(f"{self.desk.store.now[11:19]} {line}" for line in lines)
+        if self.say and text:
             try:
-                self.say("\n".join(
-                    f"{self.desk.store.now[11:19]} {change.event:9} "
-                    f"{change.request_id} by {visible(change.actor)}"
-                    for change in changes))
+                self.say(text)
             except (OSError, ValueError):   # nobody reads our lines any more
                 self.say = None
+
+    # ---- notices ----
+
+    def start_notices(self, channels: list[Channel], rules: Rules,
+                      pace: Pace = PACE) -> None:
+        """Tell reviewers of what waits, and of what begins to."""
+        self.notices = Notices(
+            channels, {c.checkpoint_id: c.category for c in rules.checkpoints},
+            self.url, self.report, pace)
+        self.notices.catch_up(self.desk.store)
+
+    def report(self, name: str, request_ids: list[str], answer: Answer) -> None:
+        """What became of a notice, from any thread to the loop."""
+        with contextlib.suppress(RuntimeError):     # it has ended: still owed
+            for start in range(0, len(request_ids), REPORTED_ROWS):
+                self.asyncio_loop.call_soon_threadsafe(
+                    self.noted, name, request_ids[start:start + REPORTED_ROWS],
+                    answer)
+
+    def noted(self, name: str, request_ids: list[str], answer: Answer) -> None:
+        import sqlite3
+        self.desk.store.tick()
+        try:
+            self.print_lines(record_notice(self.desk.store, name, request_ids,
+                                           answer))
+        except (Refusal, sqlite3.Error) as error:   # told again after a restart
+            log.error("a notice cannot be recorded: %s", error)
+        self.commit([])
 
     def sweep(self) -> None:
         """What is past its time: connections, polls, requests."""
@@ -4832,14 +4906,13 @@ class Loop:
 
 def open_desk(host: str, port: int, store: Store, tokens: Tokens,
               public_url: str = "", say: Callable[[str], None] | None = None,
-              *, notices: Any = None, limits: Limits = Limits()) -> Loop:
+              *, limits: Limits = Limits()) -> Loop:
     """A desk that listens; OSError if the port is taken. http.server is
     imported here, because a gate does not need it: HTTPServer owns the
     socket, BaseHTTPRequestHandler's class is the handler of a connection."""
     from http.server import BaseHTTPRequestHandler, HTTPServer
     server: Any = type("Server", (Loop, HTTPServer), {})
-    loop: Loop = server((host, port), BaseHTTPRequestHandler, limits, say,
-                        notices)
+    loop: Loop = server((host, port), BaseHTTPRequestHandler, limits, say)
     loop.url = public_url or loop.own_url(host)
     loop.desk = Desk(store, tokens, loop.url)
     return loop
@@ -7033,12 +7106,15 @@ def cmd_serve(args: Any) -> int:
     import signal
     rules = configuration_for(args, needed=False)
     warnings = file_warnings(rules)
+    check_file_owner(rules)
     host = args.host or rules.server["host"]
     with config_error("--port"):
         port = port_value(first_of(args.port, rules.server["port"]))
     with config_error("--public-url"):
         public_url = public_url_value(args.public_url
                                       or rules.server["public_url"])
+    warnings += notice_warnings(rules, public_url)
+    channels = [Channel(rules.path, entry, os.environ) for entry in rules.notify]
     tokens, token = serving_tokens(rules)
     check_exposure(host, public_url, tokens, args.allow_clear_text)
     database = database_for(args, rules)
@@ -7077,6 +7153,7 @@ def cmd_serve(args: Any) -> int:
         say(f"warning: {warning}")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: desk.stop())
+    desk.start_notices(channels, rules.rules)
     desk.serve_forever()
     say(f"stopped; audit log: {store.head.sequence} rows, head "
         f"{store.head.hash}")
