@@ -3144,7 +3144,7 @@ class Channel:
                 word = f" {word}"       # an agent chooses no options
             words.append(word)
         environ = {name: value for name, value in os.environ.items()
-                   if not re.fullmatch("HITL_.*TOKEN", name)}
+                   if not re.fullmatch("(HITL)_.*TOKEN", name)}
         with tempfile.TemporaryFile() as output:
             try:
                 process = subprocess.Popen(

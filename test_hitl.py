@@ -35,6 +35,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 import unicodedata
 import urllib.request
 from email import message_from_bytes
@@ -1914,7 +1915,7 @@ class ReceiverHandler(BaseHTTPRequestHandler):
         answer = answers.pop(0) if len(answers) > 1 else answers[0]
         if callable(answer):
             return answer(self)
-        self.reply(*answer if isinstance(answer, tuple) else (answer,))
+        self.reply(answer)
 
     def reply(self, status, body=b"", **headers) -> None:
         self.send_response(status)
@@ -2072,7 +2073,7 @@ def test_what_only_serve_resolves(make_rules, make_gate, keys, value, cure):
 @pytest.mark.parametrize("answers, tries, status, told", [
     ([200], 1, "200", True), ([204], 1, "204", True), ([202], 1, "202", True),
     ([endless(200)], 1, "200", True), ([302], 1, "302", False),
-    ([(307, b"", {"Location": "/other"})], 1, "307", False),
+    ([lambda h: h.reply(307, Location="/other")], 1, "307", False),
     ([403], 1, "403", False), ([410], 1, "410", False),
     ([endless(403)], 1, "403", False),
     ([500, 204], 2, "204", True), ([408, 425, 204], 3, "204", True),
@@ -2082,9 +2083,6 @@ def test_what_only_serve_resolves(make_rules, make_gate, keys, value, cure):
 def test_the_answers_of_a_receiver(tell, answers, tries, status, told):
     """2xx is told; a transport error, 408, 425, 429 and 5xx are tried five
     times; any other answer is final, and no redirect is followed."""
-    answers = [lambda h, a=a: h.reply(a[0], a[1], **a[2]) if isinstance(
-        a, tuple) else None for a in answers] if isinstance(
-            answers[0], tuple) else answers
     with Receiver(*answers) as receiver:
         (name, ids, answer), = tell(notify(url=quoted(receiver.url)))
         assert (name, ids, answer.told) == ("phone", ["r-1"], told)
@@ -2254,6 +2252,238 @@ def test_an_answer_shows_no_secret(make_rules):
         assert answer.status == "403" and len(answer.text) == 200
         assert answer.text.startswith("***/***/***")
         assert not re.search("pa|th.1|sec|ret|\x1b|\u202e", answer.text)
+
+
+# ---- with a desk ----
+
+def notified(desk, count=1, **entries):
+    """The rows of notices in the log, once there are so many: (event, request,
+    detail)."""
+    def rows():
+        found = desk.rows("SELECT event, subject, detail FROM audit_log WHERE "
+                          "event LIKE '%notified' ORDER BY sequence")
+        return found if len(found) >= count else None
+    return [(event, subject, json.loads(detail))
+            for event, subject, detail in until(rows) or []]
+
+
+def start_notices(desk, make_rules, text, pace=SOON, **environ) -> None:
+    rules = make_rules(RULES + text)
+    desk.server.asyncio_loop.call_soon_threadsafe(
+        desk.server.start_notices, channels(make_rules, text, **environ), rules,
+        pace)
+
+
+def test_each_outcome_is_in_the_log_and_a_failure_is_marked(
+        desk, make_rules):
+    """Within a second of the 201 each entry has told, or failed; the log has a
+    row of each, and a failure is a line of serve and a mark on the card."""
+    with Receiver() as good, Receiver(403) as bad:
+        start_notices(desk, make_rules, notify("bad", url=quoted(bad.url)) + notify(
+            "good", url=quoted(good.url), category=["destructive"]))
+        desk.post("r-1")
+        start = time.monotonic()
+        desk.post("r-2", checkpoint_id="delete-records", category="data-risk")
+        rows = notified(desk, 3)
+        assert time.monotonic() - start < 1
+    why = {"name": "bad", "why": "403"}
+    assert sorted(rows, key=str) == [
+        ("not-notified", "r-1", why), ("not-notified", "r-2", why),
+        ("notified", "r-2", {"name": "good", "status": "204"})]
+    assert until(lambda: "r-1: bad: 403, nobody was told" in str(desk.lines))
+    with contextlib.closing(hitl.open_for_reading(desk.database)) as db:
+        assert verifies(db)
+
+
+def test_a_burst_of_three_agents(desk, make_rules):
+    """Fifty requests of three agents in one window: one message more, and a row
+    for each request and entry."""
+    with Receiver() as phone, Receiver() as siem:
+        start_notices(desk, make_rules, notify(
+            url=quoted(phone.url), body='{ a = "{title}" }') + notify(
+            "siem", url=quoted(siem.url), sign=quoted(WHSEC)),
+            hitl.Pace(window=1))
+        for n in range(50):
+            desk.post(f"r-{n}", agent=f"agent-{n % 3}")
+        rows = notified(desk, 100)
+        assert len(phone.got) <= 3 and len(siem.got) == 50
+        assert len({(subject, detail["name"]) for _, subject, detail in rows}
+                   ) == len(rows) == 100
+        assert all(verified(headers, body) for _, headers, body in siem.got)
+
+
+def test_a_hanging_receiver_delays_no_post(desk, make_rules):
+    """POST /pending never waits for a notice."""
+    with Receiver(hang) as stuck:
+        start_notices(desk, make_rules, notify(url=quoted(stuck.url)))
+        seconds = []
+        for n in range(20):
+            start = time.monotonic()
+            assert desk.post(f"r-{n}").status == 201
+            seconds.append(time.monotonic() - start)
+        assert sorted(seconds)[10] < 0.1 and until(lambda: stuck.got)
+
+
+def test_what_was_decided_is_not_told(desk, make_rules):
+    """A reminder is for what still waits: what was decided, also in its own
+    submit, is not told."""
+    with Receiver() as receiver:
+        start_notices(desk, make_rules, notify(
+            url=quoted(receiver.url), after_seconds=0.3))
+        desk.post("r-1")
+        desk.post("r-2")
+        desk.decide("r-1")
+        assert notified(desk) == [
+            ("notified", "r-2", {"name": "phone", "status": "204"})]
+        desk.server.notices.follow(
+            desk.store, [hitl.Change("submitted", "r-1", "agent:a")])
+        assert not desk.server.notices.channels[0].jobs
+
+
+def test_promise_9_what_is_owed_is_told_once(tmp_path):
+    """Killed between request and notice, serve tells of it after the restart,
+    exactly once."""
+    with Receiver() as receiver:
+        (tmp_path / "checkpoints.toml").write_text(RULES + notify(
+            url=quoted(receiver.url), after_seconds=1) + notify(
+            "siem", url=quoted(receiver.url), after_seconds=1))
+        served = Served(tmp_path)
+        served.agent().exchange("POST", "/pending", four(), seconds=10)
+        served.stop(signal.SIGKILL)
+        assert not receiver.got
+        for _ in range(3):
+            served.start()
+            assert until(lambda: len(receiver.got) == 2)
+            time.sleep(0.2)             # time for a mistake
+            served.stop()
+        assert len(receiver.got) == 2
+        with contextlib.closing(
+                hitl.open_for_reading(tmp_path / "hitl.db")) as db:
+            assert db.execute("SELECT count(*) FROM audit_log WHERE event = "
+                              "'notified'").fetchone() == (2,)
+
+
+def test_no_secret_shows_anywhere(tmp_path):
+    """No value of a ${NAME} is on stdout or stderr, on a page, in the log or
+    in an error, whatever a receiver answers."""
+    with Receiver(lambda h: h.reply(403, (
+            h.path + h.headers["X"]).encode())) as receiver:
+        (tmp_path / "checkpoints.toml").write_text(RULES + notify(
+            url=quoted(receiver.url + "${A}"), headers='{ X = "${B}" }',
+            body='{ a = "${C}" }') + notify(
+            "gone", url='"http://127.0.0.1:1/${A}"', body='{ a = "${C}" }'))
+        secrets = {"A": "canary-one", "B": "canary/two", "C": "canary three"}
+        served = Served(tmp_path, **secrets)
+        served.agent().exchange("POST", "/pending", four(), seconds=10)
+        assert until(lambda: "phone: 403, nobody was told" in served.text)
+        page = served.reviewer().fetch("GET", "/", seconds=10,
+                                       Accept="text/html")[2].decode()
+        served.stop()
+        done = command("notify", "--test", folder=tmp_path, **secrets)
+        assert done.returncode == 1
+        assert done.stdout == ("phone: 403: /******\n"
+                               "gone: ConnectionRefusedError\n")
+        log = command("log", "--json", folder=tmp_path).stdout
+        assert '"/******"' in log.replace("\\", "") and "403" in log
+        assert "canary" not in page + served.text + str(done) + log
+        assert "canary" not in command("serve", folder=tmp_path, **secrets | {
+            "A": "canary\nx"}).stderr
+
+
+def test_notify_test_sends_what_is_hard_to_send(tmp_path):
+    """`notify --test` sends quotes, a line break, a backslash and an emoji
+    through all entries or one, once, and says what came back."""
+    with Receiver(lambda h: h.reply(200, b"ok"), 500) as receiver:
+        (tmp_path / "checkpoints.toml").write_text(
+            RULES + notify(url=quoted(receiver.url), body='{ a = "{text}" }')
+            + notify("screen", command=[
+                sys.executable, "-c", "import sys; print(sys.argv[1])", "{text}"]))
+        done = command("notify", "--test", "phone", folder=tmp_path)
+        assert (done.returncode, done.stdout) == (0, "phone: 200: ok\n")
+        text = receiver.bodies()[0]["a"]
+        assert all(c in text for c in ('"', "\n", "\\", "\U0001f514"))
+        done = command("notify", "--test", folder=tmp_path)
+        assert done.returncode == 1 and "phone: 500\n" in done.stdout
+        assert "screen: exit 0: This is a test." in done.stdout
+        assert len(receiver.got) == 2
+        done = command("notify", "--test", "phon", folder=tmp_path)
+        assert done.returncode == 2 and "did you mean phone?" in done.stderr
+
+
+def test_check_warns_of_a_doubtful_notify(tmp_path):
+    """check warns of a secret that is written out, of a link that no phone can
+    follow, and of a filter by a checkpoint that is not there."""
+    def warnings(server="", **keys):
+        (tmp_path / "checkpoints.toml").write_text(server + RULES + notify(**keys))
+        return command("check", folder=tmp_path).stdout
+    url = '"https://ntfy.sh/"'
+    assert "phone\": public_url is empty" in warnings(url=url)
+    assert "warning" not in warnings('[server]\npublic_url = "https://d.example"\n',
+                                     url=url, headers='{ X-Key = "${A}" }')
+    assert "warning" not in warnings(command=["notify-send", "{title}"])
+    for keys in ({"url": '"https://x/T0123ABCD/0123456789abcdefABCDEF"'},
+                 {"url": url, "headers": '{ Authorization = "Bearer x" }'},
+                 {"url": url, "body": '{ token = "abc" }'},
+                 {"url": url, "sign": quoted(WHSEC)}):
+        assert "a secret is written out" in warnings(**keys)
+    assert "did you mean delete-records?" in warnings(
+        url=url, checkpoint=["delete-record"])
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0,
+                    reason="only root can give a file away")
+def test_a_file_that_another_user_owns_is_refused(serve, tmp_path):
+    """serve refuses a file with [[notify]] or [[reviewer]] that belongs to
+    another user, and one with a command that its group can write."""
+    rules = tmp_path / "checkpoints.toml"
+    rules.write_text(RULES + notify(command=["true"]))
+    rules.chmod(0o664)
+    assert "runs a command from it" in serve()[1]
+    rules.chmod(0o644)
+    assert "cannot listen" in serve()[1]
+    os.chown(rules, 12345, -1)
+    assert "belongs to another user" in serve()[1]
+    rules.write_text(RULES)
+    assert "cannot listen" in serve()[1]
+
+
+README = (HERE / "README.md").read_text()
+
+
+@pytest.mark.parametrize("entry", [
+    entry for block in re.findall(r"(?s)```toml\n(.*?)```", README)
+    for entry in tomllib.loads(block).get("notify", ())], ids=lambda e: e["name"])
+def test_the_notices_of_the_readme(tmp_path, entry):
+    """Each [[notify]] of the README is taken as it is, and becomes valid JSON
+    with nothing of a hostile event but its fields."""
+    names = set(re.findall(r"\$\{(\w+)\}", json.dumps(entry)))
+    environ = {name: f"https://{name}" if name.endswith("_URL") else name
+               for name in names} | {"HITL_WEBHOOK_SECRET": WHSEC}
+    values = {key: check(entry[key]) if key in entry else default for key, (
+        check, default) in hitl.KEYS["notify"].items()}
+    hitl.check_notify(values)
+    channel = hitl.Channel(None, values, environ)
+    assert not hitl.writes_secret(entry)
+    fields = hitl.notice_fields([hitl.notice_of(a_request(), {})],
+                                "https://desk.example", 1, time.time())
+    assert len(fields["title"]) <= 100 and len(fields["text"]) <= 900
+    sent = json.dumps([
+        channel.filled(entry.get("body", {}) if not isinstance(
+            entry.get("body"), str) else json.loads(entry["body"]), fields),
+        [channel.text(word, fields) for word in entry.get("command", [])],
+        {name: channel.text(text, fields) for name, text in entry.get(
+            "headers", {}).items()}])
+    assert not re.search(r"canary|everyone|channel>|evil/|\$\{|\{\w+\}", sent)
+    assert "https://desk.example/review/r-1" in sent or not entry.get("body")
+
+
+def test_the_readme_has_them_all():
+    """The README has an entry for each receiver that it names."""
+    if "## Being told" not in README:
+        pytest.skip("the README has no section on notices")
+    assert set(re.findall('(?m)^name = "(.*)"', README)) >= {
+        "slack", "discord", "teams", "telegram", "ntfy", "gotify", "pushover",
+        "siem", "mail", "screen"}
 
 
 # ---- e-mail: a tiny SMTP server ----
