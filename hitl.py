@@ -1655,15 +1655,14 @@ BRIEF = ", ".join(              # a desk full of large ones must fit into memory
 SUMMARY = ", ".join(Summary._fields)
 STANDING = ", ".join(Standing._fields)
 # what was asked: asked_sha256 covers these columns, and a seal the others
-ASKED = ("request_id", "digest", "deadline", *ReviewRequest._fields[
-    ReviewRequest._fields.index("received_at"):])
-asked_values = operator.attrgetter(*ASKED)
+ASKED = tuple(sorted(("request_id", "digest", "deadline", *ReviewRequest._fields[
+    ReviewRequest._fields.index("received_at"):])))
+SEALED = tuple(sorted({*ReviewRequest._fields} - {*ASKED} | {"request_id"}))
+SEALED_STANDING = tuple(sorted(Standing._fields))
+asked_values, sealed_values, standing_values = (
+    operator.attrgetter(*names) for names in (ASKED, SEALED, SEALED_STANDING))
 SUBMIT = (f"INSERT INTO pending_reviews ({', '.join(ASKED)}, asked_sha256) "
           f"VALUES ({', '.join('?' * (len(ASKED) + 1))})")
-SEALED = ("id", "request_id", "asked_sha256", *(
-    name for name in ReviewRequest._fields
-    if name not in ("id", "asked_sha256", *ASKED)))
-sealed_values = operator.attrgetter(*SEALED)
 GENESIS = "0" * 64              # the hash before the first audit row
 
 
@@ -1708,9 +1707,15 @@ def sha256_of(value: Any) -> str:
 
 def columns_hash(names: Iterable[str], values: Iterable[Any]) -> str:
     """SHA-256 of the canonical JSON of the columns that are not NULL, so that
-    a column of a later schema breaks no old seal."""
-    return sha256_of({name: value for name, value in zip(names, values, strict=True)
-                      if value is not None})
+    a column of a later schema breaks no old seal. Written out, because every
+    change of state takes this way; the names are sorted."""
+    members = []
+    for name, value in zip(names, values, strict=True):
+        if isinstance(value, str):
+            members.append(f'"{name}":{json_text(value)}')
+        elif value is not None:
+            members.append(f'"{name}":{value}')
+    return hashlib.sha256(f"{{{','.join(members)}}}".encode()).hexdigest()
 
 
 def seal_of(subject: ReviewRequest | Standing) -> str:
@@ -1718,7 +1723,7 @@ def seal_of(subject: ReviewRequest | Standing) -> str:
     What was asked enters as `asked_sha256`: sealing a large request costs no
     more than a small one."""
     if isinstance(subject, Standing):
-        return columns_hash(Standing._fields, subject)
+        return columns_hash(SEALED_STANDING, standing_values(subject))
     return columns_hash(SEALED, sealed_values(subject))
 
 
@@ -1864,7 +1869,7 @@ class Store:
         """The audit row of a change, in the change's transaction: chained to
         the one before, sealing its subject as it is now."""
         row = (self.head.sequence + 1, self.now, event, subject, actor,
-               READABLE.encode(detail), seal)
+               READABLE.encode(detail) if detail else "{}", seal)
         self.head = Head(row[0], sha256_of([self.head.hash, *row]))
         self.db.execute("INSERT INTO audit_log VALUES (?, ?, ?, ?, ?, ?, ?, "
                         "?)", (*row, self.head.hash))
@@ -1891,12 +1896,11 @@ class Store:
         if attach and standing is None and (open_one := self.open_like(asked)):
             return open_one.summary, False
         standing = standing or self.standing_for(asked, Status.APPROVED)
-        asked = asked._replace(size=sent_bytes(asked))
-        asked = asked._replace(asked_sha256=asked_hash(asked))
+        sha256 = asked_hash(asked)
         inserted = self.has_room(asked) and self.db.execute(
-            SUBMIT, (*asked_values(asked), asked.asked_sha256))
+            SUBMIT, (*asked_values(asked), sha256))
         if inserted and inserted.rowcount:
-            asked = asked._replace(id=inserted.lastrowid)
+            asked = asked._replace(id=inserted.lastrowid, asked_sha256=sha256)
             self.note(asked, "submitted", asked.asked_by, {})
             self.count_waiting(asked, +1)
             if standing:
@@ -2259,7 +2263,6 @@ class Store:
         queue.sort(key=operator.itemgetter(0, 1, 2))
         queue = take_turns(queue, operator.itemgetter(3, 4))
         queue = take_turns(queue, operator.itemgetter(3))
-        queue.sort(key=operator.itemgetter(0))
         return self.by_number([row[2] for row in queue[skip:skip + limit]])
 
     def by_number(self, numbers: list[int]) -> list[ReviewRequest]:
@@ -2325,25 +2328,19 @@ class Store:
             request.request_id)]) for request in waiting]
 
 
-def sent_bytes(asked: ReviewRequest) -> int:
-    """How much the agent sent, in bytes."""
-    return sum(len((text or "").encode()) for text in (
-        asked.action_description, asked.arguments, asked.agent_context,
-        asked.why))
-
-
+# not attended, deadline, id, credential, agent
 QueueRow = tuple[bool, str, int, str, str | None]
 
 
 def take_turns(queue: list[QueueRow],
                owner: Callable[[QueueRow], Any]) -> list[QueueRow]:
-    """The queue with its owners taking turns: first the first of each, then
-    the second of each; those of one owner stay in their order."""
+    """The queue with its owners taking turns: the first of each, then the
+    second of each; what is attended comes before all."""
     taken: Counter[Any] = Counter()
 
-    def turn(row: QueueRow) -> int:
+    def turn(row: QueueRow) -> tuple[bool, int, str, int]:
         taken[owner(row)] += 1
-        return taken[owner(row)]
+        return row[0], taken[owner(row)], row[1], row[2]
     return sorted(queue, key=turn)
 
 
@@ -4109,7 +4106,9 @@ def asked_from(body: dict[str, Any], by: Principal, at: float,
         deadline_from(body.get("timeout_seconds"), at), received_at=now,
         timestamp=timestamp, asked_by=str(by), **texts,
         action_description=description or "", arguments=arguments,
-        agent_context=context, edits=1 if flag(body, "edits") else None)
+        agent_context=context, edits=1 if flag(body, "edits") else None,
+        size=sum(len((text or "").encode()) for text in (
+            description, arguments, context, texts["why"])))
 
 
 def flag(body: Mapping[str, Any], name: str) -> bool:

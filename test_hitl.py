@@ -1112,50 +1112,80 @@ PATHS = {                           # the legal way into each state
     "failed": "approve claim finish:failed", "lapsed": "approve +99 expire"}
 
 
-def put(store, name="r-1", life="", agent="a", context="{}"):
-    """A request into the turn -> (summary, whether it is new)."""
-    return store.submit(hitl.ReviewRequest(
-        name, "waiting", None, hitl.digest_of("Delete", None, None),
+def asking(store, name="r-1", life="", tool="delete", **more):
+    """What an agent asks, in a session, with arguments that may change."""
+    fields = {"action_description": "Delete", "arguments": '{"table":"users"}',
+              "agent_context": "{}", "agent": "a", "asked_by": "agent:a",
+              "session": "s-1", "checkpoint_id": "delete", "edits": 1,
+              "checkpoint_digest": "1" * 64} | more
+    return hitl.ReviewRequest(
+        name, "waiting", None, hitl.digest_of(
+            fields["action_description"], fields["arguments"], tool),
         hitl.instant(store.time + float(life)) if life else None,
-        received_at=store.now, timestamp=store.now, asked_by="agent:a",
-        agent=agent, action_description="Delete", agent_context=context))
+        received_at=store.now, timestamp=store.now, tool=tool, **fields)
 
 
-def act(store, step, name="r-1"):
-    """One turn with one request, `verb:value` -> its outcome or status then,
-    or the reason of the refusal; `+1` only turns the clock."""
-    verb, _, value = step.partition(":")
-    text = "Drop" if value == "other" else "Delete"
-    nonce = value if value == "n-2" else "n-1"
-    outcome = hitl.Outcome(value if value == "failed" else "executed")
-    store.clock.time += float(verb) if verb[0] == "+" else 0
-    changes = {
-        "ask": lambda: put(store, name, value),
-        "withdraw": lambda: store.withdraw(name, value or "gone", "agent:a"),
-        "claim": lambda: store.claim(name, hitl.digest_of(text, None, None),
-                                     nonce, "agent:a"),
-        "finish": lambda: store.finish(name, nonce, outcome, "", "agent:a"),
-        "expire": lambda: store.expire(store.request(name)),
-        "sweep": lambda: [*map(store.expire, store.overdue())],
-        **{verb: lambda word=word: store.decide(
-            name, word, "reviewer:ana", reason="no", signed_in="token")
-           for verb, word in (("approve", hitl.Status.APPROVED),
-                              ("reject", hitl.Status.REJECTED))}}
+def put(store, name="r-1", life="", **more):
+    """A request into the turn -> (summary, whether it is new)."""
+    return store.submit(asking(store, name, life, **more))
 
-    def change():
+
+def turn(store, change, *args, **more):
+    """One turn with one change -> what it gives, or the refusal's reason."""
+    def told():
         try:
-            changes.get(verb, str)()
-            there = store.request(name)
-            return str(there.outcome or there.status)
+            return change(*args, **more)
         except hitl.Refusal as refusal:
             return refusal.reason
     store.tick()
-    result = store.attempt(change)
+    result = store.attempt(told)
     assert store.commit() is not None
     return result
 
 
-def tell(store, story, name="r-1"):
+def act(store, step, name="r-1"):
+    """One turn with one request -> its outcome or status after it, or the
+    reason of the refusal. A step is a word of the Store's, and for some a
+    value: `ask:30` asks with 30 seconds to live, `withdraw:timeout` says why,
+    `edit:pets` approves with another table, `claim:other` names another
+    digest, `claim:pets` that of the edit, `claim:n-2` comes with another
+    nonce than n-1, `finish:failed` did not go well, `stop` and `lift` are for
+    everything; `+30` turns the clock. A step in a story may say what it
+    expects: `claim=running`."""
+    verb, _, value = step.partition(":")
+    nonce = value if value == "n-2" else "n-1"
+    outcome = hitl.Outcome(value if value == "failed" else "executed")
+    table = value if value in ("pets", "other") else "users"
+    digest = hitl.digest_of("Delete", '{"table":"%s"}' % table, "delete")
+    ana = {"by": "reviewer:ana", "signed_in": "token", "reason": "no"}
+    if verb[0] == "+":
+        store.clock.time += float(verb)
+        verb = "look"
+    changes = {
+        "look": str, "ask": lambda: put(store, name, value),
+        "attach": lambda: store.submit(asking(store, name), attach=True),
+        "withdraw": lambda: store.withdraw(name, value or "gone", "agent:a"),
+        "claim": lambda: store.claim(name, digest, nonce, "agent:a",
+                                     value == "handed"),
+        "finish": lambda: store.finish(name, nonce, outcome, "", "agent:a"),
+        "expire": lambda: store.expire(store.request(name)),
+        "sweep": lambda: [*map(store.close_overdue, store.overdue())],
+        "stop": lambda: store.stop(**ana), "lift": lambda: store.lift(
+            store.stop_in_force.number, "reviewer:ana"),
+        "approve": lambda: store.decide(name, hitl.Status.APPROVED, **ana),
+        "edit": lambda: store.decide(name, hitl.Status.APPROVED, **ana,
+                                     arguments={"table": table}),
+        "reject": lambda: store.decide(name, hitl.Status.REJECTED, **ana)}
+
+    def change():
+        changes[verb]()
+        request = store.request(name)
+        return str(request.outcome or request.status)
+    return turn(store, change)
+
+
+def play(store, story, name="r-1"):
+    """A story of one request, step by step -> what it has become."""
     return [act(store, step, name) for step in story.split()][-1]
 
 
@@ -1185,12 +1215,30 @@ def store(tmp_path):
     yield it
     it.close()
 
+def remembered(store, name="r-1", decision="approved", seconds=3600, uses=9,
+               **more):
+    """A decision that stands for the same call of the same session."""
+    turn(store, put, store, name, **more)
+    return turn(store, store.decide, name, hitl.Status(decision),
+                "reviewer:ana", remember=hitl.Bounds(seconds, uses))
+
+
+def same(store, name, attach=False, **more):
+    """The same call asked again -> the request that answers it."""
+    told = turn(store, store.submit, asking(store, name, **more), attach)
+    return told if isinstance(told, str) else store.request(told[0].request_id)
+
+
 @pytest.fixture(scope="session")
 def used(tmp_path_factory):
     """The bytes of a database with a request in every state."""
     it = hitl.open_store(tmp_path_factory.mktemp("used") / "hitl.db", Clock())
+    play(it, "ask edit:pets claim:pets finish", "edited")
+    remembered(it, "again-0", session="s-9")
+    assert same(it, "again-1", session="s-9").standing == 1
+    play(it, "stop lift", "again-1")
     for state, story in PATHS.items():
-        assert tell(it, "ask:99 " + story, state) == state
+        assert play(it, "ask:99 " + story, state) == state
     it.close()
     return it.path.read_bytes()
 
@@ -1254,6 +1302,12 @@ INSERT = ("INSERT {} INTO pending_reviews (request_id, digest, received_at, "
           "asked_sha256{}) VALUES ('{}', printf('%064d', 0), 'x', 'x', "
           "'agent:a', 'other', '{{}}', 1, ''{})")
 DECIDE = SET + "status = '{}', decided_at = 'x'{}"
+STANDS = ("INSERT INTO standing_decisions (number, request_id, decision, until, "
+          "uses, made_by, made_at, digest, checkpoint_id, checkpoint_digest, "
+          "session, principal) SELECT 9, request_id, '{1}', {2}, {3}, "
+          "'reviewer:ana', '2027-01-15T08:00:00.000Z', digest, checkpoint_id, "
+          "checkpoint_digest, session, asked_by FROM pending_reviews WHERE "
+          "request_id = '{0}'")
 AUDIT = ("{} INTO audit_log VALUES ({}, 'x', 'approved', 'w', 'x', '', '', "
          "'')")
 NEVER = [
@@ -1267,6 +1321,28 @@ NEVER = [
     SET + "claim = 'c'", "DELETE FROM pending_reviews",
     SET + "outcome_text = 'x' WHERE request_id = 'approved'",
     SET + "handed_over = 1 WHERE request_id = 'running'",
+    DECIDE.format("approved", ", decided_by = 'reviewer:ana', said_at = 'x', "
+                  "standing = 1"),
+    DECIDE.format("rejected", ", decided_by = 'reviewer:ana', said_at = 'x', "
+                  "standing = 2"),
+    *(DECIDE.format(word, ", decided_by = 'reviewer:ana', approved_digest = "
+                    f"printf('%064d', 0), approved_arguments = {text}")
+      for word, text in (("rejected", "'{}'"), ("approved", "NULL"))),
+    *(f"UPDATE standing_decisions SET {column} = {value}"
+      for column, value in (("until", "'3'"), ("uses", "50"), ("number", "9"),
+                            ("lifted_at", "NULL, lifted_by = NULL"),
+                            ("lifted_at", "'x', lifted_by = 'agent:a'"))),
+    "DELETE FROM standing_decisions",
+    *(STANDS.format(*values) for values in (
+        ("again-0", "approved", "'2027-01-15T16:00:01.001Z'", 9),
+        ("again-0", "approved", "'2027-01-15T10:00:00.000Z'", 51),
+        ("again-0", "approved", "'2027-01-15T10:00:00.000Z'", "NULL"),
+        ("again-0", "approved", "NULL", 9),
+        ("again-0", "rejected", "'2027-01-15T10:00:00.000Z'", "NULL"),
+        ("again-1", "approved", "'2027-01-15T10:00:00.000Z'", 9),
+        ("edited", "approved", "'2027-01-15T10:00:00.000Z'", 9),
+        ("waiting", "approved", "'2027-01-15T10:00:00.000Z'", 9))),
+    "INSERT INTO votes VALUES ('waiting', 'agent:a', 'approved', 'x', '', '')",
     SET + "rowid = 99 WHERE request_id = 'waiting'",
     *(SET + f"{column} = {column} || '1'" for column in
       ("id", "asked_sha256", *hitl.ASKED)),                     # promise 2
@@ -1290,6 +1366,8 @@ def test_the_database_refuses_by_itself(every):
     with edited(every) as db:
         assert [sql for sql in NEVER if allowed(db, sql)] == []
         assert allowed(db, INSERT.format("", "", "new", ""))
+        assert allowed(db, STANDS.format(
+            "again-0", "approved", "'2027-01-15T16:00:00.000Z'", 50))
         assert allowed(db, AUDIT.format("INSERT", 999))
 
 
@@ -1321,6 +1399,23 @@ STORIES = {
         "sweep=lapsed claim=lapsed finish=not-claimed",
     "or a minute after the decision if that is later":
         "ask:30 +29 approve +59.999 sweep=approved +0.001 sweep=lapsed",
+    "the claim names the digest of what will run":
+        "ask edit:pets=approved claim=arguments-changed claim:pets=running "
+        "claim:pets=running finish=executed",
+    "a change that changes nothing is a plain approval":
+        "ask edit:users=approved claim:pets=arguments-changed claim=running",
+    "the end of what is handed over may be told":
+        "ask approve claim:handed=running finish=executed",
+    "the same call attaches while it is open":
+        "ask attach=waiting approve attach=approved claim=running "
+        "attach=running",
+    "after a stop nothing is approved, claimed or asked, until it is lifted":
+        "ask approve stop claim=stopped ask=stopped attach=stopped lift "
+        "claim=running",
+    "what waited at a stop is rejected and stays so":
+        "ask stop approve=stopped sweep=rejected lift approve=already-decided",
+    "a stop that is lifted in time rejects nothing":
+        "ask stop lift sweep=waiting approve=approved",
     "what there is not is unknown": "approve=unknown claim=unknown"}
 
 
@@ -1338,14 +1433,14 @@ def test_the_moves_of_a_request(store):
 def test_a_decision_is_recorded_with_its_reviewer(store):
     """A decision names its reviewer, how they signed in, when and why; who
     comes too late is told, and what the clock ended names the server."""
-    tell(store, "ask:9 reject")
+    play(store, "ask:9 reject")
     there = store.request("r-1")
     assert (there.decided_by, there.decided_at, there.reason, there.signed_in
             ) == ("reviewer:ana", store.now, "no", "token")
     with pytest.raises(hitl.Refusal, match="this request is rejected by ana "
                        f"since {there.decided_at}"):
         store.decide("r-1", hitl.Status.APPROVED, "reviewer:bob")
-    tell(store, "ask:9 +9 sweep", "r-2")
+    play(store, "ask:9 +9 sweep", "r-2")
     assert store.db.execute("SELECT event, actor FROM audit_log").fetchall(
         ) == [("submitted", "agent:a"), ("rejected", "reviewer:ana"),
               ("submitted", "agent:a"), ("expired", "server")]
@@ -1354,8 +1449,8 @@ def test_a_decision_is_recorded_with_its_reviewer(store):
 def test_what_was_damaged_is_neither_approved_nor_run(store):
     """What is stored no longer has its digest: it cannot be approved, nor
     an approval of it claimed (promise 2)."""
-    tell(store, "ask", "r-1")
-    tell(store, "ask approve", "r-2")
+    play(store, "ask", "r-1")
+    play(store, "ask approve", "r-2")
     with edited(store.path) as db:
         db.execute("DROP TRIGGER asked_once")
         db.execute(SET + "action_description = 'Read'")
@@ -1387,21 +1482,269 @@ def test_of_twelve_at_once_one_wins(desk):
 
 
 def test_a_full_desk_refuses_what_is_new(store, monkeypatch):
-    """Over the limit of an agent, or of all, a new request is refused, and
-    one that waits already is met; agents take turns on the page."""
+    """Over the limit of an agent's name, of a credential or of all, a new
+    request is refused, and one that waits already is met."""
     monkeypatch.setattr(hitl, "MAX_WAITING_PER_AGENT", 2)
-    monkeypatch.setattr(hitl, "MAX_WAITING", 3)
+    monkeypatch.setattr(hitl, "MAX_WAITING_PER_CREDENTIAL", 3)
+    monkeypatch.setattr(hitl, "MAX_WAITING", 4)
 
     def ask(name):
-        try:
-            return store.attempt(put, store, name, "", name[0])[1]
-        except hitl.Refusal as refusal:
-            return refusal.reason
-    assert [*map(ask, ("a-1", "a-2", "a-3", "a-1", "b-1", "c-1"))] == [
-        True, True, "too-many-waiting", False, True, "too-many-waiting"]
-    assert store.commit()[0] and names(store) == ["a-1", "b-1", "a-2"]
-    act(store, "approve", "b-1")
-    assert [*map(ask, ("a-3", "b-2"))] == ["too-many-waiting", True]
+        told = turn(store, put, store, name, asked_by=f"agent:{name[0]}",
+                    agent=name[1])
+        return told if isinstance(told, str) else told[1]
+    full = "too-many-waiting"
+    assert [*map(ask, ("xa1", "xa2", "xa3", "xa1", "xb1", "xb2"))] == [
+        True, True, full, False, True, full]
+    assert [*map(ask, ("ya1", "yb1", "ya1"))] == [True, full, False]
+    act(store, "approve", "xb1")
+    assert [*map(ask, ("xa3", "yb1", "xb2"))] == [full, True, full]
+    store.reread()
+    assert store.waiting_count == 4 and store.counts["agent:x", "a"] == 2
+
+
+def test_whoever_floods_the_desk_pushes_nobody_off(store):
+    """What waits is listed in turns by credential, then by agent, then the
+    soonest deadline first; what is attended comes before all."""
+    for name, life in (("xa1", ""), ("xa2", 90), ("xa3", 30), ("xb1", 60),
+                       ("xb2", ""), ("ya1", ""), ("ya2", 50)):
+        turn(store, put, store, name, life, asked_by=f"agent:{name[0]}",
+             agent=name[1])
+    order = ["xa3", "ya2", "xb1", "ya1", "xa2", "xb2", "xa1"]
+    assert names(store) == order
+    assert [request.request_id for request in store.waiting(
+        3, skip=1, attended={"xa1", "ya1"})] == ["ya1", "ya2", "xb1"]
+
+
+def test_a_large_desk_is_listed_and_searched_at_once(store, monkeypatch):
+    """With 10,000 requests waiting the first page takes less than 100 ms,
+    and a search among 10,000 reviewed ones says how far back it looked."""
+    monkeypatch.setattr(hitl, "MAX_WAITING_PER_AGENT", 10_000)
+    for n in range(10_000):
+        store.attempt(store.submit, asking(
+            store, f"r-{n}", action_description=f"Löschen {n}"))
+    assert store.commit()
+
+    def quickest(function):
+        took = []
+        for _ in range(5):
+            began = time.process_time()
+            function()
+            took.append(time.process_time() - began)
+        return min(took)
+    assert quickest(lambda: store.waiting(100)) < 0.1
+    for n in range(10_000):
+        store.attempt(store.withdraw, f"r-{n}", "", "agent:a")
+    assert store.commit()
+    assert quickest(lambda: store.reviewed(100, words="nowhere")) < 0.05
+    found, position = [], None
+    for _ in range(999):
+        page = store.reviewed(2, position, "LÖSCHEN 77", "withdrawn")
+        found += [request.action_description for request in page.rows]
+        position = page.next
+        if position is None:
+            break
+    assert found == [f"Löschen {n}" for n in range(9999, -1, -1)
+                     if "77" in str(n)]
+    assert store.reviewed(1, words="Löschen", status="approved").rows == []
+
+
+# ---- decisions that stand, and a stop ----
+
+OTHERS = [{"session": "s-2"}, {"session": None}, {"asked_by": "agent:b"},
+          {"checkpoint_id": "other"}, {"checkpoint_digest": "2" * 64},
+          {"checkpoint_digest": None}, {"tool": "delete2"},
+          {"arguments": '{"table":"userz"}'}, {"action_description": "Delete "}]
+
+
+@pytest.mark.parametrize("decision", ["approved", "rejected"])
+def test_a_standing_decision_answers_the_same_call_alone(store, decision):
+    """A call that differs by one byte, another session, agent or checkpoint,
+    or one whose table was edited on either side, is for a person."""
+    uses = 9 if decision == "approved" else None
+    remembered(store, "r-1", decision, uses=uses)
+    store.clock.time += 60
+    answered = same(store, "r-2")
+    assert (answered.status, answered.decided_by, answered.standing) == (
+        decision, "reviewer:ana", 1)
+    assert hitl.parse_timestamp(answered.said_at) < answered.decided_at
+    assert answered.summary.said_at == store.request("r-1").decided_at
+    for number, other in enumerate(OTHERS):
+        assert same(store, f"o-{number}", **other).status == "waiting", other
+    store.desk_digest = lambda request: "3" * 64        # serve's own file
+    assert same(store, "r-3").status == "waiting"
+    store.desk_digest = lambda request: None
+    assert same(store, "r-4").standing == 1
+    turn(store, store.lift, 1, "reviewer:ben")
+    assert same(store, "r-5").status == "waiting"
+    assert chain_faults(store.path) == []
+    assert store.db.execute(
+        "SELECT event, actor, detail FROM audit_log WHERE subject = 'r-2'"
+        ).fetchall() == [("submitted", "agent:a", "{}"),
+                         (decision, "reviewer:ana", '{"standing": 1}')]
+
+
+def test_a_standing_decision_ends_by_time_and_by_use(store):
+    """It ends at its time by the server's clock, and after its uses, which
+    are counted from the requests that it decided."""
+    remembered(store, seconds=60, uses=2)
+    assert [same(store, f"u-{n}").status for n in range(3)] == [
+        "approved", "approved", "waiting"]
+    assert store.standing() == [] and store.stands_until > store.now
+    remembered(store, "r-2", "rejected", 60, None)
+    store.clock.time += 59.999
+    assert same(store, "t-1").standing == 2
+    assert [(it.number, used) for it, used in store.standing()] == [(2, 1)]
+    store.clock.time += 0.001
+    assert same(store, "t-2").status == "waiting" and store.standing() == []
+
+
+def test_the_order_in_which_a_call_is_answered(store):
+    """A stop comes first, then a standing rejection, then a request that is
+    open, then a standing approval, then a person."""
+    turn(store, put, store, "r-1")
+    remembered(store, "r-2")
+    assert same(store, "a-1", attach=True).request_id == "r-2"
+    act(store, "claim", "r-2")
+    assert same(store, "a-2", attach=True).request_id == "r-1"
+    assert same(store, "a-3").standing == 1
+    act(store, "withdraw", "r-1")
+    assert same(store, "a-4", attach=True).request_id == "a-4"
+    for name in ("r-3", "r-4"):
+        turn(store, put, store, name, tool="other")
+    turn(store, store.decide, "r-4", hitl.Status.REJECTED, "reviewer:ana",
+         remember=hitl.Bounds(600, None))
+    assert same(store, "a-5", attach=True, tool="other").standing == 2
+    assert act(store, "stop", "r-3") == "waiting"
+    assert same(store, "a-6", attach=True, tool="other") == "stopped"
+
+
+def test_what_cannot_stand(store):
+    """No decision stands for a call without a session, nor for one that was
+    changed; then nothing is decided."""
+    turn(store, put, store, "r-1", session=None)
+    turn(store, put, store, "r-2")
+    bounds = hitl.Bounds(600, 9)
+    for name, arguments in (("r-1", None), ("r-2", {"table": "pets"})):
+        assert turn(store, store.decide, name, hitl.Status.APPROVED, "reviewer"
+                    ":ana", remember=bounds, arguments=arguments
+                    ) == "not-remembered"
+    with pytest.raises(sqlite3.IntegrityError):
+        store.attempt(lambda: store.decide(
+            "r-2", hitl.Status.APPROVED, "reviewer:ana",
+            remember=hitl.Bounds(8 * 3600 + 1, 9)))
+    assert {r.status for r in store.waiting(9)} == {"waiting"}
+    assert len(names(store)) == 2 and store.standing() == []
+
+
+def test_the_same_id_is_the_same_call_of_the_same_agent(store):
+    """A repeated request_id needs an equal digest, checkpoint, session and
+    principal; another agent learns nothing of it, and cannot read, claim,
+    withdraw or report it."""
+    turn(store, put, store)
+    assert turn(store, put, store, agent_context='"new"')[1] is False
+    for other in OTHERS[:4] + OTHERS[6:]:
+        with pytest.raises(hitl.Refusal) as refused:
+            put(store, **other)
+        assert refused.value.reason == "id-taken"
+        assert (refused.value.about is None) == ("asked_by" in other)
+    digest = store.request("r-1").digest
+    for change in (lambda: store.summary("r-1", "agent:b"),
+                   lambda: store.withdraw("r-1", "", "agent:b"),
+                   lambda: store.claim("r-1", digest, "n", "agent:b"),
+                   lambda: store.finish("r-1", "n", hitl.Outcome.FAILED, "",
+                                        "agent:b")):
+        assert turn(store, change) == "not-your-request"
+    assert store.summary("r-1", "agent:a").status == "waiting"
+
+
+def test_a_stop_rejects_what_waits_in_turns(store):
+    """After a stop what waits is rejected, 200 a turn, also with many
+    waiting; a second stop is the first; lifting keeps what was rejected."""
+    for n in range(450):
+        store.attempt(put, store, f"r-{n}")
+    stop = turn(store, store.stop, "reviewer:ana", "fire")
+    assert turn(store, store.stop, "reviewer:ben", "too") == stop
+    waited = []
+    while store.overdue():
+        act(store, "sweep", "r-0")
+        waited.append(store.waiting_count)
+    assert waited == [250, 50, 0]
+    assert {(r.decided_by, r.reason) for r in store.reviewed(999).rows} == {
+        ("reviewer:ana", "fire")}
+    with pytest.raises(hitl.Refusal, match="ana stopped everything at "
+                       f"{stop.made_at}: fire"):
+        put(store, "new")
+    assert turn(store, store.lift, 1, "reviewer:ben").lifted_by
+    assert turn(store, store.lift, 1, "reviewer:eve").lifted_by == (
+        "reviewer:ben")
+    assert turn(store, store.lift, 7, "reviewer:ben") == "unknown"
+    assert act(store, "ask", "new") == "waiting"
+    assert act(store, "approve", "r-0") == "already-decided"
+    assert chain_faults(store.path) == []
+
+
+def test_what_stands_is_remembered_after_a_failure_and_a_start(every):
+    """What is in force is read from the database again after a turn that
+    failed, and at the next start, which refuses an edited one."""
+    it = hitl.open_store(every, Clock())
+    remembered(it, "r-1", seconds=9 * 60)
+    until_then = it.stands_until
+    it.attempt(lambda: it.lift(3, "reviewer:ana"))
+    it.attempt(lambda: it.stop("reviewer:ana", None))
+    with pytest.raises(ZeroDivisionError):
+        it.attempt(lambda: it.lift(4, "reviewer:ana") and 1 / 0)
+    assert it.stop_in_force.number == 4
+    it.spoilt = True
+    assert it.commit() is None and it.stop_in_force is None
+    it.close()
+    it = hitl.open_store(every, it.clock)
+    assert it.stands_until == until_then and same(it, "r-2").standing == 3
+    it.close()
+    with_sql("UPDATE standing_decisions SET uses = 50 WHERE number = 1",
+             "only_lifted")(every)
+    with pytest.raises(hitl.ConfigError, match="standing decision 1 is not"):
+        hitl.open_store(every)
+
+
+EDITS = [   # what was asked, what the reviewer makes of it, what becomes of it
+    ('{"a":"x","n":1,"t":true,"z":null}', {"a": "", "n": 2 ** 60, "t": False,
+                                           "z": None}, "approved"),
+    ('{"a":["x",{"b":1.5}]}', {"a": ["y", {"b": 2}]}, "approved"),
+    ('{"a":1}', {"a": 1.0}, "bad-field"), ('{"a":1}', {"a": True}, "bad-field"),
+    ('{"a":1}', {"a": "1"}, "bad-field"), ('{"a":1}', {"b": 1}, "bad-field"),
+    ('{"a":1}', {}, "bad-field"), ('{"a":1}', {"a": 1, "b": 2}, "bad-field"),
+    ('{"a":1.5}', {"a": 2 ** 53 + 1}, "bad-field"),
+    ('{"a":[1]}', {"a": [1, 2]}, "bad-field"),
+    ('{"a":null}', {"a": "x"}, "bad-field"),
+    ('{"a":"x\\u200b"}', {"a": "y"}, "not-editable"),
+    ('{"a":"x\\u200b","b":1}', {"a": "x\u200b", "b": 2}, "approved"),
+    ('{"a":"x"}', {"a": "x" * 300_000}, "too-large"),
+    (None, {}, "not-editable")]
+
+
+def test_what_a_reviewer_may_change(store):
+    """The same names, and only texts, numbers and booleans, which keep their
+    types; a text with unseen characters stays as it is. What was asked stays
+    beside what was approved."""
+    for number, (asked, arguments, becomes) in enumerate(EDITS):
+        name = f"r-{number}"
+        turn(store, put, store, name, arguments=asked)
+        told = turn(store, store.decide, name, hitl.Status.APPROVED,
+                    "reviewer:ana", arguments=arguments)
+        request = store.request(name)
+        if becomes != "approved":
+            assert (told, request.status) == (becomes, "waiting"), asked
+            continue
+        assert request.arguments == asked and request.intact
+        assert json.loads(request.approved_arguments) == arguments
+        assert request.runs_digest == request.approved_digest
+        assert request.approved_digest == hitl.digest_of(
+            "Delete", request.approved_arguments, "delete")
+    turn(store, put, store, "plain", edits=None)
+    assert act(store, "edit:pets", "plain") == "not-editable"
+    assert turn(store, store.decide, "plain", hitl.Status.APPROVED,
+                "reviewer:ana", digest="0" * 64) == "arguments-changed"
+    assert chain_faults(store.path) == []
 
 
 # ---- the disk ----
@@ -1433,8 +1776,7 @@ def test_one_that_fails_leaves_its_neighbours(store):
     with pytest.raises(ZeroDivisionError):
         store.attempt(lambda: put(store, "r-2") and 1 / 0)
     store.attempt(put, store, "r-3")
-    stored, changes = store.commit()
-    assert stored and [c.request_id for c in changes] == ["r-1", "r-3"]
+    assert [c.request_id for c in store.commit()] == ["r-1", "r-3"]
     assert names(store) == ["r-1", "r-3"] and store.waiting_count == 2
     assert chain_faults(store.path) == []
 
@@ -1812,9 +2154,8 @@ TAMPERED = [
     SET + "action_description = 'x' WHERE id = 5", UNDECIDE,
     UNDECIDE + "; UPDATE audit_log SET event = 'submitted' "
     "WHERE event = 'rejected'"]
-CUT_END = ("DELETE FROM pending_reviews WHERE id = (SELECT max(id) FROM "
-           "pending_reviews); DELETE FROM audit_log WHERE subject NOT "
-           "IN (SELECT request_id FROM pending_reviews)")
+CUT_END = ("DELETE FROM audit_log WHERE subject = 'lapsed'; "
+           "DELETE FROM pending_reviews WHERE request_id = 'lapsed'")
 
 
 def test_promise_8_an_edited_log_shows(unlocked):
@@ -1833,6 +2174,34 @@ def test_promise_8_an_edited_log_shows(unlocked):
     assert verifies(unlocked, head)
     assert [sql for sql in TAMPERED if not shows(sql)] == []
     assert not shows(CUT_END) and shows(CUT_END, head)
+
+
+def test_promise_8_every_edited_column_shows(unlocked):
+    """Edit any column of any table by hand: verifying says which request or
+    standing decision it was, or which audit row."""
+    unlocked.execute("PRAGMA ignore_check_constraints = ON")
+    unlocked.execute("PRAGMA foreign_keys = OFF")
+    names = {"pending_reviews": "request_id", "audit_log": "sequence",
+             "standing_decisions": "number"}
+    unseen = []
+    for table, key in names.items():
+        columns = [row[1] for row in unlocked.execute(
+            f"PRAGMA table_info({table})")]
+        for name, in unlocked.execute(f"SELECT {key} FROM {table}").fetchall():
+            for column in columns:
+                unlocked.execute("BEGIN")
+                unlocked.execute(
+                    f"UPDATE {table} SET {column} = CASE typeof({column}) WHEN "
+                    f"'integer' THEN {column} + 1000 WHEN 'null' THEN '1' ELSE "
+                    f"{column} || '1' END WHERE {key} = ?", (name,))
+                if not any(str(name) in fault for fault in
+                           hitl.audit_faults(unlocked)):
+                    unseen.append((table, name, column))
+                unlocked.execute("ROLLBACK")
+    assert unseen == []
+    unlocked.execute("INSERT INTO votes VALUES ('waiting', 'reviewer:ana', "
+                     "'approved', 'x', '', '')")
+    assert '"waiting" has a vote' in next(hitl.audit_faults(unlocked))
 
 
 def log_of(path, *words):
