@@ -678,15 +678,26 @@ def did_you_mean(word: Any, known: Any) -> str:
 
 
 # ================================ Matching =================================
-# Does a checkpoint match this call? Pure: a call in, a Match out. Every way of
-# looking at a call only ever gates more; what opens needs the call as written.
-
+# Does a checkpoint match this call? A call in, a Match out. Nothing is changed
+# here, and of the disk only links are read: where an edit would really land.
+# Every way of looking at a call only ever gates more; what opens a door
+# (effect = "allow") needs the call exactly as written, and nothing in doubt.
+#
+# `re` cannot be interrupted and holds every thread, so what a pattern looks at
+# is bounded: reach() says how many characters it takes in less than half a
+# second, whatever they are, and a longer text counts as found.
 
 CATEGORIES = ("high-impact", "data-risk", "destructive")
 EFFECTS = ("review", "allow", "deny")
-MAX_MATCHED = 4096              # characters a pattern looks at: re cannot be
-                                # interrupted, and a longer text waits
-TEMPLATE_NAME = re.compile(r"\{([A-Za-z_]\w*(?:[.|]\w+)*)\}")
+STRICTNESS = ("allow", "review", "deny")
+KINDS = ("tool", "shell", "edit")
+MAX_TOOL_NAME = 200             # characters: a longer name always waits
+MAX_MATCHED = 64 * 1024         # characters that any pattern looks at
+MAX_STEPS = 20_000_000          # of `re` for one pattern: under half a second
+MAX_PATH = 4096                 # characters of a path that is looked up
+MAX_INNER = 100                 # inner calls of one call; with more it waits
+MAX_MEMBERS = 200_000           # names and items in one call's arguments
+TEMPLATE_NAME = re.compile(r"\{([A-Za-z_]\w*(?:\.\w+)*)\}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -707,36 +718,54 @@ class Checkpoint:
     editable: bool = False              # a reviewer may change the arguments
     digest: str = ""                    # of its table, checkpoint_digest
 
-    def find(self, pattern: str, text: str) -> re.Match[str] | None:
-        """Where a pattern of this checkpoint finds a text. `allow` opens a
+    @property
+    def unconditional(self) -> bool:
+        """Whether the tool's name alone says that it matches."""
+        return self.kind == "tool" and not self.arguments
+
+    def finds(self, pattern: str, text: str) -> bool:
+        """Whether a pattern of this checkpoint finds a text. `allow` opens a
         door, so it needs the whole text to the letter; the others only ever
-        stop more, so they find it anywhere, in any case."""
+        stop more: anywhere, in any case, and whatever is too long."""
         if self.effect == "allow":
-            return re.fullmatch(pattern, text)
-        return re.search(pattern, text, re.IGNORECASE | re.DOTALL)
+            return (len(text) <= steps_of(pattern).reach
+                    and re.fullmatch(pattern, text) is not None)
+        return len(text) > reach(pattern) or in_order(pattern, text)
 
-    def arguments_match(self, arguments: Mapping[str, Any]) -> bool:
-        """Whether every argument pattern matches. Where an argument is
-        missing, not a text or very long, review and deny match and allow
-        does not."""
-        for name, pattern in self.arguments.items():
-            value = argument(arguments, name)
-            texts = [value]
-            if self.effect != "allow":
-                value = as_text(value)
-                texts = [text for _, text in views(value)] if isinstance(
-                    value, str) and len(value) <= MAX_MATCHED else [value]
-            if not all(isinstance(text, str) and len(text) <= MAX_MATCHED
-                       for text in texts):
-                if self.effect == "allow":
-                    return False
-            elif not any(self.find(pattern, text) for text in texts):
-                return False
-        return True
+    def matches(self, call: Call) -> bool:
+        """Whether a call with a name that matches is meant. In doubt (two
+        names that count as one) review and deny match, and allow does not."""
+        if call.ambiguous:
+            return self.effect != "allow" and (
+                self.kind == "tool" or call.texts(self.kind) is not None)
+        return self.kind_matches(call) and all(
+            self.argument_matches(pattern, argument(call.arguments, name))
+            for name, pattern in self.arguments.items())
+
+    def kind_matches(self, call: Call) -> bool:
+        """Whether action_pattern finds what a shell or an edit would do."""
+        if self.kind == "tool":
+            return True
+        if self.effect == "allow":
+            plain = call.plain_texts(self.kind) or []
+            return plain != [] and all(
+                self.finds(self.action_pattern, text) for text in plain)
+        texts = call.texts(self.kind)
+        return texts is not None and any(
+            text is None or self.finds(self.action_pattern, text)
+            for text in texts)
+
+    def argument_matches(self, pattern: str, value: Any) -> bool:
+        """Whether a pattern finds an argument. One that is missing or not a
+        text matches for review and deny, and does not for allow."""
+        if not isinstance(value, str):
+            return self.effect != "allow"
+        if self.effect == "allow" or len(value) > reach(pattern):
+            return self.finds(pattern, value)
+        return any(self.finds(pattern, text) for _, text in views(value))
 
 
-@dataclass(frozen=True, slots=True)
-class Match:
+class Match(NamedTuple):
     """Which checkpoint decides about a call, and why."""
 
     checkpoint: Checkpoint
@@ -757,28 +786,40 @@ class Rules:
     path: Path | None = None
     digest: str = ""
 
-    def candidates(self, tool: str) -> tuple[Match, ...]:
-        """Every checkpoint whose action_pattern finds this name, in file
-        order, up to the first that asks nothing of the arguments."""
-        found = []
-        odd = odd_name(tool)
-        tool = tool[:MAX_MATCHED // 18]     # NFKC can make 18 of one
-        for checkpoint in self.checkpoints:
-            why = name_match(checkpoint, tool)
-            if why and not (odd and checkpoint.effect == "allow"):
-                found.append(Match(checkpoint, why))
-                if not checkpoint.arguments:
-                    return tuple(found)
-        last = Match(UNMATCHED[self.unmatched],
-                     "no checkpoint matches")
-        return (*found, Match(ODD_NAME, odd) if odd else last)
-
     def first_match(self, tool: str, arguments: Mapping[str, Any],
                     cwd: str | None = None) -> Match:
-        """The checkpoint that decides about this call; paths in it are
-        relative to `cwd`."""
-        return next(m for m in self.candidates(tool)
-                    if m.checkpoint.arguments_match(arguments))
+        """The checkpoint that decides about this call. A dispatcher is looked
+        through: of the call and those inside it the strictest counts. Paths
+        are relative to `cwd`, the working directory if it is not given."""
+        call = Call(tool, arguments, cwd)
+        found = [self._decides(call)]
+        try:
+            for inner in inner_calls(arguments):
+                match = self._decides(Call(*inner, cwd))
+                found.append(match._replace(
+                    why=f'in it, the call "{visible(inner[0])}": {match.why}'))
+        except ValueError as error:
+            found.append(Match(ODD_NAME, str(error)))
+        return max(found, key=lambda match: STRICTNESS.index(match.effect))
+
+    def candidates(self, tool: str) -> tuple[Match, ...]:
+        """Every checkpoint that could decide about a tool of this name, in
+        file order, up to the first that asks nothing of the arguments."""
+        found = []
+        for match in self._of_name(tool):
+            found.append(match)
+            if match.checkpoint.unconditional:
+                break
+        return tuple(found)
+
+    def is_free(self, tool: str, names: Iterable[str]) -> bool:
+        """Whether every call of this tool with arguments of these names runs
+        unasked, as long as their values are has_plain_values."""
+        first = self.candidates(tool)[0]
+        keys = [bare_name(name) for name in names]
+        return (first.effect == "allow" and first.checkpoint.unconditional
+                and len(set(keys)) == len(keys)
+                and INNER_TOOLS.isdisjoint(keys))
 
     def named(self, checkpoint_id: str) -> Checkpoint:
         """The checkpoint of this id, ConfigError if there is none;
@@ -790,6 +831,25 @@ class Rules:
             f'no checkpoint "{checkpoint_id}" in {self.path}',
             f'there are: {", ".join(ids)}{did_you_mean(checkpoint_id, ids)}')
 
+    def _decides(self, call: Call) -> Match:
+        return next(match for match in self._of_name(call.tool)
+                    if match.checkpoint.matches(call))
+
+    def _of_name(self, tool: str) -> Iterator[Match]:
+        """The checkpoints that a tool's name lets match, and then what
+        becomes of a call that none of them holds."""
+        odd = odd_name(tool)
+        if len(tool) > MAX_TOOL_NAME:           # before anything is cut
+            yield Match(ODD_NAME, odd)
+            return
+        for checkpoint in self.checkpoints:
+            why = name_match(checkpoint, tool)
+            if why and not (odd and checkpoint.effect == "allow"):
+                yield Match(checkpoint, why)
+        if odd:
+            yield Match(ODD_NAME, odd)
+        yield Match(UNMATCHED[self.unmatched], "no checkpoint matches")
+
 
 ODD_NAME = Checkpoint("odd-name", "", "")
 UNMATCHED = {
@@ -797,8 +857,148 @@ UNMATCHED = {
     "allow": Checkpoint("unmatched", "", "", effect="allow"),
 }
 
+
+# ---- how long a pattern may take ----
+
+class Steps(NamedTuple):
+    """What a pattern costs: open repeats that can meet, one inside the
+    choices of the other, and the product of its bounded choices."""
+
+    loops: int
+    ways: int
+
+    @property
+    def reach(self) -> int:
+        """Characters that it takes in MAX_STEPS: n to the power of its loops
+        and one more for where it begins."""
+        power = self.loops + 1
+        steps = MAX_STEPS * math.factorial(power) // self.ways
+        return min(MAX_MATCHED, int(steps ** (1 / power)))
+
+
+@functools.cache
+def steps_of(pattern: str) -> Steps:
+    """ValueError where it repeats a repeat: nothing bounds that."""
+    from re import _parser  # type: ignore[attr-defined]
+    return count_steps(_parser.parse(pattern, re.IGNORECASE | re.DOTALL))
+
+
+def count_steps(tree: Any) -> Steps:
+    from re import _constants as op  # type: ignore[attr-defined]
+    most = loops = 0
+    ways = 1
+    last: frozenset[str] = frozenset()      # what the last open repeat takes
+    for item in flat(tree):
+        kind, value = item
+        low, high = 1, 1
+        if kind in (op.MAX_REPEAT, op.MIN_REPEAT, op.POSSESSIVE_REPEAT):
+            low, high, value = value
+        inner = [count_steps(part) for part in parts_in(value)]
+        inside = max((steps.loops for steps in inner), default=0)
+        choices = sum(steps.ways for steps in inner) or 1
+        if kind is op.BRANCH and are_apart(tree, value[1]):
+            choices = max(steps.ways for steps in inner)
+        if high > 64 and (inside or choices > 1):
+            raise ValueError("repeats a repeat")
+        ways *= (high - low + 1 if high < op.MAXREPEAT else 1) * (
+            choices ** high if choices > 1 else 1)
+        takes = ANYTHING
+        if loops and kind is not op.AT and low and not inside:
+            takes = taken(tree, [item])
+        if last.isdisjoint(takes) and last:     # it ends there: no choice
+            most, loops, last = max(most, loops), loops - 1, frozenset()
+        if high == op.MAXREPEAT or inside:
+            loops += inside * high or 1
+            one = not inside and value.getwidth() == (1, 1)
+            last = taken(tree, [item]) if one else ANYTHING
+    return Steps(max(most, loops), ways)
+
+
+ANYTHING = frozenset(map(chr, range(129)))      # ASCII and one that is not
+
+
+def flat(tree: Any) -> Iterator[Any]:
+    """The items of a parsed pattern, groups opened."""
+    from re import _constants as op  # type: ignore[attr-defined]
+    for kind, value in tree:
+        if kind is op.SUBPATTERN:
+            yield from flat(value[3])
+        elif kind is op.ATOMIC_GROUP:
+            yield from flat(value)
+        else:
+            yield kind, value
+
+
+def parts_in(value: Any) -> Iterator[Any]:
+    """The patterns inside an item of a parsed pattern."""
+    from re import _parser  # type: ignore[attr-defined]
+    if isinstance(value, _parser.SubPattern):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from parts_in(part)
+
+
+def taken(tree: Any, items: list[Any]) -> frozenset[str]:
+    """The characters that an item can take; ANYTHING where that is unclear."""
+    from re import _compiler, _parser  # type: ignore[attr-defined]
+    try:
+        one = _compiler.compile(_parser.SubPattern(tree.state, items),
+                                re.IGNORECASE | re.DOTALL)
+        return frozenset(filter(one.match, ANYTHING)) or ANYTHING
+    except (re.error, IndexError, ValueError):
+        return ANYTHING
+
+
+def are_apart(tree: Any, branches: list[Any]) -> bool:
+    """Whether the first character tells alternatives apart."""
+    firsts = [taken(tree, [next(flat(branch), None)]) if len(branch)
+              else ANYTHING for branch in branches]
+    return sum(map(len, firsts)) == len(frozenset().union(*firsts))
+
+
+@functools.cache
+def pieces_of(pattern: str) -> tuple[tuple[re.Pattern[str], int], ...]:
+    """A pattern cut at each `.*` that stands outside of groups, with the
+    least width of each piece; whole where it cannot be cut."""
+    bare = re.sub(r"\[\^?\]?[^]]*\]", "", re.sub(r"\\.", "a", pattern))
+    while (shorter := re.sub(r"\([^()]*\)", "", bare)) != bare:
+        bare = shorter
+    pieces = pattern.split(".*")
+    if "|" in bare or re.search(r"\\[1-9]|\(\?P=|\(\?\(|\(\?[a-zA-Z]+\)",
+                                pattern):
+        pieces = [pattern]
+    from re import _parser  # type: ignore[attr-defined]
+    try:
+        return tuple((re.compile(piece, re.IGNORECASE | re.DOTALL),
+                      _parser.parse(piece).getwidth()[0])
+                     for piece in pieces if piece)
+    except re.error:                        # the `.*` was inside a group
+        return ((re.compile(pattern, re.IGNORECASE | re.DOTALL), 0),)
+
+
+def reach(pattern: str) -> int:
+    """How many characters a search may look at."""
+    return min((steps_of(piece.pattern).reach
+                for piece, _ in pieces_of(pattern)), default=MAX_MATCHED)
+
+
+def in_order(pattern: str, text: str) -> bool:
+    """Whether the pattern is found: piece after piece, which takes one pass
+    where `re` would try every start with every `.*`."""
+    at = 0
+    for piece, width in pieces_of(pattern):
+        found = piece.search(text, at)
+        if not found:
+            return False
+        at = found.start() + width
+    return True
+
+
+# ---- the tool's name ----
+
 def views(text: str) -> tuple[tuple[str, str], ...]:
-    """The ways a pattern looks at a text: (what, text), raw first. Each one
+    """The ways a pattern looks at a name: (what, text), raw first. Each one
     defeats a disguise: width and style of letters, zero-width characters,
     another case, a prefix that hides the name from `^` or `\\b`."""
     plain = unicodedata.normalize("NFKC", text)
@@ -807,47 +1007,159 @@ def views(text: str) -> tuple[tuple[str, str], ...]:
     last = next(filter(None, re.split(r"__|[./:]", clean)[::-1]), clean)
     ways = {"raw name": text, "NFKC form": plain,
             "name without invisible characters": clean,
-            "name without quotes": re.sub("['\"\\\\]", "", plain),
             "casefolded name": clean.casefold(), "last part": last,
             "casefolded last part": last.casefold()}
     return tuple({t: (w, t) for w, t in reversed(ways.items())}.values())[::-1]
 
 
 def odd_name(tool: str) -> str:
-    """Why a tool's name always waits, or "": it is not plain ASCII."""
-    if tool and tool.isascii() and tool.isprintable() and len(tool) < 257:
+    """Why a tool's name always waits, or ""."""
+    if not tool:
+        return "the name is empty"
+    if len(tool) > MAX_TOOL_NAME:
+        return f"the name has more than {MAX_TOOL_NAME} characters"
+    if tool.isascii() and tool.isprintable():
         return ""
-    return ("the name is empty" if not tool else "the name is very long"
-            if len(tool) > 256 else f'the name "{visible(tool)}" has '
-            "characters that are not plain ASCII")
+    return (f'the name "{visible(tool)}" has characters that are not plain '
+            "ASCII")
 
 
 def name_match(checkpoint: Checkpoint, tool: str) -> str:
-    """Why a checkpoint's pattern finds this name, or ""."""
+    """Why a checkpoint's pattern finds this name, or ""; for kinds, why the
+    name can be one of its kind."""
+    if checkpoint.kind != "tool":
+        could_be = words_of(checkpoint.kind, tool)
+        return (f'kind = "{checkpoint.kind}" and action_pattern '
+                f"{checkpoint.action_pattern!r}") if could_be else ""
     ways = views(tool)[:1] if checkpoint.effect == "allow" else views(tool)
     for way, text in ways:
-        hit = checkpoint.find(checkpoint.action_pattern, text)
-        if hit:
+        if checkpoint.finds(checkpoint.action_pattern, text):
             return (f"action_pattern {checkpoint.action_pattern!r} finds "
-                    f'"{visible(hit[0])}" at {hit.start()} to {hit.end()} of '
-                    f'the {way} "{visible(text)}"')
+                    f'{place_of(checkpoint, text)} of the {way} '
+                    f'"{visible(text)}"')
     return ""
+
+
+def place_of(checkpoint: Checkpoint, text: str) -> str:
+    hit = re.search(checkpoint.action_pattern, text[:MAX_TOOL_NAME],
+                    re.IGNORECASE | re.DOTALL)
+    return f'"{visible(hit[0])}" at {hit.start()} to {hit.end()}' if hit else (
+        "the whole")
+
+
+# ---- names of arguments; calls inside a call ----
+
+def folded(name: str) -> str:
+    """One name is one name: what two readers of JSON may take for the same
+    (CVE-2026-27896: Go's JSON takes the last of `name` and `Name`)."""
+    if name.isascii() and name.isprintable():
+        return name.lower()
+    plain = unicodedata.normalize("NFKC", name).casefold()
+    return "".join(c for c in unicodedata.normalize("NFKC", plain)
+                   if c.isprintable() and not SHAPELESS.match(c))
+
+
+def bare_name(name: str) -> str:
+    """An argument's name in any joining: toolName, tool_name, tool-name."""
+    return re.sub(r"[\W_]+", "", folded(str(name)))
+
+
+# What a dispatcher calls the tool inside it: by itself, or beside arguments.
+INNER_ALONE = frozenset(("toolname", "toolslug", "recipientname"))
+INNER_TOOLS = INNER_ALONE | {
+    "name", "tool", "toolid", "function", "functionname", "action", "method"}
+INNER_ARGUMENTS = frozenset((
+    "arguments", "parameters", "input", "args", "params", "kwargs",
+    "toolinput", "toolargs", "toolarguments", "toolparameters",
+    "actioninput", "functionarguments"))
+JSON_START = re.compile(r'\s*[{\["]')
+PLAIN_TYPES = frozenset((int, float, bool, type(None)))
+
+
+def both_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a name that comes twice the first and, under a name
+    that counts as the same, the last: readers differ in which they take."""
+    members: dict[str, Any] = {}
+    for name, value in pairs:
+        members[name + "\0" if name in members else name] = value
+    return members
+
+
+LENIENT = json.JSONDecoder(object_pairs_hook=both_members, strict=False)
+
+
+def parts_of(item: Any, texts: bool) -> list[Any]:
+    """The values inside a list, an object or, with `texts`, a JSON text."""
+    if isinstance(item, Mapping):
+        return list(item.values())
+    if isinstance(item, (list, tuple)):
+        return list(item)
+    if texts and isinstance(item, str) and JSON_START.match(item):
+        with contextlib.suppress(ValueError):
+            return [LENIENT.decode(item)]
+    return []
+
+
+def objects_in(value: Any, texts: bool = False) -> Iterator[Mapping[str, Any]]:
+    """Every JSON object in a value, at any depth; ValueError where that is
+    more than anybody could look through."""
+    todo, count = [(value, 0)], 0
+    while todo:
+        item, depth = todo.pop()
+        if isinstance(item, Mapping):
+            yield item
+        try:
+            parts = parts_of(item, texts)
+        except RecursionError:
+            raise ValueError("the arguments nest too deep") from None
+        count += len(parts)
+        if depth > MAX_DEPTH or count > MAX_MEMBERS:
+            raise ValueError("the arguments are too large to look through")
+        todo += ((part, depth + 1) for part in parts)
+
+
+def inner_calls(arguments: Mapping[str, Any]
+                ) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The calls that a dispatcher's arguments name (Cline's use_mcp_tool):
+    a tool's name beside its arguments, or by itself where it is plain."""
+    count = 0
+    for members in objects_in(arguments, texts=True):
+        keyed = [(bare_name(name), value) for name, value in members.items()]
+        given = [value for key, value in keyed if key in INNER_ARGUMENTS]
+        known = INNER_TOOLS if given else INNER_ALONE
+        for key, tool in keyed:
+            if key in known and isinstance(tool, str) and tool:
+                for value in given or [{}]:
+                    yield tool, inner_arguments(value)
+                    count += 1
+        if count > MAX_INNER:
+            raise ValueError(f"more than {MAX_INNER} calls are in it")
+
+
+def inner_arguments(value: Any) -> Mapping[str, Any]:
+    if isinstance(value, str):
+        value = next(iter(parts_of(value, True)), value)
+    return value if isinstance(value, Mapping) else {"input": value}
+
+
+def has_plain_values(arguments: Mapping[str, Any]) -> bool:
+    """Whether no value could hold another call: numbers, and texts that
+    are not JSON."""
+    for value in arguments.values():
+        if type(value) is str:
+            if "{" in value or "[" in value or '"' in value:
+                return False
+        elif type(value) not in PLAIN_TYPES:
+            return False
+    return True
 
 
 MISSING = object()
 
 
-def as_text(value: Any) -> Any:
-    """A list of texts (an argv, some commands) as one; others as they are."""
-    return " ".join(value) if isinstance(value, list) and all(
-        isinstance(item, str) for item in value) else value
-
-
 def argument(arguments: Mapping[str, Any], name: str) -> Any:
     """The argument of this name, or inside one by a dotted name. MISSING if
     there is none, or both and they differ: one would hide the other."""
-    if "|" in name:                 # the first of several names that is there
-        name = next((n for n in name.split("|") if n in arguments), name)
     value: Any = arguments
     for part in name.split("."):
         value = value.get(part, MISSING) if isinstance(
@@ -856,25 +1168,301 @@ def argument(arguments: Mapping[str, Any], name: str) -> Any:
     return plain if value is MISSING or plain == value else MISSING
 
 
+# ---- shell commands and file edits ----
+# Agents call them by many names, so a call is of a kind by its shape: an
+# argument that holds the text, and a word for it in the tool's name, joined
+# in any way. In doubt it is of the kind.
+
+SHELL_WORDS = re.compile(
+    "bash|shell|pwsh|zsh|ksh|fish|terminal|console|command|cmd|exec|process|"
+    "stdin|script|ssh|tty|run|eval|invoke|spawn|launch|system|monitor|sandbox|"
+    "container|remote|tmux|iterm|"
+    "(?<![a-z])(?:sh|start|job|task|batch|cli|repl|host|wsl|sudo)(?![a-z])",
+    re.IGNORECASE)
+TERMINAL_WORDS = re.compile(
+    "bash|shell|pwsh|zsh|terminal|console|process|stdin|tmux|iterm|"
+    "(?<![a-z])(?:sh|cmd|ssh|tty|pty|repl)(?![a-z])", re.IGNORECASE)
+EDIT_WORDS = re.compile(
+    "write|edit|patch|replace|create|update|insert|append|delete|remove|"
+    "rename|modify|notebook|refactor|restore|revert|truncate|"
+    "(?<![a-z])(?:save|move|copy|put|apply|add|set|mv|cp|rm|touch|link|"
+    "unlink|diff|change|make|new|fix|format|store|dump|undo)(?![a-z])",
+    re.IGNORECASE)
+HUMP = re.compile("(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+COMMANDS = frozenset((
+    "command", "commands", "cmd", "cmds", "script", "argv", "commandline",
+    "cmdline", "shellcommand", "bashcommand", "code"))
+TYPED = frozenset((                                 # into a terminal
+    "input", "chars", "keys", "keystrokes", "text", "line", "lines", "data"))
+PATHS = frozenset((
+    "path", "paths", "filepath", "filepaths", "file", "files", "filename",
+    "targetfile", "targetpath", "notebookpath", "absolutepath", "uri",
+    "relativepath", "relativeworkspacepath", "source", "sourcepath", "target",
+    "destination", "destinationpath", "dest", "oldpath", "newpath", "src",
+    "dst"))
+PATCHES = frozenset((
+    "patch", "patchtext", "diff", "input", "command", "changes", "edits"))
+PATCH_PATH = re.compile(
+    r"^[ \t]*(?:\*\*\* (?:\w+ File|Move to): |--- |\+\+\+ |"
+    r"(?:rename|copy) to )(?:[ab]/)?([^\t\r\n]+)", re.MULTILINE)
+PATCH_CONTENT = re.compile(
+    r"^[-+ ](?![ \t]*(?:\*\*\*|--|\+\+)).*$", re.MULTILINE)
+
+
+def spaced(tool: str) -> str:
+    """A tool's name with its words apart: runCommand as run_Command."""
+    return HUMP.sub("_", unicodedata.normalize("NFKC", tool))
+
+
+def words_of(kind: str, tool: str) -> bool:
+    """Whether a tool's name has a word for this kind. A shell's name counts
+    for edits too: Codex sends `apply_patch <<EOF` as a shell command."""
+    name = spaced(tool)
+    if SHELL_WORDS.search(name):
+        return True
+    return kind == "edit" and EDIT_WORDS.search(name) is not None
+
+
+class Call:
+    """A tool call as the rules look at it, each part made once."""
+
+    def __init__(self, tool: str, arguments: Mapping[str, Any],
+                 cwd: str | None = None) -> None:
+        self.tool, self.arguments, self.cwd = tool, arguments, cwd
+        self.known: dict[str, list[str | None] | None] = {}
+
+    @functools.cached_property
+    def ambiguous(self) -> bool:
+        """Whether one object has two names that count as one."""
+        try:
+            return any(len({folded(str(name)) for name in members})
+                       < len(members) for members in objects_in(self.arguments))
+        except ValueError:
+            return True
+
+    def texts(self, kind: str) -> list[str | None] | None:
+        """What a call of this kind would do: the texts that a pattern looks
+        at, None for one that cannot be read; None if it is of another kind."""
+        if kind not in self.known:
+            look = self.shell_texts if kind == "shell" else self.edit_texts
+            try:
+                self.known[kind] = look() or None
+            except ValueError:
+                self.known[kind] = [None]
+        return self.known[kind]
+
+    def shell_texts(self) -> list[str | None]:
+        """The commands in three views: as they are; without quotes,
+        backslashes and line continuations; and then with $IFS as a blank."""
+        name = spaced(self.tool)
+        if not SHELL_WORDS.search(name):
+            return []
+        names = COMMANDS | TYPED if TERMINAL_WORDS.search(name) else COMMANDS
+        texts: list[str | None] = []
+        for value in self.values_of(names):
+            text = one_text(value)
+            if text is None:
+                return [None]
+            bare = re.sub(r"\\\r?\n|[\\'\"`^]", "", text)
+            blank = re.sub(r"\$\{?IFS[^}\s]{0,9}\}?", " ", bare)
+            texts += dict.fromkeys((text, bare, blank))
+        return texts
+
+    def edit_texts(self) -> list[str | None]:
+        """The files an edit would touch: as written, without disguise, and
+        where they really are. A patch is looked at too, in a shell text too."""
+        name = spaced(self.tool)
+        texts: list[str | None] = []
+        for text in self.texts("shell") or []:
+            if text and ("apply_patch" in text or PATCH_PATH.search(text)):
+                texts += self.patched(text)
+        if EDIT_WORDS.search(name):
+            for path in self.items_of(PATHS):
+                texts += self.landings(path)
+            for text in self.items_of(PATCHES):
+                texts += self.patched(text)
+        return texts
+
+    def values_of(self, names: frozenset[str]) -> Iterator[Any]:
+        """The values of the arguments so called, at any depth."""
+        for members in objects_in(self.arguments):
+            for name, value in members.items():
+                if bare_name(name) in names:
+                    yield value
+
+    def items_of(self, names: frozenset[str]) -> Iterator[str]:
+        """The texts among them, in lists too; objects are looked into by
+        values_of itself."""
+        for value in self.values_of(names):
+            for item in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(item, str):
+                    yield item
+
+    def patched(self, text: str) -> list[str | None]:
+        """What a patch says of files: its lines but for content, and the
+        files it names."""
+        paths = [path.strip() for path in PATCH_PATH.findall(text)]
+        if len(paths) > MAX_INNER:
+            return [None]
+        content = PATCH_CONTENT if paths else re.compile(r"(?!)")
+        return [content.sub("", text), *(
+            one for path in paths for one in self.landings(path))]
+
+    def landings(self, path: str) -> list[str | None]:
+        """A path as written, without disguise, and where it really is."""
+        plain = re.sub("%([0-9A-Fa-f]{2})", lambda c: chr(int(c[1], 16)),
+                       unicodedata.normalize("NFKC", path))
+        plain = plain.replace("\\", "/").removeprefix("file://")
+        return list(dict.fromkeys((path, plain, *map(
+            self.resolved, dict.fromkeys((path, plain))))))
+
+    def resolved(self, path: str) -> str | None:
+        """Where a path leads from the call's working directory, links
+        followed; None if that cannot be said."""
+        if len(path) > MAX_PATH:
+            return None
+        try:
+            return os.path.realpath(os.path.join(
+                self.cwd or os.getcwd(), os.path.expanduser(path)))
+        except (OSError, ValueError):
+            return None
+
+    def plain_texts(self, kind: str) -> list[str] | None:
+        """What an allow rule looks at: every simple command, or every path,
+        of a call that says nothing else; None where anything is in doubt."""
+        if (os.name == "nt" or not OWN_TOOL.fullmatch(self.tool)
+                or self.texts(kind) is None):
+            return None
+        return (self.plain_commands() if kind == "shell"
+                else self.plain_paths())
+
+    def plain_commands(self) -> list[str] | None:
+        found = None
+        for name, value in self.arguments.items():
+            key = bare_name(name)
+            if key in COMMANDS and found is None:
+                found = value if key == "commands" else [value]
+            elif not self.is_beside(key, value):
+                return None
+        if isinstance(found, list) and found and isinstance(found[0], list):
+            argv = found[0]             # one command, never shell text
+            plain = argv and all(isinstance(word, str) and PLAIN_WORD.fullmatch(
+                word) for word in argv)
+            return [" ".join(argv)] if plain else None
+        commands: list[str] = []
+        for text in found if isinstance(found, list) else ():
+            simple = simple_commands(text) if isinstance(text, str) else None
+            if simple is None:
+                return None
+            commands += simple
+        return commands
+
+    def is_beside(self, key: str, value: Any) -> bool:
+        """Whether an argument beside the command changes nothing of it."""
+        if key in NOTES:
+            return value is None or isinstance(value, str)
+        if key in TIMES:
+            return value is None or type(value) in (int, float)
+        if key in FLAGS:
+            return value is None or isinstance(value, bool)
+        return key in FOLDERS and (value is None or isinstance(value, str)
+            and self.resolved(value) == self.resolved(".") is not None)
+
+    def plain_paths(self) -> list[str] | None:
+        """The paths of an edit that end where they say, without `..`."""
+        paths = list(self.items_of(PATHS))
+        patches = list(self.values_of(PATCHES))
+        base = self.resolved(".")
+        if patches or base is None or not all(
+                path and path.isascii() and path.isprintable()
+                and ".." not in path.split("/")
+                and os.path.normpath(os.path.join(base, path))
+                == self.resolved(path) for path in paths):
+            return None
+        return paths
+
+
+def one_text(value: Any) -> str | None:
+    """A command as one text: a list of words (an argv, some commands) is
+    joined, also where it comes as JSON; None for what is not text."""
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        value = next(iter(parts_of(value, True)), value)
+    if isinstance(value, (list, tuple)) and all(
+            isinstance(item, str) for item in value):
+        return " ".join(value)
+    return value if isinstance(value, str) else None
+
+
+# An allow list opens for what every shell reads alike, token by token:
+# quotes that hold no escape, and nothing that expands. (`"!!"` interactively,
+# `'a\''` in fish, curly quotes in PowerShell, `&` in cmd: each is read
+# otherwise than POSIX says.)
+OWN_TOOL = re.compile("(?!mcp)[A-Za-z0-9]+(?:[_-][A-Za-z0-9]+)*")
+NOTES = frozenset(("description", "explanation"))
+TIMES = frozenset(("timeout", "timeoutms", "timeoutseconds", "timeoutsec"))
+FLAGS = frozenset(("runinbackground", "background", "isbackground"))
+FOLDERS = frozenset(("cwd", "workdir", "workingdirectory", "workingdir",
+                     "directory", "dir", "dirpath", "folder"))
+PLAIN_WORD = re.compile("[A-Za-z0-9_./:=@%+,-]+")
+TOKEN = re.compile(r"""
+    (?P<redirection> (?: 2>&1 | 2?>/dev/null ) (?= [ ;|&\n] | \Z ) )
+  | (?P<word> (?: [A-Za-z0-9_./:=@%+,-] | '[^'\\!\n]*' | "[^"$`\\!\n]*" )+ )
+  | (?P<joint> && | \|\| | [|;\n] )
+  | (?P<blank> [ ]+ )""", re.VERBOSE)
+
+
+def simple_commands(text: str) -> list[str] | None:
+    """The simple commands of a shell text, to the letter but for blanks and
+    redirections; None unless it is plain from end to end."""
+    if re.search(r"[^\n -~]|--%", text):
+        return None
+    commands: list[list[str]] = [[]]
+    at, last = 0, ""
+    while at < len(text):
+        token = TOKEN.match(text, at)
+        glued = {"word", "redirection"}
+        if not token or {last, token.lastgroup} <= glued:
+            return None                 # a word ends at a blank or a joint
+        at, last = token.end(), str(token.lastgroup)
+        if last == "word":
+            commands[-1].append(token[0])
+        elif last == "joint":
+            commands.append([])
+    return [" ".join(words) for words in commands] if all(commands) else None
+
+
 def describe(checkpoint: Checkpoint, tool: str,
              arguments: Mapping[str, Any]) -> str:
     """The description_template filled in. It takes names only: no attribute,
     no index, no format, and what is not there shows as not given; where
-    nothing is there, the call itself is told."""
+    nothing is there, the call itself is told. Of a shell command {command} is
+    its text, of an edit {file_path} its files, whatever they are called."""
+    known = {**arguments, **kind_arguments(checkpoint.kind, tool, arguments)}
+
     def fill_in(found: re.Match[str]) -> str:
         if found[1] == "tool":
             return tool
-        value = as_text(argument(arguments, found[1]))
+        value = argument(known, found[1])
         if value is MISSING:
             return "(not given)"
         return value if isinstance(value, str) else canonical(value)
     pieces = list(template_parts(checkpoint.description_template))
     names = [n[1] for n in map(TEMPLATE_NAME.fullmatch, pieces) if n]
-    if all(n != "tool" and argument(arguments, n) is MISSING for n in names
+    if all(n != "tool" and argument(known, n) is MISSING for n in names
            ) and (names or not checkpoint.action_pattern):
         return call_in_words(tool, arguments)
     return "".join(TEMPLATE_NAME.sub(fill_in, piece)
                    for piece in pieces).strip() or tool
+
+
+def kind_arguments(kind: str, tool: str, arguments: Mapping[str, Any]
+                   ) -> dict[str, str]:
+    """What a template of this kind can name, where the call has it."""
+    name, names = {"shell": ("command", COMMANDS | TYPED),
+                   "edit": ("file_path", PATHS)}.get(kind, ("", frozenset()))
+    texts = map(one_text, Call(tool, arguments).values_of(names))
+    text = "\n".join(filter(None, texts))
+    return {name: text} if text else {}
 
 
 def template_parts(template: str) -> Iterator[str]:
@@ -998,6 +1586,10 @@ def id_value(value: Any) -> str:
 def pattern_value(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError("must be a regular expression in quotes")
+    if not value.isprintable():
+        raise ValueError(f"{value!r} holds a control character (in TOML's "
+                         '"double quotes" \\b is a backspace): write the '
+                         "pattern in 'single quotes'")
     if value[0] in "*?":        # a glob: say what it is as a regex
         body = "".join({"*": ".*", "?": "."}.get(c, re.escape(c))
                        for c in value.strip("*"))
@@ -1009,14 +1601,19 @@ def pattern_value(value: Any) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             re.compile(value)
-            endless = explosive(value)
+        steps = steps_of(value)
     except (re.error, OverflowError, RecursionError, Warning) as error:
         raise ValueError(f"is not a regular expression: {error}") from None
-    if endless:
+    except ValueError:
         raise ValueError(
-            f"{value!r} repeats a repeat, as (a+)+ does: on some names it "
+            f"{value!r} repeats a repeat, as (a+)+ does: on some texts it "
             "would not end, and Python's re cannot be interrupted; write it "
-            "without the inner or the outer repeat")
+            "without the inner or the outer repeat") from None
+    if steps.loops > 2 or reach(value) < MAX_TOOL_NAME:
+        raise ValueError(
+            f"{value!r} has too many repeats that can meet, as .*a.*b.* has: "
+            "on some texts it would take minutes, and Python's re cannot be "
+            "interrupted; use two open repeats at most")
     return str(value)
 
 
@@ -1195,7 +1792,7 @@ KEYS: dict[str, dict[str, tuple[Callable[[Any], Any], Any]]] = {
         "description_template": (template_value, REQUIRED),
         "category": (one_of(*CATEGORIES), ""),
         "effect": (one_of(*EFFECTS), "review"),
-        "kind": (one_of("tool"), "tool"),
+        "kind": (one_of(*KINDS), "tool"),
         "arguments": (patterns_value, {}),
         "timeout_seconds": (seconds_value, None),
         "lifetime_seconds": (seconds_value, None),
@@ -1235,28 +1832,6 @@ KEYS: dict[str, dict[str, tuple[Callable[[Any], Any], Any]]] = {
         "details": (boolean_value, False),
     },
 }
-
-
-def explosive(pattern: str) -> bool:
-    """Whether an open repeat stands around another repeat or alternatives,
-    or three in a row: each could take for ever (ReDoS)."""
-    from re import _constants as op, _parser  # type: ignore[attr-defined]
-
-    def walk(items: Any, inside: bool) -> bool:
-        row = 0                             # open repeats side by side
-        for kind, value in items:
-            repeat = kind in (op.MAX_REPEAT, op.MIN_REPEAT)
-            row = row + 1 if repeat and value[1] > 8 else 0
-            if row > 2 or inside and (kind is op.BRANCH or repeat and
-                                      value[0] != value[1]):
-                return True
-            for part in (value if isinstance(value, tuple) else ()):
-                for branch in part if isinstance(part, list) else [part]:
-                    if isinstance(branch, _parser.SubPattern) and walk(
-                            branch, inside or repeat and value[1] > 8):
-                        return True
-        return False
-    return walk(_parser.parse(pattern), False)
 
 
 def find_configuration(path: str | os.PathLike[str] | None = None,
@@ -5242,8 +5817,6 @@ GRACE_SECONDS = 5               # of the network, beyond a poll's own wait
 PROGRESS_SECONDS = 15           # between lines that say what is waited for
 MAX_FREE = 10_000               # calls remembered as free: names can be made up
 CUT_BYTES = 160 * 1024          # of each end of a context that is too large
-INNER = frozenset((             # arguments that may name an inner call
-    "tool_name", "toolname", "name", "tool", "recipient_name", "tool_slug"))
 
 
 class How(TypedDict, total=False):
@@ -5492,16 +6065,9 @@ class Gate:
     def _is_free(self, tool: str, arguments: Mapping[str, Any]) -> bool:
         """Whether such a call, by tool and argument names, was seen to match
         nothing, and no argument can hide another call."""
-        if (type(arguments) is not dict
-                or (tool, *arguments) not in self._free):
-            return False
-        for value in arguments.values():
-            if type(value) is str:
-                if "{" in value or "[" in value:
-                    return False
-            elif value is not None and type(value) not in (bool, int, float):
-                return False
-        return True
+        return (type(arguments) is dict
+                and (tool, *arguments) in self._free
+                and has_plain_values(arguments))
 
     def _match(self, tool: str, arguments: Mapping[str, Any], *,
                checkpoint: str | None = None, cwd: str | None = None,
@@ -5514,9 +6080,8 @@ class Gate:
         else:
             match = self.rules.first_match(tool, arguments, cwd)
             if match.effect == "allow":
-                candidates = self.rules.candidates(tool)
-                if (len(candidates) == 1 and len(self._free) < MAX_FREE
-                        and INNER.isdisjoint(map(str.casefold, arguments))):
+                if (len(self._free) < MAX_FREE
+                        and self.rules.is_free(tool, arguments)):
                     self._free.add((tool, *arguments))
                 return None
         rule = match.checkpoint

@@ -868,7 +868,7 @@ def test_the_first_checkpoint_that_matches_decides(make_rules):
     (["thread_file", "READ_file", "x.read_file", "mcp__x__read_file",
       "read_file ", "read_file2"], False),
     (["", "\n", "read_file\n", "read\u200b_file", "re\u0430d_file", "\ud800",
-      "\uff52ead_file", "l\u00f6schen", "\u524a\u9664", "a" * 257], True)])
+      "\uff52ead_file", "l\u00f6schen", "\u524a\u9664"], True)])
 def test_allow_needs_the_whole_raw_name_to_the_letter(make_rules, names, odd):
     """effect = "allow" needs a case-sensitive full match of the raw name; a
     name that is not plain ASCII always waits, but deny denies it."""
@@ -889,7 +889,7 @@ def test_allow_needs_the_whole_raw_name_to_the_letter(make_rules, names, odd):
     ("\uff55s\u200bers", True, False), ("x\nusers\ny", True, False),
     ("logs", False, False), ("", False, False), (None, True, False),
     (False, True, False), (["logs"], True, False), ({"a": "b"}, True, False),
-    ("l" * 65536, True, False),                     # too long to be searched
+    ("l" * 65537, True, False),                     # too long to be searched
     ("\ufdfa" * 4096, True, False)], ids=rules_id)  # 18 times that as NFKC
 def test_a_missing_argument_counts_as_a_match_for_review_only(
         make_rules, table, review, allow):
@@ -923,7 +923,7 @@ def test_argument_patterns_reach_inside_by_dotted_names(make_rules):
     ("mcp__db__delete_records", '"delete_" at 9 to 16 of the raw name'),
     ("de\u200blete_x", 'of the name without invisible characters "delete_x"'),
     ("\uff44\uff45lete", 'of the NFKC form "delete"'), ("d\u0435lete_x", '"d'
-     '\u27e6U+0435\u27e7lete_x" has characters that are not plain ASCII')],
+     '\u27e6\u0435\u27e7lete_x" has characters that are not plain ASCII')],
     ids=ascii)
 def test_each_spelling_waits_and_says_why(make_rules, name, why):
     """Any view of the name counts: raw, casefolded, NFKC, without invisible
@@ -980,30 +980,318 @@ def test_anchors_do_not_lose_a_name_space_or_a_disguise(make_rules, pattern):
     assert camel.first_match("mcp__x__Drop", {}).effect == "review"
 
 
+# ---- what a pattern may cost ----
+
 @pytest.mark.parametrize("pattern", r"""(a+)+$ (a*)*$ (a|a)*$ (a|ab)*c
     ([a-z]+)*! (x+x+)+y (a?){30}b (\w+\s?)*$ (\w\d|\d\w)+$ (a+){2,}$ ((a|b)+)+$
-    (?=(a+)+$)x (?:a|.b|..)+$ (?:a{1,9}){10,}$ (|a)+$ x*(y|(z+)*)$
-    (?i:(A|a.|b))*$ a*a*a*a*b .*.*.*.*=x (a*)(a*)(a*)(a*)b""".split())
+    (?=(a+)+$)x (?:a|.b|..)+$ (?:a{1,9}){10,}$ (|a)+$ x*(y|(z+)*)$ (a|aa){20}
+    (?i:(A|a.|b))*$ a*a*a*a*b .*.*.*.*=x (a*)(a*)(a*)(a*)b .*(.*)\1(.*)b
+    kubectl.*delete.*pod.*prod .{0,300}.{0,300}.{0,300} x+.+[^y]+z
+    \bgit\b.*\bpush\b.*(--force|-f)\b.*\bmain\b (?=.*a)(?=.*b)(?=.*c)
+    """.split())
 def test_a_pattern_that_would_not_end_is_refused(make_rules, pattern):
-    """A pattern with nested unbounded repeats, or with many in a row, is
-    refused: `re` cannot be interrupted and holds every thread."""
+    """A pattern with nested repeats, or with more than two open ones that can
+    meet (bounded ones count by their product), is refused: `re` cannot be
+    interrupted and holds every thread."""
     for bad in (rule(action_pattern=f"'{pattern}'"),
                 rule(arguments=f"{{ table = '{pattern}' }}")):
-        with pytest.raises(hitl.ConfigError, match="repeats a repeat"):
+        with pytest.raises(hitl.ConfigError, match="cannot be inter"):
             make_rules(bad)
 
 
+ORDINARY = r"""delete|drop|truncate ^rm$ \bdrop\b (?i)prod drop\s+table
+    ^(?!dev) send_(mail|sms) [^a-z] rm\s+-[rf]+ (?:GET|POST)\s a{2,5} .*prod.*
+    ^(\d{3}-)+$ [a-z]+_prod$ (foo|bar)+x (ab|cd)*$ (a{3})+$ \w+\s+\w+\s+\w+x
+    [a-z]+/[a-z]+/[a-z]+/[a-z]+ \d+-\d+-\d+-\d+! \bgit\b.*\bpush\b.*main
+    a[^x]*b[^x]*c \w+[a-z]*=y [ab]*a[ab]*c git\b[^x]*push\b[^x]*(--force|-f)\b
+    (git|a).*(push|b)[^x]*[=:] .{0,300}x.{0,60}y (foo|bar)[^z]*(foo|bar)z
+    """.split()
+
+
 def test_ordinary_patterns_are_taken_and_fast(make_rules):
-    """What people write is accepted, and never holds an agent up."""
-    start = time.thread_time()
-    for pattern in r"""delete|drop|truncate ^rm$ \bdrop\b (?i)prod drop\s+table
-            ^(?!dev) send_(mail|sms) [^a-z] rm\s+-[rf]+ (?:GET|POST)\s a{2,5}
-            ^(\d{3}-)+$ .*prod.* [a-z]+_prod$ (foo|bar)+x (ab|cd)*$ (a{3})+$
-            """.split():
+    """What people write is accepted, and in the agent's own process no
+    pattern takes more than two seconds on any argument."""
+    for pattern in ORDINARY:
         rules = make_rules(rule(arguments=f"{{ table = '{pattern}' }}"))
-        for unit in ("a", " ", "pro ", "1-", "ab", "drop\n"):
-            rules.first_match("delete_x", {"table": (unit * 4096)[:4096]})
-    assert time.thread_time() - start < 20
+        for unit in ("a", " ", "pro ", "1-", "ab", "drop\n", "git push -f ",
+                     "foobar", "a/b", "get "):
+            for length in (450, 4000, 200_000):
+                start = time.thread_time()
+                rules.first_match("delete_x", {
+                    "table": (unit * length)[:length]})
+                assert time.thread_time() - start < 2, (pattern, unit, length)
+
+
+@pytest.mark.parametrize("pattern, text, found", [
+    ("git.*push", "git x push", True), ("git.*push", "push git", False),
+    ("a.*ab", "xab", False), ("a.*b|c.*d", "c d", True), ("ab.*b", "ab", False),
+    ("(a.*b)c", "a bc", True), ("[.*]x", "*x", True), (r"a\.*b", "a..b", True),
+    (r"(a).*\1", "a b", False), ("a.*?b", "a b", True), ("^a.*b$", "xab", False),
+    (r"\\.*b", "\\ab", True), (r"[\]|x].*b", "|b", True), ("a.*", "a", True),
+    ("(?i)a.*b", "AB", True), (r"x.*(?<=x)y", "x xy", True), (".*", "", True)])
+def test_pieces_find_what_the_whole_pattern_finds(pattern, text, found):
+    """A pattern is looked for piece by piece, cut at each `.*`, and finds
+    what it would find as a whole."""
+    whole = hitl.re.search(pattern, text, re.IGNORECASE | re.DOTALL)
+    assert hitl.in_order(pattern, text) == (whole is not None) == found
+
+
+@pytest.mark.parametrize("pattern", [r'"\bpay"', r'"pay\n"', r'"\u200bpay"'])
+def test_a_control_character_in_a_pattern_is_refused(make_rules, pattern):
+    """"\\bpay" in TOML's double quotes is a backspace and would never match:
+    the error says to use single quotes."""
+    with pytest.raises(hitl.ConfigError, match="pattern in 'single quotes'"):
+        make_rules(rule(action_pattern=pattern))
+
+
+# ---- one name is one name; a call inside a call ----
+
+@pytest.mark.parametrize("arguments", [
+    {"environment": "staging", "Environment": "prod"},
+    {"environment": "staging", "\uff45nvironment": "prod"},
+    {"environment": "staging", "environment\0": "prod"},
+    {"environment": "staging", "environ\u00adment": "prod"},
+    {"environment": "staging", "a": [{"b": {"x": 1, "X": 2}}]}], ids=ascii)
+def test_names_that_count_as_one_are_ambiguous(make_rules, arguments):
+    """Two argument names that are equal after NFKC, casefolding and dropping
+    what is not printable, at any depth: review and deny match, allow not."""
+    for effect, outcome in (("review", "review"), ("deny", "deny"),
+                            ("allow", "review")):
+        rules = make_rules('[gate]\nunmatched = "review"\n' + rule(
+            action_pattern='"deploy"', effect=f'"{effect}"', arguments=(
+                '{ environment = "prod|staging" }' if effect == "allow"
+                else '{ environment = "prod" }')))
+        assert rules.first_match("deploy", arguments).effect == outcome
+        plain = rules.first_match("deploy", {"environment": "staging"})
+        assert plain.effect == ("allow" if effect == "allow" else "review")
+
+
+@pytest.mark.parametrize("tool, inner", [
+    ("use_mcp_tool", {"server_name": "fs", "tool_name": "delete_file",
+                      "arguments": '{"path": "x"}'}),
+    ("parallel", {"tool_uses": [{"recipient_name": "functions.delete_file",
+                                 "parameters": {}}]}),
+    ("execute", {"tool_slug": "DELETE_FILE", "arguments": {}}),
+    ("call", {"toolName": "delete_file"}),
+    ("call", {"Tool-Name": "delete_file", "args": None}),
+    ("call", {"name": "delete_file", "input": "x"}),
+    ("call", {"a": [' {"b": "[{\\"tool\\": \\"delete_file\\", '
+                    '\\"input\\": {}}]"}']}),
+    ("call", {"a": '{"tool_name": "ls", "tool_name": "delete_file"}'}),
+    ("call", {"a": '{"tool_name": "delete_file", "tool_name": "ls"}'}),
+    ("call", {"a": '["{\\u0022tool_name\\u0022: \\u0022delete_file\\u0022}"]'}),
+    ("call", {"calls": [{"name": "x", "input": 1}] * 101}),
+    ("call", {"a": "[" * 99_999})], ids=rules_id)
+def test_a_dispatcher_is_looked_through(make_rules, make_gate, desk, tool,
+                                        inner):
+    """Where a call's arguments name an inner tool with its arguments, at any
+    depth, in lists and in JSON text, that call is matched too and the
+    stricter one counts."""
+    for effect in ("review", "deny"):
+        rules = make_rules(rule('"ok"', action_pattern=f'"{tool}"', effect=(
+            '"allow"')) + rule(effect=f'"{effect}"'))
+        many = len(inner.get("calls", "")) > 100 or "a" in inner and (
+            inner["a"][0] == "[" and len(inner["a"]) > 999)
+        found = rules.first_match(tool, inner)
+        assert found.effect == ("review" if many else effect)
+        assert not rules.is_free(tool, inner) or not (
+            hitl.has_plain_values(inner))
+    for harmless in ({"name": "delete_file"}, {"a": "delete_file"},
+                     {"path": "x", "content": '{"name": "delete_x"}'}):
+        assert rules.first_match(tool, harmless).effect == "allow"
+
+
+def test_a_long_name_waits_before_anything_is_cut(make_rules):
+    """A tool's name of more than 200 characters waits, whatever allows it."""
+    rules = make_rules(rule() + rule('"b"', action_pattern='".*"',
+                                     effect='"allow"'))
+    assert rules.first_match("x" * 200, {}).effect == "allow"
+    for name in ("x" * 201, "x" * 228 + "delete_users", "x" * 9999):
+        match = rules.first_match(name, {})
+        assert match.checkpoint.checkpoint_id == "odd-name"
+        assert match.why == "the name has more than 200 characters"
+
+
+# ---- shell commands and file edits ----
+
+SHELL_NAMES = """Bash bash PowerShell run_shell_command run_commands Shell
+    mcp__shell__run_command run_terminal_command runTerminalCommand process
+    execute_terminal_command mcp__jetbrains__execute_terminal_command pwsh
+    executePwsh bash_tool Execute execute_shell_command run_bash shell-exec
+    functions.Bash:0 mcp__ssh__ssh_exec execute_cmd local_shell run_in_terminal
+    container.exec RunCommand runcommand start_process launch-process
+    mcp__desktop-commander__start_process mcp_shell_run-command exec_command
+    shell_command Terminal Monitor sandbox_run zsh Console cmd.exe bashTool
+    terminal_run executeCommand execute_bash run_terminal_cmd""".split()
+EDIT_NAMES = """Write Update edit_notebook_file text_editor fs_write edit_block
+    mcp__filesystem__write_file replace_file_content write_to_file createFile
+    builtin_edit_existing_file WriteFile StrReplaceFile append_file MultiEdit
+    create_text_file delete_file EditNotebook mcp_filesystem_write_file
+    str_replace_based_edit_tool apply_patch replace_in_file insert_content
+    move_file fs.write:0 applyDiff search_replace write-file save_file
+    replace_symbol_body insert_at_line NotebookEdit rename_path""".split()
+
+
+def kinds(effect='"review"', pattern=r"'\brm\b'", edit="'leash'") -> str:
+    """Rules for commands and for edits."""
+    return rule('"cmd"', kind='"shell"', effect=effect, action_pattern=pattern,
+                description_template='"Run {command}"') + rule(
+        '"own"', kind='"edit"', effect='"deny"', action_pattern=edit,
+        description_template='"Edit {file_path}"')
+
+
+def test_a_kind_is_known_by_its_shape(make_rules):
+    """kind selects commands and edits whatever an agent calls the tool: a
+    word for it in any joining, and an argument that holds the text."""
+    rules = make_rules(kinds())
+    for name in SHELL_NAMES:
+        for key in ("command", "cmd", "Command", "shellCommand"):
+            assert rules.first_match(name, {key: "rm x"}).effect == "review"
+        assert rules.first_match(name, {"command": "ls"}).effect == "allow"
+    for name in EDIT_NAMES:
+        for key in ("path", "file_path", "filePath", "target-file"):
+            assert rules.first_match(name, {key: "a/leash"}).effect == "deny"
+        assert rules.first_match(name, {"path": "a"}).effect == "allow"
+    for name in ("read_file", "Read", "view", "glob", "Grep", "get_dataset"):
+        call = {"path": "leash", "pattern": "rm", "query": "rm x"}
+        assert rules.first_match(name, call).effect == "allow", name
+
+
+@pytest.mark.parametrize("arguments, held", [
+    ({"command": "ls; rm x"}, True), ({"command": 'r"m" x'}, True),
+    ({"command": "r\\m x"}, True), ({"command": "r\\\nm x"}, True),
+    ({"command": "rm$IFS-rf${IFS}x"}, True), ({"command": "form x"}, False),
+    ({"command": ["rm", "x"]}, True), ({"commands": ["ls", "rm x"]}, True),
+    ({"command": '["bash", "-c", "\\u0072m x"]'}, True),
+    ({"commands": [{"command": "rm x"}]}, True), ({"command": {"a": 1}}, True),
+    ({"command": "ls", "cmd": 7}, True), ({"options": {"cmd": "rm x"}}, True),
+    ({"command": None}, True), ({"command": ""}, False), ({}, False),
+    ({"command": "ls", "Command": "pwd"}, True), ({"input": "rm x\n"}, True),
+    ({"command": "git rev-parse $(cat <<E\nx\nE\n) | tee `pwd`"}, False)],
+    ids=rules_id)
+def test_a_tripwire_looks_at_three_views(make_rules, arguments, held):
+    """The pattern is searched in the command as it is, without quotes,
+    backslashes and line continuations, and with $IFS as a blank; what cannot
+    be read matches, and nothing is parsed."""
+    effect = make_rules(kinds()).first_match("Bash", arguments).effect
+    assert (effect == "review") == held
+
+
+OPENS = ["git status", "ls", "ls -la a/b.c", "git status && ls | cat README.md",
+         'echo "a;b" \'$x `y`\'', "ls 2>&1 ; ls >/dev/null || echo a=%b",
+         "2>/dev/null ls\nls", "echo  a"]
+SHUT = r"""git status \r#; touch P@@ls \x0b#; touch P@@ls ${x# #}; touch P
+    cat README.md ';' ls SECRET@@git status; touch P@@ls $(touch P)@@ls `x`
+    ls > P@@ls\ntouch P@@ls & touch P@@ls <(touch P)@@ls \\\n; touch P@@ls\0
+    ["echo",\n"./x"]@@ls\n@@; ls@@ls;;ls@@ls && @@ls &&& ls@@2>&1@@ls 2>&1x
+    ls>/dev/null@@ls --% x@@echo "!!"@@echo 'a\''@@echo "$x"@@echo "a`b"@@ls *
+    ls ?@@ls ~@@ls {a,b}@@! ls@@# ls@@ls #x@@A=1 git status@@LS@@lsx@@echo 'a
+    echo "a@@(ls)@@{ ls; }@@ls <<E\nx\nE@@ls < a@@ls |& ls@@ls\x85ls@@ls [a]
+    ls \u2019x@@echo ^x@@ls\rls@@-ls@@'ls'@@l"s"@@ls 1>&2@@ls 3>/dev/null
+    ls >/dev/null2@@ls 2> /dev/null@@ls >>/dev/null@@ls &>/dev/null@@ls\t-l
+    make test;(x)@@ls \x7f@@ls;\n;ls@@ @@echo a\\b@@ls >P@@ls | | ls@@ls |
+    """.rstrip().replace("\n    ", "@@").split("@@")
+
+
+@pytest.fixture
+def allow_rules(make_rules):
+    pattern = r"'git status|ls( .*)?|echo .*|cat README\.md|make test'"
+    return make_rules('[gate]\nunmatched = "review"\n' + kinds(
+        '"allow"', pattern))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="nothing opens there")
+def test_an_allow_list_opens_for_plain_texts_only(allow_rules, monkeypatch):
+    """Of a shell text every simple command must match to the letter, and
+    what a shell could read as more than words, quotes without escapes and
+    joints opens nothing; on Windows nothing does."""
+    for text in OPENS:
+        match = allow_rules.first_match("Bash", {"command": text})
+        assert match.effect == "allow", text
+    for text in SHUT:
+        text = text.encode().decode("unicode_escape")
+        match = allow_rules.first_match("Bash", {"command": text})
+        assert match.effect == "review", text
+    monkeypatch.setattr(hitl.os, "name", "nt")
+    assert allow_rules.first_match("Bash", {"command": "ls"}).effect == "review"
+
+
+@pytest.mark.parametrize("tool, more, opens", [
+    ("Bash", {}, True), ("run_shell_command", {"description": "x"}, True),
+    ("Bash", {"timeout": 9000, "run_in_background": False}, True),
+    ("Bash", {"cwd": "."}, True), ("Bash", {"workdir": "FOLDER/x/.."}, True),
+    ("Bash", {"cwd": "/"}, False), ("Bash", {"cwd": 7}, False),
+    ("Bash", {"env": {}}, False), ("Bash", {"shell": "fish"}, False),
+    ("Bash", {"timeout": "1; rm x"}, False), ("Bash", {"x": None}, False),
+    ("Bash", {"description": ["x"]}, False), ("Bash", {"Command": "ls"}, False),
+    ("Bash", {"script": "ls"}, False), ("mcp__ssh__Bash", {}, False),
+    ("x.Bash", {}, False), ("Bash", {"command": ["git", "status"]}, True),
+    ("Bash", {"command": ["ls", "-l; rm x"]}, False),
+    ("Bash", {"command": ["git status"]}, False), ("Bash", {"command": []}, False),
+    ("Bash", {"command": ["echo", 7]}, False)], ids=rules_id)
+def test_an_allow_list_needs_to_know_every_argument(allow_rules, tmp_path,
+                                                    tool, more, opens):
+    """Beside the command only a description, a time-out, a background flag,
+    or the folder the agent is in; an argv list is one command, verbatim."""
+    more = {k: v.replace("FOLDER", str(tmp_path)) if isinstance(v, str) else v
+            for k, v in more.items()}
+    (tmp_path / "x").mkdir()
+    match = allow_rules.first_match(tool, {"command": "ls"} | more,
+                                    str(tmp_path))
+    assert (match.effect == "allow") == opens
+
+
+def test_an_edit_is_seen_where_it_lands(make_rules, tmp_path):
+    """An edit rule looks at each path as written and as resolved, relative
+    to the hook's cwd, and at a patch, in a shell text too."""
+    (tmp_path / "leash").write_text("")
+    (tmp_path / "notes.md").symlink_to("leash")
+    (tmp_path / "d").mkdir()
+    rules = make_rules(kinds(edit=f"'{tmp_path}/leash|^leash$'"))
+    patch = ("*** Begin Patch\n*** {} File: {}\n@@\n-leash\n+leash\n leash\n"
+             "*** End Patch\n")
+    for tool, arguments, denied in (
+            ("Write", {"file_path": "leash"}, True),
+            ("Write", {"file_path": "LEASH"}, True),
+            ("Write", {"file_path": "notes.md", "content": "x"}, True),
+            ("Write", {"file_path": "d/../notes.md"}, True),
+            ("Write", {"uri": f"file://{tmp_path}/le%61sh"}, True),
+            ("Write", {"file_path": "d/leash"}, False),
+            ("Write", {"file_path": "x", "content": "leash"}, False),
+            ("Write", {"path": "a", "Path": "leash"}, True),
+            ("Write", {"files": [{"path": "a"}, {"path": "leash"}]}, True),
+            ("Write", {"paths": ["a", "leash"]}, True),
+            ("Write", {"path": "a", "edits": [{"newText": "leash"}]}, False),
+            ("Write", {"path": "a\0b"}, True), ("Write", {}, False),
+            ("move_file", {"source": "x", "destination": "leash"}, True),
+            ("apply_patch", {"input": patch.format("Update", "leash")}, True),
+            ("apply_patch", {"input": patch.format("Update", "notes.md")}, True),
+            ("apply_patch", {"input": patch.format("Add", "x")}, False),
+            ("patch", {"diff": "--- a/x\n+++ b/notes.md\n"}, True),
+            ("Bash", {"command": "apply_patch <<'E'\n" + patch.format(
+                "Update", "notes.md") + "E"}, True),
+            ("Bash", {"command": "apply_patch <<'E'\n" + patch.format(
+                "Add", "d/x") + "E"}, False),
+            ("Bash", {"command": "cat leash"}, False),
+            ("Read", {"file_path": "leash"}, False)):
+        match = rules.first_match(tool, arguments, str(tmp_path))
+        assert (match.effect == "deny") == denied, (tool, arguments)
+
+
+def test_an_allow_rule_for_edits_needs_a_plain_path(make_rules, tmp_path):
+    """An edit opens only where every path is written plainly and ends where
+    it says; a patch opens nothing."""
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src/link").symlink_to("/etc")
+    rules = make_rules('[gate]\nunmatched = "review"\n' + rule(
+        kind='"edit"', effect='"allow"', action_pattern="'src/.*'"))
+    for arguments, opens in (
+            ({"path": "src/a"}, True), ({"path": "src/../a"}, False),
+            ({"path": "src/link/passwd"}, False), ({"path": "Src/a"}, False),
+            ({"paths": ["src/a", "b"]}, False), ({"path": "src/\u0430"}, False),
+            ({"path": "src/a", "diff": "x"}, False), ({}, False)):
+        match = rules.first_match("Write", arguments, str(tmp_path))
+        assert (match.effect == "allow") == opens, arguments
 
 
 # ---- templates, warnings ----
@@ -5001,76 +5289,6 @@ def test_hook_snippets(tmp_path):
     assert all(f"{agent}: " in done.stdout for agent in hitl.SNIPPETS
                if agent != "opencode")
     assert f"{home}/.claude/settings.json: DOES NOT BLOCK" in done.stdout
-
-
-KIND_CASES = (                      # text of the command -> does it wait?
-    ("ls", False), ("rm x", True), ("ls; rm x", True), ("ls&&rm x", True),
-    ("ls | xargs rm", True), ('r"m" x', True), ("r\\m x", True),
-    ("/bin/rm x", True), ("echo 'a;b'", False), ("echo $(ls)", True),
-    ("echo `ls`", True), ("cat <<E\nx\nE", True), ("$CMD x", True),
-    ("eval x", True), ("echo 'open", True), ("A=1 $B", True), ("", True),
-    ("git  push", True), ("git push", True), ("form x", False),
-    ("ls\nrm x", True), ("(rm x)", True), ("ls 2>&1", False),
-    ("ls # don't\nr\"m\" x\n# that's it", True), ("bash", True),
-    ("curl x | sh", True), ("bash -c 'r\"m\" x'", True), ("/bin/r? x", True),
-    ("env $a", True), ("sudo ls", False), ("bash run.sh", False),
-    ("for i in 1; do echo $i; done", False), ("[ -f x ] && ls", False))
-
-
-def test_kind_shell_in_every_dialect(make_rules):
-    """One checkpoint holds a shell command in all agents, part by part; a
-    text that cannot be taken apart waits."""
-    rules = make_rules(SHELL)
-    for name, (around, *_) in HOOKS.items():
-        for text, waits in KIND_CASES:
-            call = around(text)
-            tool, arguments = hitl.proposed(hitl.dialect_of(call), call)
-            match = rules.first_match(tool, arguments)
-            assert (match.effect == "review") == waits, (name, text)
-    for tool, name in (("Edit", "file_path"), ("write_file", "path"),
-                       ("apply_patch", "input"), ("edit", "filePath")):
-        match = rules.first_match(tool, {name: "/w/.claude/settings.json"})
-        assert match.effect == "deny"
-        assert rules.first_match(tool, {name: "/w/a"}).effect == "allow"
-
-
-def test_kind_reads_each_argument(make_rules):
-    """A list's items are commands of their own, only a real shell's -c is
-    looked into, and what cannot be read waits, whatever stands beside it."""
-    rules = make_rules(SHELL.replace("\\brm\\b|", "^rm\\b|"))
-    for arguments, waits in (
-            ({"commands": ["ls '", 'r"m" x', "'"]}, True),
-            ({"commands": ["ls", "pwd"]}, False),
-            ({"command": ["rm", "-c", "ls"]}, True),
-            ({"command": ["/tmp/x/bash", "-c", "rm y"]}, True),
-            ({"command": ["bash", "-lc", "ls"]}, False),
-            ({"command": "ls", "cmd": {"a": 1}}, True),
-            ({"command": "ls", "commands": [{"command": "rm x"}]}, True),
-            ({"command": ' ["to", "\\u0072m x"]'}, False),
-            ({"command": "sudo rm x"}, True)):
-        effect = rules.first_match("Bash", arguments).effect
-        assert (effect == "review") == waits, arguments
-
-
-def test_kind_shell_allow(make_rules):
-    """`allow` needs every part of a command to the letter, no redirection,
-    and the agent's own shell, not a tool that ends in its name."""
-    rules = make_rules(SHELL.replace(
-        "[gate]", '[gate]\nunmatched = "review"').replace(
-        '\\brm\\b|\\bgit push\\b', '(ls|cat)( [a-z ]+)?').replace(
-        'kind = "shell"', 'kind = "shell"\neffect = "allow"'))
-    for text, allowed in (("ls", True), ("ls && cat a", True),
-                          ("ls; x", False), ("LS", False), ("", False),
-                          ("ls > a", False),
-                          ("ls $(x)", False), ("ls\n", True)):
-        match = rules.first_match("Bash", {"command": text})
-        assert (match.effect == "allow") == allowed, text
-    for tool, arguments in (
-            ("mcp__x__Bash", {"command": "ls"}),
-            ("Bash", {"command": ["/tmp/evil", "-c", "ls"]}),
-            ("Bash", {"command": "ls", "script": {}}),
-            ("Bash", {"command": "ls # don't\nrm x\n# that's it"})):
-        assert rules.first_match(tool, arguments).effect == "review"
 
 
 # ---- the MCP proxy ----
