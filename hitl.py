@@ -476,14 +476,14 @@ def parse_json(data: bytes | str) -> Any:
     """
     text = data.decode("utf-8") if isinstance(data, bytes) else data
     text = text.strip(" \t\r\n")
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        check_depth(text)
     try:
         value, end = STRICT.raw_decode(text)
         if end != len(text):
-            raise ValueError("something stands behind the JSON")
+            raise ValueError("unexpected text after the JSON")
     except RecursionError:
         raise ValueError(f"nested deeper than {MAX_DEPTH}") from None
-    if text.count("[") + text.count("{") > MAX_DEPTH:
-        check_depth(value)
     if "\\ud" in text or "\\uD" in text or not text.isascii():
         try:
             json.dumps(value, ensure_ascii=False).encode()
@@ -492,16 +492,21 @@ def parse_json(data: bytes | str) -> Any:
     return value
 
 
-def check_depth(value: Any) -> None:
-    """ValueError where lists and objects nest deeper than MAX_DEPTH."""
-    level = [value]
-    for _ in range(MAX_DEPTH + 1):
-        level = [v for v in level if isinstance(v, (dict, list))]
-        if not level:
-            return
-        level = [inner for outer in level for inner in (
-            outer.values() if isinstance(outer, dict) else outer)]
-    raise ValueError(f"nested deeper than {MAX_DEPTH}")
+JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+TO_BRACKETS = bytes.maketrans(b"{}", b"[]")
+NO_BRACKET = bytes(set(range(256)) - set(b"[]{}"))
+
+
+def check_depth(text: str) -> None:
+    """ValueError where lists and objects nest deeper than MAX_DEPTH. Told from
+    the brackets alone, whose innermost pairs are taken away level by level:
+    deep values are slow to make (a megabyte of them a third of a second)."""
+    brackets = JSON_STRING.sub(b"", text.encode("utf-8", "replace")).translate(
+        TO_BRACKETS, NO_BRACKET)
+    for _ in range(MAX_DEPTH):
+        brackets = brackets.replace(b"[]", b"")
+    if b"[" in brackets:
+        raise ValueError(f"nested deeper than {MAX_DEPTH}")
 
 
 def digest_of(description: str, arguments: str | None,
@@ -2254,6 +2259,7 @@ class Change(NamedTuple):
     event: str
     request_id: str             # or `standing:7`
     actor: str
+    description: str | None     # the beginning of it, of a request
 
 
 SAID = ("decision", "until", "uses", "request_id", "reason")
@@ -2427,7 +2433,9 @@ class Store:
                     return []
                 self.db.execute("COMMIT")
                 news = self.db.execute(
-                    "SELECT event, subject, actor FROM audit_log WHERE "
+                    "SELECT event, subject, actor, "
+                    "substr(action_description, 1, 200) FROM audit_log LEFT "
+                    "JOIN pending_reviews ON request_id = subject WHERE "
                     "sequence > ?", (self.told,)).fetchall()
                 self.told = self.head.sequence
                 return list(map(Change._make, news))
@@ -4366,8 +4374,10 @@ def reviewed_row(request: ReviewRequest) -> Html:
 MAX_HEAD = 16 * 1024            # bytes: browsers stay below 8 KiB
 MAX_FIELDS = 64                 # header fields: browsers send about 20
 MAX_BODY = 1 << 20              # bytes: context, arguments and their escapes
+MAX_LINE = 120                  # characters of a request in a printed line
 MAX_POLL_SECONDS = 60           # one long poll; proxies cut longer ones
 RECENT_SECONDS = 10             # a poll this recent: somebody waits
+LISTED = 500                    # waiting requests in one JSON answer
 PAGE_CARDS = 100                # waiting requests on the page at once
 REVIEWED_CARDS = 20             # reviewed ones below them
 
@@ -4377,7 +4387,8 @@ REFUSALS = {
     "bad-field": 400, "bad-digest": 400, "bad-decision": 400,
     "not-signed-in": 401, "wrong-credentials": 401, "not-your-route": 403,
     "cross-site": 403, "no-such-route": 404, "unknown": 404,
-    "wrong-method": 405, "already-decided": 409, "expired": 409,
+    "wrong-method": 405, "already-decided": 409, "too-fast": 409,
+    "expired": 409,
     "withdrawn": 409, "id-taken": 409, "not-approved": 409,
     "already-claimed": 409, "lapsed": 409, "arguments-changed": 409,
     "not-claimed": 409, "already-finished": 409, "length-required": 411,
@@ -4409,6 +4420,7 @@ ROUTES = (
     Route("GET",  "/",                     "reviewer", "get_desk"),
     Route("GET",  "/review/{request_id}",  "reviewer", "get_review"),
     Route("GET",  "/history",              "reviewer", "get_history"),
+    Route("GET",  "/changes",              "reviewer", "get_changes"),
     Route("GET",  "/healthz",              "anyone",   "get_healthz"),
 )
 BY_PATH: dict[tuple[str, bool], dict[str, Route]] = {}
@@ -4450,8 +4462,8 @@ REQUEST_LINE = re.compile(rb"([A-Z]{1,20}) (/[!-~]*) HTTP/1\.([01])")
 FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):"
                    rb"[ \t]*+([!-~\x80-\xff][ \t!-~\x80-\xff]*+)?")
 NOT_HTTP = re.compile(rb"\A[^A-Z]|\r(?!\n)(?!\Z)|(?<!\r)\n")
-LOCAL_HOST = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:[0-9]{1,5})?",
-                        re.IGNORECASE)
+PORT_OF = {"http": "80", "https": "443"}
+OWN_ADDRESS = "https://desk.example.org"        # in a hint
 READ_ONCE = frozenset((
     "host", "content-length", "content-type", "authorization", "origin",
     "sec-fetch-site", "sec-fetch-dest", "transfer-encoding", "expect"))
@@ -4518,6 +4530,7 @@ class Tokens(NamedTuple):
     agent: str | None               # None: agent routes are open (loopback)
     shared: str | None              # any reviewer's name
     named: Mapping[str, str]        # or each reviewer's own
+    agents: Mapping[str, str] = {}  # each agent's own
 
 
 def token_hash(token: str | bytes) -> str:
@@ -4551,6 +4564,9 @@ def identify(authorization: str, tokens: Tokens) -> Principal | None:
     known = token_hash(token)
     if tokens.agent and compare_digest(known, tokens.agent):
         return Principal("agent", "token")
+    for agent, own in tokens.agents.items():
+        if compare_digest(known, own):
+            return Principal("agent", agent, "own token")
     expected = tokens.named.get(reviewer, tokens.shared)
     if (basic and expected and compare_digest(known, expected)
             and reviewer.isprintable() and len(reviewer) <= 64):
@@ -4559,14 +4575,51 @@ def identify(authorization: str, tokens: Tokens) -> Principal | None:
     return None
 
 
-def check_origin(headers: Mapping[str, str], own: tuple[str, ...]) -> None:
-    """Refusal where another site's page sent this (CSRF). A browser says so
-    in Sec-Fetch-Site or Origin; who sends neither is no browser."""
+def authority(text: str, scheme: str = "") -> tuple[str, str]:
+    """Host and port of a Host field, or of what follows an Origin's scheme,
+    whose own port is not written; ("", "") for anything else."""
+    found = re.fullmatch(HOST, text, re.ASCII)
+    if found is None:
+        return "", ""
+    return found[1].lower(), found[2] or PORT_OF.get(scheme, "")
+
+
+def check_origin(headers: Mapping[str, str], url: str) -> None:
+    """Refusal where another site's page sent this (CSRF). Browsers say so in
+    Sec-Fetch-Site, older ones in Origin; a request with neither comes from no
+    browser. Behind a proxy the scheme that we see is not the page's."""
     origin, site = headers["origin"], headers["sec-fetch-site"]
-    if origin == "null" or (site != "same-origin" if "sec-fetch-site" in headers
-                            else origin not in ("", *own)):
+    scheme, _, place = origin.partition("://")
+    if "sec-fetch-site" in headers:
+        own = site == "same-origin" and origin != "null"
+    elif "origin" in headers:
+        ours = (authority(headers["host"], scheme),
+                authority(url.partition("://")[2], scheme))
+        its = authority(place, scheme)
+        own = its != ("", "") and its in ours
+    else:
+        own = True
+    if not own:
         raise Refusal("cross-site", "another site's page sent this",
-                      "decide on the page itself, opened at its own address")
+                      "decide on the page itself, opened at its own address; "
+                      "if that is the one you used, put it under [server] in "
+                      f'checkpoints.toml: public_url = "{OWN_ADDRESS}"')
+
+
+def check_host(host: str, url: str) -> None:
+    """Refusal for a name that is not ours, where no credentials are needed:
+    DNS rebinding needs a foreign name (CVE-2025-49596)."""
+    import ipaddress
+    name, _ = authority(host)
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(name.strip("[]"))
+        return
+    if name != "localhost" and host.lower() != url.partition("://")[2].lower():
+        raise Refusal(
+            "wrong-host", f'this server is not "{visible(host[:200])}"',
+            "sign in with a token, or, if it is reached by that name, put under "
+            "[server] in checkpoints.toml: public_url = "
+            f'"http://{visible(host[:80])}"')
 
 
 def content_type(headers: Mapping[str, str]) -> str:
@@ -4580,6 +4633,24 @@ def parse_query(query: str) -> Mapping[str, str]:
         return unique_pairs(parse_qsl(query, max_num_fields=16))
     except ValueError:
         raise bad_head("the query cannot be read") from None
+
+
+def wait_in(query: str) -> float:
+    """How many seconds a poll may be held."""
+    text = parse_query(query).get("wait", "0")
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
+        raise Refusal("bad-field", '"wait" is not a number of seconds',
+                      "ask for ?wait=5")
+    return min(float(text), MAX_POLL_SECONDS)
+
+
+def number_in(query: str, name: str) -> int:
+    """A whole number of the query; 0 where it is left out."""
+    text = parse_query(query).get(name, "0")
+    if not re.fullmatch("[0-9]{1,15}", text, re.ASCII):
+        raise Refusal("bad-field", f'"{name}" is not a whole number',
+                      f"ask for ?{name}=0")
+    return int(text)
 
 
 def parse_form(body: bytes) -> dict[str, str]:
@@ -4746,7 +4817,7 @@ def status_line(status: int) -> str:
 class Poll(NamedTuple):
     """An answer that waits until something changes."""
 
-    about: str                          # a request_id
+    about: str                          # a request_id; "": anything
     seconds: float                      # at most
 
 
@@ -4756,7 +4827,6 @@ class Desk:
 
     def __init__(self, store: Store, tokens: Tokens, url: str) -> None:
         self.store, self.tokens, self.url = store, tokens, url
-        self.public_host = url.partition("://")[2].lower()
         self.admit = functools.lru_cache(maxsize=512)(self.judge)
         self.dated = (0, "")
         self.attended_until: dict[str, float] = {}  # request_id -> monotonic
@@ -4785,10 +4855,10 @@ class Desk:
         head = parse_head(data)
         headers = head.headers
         route, request_id = self.route(head)
-        if route.who != "anyone":
-            self.check_host(headers["host"])
+        if self.is_open(route) and "authorization" not in headers:
+            check_host(headers["host"], self.url)
         if head.method == "POST":
-            check_origin(headers, (f"http://{headers['host']}", self.url))
+            check_origin(headers, self.url)
         who = self.check_rights(route, headers)
         if head.method == "POST":
             wanted = (JSON, FORM) if route.who == "reviewer" else (JSON,)
@@ -4804,6 +4874,11 @@ class Desk:
             raise Refusal("too-large", f"the body is over {MAX_BODY} bytes",
                           "send less context")
         return head._replace(route=route, request_id=request_id, who=who)
+
+    def is_open(self, route: Route) -> bool:
+        """Whether any program on this machine may ask this."""
+        return (route.who == "agent" and self.tokens.agent is None
+                and not self.tokens.agents)
 
     def route(self, http: HttpRequest) -> tuple[Route, str]:
         """The row of ROUTES for a path and method, and the request_id."""
@@ -4826,17 +4901,6 @@ class Desk:
                           "1 to 128 of A-Z a-z 0-9 . _ : -")
         return methods[http.method], name
 
-    def check_host(self, host: str) -> None:
-        """Refusal for a name that is not ours: DNS rebinding needs one
-        (CVE-2025-49596)."""
-        if not LOCAL_HOST.fullmatch(host) and (
-                not self.public_host or host.lower() != self.public_host):
-            raise Refusal(
-                "wrong-host", f'this server is not "{visible(host[:200])}"',
-                "if reviewers reach it by that name, put under [server] in "
-                "checkpoints.toml: public_url = "
-                f'"http://{visible(host[:80])}"')
-
     def check_rights(self, route: Route,
                      headers: Mapping[str, str]) -> Principal:
         """Who asks, if the route belongs to that kind (promise 5)."""
@@ -4844,7 +4908,7 @@ class Desk:
             return NOBODY
         challenge = BEARER if route.who == "agent" else BASIC
         if "authorization" not in headers:
-            if route.who == "agent" and self.tokens.agent is None:
+            if self.is_open(route):
                 return Principal("agent", "unauthenticated")
             raise Refusal("not-signed-in", f"this is for the {route.who}",
                           CURES[route.who], headers=challenge)
@@ -4890,12 +4954,18 @@ class Desk:
     def news(self, request_id: str, close: bool) -> bytes:
         """What a parked poll is answered."""
         import sqlite3
+        if not request_id:
+            return self.message(200, JSON, self.change().encode(), close)
         self.attended_until[request_id] = time.monotonic() + RECENT_SECONDS
         try:
             summary = self.store.summary(request_id)
         except (Refusal, sqlite3.Error):
             return self.problem(None, STORAGE_FAILED, close)
         return self.message(200, JSON, self.shape_json(summary).encode(), close)
+
+    def change(self) -> str:
+        """A number that grows with every change."""
+        return f'{{"change": {self.store.head.sequence}}}'
 
     def refused(self, head: bytes, refusal: Refusal) -> bytes:
         """The answer to a request that is not admitted."""
@@ -4979,12 +5049,8 @@ class Desk:
 
     def get_pending(self, http: HttpRequest) -> bytes | Poll:
         summary = self.store.summary(http.request_id, str(http.who))
-        text = parse_query(http.query).get("wait", "0")
-        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
-            raise Refusal("bad-field", '"wait" is not a number of seconds',
-                          "ask for ?wait=5")
+        wait = wait_in(http.query)
         if summary.status == Status.WAITING:
-            wait = min(float(text), MAX_POLL_SECONDS)
             self.attended_until[http.request_id] = (
                 time.monotonic() + wait + RECENT_SECONDS)
             if wait:
@@ -5036,9 +5102,19 @@ class Desk:
         return self.about(http, request.summary)
 
     def get_waiting(self, http: HttpRequest) -> bytes:
-        """Everything that waits, in the order of the page."""
-        return self.json(http, {"waiting": [
-            self.listed(request) for request in self.store.waiting(MAX_WAITING)]})
+        """What waits, in the order of the page; `next` is where to go on."""
+        start = number_in(http.query, "from")
+        rows = self.store.waiting(LISTED + 1, start)
+        return self.json(http, {
+            "waiting": list(map(self.listed, rows[:LISTED])),
+            "next": start + LISTED if len(rows) > LISTED else None})
+
+    def get_changes(self, http: HttpRequest) -> bytes | Poll:
+        """A page's poll: answered when anything is no longer as it was."""
+        wait, after = wait_in(http.query), number_in(http.query, "after")
+        if wait and after == self.store.head.sequence:
+            return Poll("", wait)
+        return self.message(200, JSON, self.change().encode(), http.close)
 
     def listed(self, request: ReviewRequest) -> dict[str, Any]:
         return self.shape(request.summary) | {
@@ -5080,10 +5156,11 @@ class Desk:
 
 # ================================== Loop ===================================
 # The listening socket: http.server's HTTPServer binds it, asyncio serves it.
-# Whole requests queue up; a turn takes them, reviewers' first, runs them in
+# Whole requests queue up. A turn takes them, reviewers' first, runs them in
 # one SQLite transaction, and answers only after its COMMIT: a group commit
 # without a second thread, no locks, no races. A waiting agent is a parked
-# connection, not a thread.
+# connection, not a thread. Nothing here waits for anybody: a client that is
+# slow, silent or greedy is dropped when its time or its share is used up.
 
 
 class Limits(NamedTuple):
@@ -5095,10 +5172,14 @@ class Limits(NamedTuple):
     idle_seconds: float = 75        # a connection kept for the next request
     linger_seconds: float = 2       # to let a refused client read the refusal
     slow_seconds: float = 1         # before wrong credentials are answered
+    handshake_seconds: float = 5    # for TLS
     drain_seconds: float = 5        # for the last answers when stopping
     sweep_seconds: float = 0.25     # how often deadlines are looked at
     connections: int = 8000         # file descriptors, and a page of memory
     unread_bytes: int = 64 << 20    # of all requests that are not answered
+
+
+LIMITS = Limits()
 
 
 class Connection:
@@ -5107,8 +5188,8 @@ class Connection:
     """
 
     __slots__ = ("loop", "transport", "inbox", "searched", "http", "body",
-                 "waits_for", "timer", "answering", "refused", "ended",
-                 "close_connection", "trusted", "until")
+                 "waits_for", "timer", "shaking_hands", "answering", "refused",
+                 "ended", "close_connection", "trusted", "until")
 
     def __init__(self, loop: Loop) -> None:
         self.loop, self.inbox, self.body = loop, bytearray(), b""
@@ -5116,6 +5197,7 @@ class Connection:
         self.http: HttpRequest | None = None     # its head is here
         self.waits_for: str | None = None        # what its poll is about
         self.timer: Any = None          # of a poll, or of a slow answer
+        self.shaking_hands = False      # TLS is not agreed on so far
         self.answering = False          # an answer is not given so far
         self.refused = False            # what still comes in is discarded
         self.ended = False              # the client sends no more
@@ -5135,15 +5217,16 @@ class Connection:
         if not (self.inbox or self.http):
             self.until = self.loop.clock() + self.loop.limits.request_seconds
         self.inbox += data
-        self.advance()
-        if self.inbox:
-            self.loop.count_unread(self)
-            if self.answering and len(self.inbox) > MAX_HEAD + MAX_BODY:
-                self.transport.abort()      # sends on and does not wait
+        if not self.shaking_hands:
+            self.advance()
+        self.loop.count_unread(self)
+        if self.answering and len(self.inbox) > MAX_HEAD + MAX_BODY:
+            self.loop.drop(self)        # sends on and does not wait
 
     def eof_received(self) -> bool:
         self.ended = True               # an answer on its way is still given
-        return self.answering and self.waits_for is None
+        return (self.answering and self.waits_for is None
+                and self.loop.tls is None)
 
     def connection_lost(self, error: Exception | None) -> None:
         self.loop.forget(self)
@@ -5179,6 +5262,7 @@ class Connection:
             del self.inbox[:length]
             self.answering = True
             self.close_connection = self.http.close
+            self.until = self.loop.clock() + self.loop.limits.answer_seconds
             self.loop.enqueue(self)
 
     def next_head(self) -> bytes:
@@ -5220,19 +5304,27 @@ class Connection:
         self.transport.write(answer)
         self.answering = False
         if not (self.close_connection or self.ended):
-            untaken = self.transport.get_write_buffer_size()
-            self.until = now + (
-                limits.answer_seconds if untaken else limits.idle_seconds)
+            self.until = now + limits.idle_seconds
+            if self.transport.get_write_buffer_size():
+                self.until = now + limits.answer_seconds
             self.loop.renew(self)
-        elif self.refused:      # more may be on its way: a close now would
-            self.until = now + limits.linger_seconds    # reset the connection,
-            self.transport.write_eof()                  # and the answer away
+        elif self.refused and self.transport.can_write_eof():
+            # more may be on its way: a close now would reset the connection,
+            # and the answer with it
+            self.until = now + limits.linger_seconds
+            self.transport.write_eof()
         else:
             self.until = now + limits.answer_seconds
             self.transport.close()
 
 
 REPORTED_ROWS = 200             # audit rows of notices in one turn
+
+
+def change_line(change: Change) -> str:
+    what = visible((change.description or "")[:MAX_LINE])
+    return (f"{change.event:9} {what} [{change.request_id}] by "
+            f"{visible(change.actor)}")
 
 
 class Loop:
@@ -5246,7 +5338,8 @@ class Loop:
     request_queue_size = 1024       # a burst of agents is not refused
 
     def __init__(self, address: tuple[str, int], handler: type,
-                 limits: Limits, say: Callable[[str], None] | None) -> None:
+                 limits: Limits, say: Callable[[str], None] | None,
+                 tls: Any) -> None:
         import asyncio
         import socket
         if ":" in address[0]:
@@ -5255,15 +5348,23 @@ class Loop:
         super().__init__(address, handler)  # type: ignore[call-arg]
         self.socket.setblocking(False)
         self.limits, self.say = limits, say
+        self.tls = tls                  # an ssl.SSLContext, or None
         self.notices: Notices | None = None
         self.asyncio_loop = asyncio.new_event_loop()
         self.clock = self.asyncio_loop.time
         self.stopped = asyncio.Event()
-        self.connections: dict[Connection, None] = {}   # oldest first
+        self.asyncio_loop.set_exception_handler(self.unexpected)
+        self.fault: BaseException | None = None
+        # every connection is in one of these, the oldest first
+        self.open: dict[Connection, None] = {}
+        self.parked: dict[Connection, None] = {}
+        self.trusted: dict[Connection, None] = {}       # reviewers'
+        self.waiters: dict[str, dict[Connection, None]] = {}
+        self.unread: dict[Connection, int] = {}     # bytes not answered so far
+        self.unread_bytes = 0
         self.queues: tuple[deque[Connection], deque[Connection]] = (
             deque(), deque())           # whole requests: reviewers', agents'
         self.turn_is_due = self.failing = False
-        self.waiters: dict[str, dict[Connection, None]] = {}
 
     def server_bind(self) -> None:
         """Bind, without http.server's getfqdn: with dead DNS that takes half
@@ -5276,11 +5377,11 @@ class Loop:
         """Where this is reached from the same machine."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         host = f"[{host}]" if ":" in host else host
-        return f"http://{host}:{self.server_port}"
+        scheme = "https" if self.tls else "http"
+        return f"{scheme}://{host}:{self.server_port}"
 
     def serve_forever(self, poll_interval: float = 0.0) -> None:
         """Serve until stop() is called, from a signal or another thread."""
-        import asyncio
         loop = self.asyncio_loop
         protocol: Any = functools.partial(Connection, self)
         server = loop.run_until_complete(loop.create_server(
@@ -5288,19 +5389,40 @@ class Loop:
         self.sweep()
         loop.run_until_complete(self.stopped.wait())
         server.close()
-        for connection in list(self.connections):
+        loop.run_until_complete(self.drain())
+        loop.close()
+        if self.fault:
+            raise self.fault
+
+    async def drain(self) -> None:
+        """Give the last answers, for a bounded time; then nobody is left."""
+        import asyncio
+        end = self.clock() + self.limits.drain_seconds
+        while any(self.queues) and not self.fault and self.clock() < end:
+            self.turn()
+        for connection in self.everybody():
             self.release(connection)
             connection.transport.close()
-        end = self.clock() + self.limits.drain_seconds
-        while self.connections and self.clock() < end:
-            loop.run_until_complete(asyncio.sleep(0.001))
-        for connection in list(self.connections):
+        while self.everybody() and self.clock() < end:
+            await asyncio.sleep(0.001)
+        for connection in self.everybody():
             connection.transport.abort()
-        loop.run_until_complete(asyncio.sleep(0))
-        loop.close()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        if others:                      # handshakes, which end by the abort
+            await asyncio.wait(others, timeout=1)
 
     def stop(self) -> None:
         self.asyncio_loop.call_soon_threadsafe(self.stopped.set)
+
+    def unexpected(self, loop: Any, context: dict[str, Any]) -> None:
+        """A callback raised what nobody expected: serve ends by it, because
+        nobody knows what was not done. Sockets fail as they like."""
+        error = context.get("exception")
+        if error is None or isinstance(error, OSError):
+            log.warning("%s: %s", context["message"], error)
+        else:
+            self.fault = self.fault or error
+            self.stopped.set()
 
     # ---- a turn ----
 
@@ -5326,6 +5448,7 @@ class Loop:
                 connection = queue.popleft()
                 http, body = connection.http, connection.body
                 connection.http, connection.body = None, b""
+                self.count_unread(connection)
                 if http:                        # it is still there
                     answers.append(
                         (connection, http, self.desk.answer(http, body)))
@@ -5350,6 +5473,8 @@ class Loop:
 
     def tell(self, changes: list[Change]) -> None:
         """Wake who waits for what changed, print lines, send notices."""
+        for connection in list(self.waiters.get("", ())):
+            self.release(connection)
         changes = [change for change in changes if change.event not in (
             "notified", "not-notified")]            # those change no request
         for change in changes:
@@ -5357,8 +5482,7 @@ class Loop:
                 self.release(connection)
             if change.event != "submitted":
                 self.desk.attended_until.pop(change.request_id, None)
-        self.print_lines(f"{change.event:9} {change.request_id} by "
-                         f"{visible(change.actor)}" for change in changes)
+        self.print_lines(map(change_line, changes))
         if self.notices:
             self.notices.follow(self.desk.store, changes)
 
@@ -5375,6 +5499,8 @@ class Loop:
     def start_notices(self, channels: list[Channel], rules: Rules,
                       pace: Pace = PACE) -> None:
         """Tell reviewers of what waits, and of what begins to."""
+        if not channels:
+            return
         self.notices = Notices(
             channels, {c.checkpoint_id: c.category for c in rules.checkpoints},
             self.url, self.report, pace)
@@ -5403,9 +5529,15 @@ class Loop:
         import sqlite3
         self.asyncio_loop.call_later(self.limits.sweep_seconds, self.sweep)
         now = self.clock()
-        for late in [c for c in self.connections
-                     if c.until <= now and c.waits_for is None]:
-            late.transport.abort()
+        for connection in self.everybody():
+            if connection.until <= now and connection.waits_for is None:
+                self.drop(connection)
+        if not self.desk.store.still_there():
+            self.fault = HitlError(
+                f"{self.desk.store.path} was deleted or replaced",
+                "what is written to it would be lost: put it back, or start "
+                "again with a new one")
+            self.stop()
         self.desk.store.tick()
         try:
             self.desk.close_overdue()
@@ -5418,37 +5550,90 @@ class Loop:
 
     # ---- connections ----
 
-    def welcome(self, connection: Connection) -> None:
-        """A new connection; at the limit the oldest idle one goes, else the
-        oldest parked poll is answered early."""
-        self.connections[connection] = None
-        if len(self.connections) <= self.limits.connections:
-            return
-        oldest = next((c for c in self.connections if c.waits_for is None),
-                      connection)
-        if oldest is not connection:
-            oldest.transport.abort()
+    def everybody(self) -> list[Connection]:
+        return [*self.open, *self.parked, *self.trusted]
+
+    def place(self, connection: Connection) -> None:
+        """Into the group it belongs to, as the youngest there."""
+        for group in (self.open, self.parked, self.trusted):
+            group.pop(connection, None)
+        if connection.trusted:
+            self.trusted[connection] = None
+        elif connection.waits_for is None:
+            self.open[connection] = None
         else:
-            oldest = next(iter(self.connections))
-            oldest.close_connection = True
-            self.release(oldest)
+            self.parked[connection] = None
+
+    def welcome(self, connection: Connection) -> None:
+        """A new connection. At the limit the oldest of the larger group goes,
+        open or parked; a parked poll is answered early. A signed-in
+        reviewer's is never pushed out."""
+        self.place(connection)
+        count = len(self.open) + len(self.parked) + len(self.trusted)
+        if count > self.limits.connections:
+            most_are_parked = len(self.parked) > len(self.open)
+            oldest = next(iter(self.parked if most_are_parked else self.open))
+            if oldest.waits_for is None:
+                self.drop(oldest)
+            else:
+                oldest.close_connection = True
+                self.release(oldest)
+        if self.tls:
+            connection.shaking_hands = True
+            connection.transport.pause_reading()
+            self.asyncio_loop.create_task(self.shake_hands(connection))
+
+    async def shake_hands(self, connection: Connection) -> None:
+        """Put TLS between the socket and the connection."""
+        limits = self.limits
+        protocol: Any = connection
+        try:
+            transport = await self.asyncio_loop.start_tls(
+                connection.transport, protocol, self.tls, server_side=True,
+                ssl_handshake_timeout=limits.handshake_seconds,
+                ssl_shutdown_timeout=limits.linger_seconds)
+        except OSError:                 # ssl.SSLError is one
+            transport = None
+        if transport is None:
+            self.drop(connection)
+            return
+        connection.transport, connection.shaking_hands = transport, False
+        connection.advance()
 
     def renew(self, connection: Connection) -> None:
         """An answer is out: the connection is the youngest again."""
-        self.connections.pop(connection, None)
-        self.connections[connection] = None
+        self.place(connection)
         if connection.inbox:
             self.asyncio_loop.call_soon(connection.advance)
 
+    def drop(self, connection: Connection) -> None:
+        self.forget(connection)
+        connection.transport.abort()
+
     def forget(self, connection: Connection) -> None:
-        self.connections.pop(connection, None)
+        """It is gone, and nothing is kept of it."""
+        for group in (self.open, self.parked, self.trusted):
+            group.pop(connection, None)
         connection.http, connection.body = None, b""
+        connection.inbox.clear()
+        connection.refused = True
+        self.count_unread(connection)
         key = self.unpark(connection)
         if key and key not in self.waiters:
             self.desk.attended_until.pop(key, None)
 
     def count_unread(self, connection: Connection) -> None:
-        pass
+        """Count what a connection sent and had no answer to. All together
+        share a limit; above it the oldest goes, but no reviewer."""
+        size = len(connection.inbox) + len(connection.body)
+        self.unread_bytes += size - self.unread.get(connection, 0)
+        if size:
+            self.unread[connection] = size
+        else:
+            self.unread.pop(connection, None)
+        if self.unread_bytes > self.limits.unread_bytes:
+            for oldest in [c for c in self.unread if not c.trusted][:1]:
+                self.drop(oldest)
 
     # ---- polls ----
 
@@ -5458,6 +5643,7 @@ class Loop:
         connection.timer = self.asyncio_loop.call_later(
             poll.seconds, self.release, connection)
         self.waiters.setdefault(poll.about, {})[connection] = None
+        self.place(connection)
 
     def unpark(self, connection: Connection) -> str | None:
         """Out of the table of polls -> what it waited for."""
@@ -5480,13 +5666,14 @@ class Loop:
 
 def open_desk(host: str, port: int, store: Store, tokens: Tokens,
               public_url: str = "", say: Callable[[str], None] | None = None,
-              *, limits: Limits = Limits()) -> Loop:
+              *, tls: Any = None, limits: Limits = LIMITS) -> Loop:
     """A desk that listens; OSError if the port is taken. http.server is
     imported here, because a gate does not need it: HTTPServer owns the
     socket, BaseHTTPRequestHandler's class is the handler of a connection."""
     from http.server import BaseHTTPRequestHandler, HTTPServer
     server: Any = type("Server", (Loop, HTTPServer), {})
-    loop: Loop = server((host, port), BaseHTTPRequestHandler, limits, say)
+    loop: Loop = server((host, port), BaseHTTPRequestHandler, limits, say,
+                        tls)
     loop.url = public_url or loop.own_url(host)
     loop.desk = Desk(store, tokens, loop.url)
     return loop
@@ -7837,7 +8024,7 @@ def raise_file_limit() -> None:
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        want = Limits().connections + 64
+        want = LIMITS.connections + 64
         if soft != resource.RLIM_INFINITY and soft < want:
             resource.setrlimit(resource.RLIMIT_NOFILE, (
                 want if hard == resource.RLIM_INFINITY else min(want, hard),
