@@ -1648,7 +1648,7 @@ PLACEHOLDER = re.compile(r"\$\{([A-Za-z_]\w*)\}|\{([A-Za-z_]\w*)\}", re.ASCII)
 NOTIFY_KINDS = {"url": ("headers", "body", "sign"),
                 "smtp": ("login", "password", "from", "to"), "command": ()}
 HOST = r"([\w.-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?"
-MAIL_ADDRESS = r"[^\s@<>,;\"]+@[^\s@<>,;\"]+"
+MAIL_ADDRESS = r"[^\s@<>,;\"{}]+@[^\s@<>,;\"{}]+"
 
 
 def is_loopback(host: str) -> bool:
@@ -3275,20 +3275,20 @@ def audit_faults(db: Any, noted: str = "") -> Iterator[str]:
 
 # ================================= Notices =================================
 # Telling a reviewer that something waits (promise 9), and the only outgoing
-# messages. One mechanism for url, smtp and command: a template, filled with
-# fields that are all made here. Nothing that an agent wrote leaves the house,
-# but for names of ASCII letters and digits and, with details = true, the
-# description. What a receiver answers is never trusted.
+# messages. One mechanism for url, smtp and command: a template that is filled
+# with fields made here. Of what an agent wrote only names leave the house, as
+# letters, digits and _; with details = true the description as well.
 #
-# Each [[notify]] has a thread of its own, so that a receiver that hangs holds
-# up no other, and no POST ever waits. The threads never touch SQLite: what
-# became of a notice comes back to the loop, which writes it into the audit log
-# (`notified`, `not-notified`). So what is owed after a restart is what waits,
-# times the entries, less those rows.
+# Each [[notify]] has a thread of its own, so that one that hangs holds up no
+# other and no POST waits. The threads never touch SQLite: what became of a
+# notice comes back to the loop, which writes it into the audit log. So what is
+# owed after a restart is what waits, times the entries, less those rows.
 
 MAX_ANSWER = 200                # characters of an answer that are kept
+MAX_DETAILS = 900               # characters: every receiver takes so many
 MAX_HANGING = 5                 # tries of one entry that hang for good
 MAX_RETRY_AFTER = 600           # seconds: a receiver cannot silence us
+DESK_TOKENS = ("HITL_REVIEWER_TOKEN", "HITL_AGENT_TOKEN")
 
 
 class Pace(NamedTuple):
@@ -3306,17 +3306,17 @@ class Notice(NamedTuple):
     """What is kept of a request in order to tell of it."""
 
     request_id: str
-    tool: str
-    agent: str
-    checkpoint: str
+    tool: str | None
+    agent: str | None
+    checkpoint: str | None
     category: str
-    received_at: str
     deadline: str | None
+    received_at: str
     details: str
 
 
 class Answer(NamedTuple):
-    """What became of one try. `after` is the receiver's Retry-After."""
+    """What became of one try; `after` is the receiver's Retry-After."""
 
     told: bool
     status: str                 # "204", "exit 1", "ConnectionRefusedError"
@@ -3325,14 +3325,38 @@ class Answer(NamedTuple):
     after: float | None = None
 
 
-@dataclass(slots=True)
-class Job:
-    """A notice that one entry still owes."""
+def notice_of(request: ReviewRequest, known: Mapping[str, str]) -> Notice:
+    """A request as it is told of. `known` has the category of each checkpoint
+    in serve's own file, which counts more than what the agent says."""
+    category = known.get(request.checkpoint_id or "", request.category)
+    return Notice(
+        request.request_id, request.tool, request.agent, request.checkpoint_id,
+        category if category in CATEGORIES else "", request.deadline,
+        request.received_at, request.action_description[:MAX_DETAILS])
 
-    notice: Notice
-    due: float                  # on the monotonic clock, as are all here
-    first: float = 0.0          # when it was first tried
-    tries: int = 0
+
+def notice_fields(notices: list[Notice], desk_url: str, waiting: int,
+                  at: float) -> dict[str, Any]:
+    """All that a message can say of these requests, the newest one last."""
+    newest, one = notices[-1], len(notices) == 1
+    shared = Notice(*(column[-1] if len(set(column)) == 1 else "several"
+                      for column in zip(*notices, strict=True)))
+    deadline = min(filter(None, (notice.deadline for notice in notices)),
+                   default=None)
+    names = {"tool": plain_name(shared.tool), "agent": plain_name(shared.agent),
+             "checkpoint": plain_name(shared.checkpoint),
+             "category": shared.category}
+    text = [f"{name}: {value or 'none'}" for name, value in names.items()]
+    title, url = f"{len(notices)} requests wait", f"{desk_url}/"
+    if one:
+        title = f"{names['tool'] or 'A request'} waits for a decision"
+        url += f"review/{newest.request_id}"
+    details = "\n".join(visible(notice.details) for notice in notices[-9:])
+    return names | {
+        "title": title, "url": url, "request_id": newest.request_id,
+        "text": "\n".join([*text, deadline_words(deadline, at)]),
+        "status": str(Status.WAITING), "deadline": deadline, "waiting": waiting,
+        "details": shortened(details, MAX_DETAILS)}
 
 
 def plain_name(text: str | None) -> str:
@@ -3341,56 +3365,16 @@ def plain_name(text: str | None) -> str:
     return re.sub("[^A-Za-z0-9]", "_", (text or "")[:64])
 
 
+def deadline_words(deadline: str | None, at: float) -> str:
+    if deadline is None:
+        return "no deadline"
+    left = datetime.fromisoformat(deadline).timestamp() - at
+    return (f"expires in {readable_seconds(max(0, left))}, at "
+            f"{deadline[11:19]} UTC")
+
+
 def shortened(text: str, size: int) -> str:
     return text if len(text) <= size else text[:size - 3] + "..."
-
-
-def notice_of(request: ReviewRequest, known: Mapping[str, str]) -> Notice:
-    """A request as it is told of. `known` has the category of each checkpoint
-    in serve's own file, which counts more than what the agent says."""
-    checkpoint_id = request.checkpoint_id or ""
-    category = known.get(checkpoint_id, request.category)
-    return Notice(
-        request.request_id, plain_name(request.tool), plain_name(request.agent),
-        checkpoint_id, category if category in CATEGORIES else "",
-        request.received_at, request.deadline,
-        shortened(visible(request.action_description[:2000]), 900))
-
-
-def notice_fields(notices: list[Notice], desk_url: str, waiting: int,
-                  at: float) -> dict[str, Any]:
-    """Everything that a message can say about these requests, oldest first."""
-    def common(values: Iterable[str]) -> str:
-        different = sorted(set(values))
-        return different[0] if len(different) == 1 else "several"
-    newest, one = notices[-1], len(notices) == 1
-    tool = common(notice.tool for notice in notices)
-    agent = common(notice.agent for notice in notices)
-    checkpoint = common(plain_name(notice.checkpoint) for notice in notices)
-    category = common(notice.category for notice in notices)
-    deadline = min((notice.deadline for notice in notices if notice.deadline),
-                   default=None)
-    title = f"{len(notices)} requests wait"
-    if one:
-        title = f"{tool or 'A request'} waits for a decision"
-    lines = [f"checkpoint: {checkpoint or 'none'}",
-             f"category: {category or 'none'}", f"agent: {agent or 'unnamed'}"]
-    if not one:
-        lines.insert(0, f"tool: {tool or 'unnamed'}")
-    if deadline is None:
-        lines.append("no deadline")
-    else:
-        left = datetime.fromisoformat(deadline).timestamp() - at
-        lines.append(f"{'' if one else 'the first '}expires in "
-                     f"{readable_seconds(max(0, left))}, at {deadline[11:19]} UTC")
-    return {
-        "title": shortened(title, 100), "text": shortened("\n".join(lines), 900),
-        "url": f"{desk_url}/review/{newest.request_id}" if one else
-        f"{desk_url}/", "request_id": newest.request_id,
-        "status": str(Status.WAITING), "tool": tool, "checkpoint": checkpoint,
-        "category": category, "agent": agent, "deadline": deadline,
-        "waiting": waiting, "details": shortened(
-            "\n".join(notice.details for notice in notices[:20]), 900)}
 
 
 def notice_mark(outcomes: Iterable[tuple[str, str, str]]) -> str:
@@ -3407,34 +3391,15 @@ def notice_mark(outcomes: Iterable[tuple[str, str, str]]) -> str:
     return ", ".join(failed)
 
 
-def record_notice(store: Store, name: str, request_ids: list[str],
-                  answer: Answer) -> list[str]:
-    """What became of a notice, into the log, a row a request -> the marks of
-    those that it did not reach."""
-    lines = []
-    event, word = "notified", "status"
-    if not answer.told:
-        event, word = "not-notified", "why"
-    detail = {"name": name, word: answer.status}
-    if answer.text and not answer.told:
-        detail["answer"] = answer.text
-    for request_id in request_ids:
-        store.attempt(store.note, store.request(request_id), event, "server",
-                      detail)
-        if not answer.told:
-            mark = notice_mark(store.notices_of(request_id))
-            lines.append(f"{request_id}: {mark}")
-    return lines
-
-
 def retry_after(text: str | None) -> float | None:
     """A Retry-After in seconds from now, bounded: seconds or a date."""
     from email.utils import parsedate_to_datetime
+    text = text or ""
     try:
-        if re.fullmatch("[0-9]{1,9}", text or ""):
-            seconds = float(text or "")
+        if re.fullmatch("[0-9]{1,9}", text):
+            seconds = float(text)
         else:
-            seconds = parsedate_to_datetime(text or "").timestamp() - time.time()
+            seconds = parsedate_to_datetime(text).timestamp() - time.time()
     except (TypeError, ValueError, OverflowError):
         return None
     return min(max(seconds, 0.0), MAX_RETRY_AFTER)
@@ -3445,306 +3410,36 @@ def failure(error: BaseException) -> Answer:
     a secret. What the network did is worth another try."""
     import http.client
     import smtplib
-    cause = getattr(error, "reason", error)
-    if not isinstance(cause, BaseException):
-        cause = error
-    codes: list[int] = [getattr(cause, "smtp_code", 0)]
-    if isinstance(cause, smtplib.SMTPRecipientsRefused):
-        codes = [code for code, _ in cause.recipients.values()]
-    if any(codes):
-        return Answer(False, f"{codes[0]} {type(cause).__name__}",
-                      again=all(400 <= code < 500 for code in codes))
-    return Answer(False, type(cause).__name__, again=isinstance(
-        cause, (OSError, http.client.HTTPException)))
+    reason = getattr(error, "reason", None)         # urllib's wrapper
+    if isinstance(reason, BaseException):
+        error = reason
+    code = getattr(error, "smtp_code", 0)
+    if isinstance(error, smtplib.SMTPRecipientsRefused):
+        code = max(code for code, _ in error.recipients.values())
+    name = type(error).__name__
+    if code > 0:
+        return Answer(False, f"{code} {name}", again=code < 500)
+    return Answer(False, name, again=isinstance(
+        error, (OSError, http.client.HTTPException)))
 
 
 class Channel:
-    """One [[notify]]: its secrets, its jobs, and the tries."""
+    """One [[notify]] and its secrets: how a message is filled in and sent."""
 
     def __init__(self, path: Path | None, entry: Mapping[str, Any],
-                 environ: Mapping[str, str]) -> None:
-        self.entry, self.name = entry, str(entry["name"])
+                 environ: Mapping[str, str], pace: Pace = PACE) -> None:
+        self.entry, self.name, self.pace = entry, str(entry["name"]), pace
         self.kind = next(kind for kind in NOTIFY_KINDS if entry[kind])
-        self.where = f'{path}: notify "{self.name}"'
-        self.secrets = self.resolve(environ)
-        self.key = self.signing_key()
+        where = f'{path}: notify "{self.name}":'
+        self.secrets = resolve(where, entry, environ)
         if self.kind == "url":
-            with config_error(f"{self.where}: url"):
+            with config_error(f"{where} url"):
                 notice_url_value(self.text(entry["url"], None))
+        with config_error(f"{where} sign"):
+            self.key = webhook_key(self.text(entry["sign"] or "", None))
         # a url without a body is for machines: an event a request
         self.bundles = self.kind != "url" or entry["body"] is not None
-        self.pace = Pace()
-        self.jobs: dict[str, Job] = {}              # request_id -> what is owed
-        self.queue: list[tuple[float, str]] = []    # a heap, by when it is due
-        self.trying: list[Job] = []
-        self.quiet_until = 0.0
         self.hanging: list[threading.Thread] = []
-        self.changed = threading.Condition()
-
-    def resolve(self, environ: Mapping[str, str]) -> dict[str, str]:
-        """The values of this entry's ${NAME}s; ConfigError for a missing one.
-        Nothing but a message to its receiver ever holds them."""
-        names = [name for text in leaves(list(self.entry.values()))
-                 for name, _ in PLACEHOLDER.findall(text) if name]
-        for name in names:
-            if name in ("HITL_REVIEWER_TOKEN", "HITL_AGENT_TOKEN"):
-                raise ConfigError(f"{self.where}: ${{{name}}} is a credential of "
-                                  "this desk", "send another one")
-            if not environ.get(name):
-                raise ConfigError(f"{self.where}: ${{{name}}} is not set",
-                                  f"set {name} where `serve` is started")
-            if not environ[name].isprintable():
-                raise ConfigError(
-                    f"{self.where}: ${{{name}}} holds a line break, or another "
-                    "character that is not printable", f"set {name} without it")
-        return {name: environ[name] for name in names}
-
-    def signing_key(self) -> bytes:
-        """The key of Standard Webhooks: base64 behind whsec_; empty: none."""
-        if self.entry["sign"] is None:
-            return b""
-        import base64
-        kind, _, key = self.text(self.entry["sign"], {}).partition("_")
-        with contextlib.suppress(ValueError):
-            if kind == "whsec" and base64.b64decode(key, validate=True):
-                return base64.b64decode(key)
-        raise ConfigError(f'{self.where}: sign must be "whsec_" and base64',
-                          "a good one: `openssl rand -base64 32` behind whsec_")
-
-    # ---- which requests, and when ----
-
-    def wants(self, notice: Notice) -> bool:
-        """Whether the filters of this entry let a request through."""
-        return all(not self.entry[name] or getattr(notice, name) in
-                   self.entry[name] for name in ("category", "checkpoint"))
-
-    def add(self, notice: Notice, waited: float) -> None:
-        """Owe this notice of a request that has waited for so long already."""
-        import heapq
-        due = time.monotonic() + max(0.0, self.entry["after_seconds"] - waited)
-        with self.changed:
-            self.jobs[notice.request_id] = Job(notice, due)
-            heapq.heappush(self.queue, (due, notice.request_id))
-            self.changed.notify()
-
-    def drop(self, request_id: str) -> bool:
-        """The request waits no more, so it is not tried again -> whether its
-        notice was due and nobody has sent it."""
-        with self.changed:
-            job = self.jobs.pop(request_id, None)
-            return (job is not None and job not in self.trying
-                    and (job.tries > 0 or job.due <= time.monotonic()))
-
-    def take(self) -> list[Job]:
-        """Wait until something is due -> what goes out now: all that is due in
-        one message, or the one event that is due first."""
-        import heapq
-        with self.changed:
-            while True:
-                while self.queue and self.queue[0][1] not in self.jobs:
-                    heapq.heappop(self.queue)
-                now = time.monotonic()
-                wake = now + 3600
-                if self.queue:
-                    wake = max(self.queue[0][0], self.quiet_until)
-                if wake <= now:
-                    break
-                self.changed.wait(min(wake - now, 3600))
-            self.trying = []
-            while self.queue and self.queue[0][0] <= now and (
-                    self.bundles or not self.trying):
-                request_id = heapq.heappop(self.queue)[1]
-                if request_id in self.jobs:
-                    self.trying.append(self.jobs[request_id])
-            return self.trying
-
-    def settle(self, started: float, answer: Answer) -> list[str]:
-        """After a try: owe it again, or be done -> the requests it is done
-        for, told or not."""
-        import heapq
-        done = []
-        tries, after = self.pace.tries, answer.after
-        with self.changed:
-            for job in self.trying:
-                job.first = job.first or started
-                job.tries += 1
-                request_id = job.notice.request_id
-                if not answer.again or request_id not in self.jobs or (
-                        job.tries >= len(tries)):
-                    self.jobs.pop(request_id, None)
-                    done.append(request_id)
-                    continue
-                job.due = job.first + tries[job.tries]
-                if after is not None:
-                    job.due = time.monotonic() + after
-                heapq.heappush(self.queue, (job.due, request_id))
-            self.trying = []
-            if after is not None:
-                self.quiet_until = time.monotonic() + after
-            elif self.bundles:      # a burst rings once
-                self.quiet_until = started + (
-                    tries[1] if answer.again else self.pace.window)
-        return done
-
-    # ---- one try ----
-
-    def attempt(self, notices: list[Notice], desk_url: str, waiting: int
-                ) -> Answer:
-        """Tell of these requests, once."""
-        fields = notice_fields(notices, desk_url, waiting, time.time())
-        names = json.dumps([self.name, *(n.request_id for n in notices)])
-        return self.send(fields, notices[-1].received_at,
-                         "msg_" + hashlib.sha256(names.encode()).hexdigest()[:32])
-
-    def sample(self, desk_url: str) -> Answer:
-        """Send a text that is hard to send, once."""
-        now = instant(time.time())
-        hard = '"quotes", a \\, an emoji \U0001f514'
-        fields = notice_fields([Notice(
-            "test", "test", "nobody", "test", "", now, None, f"{hard}\nand {hard}")],
-            desk_url, 1, time.time()) | {
-                "title": f"A test of hitl.py: {hard}", "url": f"{desk_url}/",
-                "text": f"This is a test. {hard}\na line break, and {{title}}"}
-        return self.send(fields, now, "msg_test" + now)
-
-    def send(self, fields: dict[str, Any], at: str, message_id: str) -> Answer:
-        """One try, over in `patience` seconds whatever hangs (a dead name
-        server included): a thread of its own makes it, and is left behind. An
-        answer it had by then counts."""
-        if not self.entry["details"]:
-            fields = {k: v for k, v in fields.items() if k != "details"}
-        answers = [Answer(False, "TimeoutError", again=self.kind != "command")]
-        how = {"url": self.post, "smtp": self.mail, "command": self.start}
-
-        def run() -> None:
-            try:
-                how[self.kind](fields, at, message_id, answers)
-            except Exception as error:
-                if len(answers) == 1:
-                    answers.append(failure(error))
-        self.hanging = [t for t in self.hanging if t.is_alive()]
-        if len(self.hanging) < MAX_HANGING:
-            thread = threading.Thread(target=run, daemon=True)
-            thread.start()
-            thread.join(self.pace.patience)
-            self.hanging.append(thread)
-        return answers[-1]
-
-    def post(self, fields: dict[str, Any], at: str, message_id: str,
-             answers: list[Answer]) -> None:
-        """An HTTP POST. No redirects: the url is what the file says."""
-        import http.client
-        import urllib.request
-        value = notice_event(fields, at)
-        if self.entry["body"] is not None:
-            value = self.filled(self.entry["body"], fields)
-        data = json.dumps(value).encode()
-        headers = {"Content-Type": "application/json",
-                   "User-Agent": f"hitl.py/{__version__}"}
-        for name, template in (self.entry["headers"] or {}).items():
-            text = " ".join(self.text(template, fields).split())
-            headers[name] = text.encode("latin-1", "replace").decode("latin-1")
-        if self.key or self.entry["body"] is None:
-            headers |= self.signature(message_id, data)
-        url = self.text(self.entry["url"], fields, percent_encoded)
-        opener = urllib.request.OpenerDirector()
-        for handler in (urllib.request.ProxyHandler, urllib.request.HTTPHandler,
-                        urllib.request.HTTPSHandler):
-            opener.add_handler(handler())
-        with opener.open(urllib.request.Request(url, data, headers),
-                         timeout=self.pace.patience) as reply:
-            again = reply.status in (408, 425, 429) or reply.status >= 500
-            wait = retry_after(reply.headers["Retry-After"]) if again else None
-            answer = Answer(200 <= reply.status < 300, str(reply.status),
-                            again=again, after=wait)
-            answers.append(answer)
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                text = reply.read(4096).decode("utf-8", "replace")
-                answers.append(answer._replace(text=self.shown(text)))
-
-    def signature(self, message_id: str, data: bytes) -> dict[str, str]:
-        """The headers of Standard Webhooks 1.0.0."""
-        import base64
-        import hmac
-        at = str(int(time.time()))
-        headers = {"webhook-id": message_id, "webhook-timestamp": at}
-        if self.key:
-            signed = f"{message_id}.{at}.".encode() + data
-            headers["webhook-signature"] = "v1," + base64.b64encode(
-                hmac.digest(self.key, signed, "sha256")).decode()
-        return headers
-
-    def mail(self, fields: dict[str, Any], at: str, message_id: str,
-             answers: list[Answer]) -> None:
-        """An e-mail. The server's certificate is checked."""
-        import smtplib
-        import ssl
-        from email.message import EmailMessage
-        from email.utils import format_datetime
-        entry, message = self.entry, EmailMessage()
-        for name, value in (
-                ("Subject", fields["title"]), ("From", entry["from"]),
-                ("To", ", ".join(entry["to"])), ("Auto-Submitted", "auto-generated"),
-                ("Date", format_datetime(datetime.now(timezone.utc))),
-                ("Message-ID", f"<{message_id}@hitl.invalid>")):
-            message[name] = value
-        message.set_content("\n\n".join(filter(None, (
-            fields["text"], fields.get("details"), fields["url"]))) + "\n")
-        scheme, host, port = re.fullmatch(          # type: ignore[union-attr]
-            f"(.*)://{HOST}/?", entry["smtp"], re.ASCII).groups()
-        more: dict[str, Any] = {}
-        kind: Any = smtplib.SMTP
-        if scheme == "tls":
-            kind, more = smtplib.SMTP_SSL, {"context": ssl.create_default_context()}
-        default = {"tls": 465, "starttls": 587, "plain": 25}[scheme]
-        # a name of our own, since getfqdn can take minutes
-        with contextlib.closing(kind(
-                host.strip("[]"), int(port or default), "localhost",
-                timeout=self.pace.patience, **more)) as server:
-            if scheme == "starttls":
-                server.starttls(context=ssl.create_default_context())
-            if entry["login"] is not None:
-                server.login(self.text(entry["login"], fields),
-                             self.text(entry["password"], fields))
-            refused = server.send_message(message)
-            answers.append(Answer(True, f"250, but {len(refused)} refused"
-                                  if refused else "250"))
-            server.quit()
-
-    def start(self, fields: dict[str, Any], at: str, message_id: str,
-              answers: list[Answer]) -> None:
-        """A program with its arguments, never a shell, the event on stdin.
-        It gets no credential of this desk."""
-        import subprocess
-        import tempfile
-        words = []
-        for template in self.entry["command"]:
-            word = self.text(template, fields)
-            if word.startswith("-") and not template.startswith("-"):
-                word = f" {word}"       # an agent chooses no options
-            words.append(word)
-        environ = {name: value for name, value in os.environ.items()
-                   if not re.fullmatch("(HITL)_.*TOKEN", name)}
-        with tempfile.TemporaryFile() as output:
-            try:
-                process = subprocess.Popen(
-                    words, stdin=subprocess.PIPE, stdout=output, stderr=output,
-                    env=environ, start_new_session=True)
-            except (OSError, ValueError) as error:
-                answers.append(failure(error)._replace(again=False))
-                return
-            try:
-                process.communicate(json.dumps(notice_event(fields, at)).encode(),
-                                    self.pace.patience)
-            except subprocess.TimeoutExpired:
-                with contextlib.suppress(OSError):
-                    end_group(process)
-                process.wait()
-                return
-            output.seek(0)
-            answers.append(Answer(
-                process.returncode == 0, f"exit {process.returncode}",
-                self.shown(output.read(4096).decode("utf-8", "replace"))))
 
     # ---- filling in ----
 
@@ -3776,16 +3471,200 @@ class Channel:
             return fields[whole[2]]
         return self.text(template, fields)
 
-    def shown(self, text: str) -> str:
+    def shown(self, answer: bytes) -> str:
         """The beginning of an answer, without any value of a ${NAME}."""
+        text = answer.decode("utf-8", "replace").strip()
         for secret in sorted(self.secrets.values(), key=len, reverse=True):
             for form in (secret, percent_encoded(secret), json.dumps(secret)[1:-1]):
                 text = text.replace(form, "***")
-        return shortened(visible(text.strip()), MAX_ANSWER)
+        return shortened(visible(text), MAX_ANSWER)
+
+    # ---- one try ----
+
+    def tell(self, notices: list[Notice], desk_url: str, waiting: int) -> Answer:
+        """Tell of these requests, once. The id of the message is the same over
+        all tries, and after a restart."""
+        names = json.dumps([self.name, *(n.request_id for n in notices)])
+        message_id = "msg_" + hashlib.sha256(names.encode()).hexdigest()[:32]
+        fields = notice_fields(notices, desk_url, waiting, time.time())
+        return self.send(fields, notices[-1].received_at, message_id)
+
+    def sample(self, desk_url: str) -> Answer:
+        """Send a text that is hard to send, once."""
+        now = instant(time.time())
+        hard = '"quotes", a \\, an emoji \U0001f514'
+        fields = notice_fields([Notice("test", "test", "test", "test", "", None,
+                                       now, hard)], desk_url, 1, time.time())
+        return self.send(fields | {
+            "title": f"A test of hitl.py: {hard}", "url": f"{desk_url}/",
+            "text": f"{hard},\na line break, {{title}}"}, now, "msg_test" + now)
+
+    def send(self, fields: dict[str, Any], at: str, message_id: str) -> Answer:
+        """One try, over in `patience` seconds whatever hangs (a dead name
+        server included): a thread of its own makes it, and is left behind. An
+        answer it had by then counts."""
+        if not self.entry["details"]:
+            del fields["details"]
+        event = {"type": "request.waiting", "timestamp": at, "data": fields}
+        answers = [Answer(False, "TimeoutError", again=self.kind != "command")]
+        how = {"url": self.post, "smtp": self.mail, "command": self.start}
+
+        def run() -> None:
+            try:
+                how[self.kind](event, message_id, answers)
+            except Exception as error:
+                if len(answers) == 1:
+                    answers.append(failure(error))
+        self.hanging = [thread for thread in self.hanging if thread.is_alive()]
+        if len(self.hanging) < MAX_HANGING:
+            thread = threading.Thread(target=run, daemon=True)
+            self.hanging.append(thread)
+            thread.start()
+            thread.join(self.pace.patience)
+        return answers[-1]
+
+    def post(self, event: dict[str, Any], message_id: str,
+             answers: list[Answer]) -> None:
+        """An HTTP POST, through the environment's proxies. Without redirects:
+        it goes where the file says."""
+        import http.client
+        import urllib.request
+        fields, body = event["data"], self.entry["body"]
+        data = json.dumps(event if body is None else self.filled(body, fields)
+                          ).encode()
+        headers = {"Content-Type": "application/json",
+                   "User-Agent": f"hitl.py/{__version__}"}
+        if self.key or body is None:
+            headers |= signature(self.key, message_id, data)
+        for name, template in (self.entry["headers"] or {}).items():
+            text = " ".join(self.text(template, fields).split())
+            headers[name] = text.encode("latin-1", "replace").decode("latin-1")
+        url = self.text(self.entry["url"], fields, percent_encoded)
+        opener = urllib.request.OpenerDirector()
+        for handler in (urllib.request.ProxyHandler, urllib.request.HTTPHandler,
+                        urllib.request.HTTPSHandler):
+            opener.add_handler(handler())
+        with opener.open(urllib.request.Request(url, data, headers),
+                         timeout=self.pace.patience) as reply:
+            again = reply.status in (408, 425, 429) or reply.status >= 500
+            answer = Answer(200 <= reply.status < 300, str(reply.status),
+                            again=again)
+            if again:
+                answer = answer._replace(
+                    after=retry_after(reply.headers["Retry-After"]))
+            answers.append(answer)
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                answers.append(answer._replace(text=self.shown(reply.read(4096))))
+
+    def mail(self, event: dict[str, Any], message_id: str,
+             answers: list[Answer]) -> None:
+        """An e-mail. The server's certificate is checked."""
+        import smtplib
+        import ssl
+        scheme, host, port = re.fullmatch(          # type: ignore[union-attr]
+            f"(.*)://{HOST}/?", self.entry["smtp"], re.ASCII).groups()
+        default = {"tls": 465, "starttls": 587, "plain": 25}[scheme]
+        kind: Any = smtplib.SMTP
+        if scheme == "tls":
+            kind = functools.partial(smtplib.SMTP_SSL,
+                                     context=ssl.create_default_context())
+        with contextlib.closing(kind(       # localhost: getfqdn can take minutes
+                host.strip("[]"), int(port or default), "localhost",
+                timeout=self.pace.patience)) as server:
+            if scheme == "starttls":
+                server.starttls(context=ssl.create_default_context())
+            if self.entry["login"] is not None:
+                server.login(self.text(self.entry["login"], event["data"]),
+                             self.text(self.entry["password"], event["data"]))
+            refused = server.send_message(self.letter(event["data"], message_id))
+            status = f"250, but {len(refused)} refused" if refused else "250"
+            answers.append(Answer(True, status))
+            server.quit()
+
+    def letter(self, fields: Mapping[str, Any], message_id: str) -> Any:
+        from email.message import EmailMessage
+        from email.utils import format_datetime
+        letter = EmailMessage()
+        letter["Subject"] = fields["title"]
+        letter["From"], letter["To"] = self.entry["from"], self.entry["to"]
+        letter["Date"] = format_datetime(datetime.now(timezone.utc))
+        letter["Message-ID"] = f"<{message_id}@hitl.invalid>"
+        letter["Auto-Submitted"] = "auto-generated"
+        letter.set_content("\n\n".join(filter(None, (
+            fields["text"], fields.get("details"), fields["url"]))) + "\n")
+        return letter
+
+    def start(self, event: dict[str, Any], message_id: str,
+              answers: list[Answer]) -> None:
+        """A program with its arguments, never a shell, and the event on stdin.
+        It gets no token of this desk; any end but exit 0 is final."""
+        import subprocess
+        import tempfile
+        words = []
+        for template in self.entry["command"]:
+            word = self.text(template, event["data"])
+            if word.startswith("-") and not template.startswith("-"):
+                word = f" {word}"       # an agent chooses no options
+            words.append(word)
+        environ = {name: value for name, value in os.environ.items()
+                   if not re.fullmatch("(HITL)_.*TOKEN", name)}
+        with tempfile.TemporaryFile() as output:
+            try:
+                code = subprocess.run(
+                    words, input=json.dumps(event).encode(), stdout=output,
+                    stderr=output, env=environ, timeout=self.pace.patience
+                    ).returncode
+            except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+                answers.append(failure(error)._replace(again=False))
+                return
+            output.seek(0)
+            answers.append(Answer(code == 0, f"exit {code}",
+                                  self.shown(output.read(4096))))
 
 
-def notice_event(fields: dict[str, Any], at: str) -> dict[str, Any]:
-    return {"type": "request.waiting", "timestamp": at, "data": fields}
+def resolve(where: str, entry: Mapping[str, Any], environ: Mapping[str, str]
+            ) -> dict[str, str]:
+    """The values of an entry's ${NAME}s; ConfigError for a missing one.
+    Nothing but a message to its receiver ever holds them."""
+    secrets = {name: environ.get(name, "") for name, _ in PLACEHOLDER.findall(
+        "\n".join(leaves(dict(entry)))) if name}
+    for name, value in secrets.items():
+        what = f"{where} ${{{name}}}"
+        if name in DESK_TOKENS:
+            raise ConfigError(f"{what} is a credential of this desk",
+                              "send another one")
+        if not value:
+            raise ConfigError(f"{what} is not set",
+                              f"set {name} where `serve` is started")
+        if not value.isprintable():
+            raise ConfigError(f"{what} holds a line break, or another character "
+                              "that cannot be seen", f"set {name} without it")
+    return secrets
+
+
+def webhook_key(secret: str) -> bytes:
+    """The key of Standard Webhooks: base64 behind whsec_; empty for none."""
+    import base64
+    if not secret:
+        return b""
+    with contextlib.suppress(ValueError):
+        key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
+        if key and secret.startswith("whsec_"):
+            return key
+    raise ValueError('must be "whsec_" and base64: `openssl rand -base64 32` '
+                     "makes some")
+
+
+def signature(key: bytes, message_id: str, data: bytes) -> dict[str, str]:
+    """The headers of Standard Webhooks 1.0.0."""
+    import base64
+    import hmac
+    at = str(int(time.time()))
+    headers = {"webhook-id": message_id, "webhook-timestamp": at}
+    if key:
+        signed = hmac.digest(key, f"{message_id}.{at}.".encode() + data, "sha256")
+        headers["webhook-signature"] = "v1," + base64.b64encode(signed).decode()
+    return headers
 
 
 def percent_encoded(text: str) -> str:
@@ -3793,47 +3672,152 @@ def percent_encoded(text: str) -> str:
     return quote(text, safe="")
 
 
-def end_group(process: Any) -> None:
-    """End a program and what it started."""
-    import signal
-    if os.name == "posix":
-        os.killpg(process.pid, signal.SIGKILL)
-    else:
-        process.kill()
+# ---- what is owed, and when ----
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A notice that one channel still owes."""
+
+    notice: Notice
+    due: float                  # on the monotonic clock, as is `first`
+    first: float = 0.0          # when it was first tried
+    tries: int = 0
+    trying: bool = False
+
+
+class Bell:
+    """What one channel owes, for the loop's thread and for its own."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel, self.pace = channel, channel.pace
+        self.jobs: dict[str, Job] = {}              # by request_id
+        self.queue: list[tuple[float, str]] = []    # a heap, by when it is due
+        self.quiet_until = 0.0
+        self.changed = threading.Condition()
+
+    def wants(self, notice: Notice) -> bool:
+        """Whether the filters of the entry let a request through."""
+        entry = self.channel.entry
+        return ((not entry["category"] or notice.category in entry["category"])
+                and (not entry["checkpoint"]
+                     or notice.checkpoint in entry["checkpoint"]))
+
+    def add(self, notice: Notice, waited: float) -> None:
+        """Owe this notice of a request that has waited for so long already."""
+        delay = max(0.0, self.channel.entry["after_seconds"] - waited)
+        with self.changed:
+            self.owe(Job(notice, time.monotonic() + delay))
+            self.changed.notify()
+
+    def owe(self, job: Job) -> None:
+        import heapq
+        job.trying = False
+        self.jobs[job.notice.request_id] = job
+        heapq.heappush(self.queue, (job.due, job.notice.request_id))
+
+    def drop(self, request_id: str) -> bool:
+        """The request waits no more: no further try -> whether its notice was
+        due, and nobody has sent it."""
+        with self.changed:
+            job = self.jobs.pop(request_id, None)
+            return (job is not None and not job.trying
+                    and (job.tries > 0 or job.due <= time.monotonic()))
+
+    def take(self) -> list[Job]:
+        """Wait until something is due -> what goes out now: all that is due in
+        one message, or the one event that is due first."""
+        import heapq
+        taken: list[Job] = []
+        with self.changed:
+            while not taken:
+                now, wake = time.monotonic(), math.inf
+                while self.queue and (not taken or self.channel.bundles):
+                    wake = max(self.queue[0][0], self.quiet_until)
+                    if wake > now:
+                        break
+                    job = self.jobs.get(heapq.heappop(self.queue)[1])
+                    if job is not None:             # else it waits no more
+                        job.trying = True
+                        taken.append(job)
+                if not taken:
+                    self.changed.wait(min(wake - now, 3600))
+        return taken
+
+    def settle(self, taken: list[Job], started: float, answer: Answer
+               ) -> list[str]:
+        """After a try: owe it again, or be done with it -> the requests that it
+        is done with, told or not."""
+        done, tries = [], self.pace.tries
+        now = time.monotonic()
+        with self.changed:
+            for job in taken:
+                request_id = job.notice.request_id
+                job.first = job.first or started
+                job.tries += 1
+                if (not answer.again or job.tries >= len(tries)
+                        or request_id not in self.jobs):
+                    self.jobs.pop(request_id, None)
+                    done.append(request_id)
+                    continue
+                job.due = job.first + tries[job.tries]
+                if answer.after is not None:
+                    job.due = now + answer.after
+                self.owe(job)
+            if answer.after is not None:
+                self.quiet_until = now + answer.after
+            elif self.channel.bundles:              # a burst rings once
+                self.quiet_until = started + (
+                    tries[1] if answer.again else self.pace.window)
+        return done
 
 
 class Notices:
     """All the entries. `report` takes (name, request_ids, answer), from any
-    thread, and brings them to the loop."""
+    thread, and brings them to the loop, which calls record()."""
 
-    def __init__(self, channels: list[Channel], known: Mapping[str, str],
-                 desk_url: str, report: Callable[[str, list[str], Answer], None],
-                 pace: Pace = PACE) -> None:
-        self.channels, self.known, self.desk_url = channels, known, desk_url
-        self.report = report
+    def __init__(self, channels: list[Channel], rules: Rules, desk_url: str,
+                 report: Callable[[str, list[str], Answer], None]) -> None:
+        self.bells = [Bell(channel) for channel in channels]
+        self.known = {c.checkpoint_id: c.category for c in rules.checkpoints}
+        self.desk_url, self.report = desk_url, report
         self.waiting: set[str] = set()
-        for channel in channels:
-            channel.pace = pace
-            threading.Thread(target=self.watch, args=(channel,),
-                             daemon=True).start()
+        for bell in self.bells:
+            threading.Thread(target=self.ring, args=(bell,), daemon=True).start()
+
+    def ring(self, bell: Bell) -> None:
+        """An entry's thread: all that is owed, one try after the other."""
+        while True:
+            taken, started = bell.take(), time.monotonic()
+            try:
+                answer = bell.channel.tell([job.notice for job in taken],
+                                           self.desk_url, len(self.waiting))
+            except Exception as error:
+                answer = failure(error)
+            if done := bell.settle(taken, started, answer):
+                self.report(bell.channel.name, done, answer)
 
     def submitted(self, request: ReviewRequest, waited: float = 0.0,
                   told: Iterable[str] = ()) -> None:
-        """Tell of a request that has begun to wait; after a restart, through
-        those entries whose rows are not in the log."""
+        """Tell of a request that waits, through the entries that have not."""
         self.waiting.add(request.request_id)
         notice = notice_of(request, self.known)
-        for channel in self.channels:
-            if channel.name not in told and channel.wants(notice):
-                channel.add(notice, waited)
+        for bell in self.bells:
+            if bell.channel.name not in told and bell.wants(notice):
+                bell.add(notice, waited)
 
     def ended(self, request_id: str) -> None:
         """It waits no more: no further try."""
         self.waiting.discard(request_id)
-        for channel in self.channels:
-            if channel.drop(request_id):
-                self.report(channel.name, [request_id],
+        for bell in self.bells:
+            if bell.drop(request_id):
+                self.report(bell.channel.name, [request_id],
                             Answer(False, "it stopped waiting first"))
+
+    def catch_up(self, store: Store) -> None:
+        """Owe what the log does not have, after a start."""
+        for request, told in store.owed():
+            begun = datetime.fromisoformat(request.received_at).timestamp()
+            self.submitted(request, store.clock() - begun, told)
 
     def follow(self, store: Store, changes: list[Change]) -> None:
         """Tell of what has begun to wait (not of what was decided in its own
@@ -3846,24 +3830,23 @@ class Notices:
             if request and request.status == Status.WAITING:
                 self.submitted(request)
 
-    def catch_up(self, store: Store) -> None:
-        """Owe what the log does not have, after a start."""
-        for request, told in store.owed():
-            begun = datetime.fromisoformat(request.received_at).timestamp()
-            self.submitted(request, store.clock() - begun, told)
-
-    def watch(self, channel: Channel) -> None:
-        """An entry's thread: all that is owed, one try after the other."""
-        while True:
-            jobs = channel.take()
-            started = time.monotonic()
-            try:
-                answer = channel.attempt([job.notice for job in jobs],
-                                         self.desk_url, len(self.waiting))
-            except Exception as error:
-                answer = failure(error)
-            if done := channel.settle(started, answer):
-                self.report(channel.name, done, answer)
+    def record(self, store: Store, name: str, request_ids: list[str],
+               answer: Answer) -> list[str]:
+        """What became of a notice, into the log, a row a request -> a line for
+        each that it did not reach."""
+        event, detail = "notified", {"name": name, "status": answer.status}
+        if not answer.told:
+            event, detail = "not-notified", {"name": name, "why": answer.status}
+            if answer.text:
+                detail["answer"] = answer.text
+        lines = []
+        for request_id in request_ids:
+            store.attempt(store.note, store.request(request_id), event, "server",
+                          detail)
+            if not answer.told:
+                mark = notice_mark(store.notices_of(request_id))
+                lines.append(f"{request_id}: {mark}")
+        return lines
 
 
 # ================================== Pages ==================================
@@ -5496,14 +5479,11 @@ class Loop:
 
     # ---- notices ----
 
-    def start_notices(self, channels: list[Channel], rules: Rules,
-                      pace: Pace = PACE) -> None:
+    def start_notices(self, channels: list[Channel], rules: Rules) -> None:
         """Tell reviewers of what waits, and of what begins to."""
         if not channels:
             return
-        self.notices = Notices(
-            channels, {c.checkpoint_id: c.category for c in rules.checkpoints},
-            self.url, self.report, pace)
+        self.notices = Notices(channels, rules, self.url, self.report)
         self.notices.catch_up(self.desk.store)
 
     def report(self, name: str, request_ids: list[str], answer: Answer) -> None:
@@ -5518,8 +5498,9 @@ class Loop:
         import sqlite3
         self.desk.store.tick()
         try:
-            self.print_lines(record_notice(self.desk.store, name, request_ids,
-                                           answer))
+            if self.notices:
+                self.print_lines(self.notices.record(
+                    self.desk.store, name, request_ids, answer))
         except (Refusal, sqlite3.Error) as error:   # told again after a restart
             log.error("a notice cannot be recorded: %s", error)
         self.commit([])

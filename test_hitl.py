@@ -2633,9 +2633,9 @@ def quoted(text: str) -> str:
     return json.dumps(text)
 
 
-def channels(make_rules, text: str, **environ) -> list:
+def channels(make_rules, text: str, pace=SOON, **environ) -> list:
     path = make_rules(RULES + text).path
-    return [hitl.Channel(path, entry, environ)
+    return [hitl.Channel(path, entry, environ, pace)
             for entry in hitl.load_configuration(path).notify]
 
 
@@ -2658,8 +2658,8 @@ def tell(make_rules):
     def run(text, *requests, pace=SOON, count=1, **environ):
         done = []
         notices = hitl.Notices(
-            channels(make_rules, text, **environ), {"delete-records": "destructive"},
-            "https://desk.example", lambda *result: done.append(result), pace)
+            channels(make_rules, text, pace, **environ), make_rules(RULES),
+            "https://desk.example", lambda *result: done.append(result))
         for request in requests or [a_request()]:
             notices.submitted(request)
         assert until(lambda: len(done) >= count), done
@@ -2772,7 +2772,7 @@ def test_the_event_is_signed(tell):
                     sign='"${KEY}"'), *map(a_request, "abc"), count=3, KEY=WHSEC)
         for path, headers, body in receiver.got:
             assert verified(headers, body)
-            assert re.fullmatch(r"/x_____[A-Za-z0-9_]+\?a=checkpoint%3A%20"
+            assert re.fullmatch(r"/x_____[A-Za-z0-9_]+\?a=tool%3A%20"
                                 r"[A-Za-z0-9%._-]+", path)
         assert not verified(headers, body + b" ")
         event = receiver.bodies()[0]
@@ -2837,8 +2837,8 @@ def test_no_try_after_it_stopped_waiting(tell):
         text = notify(url=quoted(receiver.url), body="{}") + notify(
             "later", url=quoted(receiver.url), after_seconds=60)
         done = tell(text, pace=slow, count=0)
-        phone, later = tell.notices.channels
-        assert until(lambda: receiver.got and not phone.trying)
+        phone, later = tell.notices.bells
+        assert until(lambda: phone.jobs["r-1"].tries == 1)
         tell.notices.ended("r-1")
         assert [(n, i, a.told, a.status) for n, i, a in done] == [
             ("phone", ["r-1"], False, "it stopped waiting first")]
@@ -2855,7 +2855,7 @@ def test_filters_go_by_serves_own_file(make_rules, keys, sent):
     channel, = channels(make_rules, notify(command=["true"], **keys))
     notice = hitl.notice_of(a_request(category="data-risk"),
                             {"delete-records": "destructive"})
-    assert channel.wants(notice) is sent
+    assert hitl.Bell(channel).wants(notice) is sent
 
 
 def test_a_command_gets_arguments_and_no_credential(tell, tmp_path, monkeypatch):
@@ -2905,7 +2905,7 @@ def test_an_answer_shows_no_secret(make_rules):
         channel, = channels(make_rules, notify(
             url=quoted(receiver.url + "${A}/${B}"), headers='{ X = "${B}" }'),
             A="pa/th+1", B='sec"ret\\2')
-        answer = channel.attempt([hitl.notice_of(a_request(), {})], "", 1)
+        answer = channel.tell([hitl.notice_of(a_request(), {})], "", 1)
         assert answer.status == "403" and len(answer.text) == 200
         assert answer.text.startswith("***/***/***")
         assert not re.search("pa|th.1|sec|ret|\x1b|\u202e", answer.text)
@@ -2927,8 +2927,8 @@ def notified(desk, count=1, **entries):
 def start_notices(desk, make_rules, text, pace=SOON, **environ) -> None:
     rules = make_rules(RULES + text)
     desk.server.asyncio_loop.call_soon_threadsafe(
-        desk.server.start_notices, channels(make_rules, text, **environ), rules,
-        pace)
+        desk.server.start_notices, channels(make_rules, text, pace, **environ),
+        rules)
 
 
 def test_each_outcome_is_in_the_log_and_a_failure_is_marked(
@@ -2994,7 +2994,7 @@ def test_what_was_decided_is_not_told(desk, make_rules):
             ("notified", "r-2", {"name": "phone", "status": "204"})]
         desk.server.notices.follow(
             desk.store, [hitl.Change("submitted", "r-1", "agent:a")])
-        assert not desk.server.notices.channels[0].jobs
+        assert not desk.server.notices.bells[0].jobs
 
 
 def test_promise_9_what_is_owed_is_told_once(tmp_path):
@@ -3061,7 +3061,7 @@ def test_notify_test_sends_what_is_hard_to_send(tmp_path):
         assert all(c in text for c in ('"', "\n", "\\", "\U0001f514"))
         done = command("notify", "--test", folder=tmp_path)
         assert done.returncode == 1 and "phone: 500\n" in done.stdout
-        assert "screen: exit 0: This is a test." in done.stdout
+        assert "screen: exit 0: " in done.stdout
         assert len(receiver.got) == 2
         done = command("notify", "--test", "phon", folder=tmp_path)
         assert done.returncode == 2 and "did you mean phone?" in done.stderr
