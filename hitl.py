@@ -558,7 +558,7 @@ def parse_timestamp(value: Any) -> str:
 
 BRACKETS = "\u27e6\u27e7"
 NOT_PLAIN = re.compile("[^ -~]+| {9,}")
-LINE_BREAK = f"{BRACKETS[0]}U+000A{BRACKETS[1]}"
+IN_LINES = re.compile("[^ -~\n]+|\n{9,}| {9,}")
 SHAPELESS = re.compile(         # printable to Python, yet nothing is drawn
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f"
     "\uffa0\U00016fe4\U0001bc9d\U0001bc9e\U0001d159\U000e0100-\U000e01ef]")
@@ -618,6 +618,11 @@ def editable_text(text: str) -> bool:
     without changing what they do not see."""
     return text.isascii() and text.replace("\n", "").isprintable() or all(
         kind_of(c) != "c" for c in text)
+
+
+def visible_lines(text: str) -> str:
+    """visible(), but with its real line breaks, up to eight together."""
+    return IN_LINES.sub(shown, text)
 
 
 def readable_seconds(seconds: float) -> str:
@@ -3853,153 +3858,367 @@ class Notices:
 # What the reviewer sees, and the only HTML. Pure functions from rows to text.
 # Templates are HTML a designer could read; fill() escapes every value that is
 # not Html already, after visible() has shown what cannot be seen (promise 7).
-# What will run stands apart from what the agent says about it. No part is cut
-# where there are buttons; the page works without its script.
+# A request is one line that opens to everything about it: first what will
+# run, then who asks and what the agent says of it, then the buttons. No part
+# is cut where there are buttons; the page works without its script.
 
-HISTORY_ROWS = 200              # on one page of the history
+HISTORY_ROWS = 100              # on one page of the history
+MANY_CARDS = 12                 # from here on the lines are set closer
+WIDE = 76                       # characters of JSON that stay on one line
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #f6f5f2; --card: #fff;
-  --ink: #1c1b19; --soft: #5d5a54; --line: #dedbd3; --sunk: #f3f1ec;
+  --ink: #1c1b19; --soft: #5d5a54; --line: #dedbd3; --sunk: #f4f2ed;
   --amber: #8a4a00; --amber-bg: #ffe9b0; --amber-edge: #f2a100;
-  --green: #1a7340;
-  --green-bg: #e0f4e6; --red: #b3261e; --red-bg: #fde7e4;
-  --grey: #66625b; --grey-bg: #eceae5; --on: #fff; }
+  --green: #1a7340; --green-bg: #e0f4e6; --red: #b3261e; --red-bg: #fde7e4;
+  --grey: #66625b; --grey-bg: #eceae5; --other: #2f5fa8; --other-bg: #e6eefa;
+  --on: #fff; }
 @media (prefers-color-scheme: dark) { :root { --paper: #161513;
   --card: #21201d; --ink: #eeebe4; --soft: #a8a297; --line: #3a3732;
   --sunk: #191815; --amber: #ffb84d; --amber-bg: #3d2c0c; --green: #6fd195;
   --green-bg: #12331f; --red: #ff8a7d; --red-bg: #431814; --grey: #b5afa4;
-  --grey-bg: #33312c; --on: #161513; } }
+  --grey-bg: #33312c; --other: #9cc0ff; --other-bg: #1c2a42; --on: #161513; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 0 16px 64px; max-width: 860px;
+body { margin: 0 auto; padding: 0 16px 48px; max-width: 1080px;
   background: var(--paper); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; }
-body > header { display: flex; gap: 4px 20px; align-items: baseline;
-  flex-wrap: wrap; padding: 20px 0 8px; }
-h1 { font-size: 22px; margin: 0; flex: 1; white-space: nowrap; }
-h2 { font-size: 17px; margin: 28px 0 10px; }
-h3 { font-size: 18px; line-height: 1.35; margin: 10px 0; }
-h4 { font-size: 12px; letter-spacing: .05em; text-transform: uppercase;
-  color: var(--soft); margin: 0 0 4px; }
+  font: 15px/1.45 system-ui, sans-serif; }
 a { color: inherit; }
+body > header { display: flex; gap: 4px 18px; align-items: center;
+  flex-wrap: wrap; padding: 7px 0; font-size: 14px; }
+h1 { font-size: 19px; margin: 0 auto 0 0; white-space: nowrap; }
 h1 a { text-decoration: none; }
-h3, pre, dd, code, li { overflow-wrap: anywhere; white-space: break-spaces; }
-li { white-space: normal; }
-.card, .empty { background: var(--card); border: 1px solid var(--line);
-  border-radius: 10px; padding: 16px 18px; margin: 0 0 16px; }
-.card { border-left: 6px solid var(--edge, var(--tone)); }
-.card > header { display: flex; flex-wrap: wrap; gap: 6px 12px;
-  align-items: center; color: var(--soft); font-size: 14px; }
+h2 { font-size: 15px; margin: 10px 0 4px; }
+#reviewed h2 { margin-top: 22px; }
+h3 { font-size: 15px; margin: 8px 0; }
+h4 { font-size: 12.5px; color: var(--soft); margin: 0; font-weight: 600; }
+h4 code { color: var(--ink); font-weight: 600; }
+p { margin: 6px 0; }
+.soft, .who { color: var(--soft); font-size: 13.5px; }
+
+/* a request: one line, opened to everything about it */
+.card, .note { background: var(--card); border: 1px solid var(--line);
+  border-left: 5px solid var(--edge, var(--tone)); overflow-wrap: anywhere; }
+.card + .card { border-top: 0; }
+.note { padding: 8px 12px; border-radius: 6px; }
 .waiting { --tone: var(--amber); --tint: var(--amber-bg);
   --edge: var(--amber-edge); }
 .approved { --tone: var(--green); --tint: var(--green-bg); }
 .rejected { --tone: var(--red); --tint: var(--red-bg); }
 .expired, .withdrawn { --tone: var(--grey); --tint: var(--grey-bg); }
-.status { color: var(--tone); background: var(--tint); font-weight: 600;
-  border-radius: 99px; padding: 1px 11px; font-size: 14px; }
-.tag { border: 1px solid var(--line); border-radius: 12px; padding: 0 9px;
-  overflow-wrap: anywhere; min-width: 0; }
-.tool { font: 600 15px ui-monospace, Consolas, monospace; margin: 0;
-  overflow-wrap: anywhere; }
-.part { border-top: 1px solid var(--line); padding: 10px 0 0; margin: 12px 0; }
+.card > summary { display: flex; gap: 0 12px; align-items: baseline;
+  padding: 5px 10px; cursor: pointer; list-style: none; font-size: 14px; }
+.many > .card > summary { padding-block: 0; font-size: 13px;
+  line-height: 17px; }
+.many summary code { font-size: 12px; line-height: 1; }
+.many .status, .many .tag { font-size: 11px; line-height: 15px; border: 0; }
+.card > summary::-webkit-details-marker { display: none; }
+.status, .tag { font-size: 12px; font-weight: 600; border-radius: 99px;
+  padding: 0 8px; line-height: 17px; white-space: nowrap; min-width: 74px;
+  text-align: center; }
+.status { color: var(--tone); background: var(--tint); }
+.tag { color: var(--soft); border: 1px solid var(--line); line-height: 15px; }
+.headline { flex: 1 1 0; min-width: 0; font-weight: 600; }
+.tool, .agent { max-width: 12em; color: var(--soft); }
+.card:not([open]) > summary :is(.headline, .tool, .agent) { overflow: hidden;
+  text-overflow: ellipsis; white-space: nowrap; }
+.left { white-space: nowrap; min-width: 4.5em; text-align: right; }
+.body { padding: 0 10px 10px; }
 .exact { background: var(--sunk); border: 1px solid var(--line);
-  border-radius: 8px; padding: 10px 12px; }
-pre, code { font: 14px/1.45 ui-monospace, Consolas, monospace; }
-pre { margin: 4px 0 0; }
-dl { display: grid; grid-template-columns: 6.5em 1fr;
-  gap: 2px 14px; margin: 0; font-size: 14px; }
-dt { color: var(--soft); }
+  border-radius: 6px; padding: 7px 10px; }
+pre, code, .exact dd, .exact dt, .ids { margin: 0;
+  font: 13.5px/1.45 ui-monospace, Consolas, monospace; }
+pre, dd, h4 code, .full { white-space: break-spaces;
+  overflow-wrap: anywhere; unicode-bidi: isolate; }
+dl { display: grid; grid-template-columns: fit-content(38%) minmax(0, 1fr);
+  gap: 1px 12px; margin: 0; }
+dt { color: var(--soft); overflow-wrap: anywhere; }
 dd { margin: 0; }
-summary { cursor: pointer; font-size: 14px; padding: 6px 0; }
+.block { grid-column: 1 / -1; }
+.block pre, .more pre { background: var(--card); padding: 5px 8px;
+  border: 1px solid var(--line); border-left: 3px solid var(--soft); }
+.end { color: var(--soft); font: 12px/1.5 system-ui, sans-serif; }
+.body summary { cursor: pointer; font-size: 13.5px; padding: 3px 0;
+  color: var(--soft); overflow-wrap: anywhere; }
+.folds { display: flex; flex-wrap: wrap; gap: 0 18px; }
+.folds > details { flex: 0 0 auto; max-width: 100%; }
+.folds > [open] { flex: 1 1 100%; }
+.context pre { padding: 4px 10px; }
+.more dl { font-size: 13.5px; margin: 4px 0 8px; }
+.said { flex: 1 1 100%; margin: 4px 0 0; font-weight: 600;
+  white-space: pre-line; }
+.said:empty { display: none; }
+.warn { color: var(--red); background: var(--red-bg); padding: 2px 8px;
+  border-radius: 4px; font-size: 13.5px; }
 mark { background: var(--red-bg); color: var(--red); border-radius: 3px;
   font-size: .85em; padding: 0 2px; }
-form { border-top: 1px solid var(--line); padding-top: 12px; display: flex;
-  flex-wrap: wrap; gap: 10px; align-items: center; }
-textarea { flex: 1 1 220px; min-height: 44px; height: 44px; padding: 10px;
-  font: inherit; font-size: 16px; line-height: 1.3; color: inherit;
-  background: var(--sunk); border: 1px solid var(--line); border-radius: 8px; }
+bdi { background: var(--other-bg); color: var(--other); border-radius: 3px;
+  text-decoration: underline; text-decoration-thickness: 1px;
+  text-underline-offset: 3px; }
+
+/* deciding: buttons that have just appeared are dead */
+form { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; }
+.body > form { margin-top: 6px; }
+textarea, input:not([type=hidden]) { flex: 1 1 220px; min-width: 0;
+  padding: 8px 10px; font: inherit; font-size: 15px; line-height: 1.3;
+  color: inherit; background: var(--sunk); border: 1px solid var(--soft);
+  border-radius: 6px; }
+textarea { min-height: 40px; height: 40px; }
+input[type=search] { flex: 0 1 170px; padding: 4px 8px; font-size: 14px; }
 ::placeholder { color: var(--soft); opacity: 1; }
-button { font: inherit; font-weight: 600; min-height: 44px; cursor: pointer;
-  padding: 8px 22px; border-radius: 8px; border: 1px solid transparent; }
-.approve { background: var(--green); color: var(--on); }
-.reject { background: transparent; color: var(--red);
-  border-color: var(--red); }
-:focus-visible { outline: 3px solid var(--amber); outline-offset: 2px; }
-ol { list-style: none; padding: 0; margin: 0; }
-li { background: var(--card); border: 1px solid var(--line);
-  border-left: 6px solid var(--tone); border-radius: 8px;
-  padding: 8px 14px; margin: 0 0 8px; font-size: 15px; }
-li p { margin: 2px 0; }
-.soft { color: var(--soft); font-size: 14px; }
-.over form { visibility: hidden; }
-#lost { position: fixed; bottom: 0; left: 16px; right: 16px;
-  border-color: var(--red); }
-.long { font-size: 15px; font-weight: 400; }
-.card > header + h3 { margin-top: 8px; }
-main > .card { margin-top: 12px; }
-@media (max-width: 520px) { button { flex: 1; }
-  textarea { flex-basis: 100%; } }
+button { font: inherit; font-weight: 600; min-height: 40px; cursor: pointer;
+  padding: 6px 22px; border-radius: 6px; border: 1px solid var(--soft);
+  background: transparent; color: inherit; }
+header button { min-height: 0; padding: 3px 10px; font-weight: 400; }
+.approve { background: var(--green); border-color: var(--green);
+  color: var(--on); }
+.reject { color: var(--red); border-color: var(--red); }
+@keyframes appear { 0%, 99% { opacity: .45; pointer-events: none; } }
+.card[open] form button { animation: appear .6s; }
+:focus-visible { outline: 3px solid var(--other); outline-offset: 1px; }
+#lost { position: fixed; bottom: 0; left: 16px; right: 16px; margin: 0;
+  --tone: var(--red); z-index: 1; }
+[hidden] { display: none !important; }
+#keys kbd { border: 1px solid var(--line); border-radius: 4px;
+  padding: 0 5px; background: var(--card); font-size: 13px; }
+
+/* what was reviewed */
+ol { list-style: none; padding: 0; margin: 0; font-size: 14px; }
+li { background: var(--card); border: 1px solid var(--line); display: flex;
+  flex-wrap: wrap; gap: 0 12px; align-items: baseline; padding: 3px 10px;
+  border-left: 5px solid var(--tone); overflow-wrap: anywhere; }
+li + li { border-top: 0; }
+li a { flex: 1 1 20em; min-width: 0; }
+li .soft { flex: 1 1 100%; }
+select { font: inherit; padding: 4px 8px; border-radius: 6px; }
+main > form input { flex: 1 1 200px !important; }
+@media (max-width: 640px) {
+  body { padding: 0 8px 32px; }
+  .card > summary, .many > .card > summary { flex-wrap: wrap;
+    padding-block: 7px; line-height: 1.4; }
+  .headline { order: 1; flex: 1 0 100%; }
+  .card:not([open]) > summary .headline { white-space: normal; }
+  .tool, .agent { order: 2; }
+  .left, li time { margin-left: auto; }
+  li a, li .soft { order: 1; flex: 1 0 100%; }
+  .body > form button { flex: 1 1 40%; min-height: 46px; }
+  textarea { flex-basis: 100%; font-size: 16px; }
+}
 """
 
-# Fetches the page while its tab is visible: new cards are added below, what
-# is no longer waiting loses its buttons, and nothing moves under a finger.
+# The script decides by fetch, keeps the page live and moves by keys. Nothing
+# moves under a finger: a card settles where it is, new ones are added below.
 # Addresses start from location.origin: a page opened with credentials in its
 # link cannot fetch relative ones.
-SCRIPT = """
-const local = root => { for (const t of root.querySelectorAll("time"))
-  t.textContent = new Date(t.dateTime).toLocaleString(); };
-const list = document.getElementById("waiting");
-async function refresh() {
-  const reply = await fetch(location.origin + "/",
-    {headers: {Accept: "text/html"}, cache: "no-store"});
+SCRIPT = r"""
+const first = (css, root = document) => root.querySelector(css);
+const every = (css, root = document) => [...root.querySelectorAll(css)];
+const at = path => location.origin + path;      // a link may hold credentials
+const since = new WeakMap();                    // card -> when it was opened
+const DEAD = 600, page = document.body.dataset;
+
+// ---- what a card shows ----
+
+function words(seconds) {
+  for (const [size, unit] of [[86400, "days"], [3600, "h"], [60, "min"]])
+    if (seconds >= 2 * size) return `${Math.round(seconds / size)} ${unit}`;
+  return `${Math.max(0, Math.round(seconds))} s`;
+}
+function tick() {
+  for (const left of every(".waiting .left[data-until]"))
+    left.textContent =
+      words((new Date(left.dataset.until) - Date.now() - skew) / 1000) + " left";
+}
+const skew = new Date(page.at) - Date.now();
+function prepare(root) {                        // of a page that was just read
+  for (const time of every("time", root)) {
+    const moment = new Date(time.dateTime);
+    const today = moment.toDateString() === new Date().toDateString();
+    time.textContent = today ? moment.toLocaleTimeString()
+                             : moment.toLocaleString();
+  }
+  for (const card of every(".waiting", root)) {
+    if (card.open) since.set(card, performance.now());
+    const reason = first("textarea", card);
+    if (reason) reason.value ||= sessionStorage[card.id] || "";
+  }
+}
+function tell(form, text) { first(".said", form).textContent = text; }
+
+// The card stays as tall as it was: nothing moves under a finger.
+function settle(card, state, title = "") {
+  const form = first("form", card), typed = first("textarea", card)?.value;
+  const by = (state.decided_by || "").split(":").slice(1).join(":");
+  const said = document.createElement("p");
+  said.className = "said";
+  said.textContent = (title ? title + ". " : "") + `${state.status}` +
+    (by && ` by ${by}`) + (state.reason ? `: ${state.reason}` : "");
+  if (typed && typed.trim() !== state.reason)
+    said.textContent += `\nYou had typed: ${typed}`;
+  const active = card.contains(document.activeElement);
+  card.style.minHeight = card.offsetHeight + "px";
+  card.className = `card over ${state.status}`;
+  first(".status", card).textContent = state.status;
+  first(".left", card).textContent = "";
+  form ? form.replaceWith(said) : card.append(said);
+  if (active) first("summary", card).focus({preventScroll: true});
+  delete sessionStorage[card.id];
+}
+
+// ---- deciding ----
+
+document.addEventListener("submit", async event => {
+  const form = event.target, card = form.closest(".card");
+  if (!card) return;
+  event.preventDefault();
+  if (form.dataset.busy) return;
+  if (!(performance.now() - since.get(card) >= DEAD))
+    return tell(form, "Too fast: look at it first.");
+  const body = new URLSearchParams(new FormData(form, event.submitter));
+  form.dataset.busy = "yes";
+  try {
+    const reply = await fetch(at(new URL(form.action).pathname),
+      {method: "POST", body, headers: {Accept: "application/json"}});
+    const answer = await reply.json();
+    if (reply.ok) settle(card, answer);
+    else if (answer.request && answer.request.status !== "waiting")
+      settle(card, answer.request, answer.title);
+    else tell(form, `Not decided: ${answer.title}. ${answer.detail || ""}`);
+  } catch {
+    tell(form, "The server does not answer. Your reason is kept: " +
+               "decide again when it is back.");
+  }
+  delete form.dataset.busy;
+});
+document.addEventListener("input", event => {
+  const card = event.target.closest(".card");
+  if (card) sessionStorage[card.id] = event.target.value;
+});
+document.addEventListener("toggle", event => {
+  const card = event.target;
+  if (!card.matches(".card")) return;
+  card.open ? since.set(card, performance.now()) : since.delete(card);
+}, true);
+
+// ---- live ----
+
+const list = first("#waiting"), lost = first("#lost");
+async function read(path, type) {
+  const reply = await fetch(at(path), {cache: "no-store",
+                                       headers: {Accept: type}});
   if (!reply.ok) throw new Error(reply.status);
-  const page = new DOMParser().parseFromString(await reply.text(),
-                                               "text/html");
-  local(page);
-  const all = !page.querySelector("#more .empty");
-  for (const card of list.querySelectorAll(".card:not(.over)")) {
-    const fresh = page.getElementById(card.id);
-    const live = card.querySelector(".live");
-    if (fresh) live.textContent = fresh.querySelector(".live").textContent;
-    else if (all) {
-      card.className = "card withdrawn over";
-      card.querySelector(".status").textContent = "no longer waiting";
-      live.textContent = "";
+  return reply;
+}
+async function refresh() {
+  const reply = await read(location.pathname + location.search, "text/html");
+  const now = new DOMParser().parseFromString(await reply.text(), "text/html");
+  prepare(now);
+  for (const card of every(".card:not(.over)")) {
+    const fresh = now.getElementById(card.id);
+    if (fresh && fresh.matches(".waiting"))
+      first(".live", card).replaceChildren(...first(".live", fresh).childNodes);
+    else if (fresh && !card.matches(".waiting")) card.replaceWith(fresh);
+    else {
+      const state = await (await read("/review/" + card.id.slice(8),
+                                      "application/json")).json();
+      if (state.status !== "waiting") settle(card, state);
     }
   }
-  for (const card of page.querySelectorAll("#waiting .card"))
-    if (!document.getElementById(card.id)) list.append(card);
-  for (const id of ["count", "reviewed", "more"]) {
-    const old = document.getElementById(id), now = page.getElementById(id);
-    if (old.innerHTML !== now.innerHTML) old.replaceWith(now);
+  const news = every("#waiting .card", now).filter(
+    card => !document.getElementById(card.id));
+  for (const card of news) {
+    card.open = !first("#waiting .waiting");
+    since.delete(card);
+    list.append(card);
+    if (card.open) since.set(card, performance.now());
   }
-  document.title = page.title;
+  for (const css of ["#count", "#reviewed", "#more", "#stopped"]) {
+    const old = first(css), fresh = first(css, now);
+    if (old && fresh && old.innerHTML !== fresh.innerHTML)
+      old.replaceChildren(...fresh.childNodes);
+  }
+  document.title = now.title;
+  first("link[rel=icon]").href = first("link[rel=icon]", now).href;
+  if (news.length && document.hidden && self.Notification?.permission ===
+      "granted") new Notification(now.title, {tag: "hitl",
+        body: first(".headline", news[0]).textContent});
 }
-async function keepFresh() {
-  const lost = document.getElementById("lost");
-  try { if (!document.hidden) {
-    await (list ? refresh() : refreshOne()); lost.hidden = true; } }
-  catch { lost.hidden = false; }
-  if (list || document.querySelector(".waiting form"))
-    setTimeout(keepFresh, 2000);
+let change = page.change, wake = () => {}, poll = new AbortController();
+async function live() {
+  for (;;) {
+    poll = new AbortController();
+    try {
+      const hidden = document.hidden, reply = await fetch(
+        at(`/changes?after=${change}&wait=${hidden ? 0 : 25}`),
+        {cache: "no-store", signal: poll.signal});
+      if (!reply.ok) throw new Error(reply.status);
+      const now = String((await reply.json()).change);
+      if (now !== change || !lost.hidden) { await refresh(); change = now; }
+      lost.hidden = true;
+      if (hidden) await pause(5000);
+    } catch (error) {
+      if (error.name === "AbortError") continue;
+      lost.hidden = false;
+      await pause(2000);
+    }
+  }
 }
-async function refreshOne() {
-  const reply = await fetch(location.origin + location.pathname,
-    {headers: {Accept: "text/html"}, cache: "no-store"});
-  if (!reply.ok) throw new Error(reply.status);
-  const page = new DOMParser().parseFromString(await reply.text(),
-                                               "text/html");
-  local(page);
-  const card = document.querySelector(".card"), now = page.getElementById(
-    card.id);
-  if (now.classList.contains("waiting")) card.querySelector(".live")
-    .textContent = now.querySelector(".live").textContent;
-  else card.replaceWith(now);
-  document.title = page.title;
+const pause = time => new Promise(done => { wake = done;
+                                            setTimeout(done, time); });
+document.addEventListener("visibilitychange", () => {
+  document.hidden ? poll.abort() : wake();
+});
+
+// ---- the keyboard ----
+
+function go(step) {
+  const lines = every(".card > summary");
+  const here = lines.indexOf(current() && first("summary", current()));
+  const next = document.activeElement.closest(".card") ? here + step : here;
+  lines[Math.max(0, Math.min(lines.length - 1, next))]?.focus();
 }
-local(document);
-if (list || document.querySelector(".waiting form"))
-  setTimeout(keepFresh, 2000);
+const current = () => document.activeElement.closest(".card")
+  || first(".card.waiting") || first(".card");
+const KEYS = {
+  j: () => go(1), k: () => go(-1),
+  a: () => focusIn(".approve"), r: () => focusIn("textarea"),
+  "/": () => first("#q").focus(),
+  "?": () => { first("#keys").open = !first("#keys").open; },
+};
+function focusIn(css) {
+  const card = current(), target = card && first(css, card);
+  if (!target) return;
+  card.open = true;
+  target.focus();
+  target.dataset.key = "yes";                   // then Enter rejects
+}
+document.addEventListener("keydown", event => {
+  const target = event.target, typing = target.matches("textarea, input");
+  if (event.ctrlKey || event.altKey || event.metaKey) return;
+  if (event.key === "Enter" && event.repeat) return event.preventDefault();
+  if (typing && event.key === "Escape") target.blur();
+  if (target.dataset.key && typing && event.key === "Enter"
+      && !event.shiftKey && !event.isComposing) {
+    event.preventDefault();
+    target.form.requestSubmit(first(".reject", target.form));
+  } else if (!typing && KEYS[event.key]) {
+    event.preventDefault();
+    KEYS[event.key]();
+  }
+});
+document.addEventListener("focusout", event => {
+  delete event.target.dataset.key;
+});
+
+const bell = first("#bell");
+if (bell && self.Notification?.permission === "default") {
+  bell.hidden = false;
+  bell.onclick = async () => {
+    await Notification.requestPermission();
+    bell.hidden = true;
+  };
+}
+prepare(document);
+if (page.change) { live(); tick(); setInterval(tick, 5000); }
 """
 
 
@@ -4020,46 +4239,74 @@ class Html(str):
     """Text that is markup already, and so is not escaped again."""
 
 
+IN_BRACKETS = re.compile(f"{BRACKETS[0]}([^{BRACKETS[1]}]*){BRACKETS[1]}")
+
+
 def marked(text: str) -> Html:
-    """Visible text as inert markup, each visible escape marked as one."""
+    """Visible text as inert markup: its codes are marks, its words of other
+    scripts keep the order of the text, and their brackets where they touch a
+    Latin letter or a digit."""
     for sign, name in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"),
                        ('"', "&quot;"), ("'", "&#x27;")):
         text = text.replace(sign, name)
-    return Html(re.sub(f"{BRACKETS[0]}([^{BRACKETS[1]}]*){BRACKETS[1]}",
-                       r"<mark>\1</mark>", text))
+    return Html(IN_BRACKETS.sub(marked_part, text)
+                if BRACKETS[0] in text else text)
+
+
+def marked_part(found: re.Match[str]) -> str:
+    if found[1].isascii():
+        return f"<mark>{found[1]}</mark>"
+    before = found.string[:found.start()][-1:]
+    after = found.string[found.end():][:1]
+    touches = before.isalnum() or after.isalnum()
+    return f"<bdi>{found[0] if touches else found[1]}</bdi>"
+
+
+@functools.lru_cache(maxsize=256)
+def template_pieces(template: str) -> list[str]:
+    """A template as text, name, text, name, ... text."""
+    return re.split(r"\{([a-z_]+)\}", template)
 
 
 def fill(template: str, **values: Any) -> Html:
     """A template with its {names} filled in, escaped unless Html."""
-    return Html(re.sub(r"\{([a-z_]+)\}", lambda name: (
-        value if isinstance(value := values[name[1]], Html)
-        else marked(visible(str(value)))), template))
+    pieces = list(template_pieces(template))
+    for n in range(1, len(pieces), 2):
+        value = values[pieces[n]]
+        pieces[n] = value if isinstance(value, Html) else marked(
+            visible(str(value)))
+    return Html("".join(pieces))
 
 
-def joined(parts: Iterable[Html]) -> Html:
-    return Html("".join(parts))
+def joined(parts: Iterable[Html], between: str = "") -> Html:
+    return Html(between.join(parts))
 
 
-def pretty(value: Any, indent: str = "\n") -> str:
-    """JSON to read, as visible text: indented, and broken after a line break
-    in a text, but not after each of many: blank lines push nothing away."""
-    inner = indent + "  "
-    if isinstance(value, dict) and value:
-        rows = [f"{inner}{quoted(k, inner)}: {pretty(v, inner)}"
-                for k, v in value.items()]
-        return "{" + ",".join(rows) + indent + "}"
-    if isinstance(value, list) and value:
-        return "[" + ",".join(inner + pretty(v, inner)
-                              for v in value) + indent + "]"
-    return quoted(value, inner)
+def tag(word: str | None, name: str, extra: str = "") -> Html:
+    """An element around a word; nothing where there is none."""
+    template = f"<{name}{extra}>{{word}}</{name.partition(' ')[0]}>"
+    return fill(template, word=word) if word else Html("")
 
 
-def quoted(value: Any, indent: str) -> str:
-    text = visible(json.dumps(value, ensure_ascii=False))
-    if "\\n" not in text:
+# ---- arguments and contexts: blocks of text and of JSON ----
+
+def layout(value: Any, depth: int = 1) -> str:
+    """JSON to read: what fits stays on one line, and a text of several lines
+    is broken where its lines end. Its own line breaks are escapes."""
+    text = READABLE.encode(value)
+    if len(text) <= WIDE and "\\n" not in text:
         return text
+    outer, inner = ("\n" + "  " * min(n, 4) for n in (depth - 1, depth))
+    if isinstance(value, dict) and value:
+        rows = [f"{inner}{json.dumps(name, ensure_ascii=False)}: "
+                f"{layout(v, depth + 1)}" for name, v in value.items()]
+        return "{" + ",".join(rows) + outer + "}"
+    if isinstance(value, list) and any(
+            isinstance(v, (str, dict, list)) for v in value):
+        return "[" + ",".join(inner + layout(v, depth + 1)
+                              for v in value) + outer + "]"
     return re.sub(r'\\(.)(?!\\n|"$)', lambda escape: escape[0] + (
-        indent if escape[1] == "n" else ""), text)
+        inner if escape[1] == "n" else ""), text)
 
 
 def stored_json(text: str | None) -> Any:
@@ -4070,8 +4317,47 @@ def stored_json(text: str | None) -> Any:
         return f"DAMAGED: {text}"
 
 
-def pretty_json(text: str) -> Html:
-    return marked(pretty(stored_json(text)))
+def argument_rows(arguments: Any) -> Iterator[tuple[str, str, str]]:
+    """Arguments in the order they were sent, as (name, what it is, visible
+    text); what it is: "" for what fits beside its name, else a block's size.
+    A text is in quotes or in a block, so `3` and `"3"` differ."""
+    if not isinstance(arguments, dict):
+        yield "arguments", "", visible(str(arguments))
+        return
+    for name, value in arguments.items():
+        if isinstance(value, str) and "\n" in value:
+            size = readable_size(len(value.encode("utf-8", "replace")))
+            lines = value.count("\n") + 1
+            yield name, f"text, {size}, {lines} lines", visible_lines(value)
+        elif isinstance(value, str):
+            yield name, "", f'"{visible(value)}"'
+        else:
+            text = visible_lines(layout(value))
+            parts = "\n" in text and f"{len(value)} parts"
+            yield name, parts or "", text
+
+
+def exact_call(request: ReviewRequest) -> Html:
+    """What runs: the tool, and each argument as a row or a block."""
+    if request.tool is None and request.arguments is None:
+        return Html("<p>Only this description was sent: no tool, no "
+                    "arguments.</p>")
+    title = "Exactly this:"
+    if request.status == Status.WAITING:
+        title = "Runs exactly this:"
+    rows = Html("<p><em>without arguments</em></p>")
+    if request.arguments is not None:
+        rows = fill("<dl>{rows}</dl>", rows=joined(map(argument_row, (
+            argument_rows(stored_json(request.arguments))))) or "no arguments: {}")
+    return fill("<h4>{title} {tool}</h4>\n    {rows}", title=title, rows=rows,
+                tool=tag(request.tool, "code") or Html(
+                    "<em>without a tool's name</em>"))
+
+
+def argument_row(row: tuple[str, str, str]) -> Html:
+    name, size, text = row
+    return fill(BLOCK if size else "<dt>{name}</dt><dd>{text}</dd>\n    ",
+                name=name, size=size, text=marked(text))
 
 
 # ---- the templates ----
@@ -4082,84 +4368,109 @@ PAGE = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
-<link rel="icon" href="data:,">
+<link rel="icon" href="data:image/svg+xml,{icon}">
 <style>{style}</style>
 </head>
-<body>
+<body data-change="{change}" data-at="{at}">
 <header>
   <h1><a href="/">Review desk</a></h1>
+  <button id="bell" type="button" hidden>Notify me</button>
   <a href="/history">History</a>
-  <span class="soft">{who}</span>
+  <form action="/history" role="search">
+    <input id="q" type="search" name="q" value="{q}" placeholder="Search"
+      aria-label="Search the history">
+  </form>
+  {who}
 </header>
 <main>
-<p id="lost" class="empty" role="status" hidden>The server does not answer;
-this page may be old. Reload to sign in again.</p>
+<p id="lost" class="note" role="status" hidden>The server does not answer;
+this page may be old. If it stays so, reload to sign in again.</p>
 {main}
 </main>
+<footer>
+<details id="keys" class="soft"><summary>Keys</summary>
+<p><kbd>j</kbd> <kbd>k</kbd> move, <kbd>Enter</kbd> opens, <kbd>a</kbd> then
+<kbd>Enter</kbd> approves, <kbd>r</kbd> goes to the reason and
+<kbd>Enter</kbd> rejects, <kbd>/</kbd> searches, <kbd>?</kbd> shows this.</p>
+</details>
+</footer>
 <script>{script}</script>
 </body>
 </html>
 """
 
-DESK = """<h2 aria-live="polite">Waiting <span id="count">{count}</span></h2>
-<div id="waiting">
+ICON = ("%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E"
+        "%3Ccircle cx='8' cy='8' r='7' fill='%23{colour}'/%3E%3C/svg%3E")
+
+DESK = """<h2>Waiting <span id="count" aria-live="polite">{count}</span></h2>
+<section id="waiting"{many}>
 {waiting}
-</div>
+</section>
 <div id="more">{more}</div>
-<h2>Reviewed</h2>
-<ol id="reviewed">
+<section id="reviewed">
 {reviewed}
-</ol>
+</section>
 """
 
-CARD = """<article class="card {status}" id="request-{request_id}">
-  <header>
+CARD = """<details class="card {status}" id="request-{request_id}"{open}>
+  <summary>
     <span class="status">{status}</span>
     {category}
-    <span class="live">{times}</span>
-  </header>
-  <h3 class="{length}">{description}</h3>
+    <span class="headline" id="headline-{request_id}">{headline}</span>
+    {tool}
+    {agent}
+    <span class="left"{until}>{left}</span>
+  </summary>
+  <div class="body">
+  {notes}
+  {full}
   {body}
-</article>
+  </div>
+</details>
 """
 
 BODY = """<section class="exact">
     {exact}
   </section>
-  <section class="part">
-    <h4>The agent says</h4>
-    <dl>
-      {claims}
-    </dl>
-    <details{open}>
-      <summary>Context, {context_size}</summary>
-      <pre>{context}</pre>
-    </details>
-  </section>
-  <section class="part">
-    <h4>This server knows</h4>
+  <p class="who live">{who}</p>
+  <div class="folds">
+  <details class="context"><summary>{context_line}</summary>
+    <pre>{context}</pre>
+  </details>
+  <details class="more"><summary>More</summary>
     <dl>
       {facts}
     </dl>
-  </section>
+    {rule}
+  </details>
+  </div>
   {form}"""
+
+BLOCK = """<div class="block"><dt>{name}: {size}</dt>
+    <dd><pre>{text}</pre><span class="end">end of {name}</span></dd></div>
+    """
 
 FORM_TEMPLATE = """<form method="post" action="/approve/{request_id}">
     <input type="hidden" name="shown_at" value="{shown_at}">
-    <textarea name="reason" rows="1" maxlength="1000"
-      aria-label="Reason (optional)" placeholder="Reason (optional)"
-      ></textarea>
-    <button class="approve" name="decision" value="approved">Approve</button>
-    <button class="reject" name="decision" value="rejected">Reject</button>
+    <input type="hidden" name="digest" value="{digest}">
+    <textarea name="reason" rows="1" maxlength="1000" placeholder="Reason"
+      aria-label="Reason (optional)" aria-describedby="headline-{request_id}"
+      >{reason}</textarea>
+    <button class="approve" name="decision" value="approved"
+      aria-describedby="headline-{request_id}">Approve</button>
+    <button class="reject" name="decision" value="rejected"
+      aria-describedby="headline-{request_id}">Reject</button>
+    <p class="said" role="status">{said}</p>
   </form>"""
 
 LARGE = """<p>This request is large, {size}. <a
   href="/review/{request_id}">Read all of it and decide</a>.</p>"""
 
 ROW = """<li class="{status}">
-  <p><span class="status">{status}</span> {times}</p>
-  <p><a href="/review/{request_id}">{description}</a></p>
-  {endings}
+  <span class="status">{status}</span>
+  <a href="/review/{request_id}">{headline}</a>
+  {times}
+  <span class="soft">{endings}</span>
 </li>
 """
 
@@ -4169,57 +4480,132 @@ ROW = """<li class="{status}">
 class View(NamedTuple):
     """What a page needs to know beside the rows themselves."""
 
-    who: str                            # the reviewer signed in
-    at: float                           # now, in Unix seconds
-    attended: Callable[[str], bool]     # does an agent wait for this?
+    who: str = ""                       # the reviewer signed in
+    at: float = 0.0                     # now, in Unix seconds
+    attended: Callable[[str], bool] = lambda request_id: False
+    told: Callable[[str], str] = lambda request_id: ""      # whom no notice met
+    decided: Callable[[ReviewRequest], ReviewRequest | None] = (
+        lambda request: None)           # the last decision of the same call
+    rules: Rules | None = None          # the desk's own
+    change: int | str = ""              # what GET /changes counts; "": not live
 
 
-def page(title: str, main: Html, who: str) -> Html:
-    return fill(PAGE, title=title, main=main, style=Html(STYLE),
-                script=Html(SCRIPT), who=f"signed in as {who}" if who else "")
+def page(title: str, main: Html, view: View, waits: int = 0,
+         q: str = "") -> Html:
+    return fill(
+        PAGE, title=title, main=main, style=Html(STYLE), script=Html(SCRIPT),
+        icon=Html(ICON.replace("{colour}", "f2a100" if waits else "888")),
+        change=view.change, at=instant(view.at), q=q,
+        who=tag(view.who and f"signed in as {view.who}", "span",
+                ' class="soft"'))
 
 
 def desk_page(view: View, waiting: list[ReviewRequest], count: int,
-              reviewed: list[ReviewRequest]) -> Html:
+              reviewed: list[ReviewRequest], start: int = 0) -> Html:
     """What waits, with its buttons, and what was reviewed last."""
-    empty = Html('<p class="soft">Nothing waits. A new request appears here '
-                 "by itself<noscript> when you reload</noscript>.</p>")
-    more = Html("") if count <= len(waiting) else fill(
-        '<p class="empty">{n} more wait; they appear as these are decided.'
-        "</p>", n=count - len(waiting))
-    return page(f"({count}) Review desk" if count else "Review desk", fill(
-        DESK, count=count, more=more if count else empty,
-        waiting=joined(safe_card(view, request) for request in waiting),
-        reviewed=joined(map(reviewed_row, reviewed))), view.who)
+    more = Html('<p class="soft">Nothing waits. A new request appears here '
+                "by itself<noscript> when you reload</noscript>.</p>")
+    if count:
+        more = other_pages(start, len(waiting), count)
+    cards = [safe_card(view, request, opened=not n)
+             for n, request in enumerate(waiting)]
+    many = ' class="many"' if len(cards) > MANY_CARDS else ""
+    title = f"({count}) Review desk" if count else "Review desk"
+    return page(title, fill(
+        DESK, count=count, more=more, many=Html(many), waiting=joined(cards),
+        reviewed=fill("<h2>Reviewed</h2>\n<ol>\n{rows}</ol>", rows=joined(map(
+            reviewed_row, reviewed))) if reviewed else Html("")), view, count)
 
 
-def review_page(view: View, request: ReviewRequest) -> Html:
+def other_pages(start: int, shown: int, count: int) -> Html:
+    """Links to what waits before and after the cards on this page."""
+    links = []
+    if start:
+        links.append(fill('<a href="/?from={n}">those before</a>',
+                          n=max(0, start - PAGE_CARDS)))
+    if start + shown < count:
+        links.append(fill('<a href="/?from={n}">{more} more wait</a>',
+                          n=start + shown, more=count - start - shown))
+    return tag(joined(links, ", "), "p", ' class="note waiting"')
+
+
+def review_page(view: View, request: ReviewRequest, reason: str = "",
+                said: str = "") -> Html:
     """One request with everything about it, the buttons after it all."""
     return page(f"{request.status}: {request.request_id}",
-                safe_card(view, request, whole=True), view.who)
+                safe_card(view, request, True, True, reason, said), view,
+                request.status == Status.WAITING)
 
 
-def history_page(view: View, rows: list[ReviewRequest]) -> Html:
-    older = Html("") if len(rows) < HISTORY_ROWS else fill(
-        '<p><a href="/history?before={at}_{id}">Older</a></p>', id=rows[-1].id,
-        at=rows[-1].decided_at)
-    return page("History", fill(
-        '<h2>History</h2><ol>{rows}</ol>{older}',
-        rows=joined(map(reviewed_row, rows)), older=older), view.who)
+def problem_page(status: int, refusal: Refusal,
+                 view: View | None = None, reason: str = "") -> Html:
+    """Why something was refused. Where it was a decision about a request that
+    is still there, its card again, with the reason that was typed."""
+    view = view or View()
+    main = fill(PROBLEM_TEMPLATE, message=refusal.message, hint=refusal.hint,
+                status=status, reason=refusal.reason)
+    request = refusal.about
+    if request and reason and request.status != Status.WAITING:
+        main = fill("{main}<p>You had typed: {reason}</p>", main=main,
+                    reason=reason)
+    if request:
+        main = joined((main, safe_card(view, request, True, True, reason)))
+    return page(f"{status} {refusal.reason}", main, view)
 
 
-def problem_page(status: int, refusal: Refusal) -> Html:
-    return page(f"{status} {refusal.reason}", fill(
-        '<div class="card rejected"><h3>{message}</h3><p>{hint}</p>'
-        '<p class="soft">{status} {reason}</p><p><a href="/">Back to the '
-        "desk</a></p></div>", message=refusal.message, hint=refusal.hint,
-        status=status, reason=refusal.reason), "")
+PROBLEM_TEMPLATE = """<div class="note rejected"><h3>{message}</h3>
+<p>{hint}</p><p class="soft">{status} {reason} <a href="/">Back to the
+desk</a></p></div>
+"""
 
 
-def safe_card(view: View, request: ReviewRequest, whole: bool = False) -> Html:
+def history_page(view: View, found: Page, asks: Mapping[str, str]) -> Html:
+    """What was reviewed, the latest first, and how far back was looked."""
+    q, status = asks.get("q", ""), asks.get("status", "")
+    choices = joined(fill(
+        '<option value="{word}"{chosen}>{name}</option>', word=word,
+        chosen=Html(" selected" if word == status else ""),
+        name=word or "any status")
+        for word in ("", *(s for s in Status if s != Status.WAITING)))
+    older, back = Html(""), Html("Looked through all that was reviewed.")
+    if found.next:
+        at, number = found.next
+        back = fill("Looked back to {at}.", at=clock_time(at))
+        older = fill('<a href="/history?{query}">Older</a>', query=Html(
+            url_query(q=q, status=status, before=f"{at}_{number}")))
+    rows = joined(map(reviewed_row, found.rows)) or Html(
+        '<li class="expired">Nothing was found.</li>')
+    return page("History", fill(HISTORY, q=q, choices=choices, rows=rows,
+                                back=back, older=older), view, q=q)
+
+
+def url_query(**fields: str) -> str:
+    from urllib.parse import urlencode
+    return urlencode(fields).replace("&", "&amp;")
+
+
+HISTORY = """<h2>History</h2>
+<form action="/history" role="search">
+  <input name="q" type="search" value="{q}" aria-label="Words"
+    placeholder="Words, all of which must be there">
+  <select name="status" aria-label="Status">{choices}</select>
+  <button>Search</button>
+</form>
+<p class="soft">{back}</p>
+<ol>
+{rows}
+</ol>
+<p>{older}</p>
+"""
+
+
+# ---- a request ----
+
+def safe_card(view: View, request: ReviewRequest, opened: bool = False,
+              whole: bool = False, reason: str = "", said: str = "") -> Html:
     """A card, whatever is in its row: one bad row never hides the others."""
     try:
-        return card(view, request, whole)
+        return card(view, request, opened, whole, reason, said)
     except Exception:
         log.exception("a card cannot be shown")
         return fill('<article class="card rejected" id="request-{id}"><p>This '
@@ -4227,37 +4613,122 @@ def safe_card(view: View, request: ReviewRequest, whole: bool = False) -> Html:
                     "{id}</p></article>", id=request.request_id)
 
 
-def card(view: View, request: ReviewRequest, whole: bool = False) -> Html:
-    """A request: what will run, what the agent says, what we know."""
+def card(view: View, request: ReviewRequest, opened: bool, whole: bool,
+         reason: str = "", said: str = "") -> Html:
+    """A request: its line, what will run, who asks and why, the buttons."""
+    waits = request.status == Status.WAITING
+    headline = one_line(request.action_description)
+    full = headline != visible(request.action_description)
+    told = request.tool and not headline.startswith(request.tool)
+    known = request.category in CATEGORIES
     large = request.size > LARGE_BYTES and not whole
-    category = fill('<span class="tag">{word}</span>', word=request.category
-                    ) if request.category in CATEGORIES else Html("")
     body = fill(LARGE, size=readable_size(request.size),
-                request_id=request.request_id) if large else fill(
-        BODY, exact=exact_call(request), claims=definitions(claims(request)),
-        open=Html(" open" * whole), context=pretty_json(request.agent_context),
-        context_size=readable_size(len(request.agent_context.encode())),
-        facts=definitions(facts(request, whole)), form=Html("") if
-        request.status != Status.WAITING or not request.intact else fill(
-            FORM_TEMPLATE, request_id=request.request_id,
-            shown_at=instant(view.at)))
-    return fill(CARD, status=request.status, request_id=request.request_id,
-                category=category, times=times(view, request),
-                description=request.action_description, body=body,
-                length="long" if len(request.action_description) > 200 else "")
+                request_id=request.request_id) if large else card_body(
+        view, request, reason, said)
+    until = fill(' data-until="{at}"', at=request.deadline)
+    return fill(
+        CARD, status=request.status, request_id=request.request_id,
+        open=Html(" open" if opened else ""), headline=marked(headline),
+        category=tag(request.category if known else "", "span",
+                     ' class="tag"'),
+        tool=tag(request.tool if told else "", "code", ' class="tool"'),
+        agent=tag(request.agent, "span", ' class="agent"'),
+        until=until if waits and request.deadline else Html(""),
+        left=time_left(view, request) if waits else "",
+        notes=joined(tag(note, "p", ' class="warn"')
+                     for note in notes(view, request)),
+        full=fill('<p class="full">{text}</p>', text=marked(
+            full_description(request))) if full else Html(""), body=body)
 
 
-def exact_call(request: ReviewRequest) -> Html:
-    if request.tool is None and request.arguments is None:
-        return Html("Only this description was sent: no tool, no arguments.")
-    return fill("<h4>{title}</h4>\n    {tool}\n    {arguments}",
-                title="Runs exactly this" if request.status == Status.WAITING
-                else "Exactly this",
-                tool=fill('<p class="tool">{name}</p>', name=request.tool)
-                if request.tool else "without a tool's name",
-                arguments=fill("<pre>{json}</pre>", json=pretty_json(
-                    request.arguments)) if request.arguments
-                else "without arguments")
+def full_description(request: ReviewRequest) -> str:
+    """The description as visible text; an argument of several lines in it is
+    told by its name, since it is a block below."""
+    text = request.action_description
+    arguments = stored_json(request.arguments)
+    for name, value in arguments.items() if isinstance(arguments, dict) else ():
+        if isinstance(value, str) and "\n" in value.strip():
+            text = text.replace(value.strip(), f"({name}: see below)")
+    return visible_lines(text)
+
+
+def card_body(view: View, request: ReviewRequest, reason: str,
+              said: str) -> Html:
+    decidable = request.status == Status.WAITING and request.intact
+    context = visible_lines(layout(stored_json(request.agent_context)))
+    size = readable_size(len(request.agent_context.encode()))
+    first_line = f"Context, {size}: {context.partition(chr(10))[0]}"
+    if context.startswith(("{\n", "[\n")):
+        first_line = f"Context, {size}: {context.split(chr(10))[1].strip()}"
+    return fill(
+        BODY, exact=exact_call(request), who=who_line(view, request),
+        context_line=marked(first_line), context=marked(context),
+        facts=definitions(facts(request)), rule=allow_rule(request),
+        form=fill(FORM_TEMPLATE, request_id=request.request_id,
+                  digest=request.digest, shown_at=instant(view.at),
+                  reason=reason, said=said) if decidable else Html(""))
+
+
+def notes(view: View, request: ReviewRequest) -> Iterator[str]:
+    """What a reviewer must not miss, most of it about who can be trusted."""
+    if not request.intact:
+        yield "DAMAGED: what is stored is not what was asked"
+    if request.status != Status.WAITING:
+        return
+    before = view.decided(request)
+    if before and before.decided_at:
+        seconds = view.at - unix_time(before.decided_at)
+        yield (f"the same call was {before.status} by {decider(before)} "
+               f"{readable_seconds(seconds)} ago"
+               + (f": {before.reason}" if before.reason else ""))
+    if told := view.told(request.request_id):
+        yield told
+    if view.rules is None or not request.checkpoint_id:
+        return
+    ids = {c.checkpoint_id for c in view.rules.checkpoints}
+    if request.checkpoint_id not in {*ids, "unmatched", "odd-name"}:
+        yield (f'this desk does not know the checkpoint '
+               f'"{request.checkpoint_id}"')
+    elif request.config_digest and request.config_digest != view.rules.digest:
+        yield "the agent's rules and this desk's differ"
+
+
+def who_line(view: View, request: ReviewRequest) -> Html:
+    """Who asks, under which checkpoint, since when, until when."""
+    credential = request.asked_by.partition(":")[2]
+    if credential == "unauthenticated":
+        credential = "unauthenticated agent"
+    parts = [fill("{agent} ({credential})", agent=request.agent or "an agent",
+                  credential=credential)]
+    if request.checkpoint_id:
+        parts.append(fill("under {id}", id=request.checkpoint_id))
+    parts.append(fill("asked {ago} ago, {at}", at=clock_time(
+        request.received_at), ago=readable_seconds(max(0, view.at - unix_time(
+            request.received_at)))))
+    if request.status != Status.WAITING:
+        return joined((*parts, *map(as_html, endings(request))), " \u00b7 ")
+    if request.deadline:
+        parts.append(fill("until {at}", at=clock_time(request.deadline)))
+    parts.append(Html("an agent waits for it" if view.attended(
+        request.request_id) else
+        "nobody waits for it now: an approval runs nothing by itself"))
+    return joined(parts, " \u00b7 ")
+
+
+def as_html(text: str) -> Html:
+    return marked(visible(text))
+
+
+def facts(request: ReviewRequest) -> Iterator[tuple[str, Any]]:
+    """What is seldom needed: why it matched, times, ids, digests."""
+    yield "why", request.why
+    yield "category", request.category
+    yield "asked at", clock_time(request.timestamp)
+    yield "received", clock_time(request.received_at)
+    yield "sent by", request.asked_by
+    yield "request_id", request.request_id
+    yield "digest", request.digest
+    yield "rules", request.config_digest
 
 
 def definitions(pairs: Iterable[tuple[str, Any]]) -> Html:
@@ -4265,31 +4736,30 @@ def definitions(pairs: Iterable[tuple[str, Any]]) -> Html:
                        value=value) for name, value in pairs if value)
 
 
-def claims(request: ReviewRequest) -> Iterator[tuple[str, Any]]:
-    """What the agent's side says of itself, for what that is worth."""
-    yield "agent", request.agent
-    yield "checkpoint", request.checkpoint_id
-    yield "category", request.category
-    yield "because", request.why
-    yield "asked at", clock_time(request.timestamp)
+def allow_rule(request: ReviewRequest) -> Html:
+    """The rule under which exactly this call is not asked again: a lasting
+    yes is written by a person, in the file."""
+    arguments = stored_json(request.arguments)
+    if not request.tool or not isinstance(arguments, dict) or not all(
+            isinstance(value, str) and re.fullmatch(r"[A-Za-z_]\w*", name)
+            for name, value in arguments.items()):
+        return Html("")
+
+    def pattern(text: str) -> str:
+        return READABLE.encode(re.escape(text))
+    patterns = ", ".join(f"{READABLE.encode(name)} = {pattern(value)}"
+                         for name, value in arguments.items())
+    lines = ["[[checkpoint]]", f'checkpoint_id = "allow-{request.digest[:12]}"',
+             f"action_pattern = {pattern(request.tool)}", 'effect = "allow"',
+             'description_template = "{tool}"', *(
+                 [f"arguments = {{ {patterns} }}"] if patterns else [])]
+    return fill("<p>To be asked no more about exactly this call, above the "
+                "other checkpoints:</p><pre>{lines}</pre>", lines=joined(
+                    map(as_html, lines), "\n"))
 
 
-def facts(request: ReviewRequest, whole: bool) -> Iterator[tuple[str, Any]]:
-    """What this server saw or computed itself; the digests when whole."""
-    yield "sent by", ("unauthenticated agent: any program on this machine"
-                      if request.asked_by == "agent:unauthenticated"
-                      else request.asked_by)
-    yield "received", clock_time(request.received_at)
-    yield "deadline", clock_time(request.deadline)
-    yield request.status, clock_time(request.decided_at)
-    yield "decided by", decider(request)
-    yield "reason", request.reason
-    yield "outcome", outcome_words(request)
-    yield "request_id", request.request_id
-    yield "digest", whole and request.digest
-    yield "its rules", whole and request.config_digest
-    yield "DAMAGED", "what is stored is not what was asked" * (
-        not request.intact)
+def unix_time(text: str) -> float:
+    return datetime.fromisoformat(text).timestamp()
 
 
 def clock_time(text: str | None) -> Html | None:
@@ -4300,18 +4770,11 @@ def clock_time(text: str | None) -> Html | None:
                 words=moment.strftime("%d %b %Y, %H:%M:%S UTC"))
 
 
-def times(view: View, request: ReviewRequest) -> Html:
-    """How long ago, how long still, and whether anybody waits."""
-    def until(text: str) -> float:
-        return datetime.fromisoformat(text).timestamp() - view.at
-    words = f"{readable_seconds(max(0, -until(request.received_at)))} ago"
-    if request.status != Status.WAITING:
-        return Html(words)
-    if request.deadline:
-        words += f", {readable_seconds(max(0, until(request.deadline)))} left"
-    return Html(words + (
-        ", an agent waits for it" if view.attended(request.request_id) else
-        ", nobody waits for it now: an approval runs nothing by itself"))
+def time_left(view: View, request: ReviewRequest) -> str:
+    if not request.deadline:
+        return "no deadline"
+    seconds = unix_time(request.deadline) - view.at
+    return f"{readable_seconds(max(0, seconds))} left"
 
 
 def decider(request: ReviewRequest) -> str:
@@ -4319,28 +4782,28 @@ def decider(request: ReviewRequest) -> str:
     return f"{name} ({request.signed_in})" if request.signed_in else name
 
 
-def outcome_words(request: ReviewRequest) -> str:
-    return ": ".join(filter(None, (request.outcome, request.outcome_text)))
+def endings(request: ReviewRequest) -> Iterator[str]:
+    """Who decided, why, and what came of it."""
+    if request.decided_by:
+        yield f"{request.status} by {decider(request)}"
+    elif request.status == Status.EXPIRED:
+        yield "nobody decided in time"
+    else:
+        yield "nobody waited any more"
+    if request.reason:
+        yield f"reason: {request.reason}"
+    if request.outcome:
+        yield "outcome: " + ": ".join(filter(None, (
+            request.outcome, request.outcome_text)))
 
 
 def reviewed_row(request: ReviewRequest) -> Html:
     """One line of what was reviewed, with who, why and what came of it."""
     try:
-        description = request.action_description
-        if len(description) > 300:
-            description = description[:300] + " ..."
-        endings = [
-            f"by {decider(request)}" if request.decided_by else
-            "nobody decided in time" if request.status == Status.EXPIRED
-            else "nobody waited any more",
-            request.reason and f"reason: {request.reason}",
-            request.outcome and f"outcome: {outcome_words(request)}"]
         return fill(ROW, status=request.status, request_id=request.request_id,
-                    description=description,
+                    headline=marked(one_line(request.action_description)),
                     times=clock_time(request.decided_at) or Html(""),
-                    endings=joined(fill('<p class="soft">{text}</p>',
-                                        text=text)
-                                   for text in endings if text))
+                    endings=joined(map(as_html, endings(request)), " \u00b7 "))
     except Exception:
         log.exception("a row cannot be shown")
         return fill('<li class="expired">{id} cannot be shown</li>',
@@ -5107,10 +5570,12 @@ class Desk:
             "large": request.size > LARGE_BYTES}      # then its url has it all
 
     def get_desk(self, http: HttpRequest) -> bytes:
+        given = parse_query(http.query).get("from", "")
+        start = int(given) if re.fullmatch("[0-9]{1,6}", given) else 0
         return self.html(http, desk_page(
-            self.view(http), self.store.waiting(PAGE_CARDS),
+            self.view(http), self.store.waiting(PAGE_CARDS, start),
             self.store.waiting_count,
-            self.store.reviewed(REVIEWED_CARDS).rows))
+            self.store.reviewed(REVIEWED_CARDS).rows, start))
 
     def get_review(self, http: HttpRequest) -> bytes:
         request = self.store.whole(http.request_id)
@@ -5121,16 +5586,22 @@ class Desk:
             "attended": self.attended(request.request_id)})
 
     def get_history(self, http: HttpRequest) -> bytes:
-        behind = re.fullmatch("([0-9TZ:.-]{24})_([0-9]{1,18})", parse_query(
-            http.query).get("before", ""))
+        """What was reviewed, with all the words of `q`, of one `status`."""
+        asks = parse_query(http.query)
+        behind = re.fullmatch("([0-9TZ:.-]{24})_([0-9]{1,18})",
+                              asks.get("before", ""))
         before = (behind[1], int(behind[2])) if behind else None
-        rows = self.store.reviewed(HISTORY_ROWS, before).rows
+        found = self.store.reviewed(HISTORY_ROWS, before, asks.get("q", ""),
+                                    asks.get("status", ""))
         if "application/json" not in http.headers["accept"]:
-            return self.html(http, history_page(self.view(http), rows))
-        return self.json(http, {"reviewed": list(map(self.listed, rows))})
+            return self.html(http, history_page(self.view(http), found, asks))
+        return self.json(http, {
+            "reviewed": list(map(self.listed, found.rows)),
+            "next": found.next and "_".join(map(str, found.next))})
 
     def view(self, http: HttpRequest) -> View:
-        return View(http.who.name, self.store.time, self.attended)
+        return View(http.who.name, self.store.time, self.attended,
+                    decided=self.store.asked_before)
 
     def get_healthz(self, http: HttpRequest) -> bytes:
         self.store.reviewed(0)          # the database answers, or 503
@@ -7639,15 +8110,17 @@ def verify_silence(trial: Trial, timeout: float) -> None:
 
 
 def card_on(page: str, request_id: str) -> list[str]:
-    """What a person sees of a request: its colour's class, description,
+    """What a person sees of a request: its colour's class, its headline,
     where the form goes, its buttons."""
     from html import unescape
-    card = re.search(rf'<article class="card (\w+)" id="request-{request_id}">'
-                     r".*?</article>", page, re.DOTALL)
-    seen = re.findall(r'<h3[^>]*>(.*?)</h3>|action="([^"]*)"|'
-                      r'<button [^>]*value="([^"]*)"', card[0] if card else "")
-    return [card[1] if card else "none", *(
-        unescape("".join(found)) for found in seen)]
+    start = re.search(rf'<details class="card (\w+)" id="request-{request_id}"',
+                      page)
+    if start is None:
+        return ["none"]
+    card = page[start.end():].partition("</form>")[0]
+    seen = re.findall(r'class="headline"[^>]*>(.*?)</span>|action="([^"]*)"|'
+                      r'<button [^>]*value="([^"]*)"', card)
+    return [start[1], *(unescape("".join(found)) for found in seen)]
 
 
 # =============================== Command line ==============================
@@ -7825,7 +8298,7 @@ def print_request(request: dict[str, Any]) -> None:
         if request.get(name):
             say(f"  {name:14} {visible(str(request[name]))}")
     for name in ("arguments", "agent_context"):
-        say(f"  {name:14} {pretty(request[name], chr(10) + ' ' * 4)}")
+        say(f"  {name:14} {visible_lines(layout(request[name]))}")
     if request["status"] == Status.WAITING:
         say("  " + ("an agent waits for it" if request["attended"] else
                     "nobody waits for it now"))

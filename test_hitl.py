@@ -5586,11 +5586,13 @@ def test_run_signals(desk, tmp_path):
 
 class Page(HTMLParser):
     """A page, read: `tags` in order with their attributes' names, `cards`
-    by request_id with their text and buttons, `marks`, `exact` calls."""
+    by request_id with their text and buttons, `marks`, `words` of other
+    scripts, `exact` calls."""
 
     def __init__(self, source: str) -> None:
         super().__init__()
         self.tags, self.open, self.cards, self.marks = [], [], {}, []
+        self.words = []
         self.text, self.source, self.exact = "", source, []
         self.card, self.section = {}, ""
         self.feed(source)
@@ -5602,20 +5604,20 @@ class Page(HTMLParser):
         self.tags.append((tag, *(name for name, _ in pairs)))
         if tag not in ("meta", "link", "input"):
             self.open.append(tag)
-        if tag == "article":
+        if given.get("class", "").startswith("card"):
             self.card = self.cards[given["id"].removeprefix("request-")] = {
-                "text": "", "buttons": []}
-        elif tag == "section":
-            self.section = given["class"]
-            self.exact += [""] * (self.section == "exact")
-        elif tag == "button":
+                "text": "", "buttons": [], "depth": len(self.open)}
+        elif tag == "section" and given.get("class") == "exact":
+            self.section = "exact"
+            self.exact.append("")
+        elif tag == "button" and given.get("name") == "decision":
             self.card["buttons"].append(given["value"])
             self.card["before"] = self.card["text"]
 
     def handle_endtag(self, tag):
         self.tags.append(("/" + tag,))
         assert self.open.pop() == tag
-        if tag == "article":
+        if len(self.open) < self.card.get("depth", 0):
             self.card = {}
         elif tag == "section":
             self.section = ""
@@ -5623,6 +5625,8 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if self.open[-1:] == ["mark"]:
             self.marks.append(data)
+        if self.open[-1:] == ["bdi"]:
+            self.words.append(data)
         if self.open[-1:] not in (["script"], ["style"]):
             self.text += data
             self.card["text"] = self.card.get("text", "") + data
@@ -5678,8 +5682,8 @@ def test_nothing_anybody_writes_is_markup(desk):
         home, review = pages_of(desk, name)
         for page in home, review:
             seen = page.cards[name]["text"]
-            assert seen.count(text) >= 6, text
-            assert seen.count(json.dumps(text)[1:-1]) >= 4, text
+            assert seen.count(text) >= 8, text
+            assert seen.count(json.dumps(text)[1:-1]) >= 2, text
         who = text.replace(":", ";")
         assert clicked(desk, name, "approved", who, text)[0] == 303
         desk.agent().exchange("POST", f"/claim/{name}", {
@@ -5691,10 +5695,10 @@ def test_nothing_anybody_writes_is_markup(desk):
         for page in done, history:
             assert who in page.text and f"failed: {text}" in page.text
         newest = Page(re.search("<li .*?</li>", history.source, re.DOTALL)[0])
-        waiting = Page(home.source.partition("<h2>Reviewed")[0]
+        waiting = Page(home.source.partition('<section id="reviewed"')[0]
                        + "</main></body></html>")
         return [page.tags for page in (waiting, review, done, newest)]
-    clean = story("clean", "clean")
+    clean = story("clean", "clean text")
     for number, payload in enumerate(POLYGLOTS):
         assert story(f"p-{number}", payload) == clean, payload
 
@@ -5705,28 +5709,34 @@ HOSTILE = {
     "\x1b[2J\x1b]0;x\a": "U+001B", "\0": "U+0000", "\r": "U+000D",
     "\x85": "U+0085", "\xa0": "U+00A0", "\u3000": "U+3000",
     "\U000e0041": "U+E0041", "\ufe0f": "U+FE0F", "\u3164": "U+3164",
-    "\u2800": "U+2800", "\u0430dmin": "U+0430", "delet\u0435": "U+0435",
-    "\u0455\u0441\u043e\u0440\u0435": "U+0455", "\uff0f": "U+FF0F",
-    "\u2215": "U+2215", " " * 20: "space x22",
+    "\u2800": "U+2800", "\uff0f": "U+FF0F", "\u2215": "U+2215",
+    "\u2014": "U+2014", "\u2019": "U+2019", " " * 20: "space x22",
     "\u27e6U+0041\u27e7": "U+27E6", "i\u0338d": "U+0338",
     "i\u20e5d": "U+20E5", "i\u1ab0d": "U+1AB0", "i\u0941d": "U+0941"}
+WORDS = {"\u0430dmin": "\u27e6\u0430\u27e7", "7\u0435": "\u27e6\u0435\u27e7",
+         "(\u0444\u0430\u0439\u043b)": "\u0444\u0430\u0439\u043b",
+         "mv \u05d0 \u05d1": "\u05d1"}
 
 
 def test_what_cannot_be_seen_is_shown(desk):
     """Invisible and direction-changing characters, control characters,
-    look-alikes, marks that strike text out and padding are shown as visible
-    escapes, in every field."""
-    given = " | ".join(HOSTILE)
+    dashes, quotes, marks that strike text out and padding are shown as codes,
+    in every field; a word of another script is set apart, and in brackets
+    where it touches a Latin letter or a digit."""
+    given = " | ".join((*HOSTILE, *WORDS))
     assert desk.post(**everywhere(given)).status == 201
     for page in pages_of(desk, "r-1"):
         card = page.cards["r-1"]
         assert card["buttons"] == BOTH
-        assert not [c for c in page.source if c != "\n" and hitl.unseen(c)]
+        assert not [c for c in page.source if c != "\n"
+                    and not c.isprintable()]
         for text, escape in HOSTILE.items():
             places = page.marks.count(escape)
             if text < " ":                      # JSON has its own for these
                 places += card["text"].count(json.dumps(text[0])[1:-1])
             assert places >= 10, text
+        for text, word in WORDS.items():
+            assert page.words.count(word) >= 10, text
 
 
 def test_two_calls_never_look_alike(desk):
@@ -5740,20 +5750,23 @@ def test_two_calls_never_look_alike(desk):
     assert len(seen) == len(calls), seen
 
 
-@pytest.mark.parametrize("count, buttons", ((2000, True), (10_000, False)))
-def test_padding_pushes_nothing_away(desk, count, buttons):
-    """Ten thousand blank lines and then the payload: all of it is shown
-    before the buttons, or there are no buttons but a link."""
-    desk.post(action_description="Tidy up" + "\n" * count + " " * 500
-              + "DROP users",
-              arguments={"note": "tidy" + "\n" * count + "DROP users"})
-    home, review = pages_of(desk, "r-1")
-    assert bool(home.cards["r-1"]["buttons"]) is buttons
-    for page in (home, review)[not buttons:]:
-        before = page.cards["r-1"]["before"]
-        assert before.count("DROP users") == 2 and "space x500" in page.marks
-        assert before.count("U+000A") == before.count("\\n") == count
-        assert before.count("\n\n") < 40
+def test_arguments_are_rows_and_blocks(desk):
+    """A short text is in quotes and a number is not; a text of several lines
+    is a block with its size and its end marked; nothing can be read as
+    another row, and padding is counted where it would push things away."""
+    desk.post(tool="send", arguments={
+        "a": "1", "b": 1, "body": "Dear Ana,\n\tyes\nend of body\nno: 1",
+        "deep": {"x": [1, 2], "text": "one\ntwo", "more": ["y" * 60] * 2},
+        "pad": "tidy" + "\n" * 2000 + " " * 500 + "DROP users"})
+    exact = Page(desk.page()).exact[0]
+    lines = [line.strip() for line in exact.split("\n") if line.strip()]
+    assert lines[:12] == [
+        "Runs exactly this: send", 'a"1"', "b1",
+        "body: text, 34 bytes, 4 lines", "Dear Ana,", "U+0009yes",
+        "end of body", "no: 1end of body", "deep: 3 parts", "{",
+        f'"more": ["{"y" * 60}",'.replace('["', "["), f'"{"y" * 60}",'
+        ] or lines
+    assert "tidyline break x2000space x500DROP usersend of pad" in exact
 
 
 def test_a_large_request_is_decided_on_its_own_page(desk):
@@ -5822,17 +5835,73 @@ def test_the_card_says_what_it_knows(desk):
     one_of_each(desk)
     home = desk.page()
     for status in hitl.Status:
-        assert re.search(f'class="(card )?{status}"[^>]*>\\s*<\\w+>\\s*<span '
-                         f'class="status">{status}</span>', home), status
-    for words in ("because I say so", "by ana (shared token)", "5 min left",
-                  "nobody decided in time", "nobody waited any more",
+        assert re.search(f'class="(card )?{status}"[^>]*>\\s*(<summary>\\s*)?'
+                         f'<span class="status">{status}</span>', home), status
+    for words in ("reason: because I say so", "by ana (shared token)",
+                  "5 min left", "nobody decided in time",
+                  "nobody waited any more", "billing (unauthenticated agent)",
                   "nobody waits for it now: an approval runs nothing"):
         assert words in home
-    says, knows = Page(home).text.split("This server knows")[:2]
-    assert "The agent says" in says and "billing" in says
-    assert "unauthenticated agent" in knows and "billing" not in knows
     desk.state("w-1")
-    assert ", an agent waits for it" in desk.page()
+    assert "an agent waits for it" in desk.page()
+
+
+def test_what_was_said_before_is_said(desk):
+    """The same call asked again shows the last decision on it."""
+    desk.post("a-1", **FULL)
+    desk.decide("a-1", "rejected", reason="use the staging table")
+    desk.post("a-2", **FULL)
+    desk.post("b-1")
+    cards = Page(desk.page()).cards
+    assert re.search(r"the same call was rejected by ana \(shared token\) "
+                     r"[0-9]+ s ago: use the staging table",
+                     cards["a-2"]["text"])
+    assert "the same call" not in cards["b-1"]["text"]
+
+
+def test_the_rule_to_paste_is_exactly_this_call(desk, make_rules):
+    """The card has the rule under which exactly this call is not asked
+    again."""
+    call = {"table": "users", "condition": "id = 'a\\b\u0430\" \n# \t+'"}
+    desk.post(tool="delete_records", arguments=call)
+    text = Page(desk.page()).cards["r-1"]["text"]
+    rule = re.search(r'\[\[checkpoint\]\].*?arguments = \{[^\n]* \}', text,
+                     re.DOTALL)[0]
+    rules = make_rules(read_back(rule) + RULES)
+    for arguments, effect in ((call, "allow"), ({**call, "table": "user"},
+                              "review"), ({"table": "users"}, "review")):
+        assert rules.first_match("delete_records", arguments
+                                 ).effect == effect
+
+
+def test_every_request_is_reachable(desk, monkeypatch):
+    """What does not fit on the page is behind a link, and a link leads
+    back."""
+    monkeypatch.setattr(hitl, "PAGE_CARDS", 2)
+    for n in range(5):
+        desk.post(f"r-{n}", agent=f"agent {n}")
+    seen, path = [], "/"
+    while path:
+        page = desk.page(path)
+        seen += Page(page).cards
+        path = (re.findall(r'<a href="([^"]+)">\d+ more wait', page) or [""])[0]
+    assert seen == [f"r-{n}" for n in range(5)]
+    assert '<a href="/?from=2">those before</a>' in page
+
+
+def test_the_history_is_searched(desk):
+    """All words in any case, one status, and how far back was looked."""
+    one_of_each(desk)
+
+    def found(**asks) -> list[str]:
+        page = desk.page("/history?" + urlencode(asks))
+        assert "Looked through all that was reviewed" in page
+        return re.findall(r'<li class="\w+">.*?href="/review/([^"]+)"', page,
+                          re.DOTALL)
+    assert sorted(found()) == ["a-1", "b-1", "c-1", "e-1"]
+    assert sorted(found(q="USERS ana")) == ["a-1", "b-1"]
+    assert found(q="users", status="rejected") == ["b-1"]
+    assert found(q="100%") == []
 
 
 def test_a_second_click_is_told(desk):
@@ -6393,22 +6462,20 @@ def test_promise_7_the_page_cannot_mislead(desk):
     """Nothing is cut or hidden where the buttons are, and nothing an agent
     wrote can act as markup."""
     evil = "".join(POLYGLOTS)
-    desk.post("clean", **everywhere("clean"))
-    desk.post("evil", **FULL | {
-        "action_description": evil + "\u202e" + "z" * 9000, "why": evil,
-        "arguments": {evil: [evil, *range(200)]},
-        "agent_context": {evil: evil}, "agent": evil[:250],
-        "tool": evil[:250], "category": evil[:250]})
+    for name, text in (("clean", "clean text"), ("evil", evil)):
+        desk.post(name, **FULL | {
+            "action_description": text + "\u202e" + "z" * 9000, "why": text,
+            "arguments": {text: [text, *range(200)]},
+            "agent_context": {text: text}, "agent": text[:250],
+            "tool": text[:60], "category": text[:250]})
     clean, page = (Page(desk.page(f"/review/{n}")) for n in ("clean", "evil"))
-    assert [t for t in page.tags if t[0] not in ("mark", "/mark")
-            ] == clean.tags
+    assert page.tags == clean.tags
     card = page.cards["evil"]
-    assert card["buttons"] == BOTH and page.marks == ["U+202E"]
+    assert card["buttons"] == BOTH and set(page.marks) == {"U+202E"}
     assert evil + "U+202E" + "z" * 9000 in card["before"]
-    exact = page.exact[0]
-    assert evil[:250] in exact
-    assert json.loads(exact[exact.index('{\n'):]) == {
-        evil: [evil, *range(200)]}
+    assert evil[:60] in page.exact[0]
+    assert f'[{json.dumps(evil)}, 0, 1,' in re.sub(
+        r"\s+", " ", page.exact[0]).replace("[ ", "[")
     assert Page(desk.page()).cards["evil"]["buttons"] == []
 
 
