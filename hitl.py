@@ -5567,6 +5567,7 @@ class Desk:
             "action_description": request.action_description,
             "tool": request.tool, "arguments": stored_json(request.arguments),
             "agent": request.agent, "checkpoint_id": request.checkpoint_id,
+            "received_at": request.received_at,
             "large": request.size > LARGE_BYTES}      # then its url has it all
 
     def get_desk(self, http: HttpRequest) -> bytes:
@@ -8289,16 +8290,75 @@ def whole_id(client: Client, start: str) -> str:
     return str(ids[0])
 
 
+def unique_length(ids: list[str]) -> int:
+    """How much of each id tells it from the others; eight at least."""
+    size = 8
+    while len({name[:size] for name in ids}) < len(set(ids)):
+        size += 1
+    return size
+
+
+def terminal_width() -> int:
+    import shutil
+    return shutil.get_terminal_size((120, 24)).columns
+
+
+def text_columns(text: str) -> list[int]:
+    """How many columns of a terminal each character of visible text takes."""
+    return [0 if unicodedata.category(c) in ("Mn", "Me") else
+            1 + (unicodedata.east_asian_width(c) in "WF") for c in text]
+
+
+def fitting(text: str, width: int) -> int:
+    """How many characters of visible text fit into a width; one at least."""
+    total = 0
+    for n, columns in enumerate(text_columns(text)):
+        total += columns
+        if total > width:
+            return max(n, 1)
+    return len(text)
+
+
+def cut_line(text: str, width: int) -> str:
+    if fitting(text, width) == len(text):
+        return text
+    return text[:fitting(text, width - 1)] + "\u2026"
+
+
+def say_row(name: str, text: str) -> None:
+    """A row; where the terminal is too narrow it goes on behind a bar, so
+    that nothing can look like another row."""
+    line, width = f"    {name:12} {text}", terminal_width()
+    size = fitting(line, width)
+    say(line[:size])
+    while line := line[size:]:
+        size = fitting(line, width - 6)
+        say("    | " + line[:size])
+
+
 def print_request(request: dict[str, Any]) -> None:
     """One request in full, as the page has it."""
-    say(f"{request['status']:10} {visible(request['action_description'])}")
-    for name in ("tool", "agent", "checkpoint_id", "why", "asked_by",
-                 "received_at", "deadline", "decided_by", "decided_at",
-                 "reason", "outcome", "outcome_text", "request_id", "digest"):
+    say(f"{request['status']:9} {one_line(request['action_description'])}")
+    if one_line(request["action_description"]).endswith("\u2026"):
+        say_row("in full", visible(request["action_description"]))
+    say(f"  runs exactly this: {visible(request['tool'] or 'no tool')}")
+    for name, size, text in argument_rows(request["arguments"] or {}):
+        if not size:
+            say_row(visible(name), text)
+            continue
+        say_row(f"{visible(name)}: {size}", "")
+        for line in text.split("\n"):
+            say_row("|", line)
+        say_row(f"end of {visible(name)}", "")
+    say("  who asks, and what is known:")
+    for name in ("agent", "asked_by", "checkpoint_id", "why", "received_at",
+                 "deadline", "decided_by", "decided_at", "reason", "outcome",
+                 "outcome_text", "request_id", "digest"):
         if request.get(name):
-            say(f"  {name:14} {visible(str(request[name]))}")
-    for name in ("arguments", "agent_context"):
-        say(f"  {name:14} {visible_lines(layout(request[name]))}")
+            say_row(name, visible(str(request[name])))
+    say("  context:")
+    for line in visible_lines(layout(request["agent_context"])).split("\n"):
+        say_row("|", line)
     if request["status"] == Status.WAITING:
         say("  " + ("an agent waits for it" if request["attended"] else
                     "nobody waits for it now"))
@@ -8564,9 +8624,14 @@ def cmd_list(args: Any) -> int:
     if args.json:
         say(json.dumps(rows, indent=2))
         return 0
+    size = unique_length([request["request_id"] for request in rows])
     for request in rows:
-        say(f"{request['status']:10} {request['request_id']:32} "
-            f"{visible(request['action_description'])}")
+        age = readable_seconds(max(0, time.time() - unix_time(
+            request["received_at"])))
+        say(cut_line(
+            f"{request['status']:9} {request['request_id'][:size]:{size}} "
+            f"{age:>8} {cut_line(visible(request['agent'] or '-'), 20):20} "
+            f"{one_line(request['action_description'])}", terminal_width()))
     if not rows:
         say("nothing waits")
     return 0

@@ -435,6 +435,13 @@ class Browser:
     def click(self, css: str) -> None:
         self.ask("POST", self.find(css) + "/click", {})
 
+    def decide(self, css: str) -> None:
+        """Press a button once its card has been there long enough."""
+        assert until(lambda: self.run(
+            "const b = document.querySelector(arguments[0]); return b && "
+            "performance.now() - since.get(b.closest('.card')) > DEAD", css))
+        self.click(css)
+
     def type(self, css: str, text: str) -> None:
         self.ask("POST", self.find(css) + "/value", {"text": text})
 
@@ -6295,16 +6302,19 @@ def test_list_show_approve_reject(desk):
     long_id = "abd-" + "d" * 36
     desk.post("abc-1", **FULL)
     desk.post(long_id, action_description="Send \u202e a\nletter")
-    assert [line.split(None, 2) for line in
+    assert [re.sub(r" +[0-9]+ s +", " ", line) for line in
             typed(desk, "list").out.splitlines()] == [
-        ["waiting", "abc-1", "Delete users where id = 3"],
-        ["waiting", long_id,
-         "Send \u27e6U+202E\u27e7 a\u27e6U+000A\u27e7letter"]]
+        f"waiting   abc-1 {'billing':20} Delete users where id = 3",
+        f"waiting   abd-dddd {'-':20} Send \u27e6U+202E\u27e7 a letter"]
+    assert [len(line) for line in typed(desk, "list", COLUMNS="60"
+                                        ).out.splitlines()] == [60, 60]
     assert "Send \\u27e6U+202E" in typed(desk, "list", encoding="ascii").out
     shown = typed(desk, "show", "abc").out
-    for words in ("waiting    Delete users where id = 3", "delete_records",
-                  '      "table": "users"', "agent:unauthenticated",
-                  '      "task": "clean up"', "nobody waits for it now"):
+    for words in ("waiting   Delete users where id = 3\n",
+                  "runs exactly this: delete_records\n",
+                  '    table        "users"\n', " agent:unauthenticated\n",
+                  '    |            {"task": "clean up"}\n',
+                  "nobody waits for it now"):
         assert words in shown
     there = json.loads(typed(desk, "show", "abc-1", "--json").out)
     assert (there["arguments"], there["agent_context"]) == (
@@ -6469,7 +6479,9 @@ def test_promise_7_the_page_cannot_mislead(desk):
             "agent_context": {text: text}, "agent": text[:250],
             "tool": text[:60], "category": text[:250]})
     clean, page = (Page(desk.page(f"/review/{n}")) for n in ("clean", "evil"))
-    assert page.tags == clean.tags
+    tags, clean_tags = ([tag for tag in it.tags if "mark" not in tag[0]]
+                        for it in (page, clean))
+    assert tags == clean_tags
     card = page.cards["evil"]
     assert card["buttons"] == BOTH and set(page.marks) == {"U+202E"}
     assert evil + "U+202E" + "z" * 9000 in card["before"]
@@ -6501,13 +6513,13 @@ def test_the_whole_trip(tmp_path, make_gate, chromium):
             assert until(lambda: served.lines[-1:]
                          and " submitted " in served.lines[-1])
             chromium.open(served.link)
-            assert chromium.text("article h3") == "Delete users where id = 3"
-            assert '"condition": "id = 3"' in chromium.text("article pre")
+            assert chromium.text(".headline") == "Delete users where id = 3"
+            assert 'condition\n"id = 3"' in chromium.text(".exact")
             assert len(ran) == (button == "reject")
             if button == "reject":
                 chromium.type("textarea", "use the staging table")
             start = time.monotonic()
-            chromium.click("." + button)
+            chromium.decide("." + button)
             if button == "approve":
                 assert result() == 3 and ran == [CALL]
             else:
@@ -6518,7 +6530,7 @@ def test_the_whole_trip(tmp_path, make_gate, chromium):
                     "rejected by reviewer: use the staging table")
                 assert ran == [CALL]
             assert time.monotonic() - start < 5
-            assert until(lambda: chromium.text("#reviewed .status") == words)
+            assert until(lambda: words in chromium.text(".card .said"))
         assert "Content Security" not in logged()
         chromium.run("document.body.setAttribute('style', 'color: red')")
         assert "Content Security" in logged(), "one would have been seen"
