@@ -4741,21 +4741,29 @@ def allow_rule(request: ReviewRequest) -> Html:
     yes is written by a person, in the file."""
     arguments = stored_json(request.arguments)
     if not request.tool or not isinstance(arguments, dict) or not all(
-            isinstance(value, str) and re.fullmatch(r"[A-Za-z_]\w*", name)
+            isinstance(value, str) and re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII)
             for name, value in arguments.items()):
         return Html("")
-
-    def pattern(text: str) -> str:
-        return READABLE.encode(re.escape(text))
-    patterns = ", ".join(f"{READABLE.encode(name)} = {pattern(value)}"
-                         for name, value in arguments.items())
     lines = ["[[checkpoint]]", f'checkpoint_id = "allow-{request.digest[:12]}"',
-             f"action_pattern = {pattern(request.tool)}", 'effect = "allow"',
-             'description_template = "{tool}"', *(
-                 [f"arguments = {{ {patterns} }}"] if patterns else [])]
-    return fill("<p>To be asked no more about exactly this call, above the "
-                "other checkpoints:</p><pre>{lines}</pre>", lines=joined(
-                    map(as_html, lines), "\n"))
+             f"action_pattern = '{exact_pattern(request.tool)}'",
+             'effect = "allow"', 'description_template = "{tool}"']
+    patterns = ", ".join(f"{name} = '{exact_pattern(value)}'"
+                         for name, value in arguments.items())
+    if patterns:
+        lines.append(f"arguments = {{ {patterns} }}")
+    return fill("<p>To be asked no more about exactly this call, put this "
+                "above the other checkpoints:</p>\n    <pre>{lines}</pre>",
+                lines=marked("\n".join(lines)))
+
+
+def exact_pattern(text: str) -> str:
+    """A regular expression that matches this text alone, as plain ASCII that
+    fits into TOML's 'single quotes'."""
+    def escaped(c: str) -> str:
+        if " " <= c <= "~" and c != "'":
+            return "\\" + c if c in r".^$*+?{}[]\|()" else c
+        return f"\\U{ord(c):08x}"
+    return "".join(map(escaped, text))
 
 
 def unix_time(text: str) -> float:
@@ -4824,6 +4832,7 @@ MAX_LINE = 120                  # characters of a request in a printed line
 MAX_POLL_SECONDS = 60           # one long poll; proxies cut longer ones
 RECENT_SECONDS = 10             # a poll this recent: somebody waits
 LISTED = 500                    # waiting requests in one JSON answer
+SEEN_SECONDS = 0.6              # a card is read first: double clicks are shorter
 PAGE_CARDS = 100                # waiting requests on the page at once
 REVIEWED_CARDS = 20             # reviewed ones below them
 
@@ -5536,21 +5545,47 @@ class Desk:
             raise Refusal("bad-decision", '"decision" must be "approved" or '
                           '"rejected"', 'send {"decision": "approved"} or '
                           '{"decision": "rejected", "reason": "..."}')
+        page = form and "text/html" in http.headers["accept"]
+        try:
+            request = self.decided(http, asks, form)
+        except Refusal as refusal:
+            if not page or refusal.about is None:
+                raise
+            refusal.about = self.store.whole(http.request_id)
+            status = REFUSALS[refusal.reason]
+            return self.message(status, HTML, problem_page(
+                status, refusal, self.view(http), asks.get("reason", "")
+                ).encode(), http.close)
+        if page:
+            return self.message(303, HTML, b"", http.close, "Location: /\r\n")
+        return self.about(http, request.summary)
+
+    def decided(self, http: HttpRequest, asks: Mapping[str, Any],
+                form: bool) -> ReviewRequest:
+        """The request, decided. A form says when it was shown: nobody decides
+        about a card that they cannot have seen."""
+        shown_at = text_field(asks, "shown_at", 40)
+        if form and not self.was_seen(shown_at):
+            raise Refusal("too-fast", "this was decided before it could be "
+                          "read", "look at it first, then decide",
+                          about=self.store.request(http.request_id))
         reason = text_field(asks, "reason", MAX_WHY)
-        request = self.store.decide(
+        return self.store.decide(
             http.request_id, Status(asks["decision"]), str(http.who),
             reason=(reason or "").strip() or None,
-            signed_in=http.who.signed_in,
-            shown_at=text_field(asks, "shown_at", 40))
-        if form and "text/html" in http.headers["accept"]:
-            return self.message(303, HTML, b"", http.close,
-                                "Location: /\r\n")
-        return self.about(http, request.summary)
+            signed_in=http.who.signed_in, shown_at=shown_at)
+
+    def was_seen(self, shown_at: str | None) -> bool:
+        try:
+            age = self.store.time - unix_time(parse_timestamp(shown_at))
+        except ValueError:
+            return False
+        return SEEN_SECONDS <= age
 
     def get_waiting(self, http: HttpRequest) -> bytes:
         """What waits, in the order of the page; `next` is where to go on."""
         start = number_in(http.query, "from")
-        rows = self.store.waiting(LISTED + 1, start)
+        rows = self.store.waiting(LISTED + 1, start, self.attended_until)
         return self.json(http, {
             "waiting": list(map(self.listed, rows[:LISTED])),
             "next": start + LISTED if len(rows) > LISTED else None})
@@ -5571,10 +5606,10 @@ class Desk:
             "large": request.size > LARGE_BYTES}      # then its url has it all
 
     def get_desk(self, http: HttpRequest) -> bytes:
-        given = parse_query(http.query).get("from", "")
-        start = int(given) if re.fullmatch("[0-9]{1,6}", given) else 0
+        start = number_in(http.query, "from")
         return self.html(http, desk_page(
-            self.view(http), self.store.waiting(PAGE_CARDS, start),
+            self.view(http), self.store.waiting(PAGE_CARDS, start,
+                                                self.attended_until),
             self.store.waiting_count,
             self.store.reviewed(REVIEWED_CARDS).rows, start))
 
@@ -5602,7 +5637,8 @@ class Desk:
 
     def view(self, http: HttpRequest) -> View:
         return View(http.who.name, self.store.time, self.attended,
-                    decided=self.store.asked_before)
+                    decided=self.store.asked_before,
+                    change=self.store.head.sequence)
 
     def get_healthz(self, http: HttpRequest) -> bytes:
         self.store.reviewed(0)          # the database answers, or 503

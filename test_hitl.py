@@ -5669,11 +5669,14 @@ def pages_of(desk, request_id: str) -> list[Page]:
 
 
 def clicked(desk, request_id: str, decision: str, name: str = "ana",
-            reason: str = "") -> tuple[int, str]:
-    """What the browser sends for a click -> (status, page)."""
+            reason: str = "", age: float | None = 1) -> tuple[int, str]:
+    """What the browser sends for a click on a card that was shown `age`
+    seconds ago -> (status, page)."""
+    form = {"decision": decision, "reason": reason}
+    if age is not None:
+        form["shown_at"] = hitl.instant(desk.clock() - age)
     status, _, data = desk.reviewer(name).fetch(
-        "POST", f"/approve/{request_id}", urlencode(
-            {"decision": decision, "back": "/", "reason": reason}).encode(),
+        "POST", f"/approve/{request_id}", urlencode(form).encode(),
         seconds=10, Content_Type="application/x-www-form-urlencoded",
         Accept="text/html", Origin=desk.url, Sec_Fetch_Site="same-origin")
     return status, data.decode()
@@ -5874,7 +5877,7 @@ def test_the_rule_to_paste_is_exactly_this_call(desk, make_rules):
     text = Page(desk.page()).cards["r-1"]["text"]
     rule = re.search(r'\[\[checkpoint\]\].*?arguments = \{[^\n]* \}', text,
                      re.DOTALL)[0]
-    rules = make_rules(read_back(rule) + RULES)
+    rules = make_rules(rule + RULES)
     for arguments, effect in ((call, "allow"), ({**call, "table": "user"},
                               "review"), ({"table": "users"}, "review")):
         assert rules.first_match("delete_records", arguments
@@ -5919,6 +5922,22 @@ def test_a_second_click_is_told(desk):
     assert status == 409 and "approved by ana" in Page(page).text
     assert "a decision is final; nothing was changed" in Page(page).text
     assert desk.state("r-1")["decided_by"] == "reviewer:ana"
+
+
+def test_a_card_is_read_before_it_is_decided(desk):
+    """A form that was not shown for 0.6 s, or does not say, is refused, and
+    its page has the request, the buttons and the reason that was typed."""
+    desk.post()
+    for age in (0, 0.4, -5, None):
+        status, source = clicked(desk, "r-1", "approved", "ana", "so & <so>",
+                                 age)
+        page = Page(source)
+        assert status == 409 and "look at it first" in page.text, age
+        assert page.cards["r-1"]["buttons"] == BOTH
+        assert "so & <so>" in page.cards["r-1"]["text"]
+    assert desk.state("r-1")["status"] == "waiting"
+    assert clicked(desk, "r-1", "approved", age=0.61)[0] == 303
+    assert "so, then" in clicked(desk, "r-1", "rejected", reason="so, then")[1]
 
 
 def test_the_policy_fits_the_page(desk):
