@@ -1,11 +1,14 @@
 """hitl.py with the programs of others, as they are on PyPI and npm: offline,
 with scripted models, against a real desk.
 
-    pip install pytest mcp langchain-core pydantic-ai-slim openai-agents
-    npm install --prefix "$PWD/clients" @modelcontextprotocol/server-filesystem
-    HITL_CLIENTS=$PWD/clients python3 -m pytest .ci/real_clients.py
+    pip install pytest mcp langchain-core pydantic-ai-slim openai-agents \\
+        standardwebhooks aiosmtpd
+    npm install --prefix clients @modelcontextprotocol/sdk \\
+        @modelcontextprotocol/server-filesystem
+    HITL_CLIENTS=clients python3 -m pytest -p test_hitl .ci/real_clients.py
 
-Nothing is skipped: what is not installed fails.
+`-p test_hitl` brings the fixtures of the tests. Nothing is skipped: what is
+not installed fails.
 """
 from __future__ import annotations
 
@@ -17,13 +20,12 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).absolute().parent.parent))
-CLIENTS = Path(os.environ.get("HITL_CLIENTS", "clients")).absolute()
+import hitl
+from test_hitl import CALL, FILE, HITL, SHELL, WHY, command, in_background
 
-import hitl                                                     # noqa: E402
-from test_hitl import (                                  # noqa: E402, F401
-    CALL, FILE, SHELL, WHY, clean_environment, desk, in_background,
-    make_gate)
+pytestmark = pytest.mark.filterwarnings("default")    # of theirs
+NODE = Path(os.environ.get("HITL_CLIENTS", "clients")).absolute(
+    ) / "node_modules"
 
 
 def guarded_tool(gate, ran):
@@ -91,7 +93,7 @@ def test_langchain(desk, make_gate):
 
 def test_openai_agents(desk, make_gate):
     """OpenAI Agents: with on_reject="return" the model is told who and why."""
-    agents =
+    import agents
     from openai.types.responses import (
         ResponseFunctionToolCall, ResponseOutputMessage, ResponseOutputText)
     agents.set_tracing_disabled(True)
@@ -126,16 +128,56 @@ def test_openai_agents(desk, make_gate):
     assert len(ran) == 1
 
 
-def test_mcp(desk, tmp_path):
+# ---- MCP: client, proxy and server are programs of their own ----
+
+def proxy_words(folder: Path, *server: str) -> list[str]:
+    (folder / "rules.toml").write_text(SHELL.replace("delete_*",
+                                                     "delete_*|write_"))
+    return [str(FILE), "mcp", "--config", "rules.toml", "--", *server]
+
+
+def filesystem_server(folder: Path) -> list[str]:
+    """The MCP reference server for files, of npm, on this folder."""
+    (folder / "there.txt").write_text("it was there")
+    script = NODE / "@modelcontextprotocol/server-filesystem/dist/index.js"
+    assert script.exists(), script
+    return ["node", str(script), str(folder)]
+
+
+def call_all(desk, folder, words, calls) -> list[str]:
+    """Make these calls at once by the MCP Python SDK -> what each gave."""
+    from mcp import ClientSession, StdioServerParameters
+    from mcp.client.stdio import stdio_client
+    parameters = StdioServerParameters(
+        command=sys.executable, cwd=str(folder), args=words,
+        env=os.environ | {"HITL_SERVER_URL": desk.url})
+
+    async def session():
+        async with stdio_client(parameters) as streams:
+            async with ClientSession(*streams) as client:
+                await client.initialize()
+                names = {t.name for t in (await client.list_tools()).tools}
+                assert names >= {name for name, _ in calls}
+                return [r.content[0].text for r in await asyncio.gather(*(
+                    client.call_tool(*call) for call in calls))]
+    return asyncio.run(session())
+
+
+def decide_by_path(desk) -> None:
+    """Of the two calls that wait, the one that means `a` is approved."""
+    for request in desk.waiting(2):
+        yes = request["arguments"]["path"].endswith("a")
+        desk.decide(request["request_id"], reason="no",
+                    decision="approved" if yes else "rejected")
+
+
+def test_mcp_python_sdk(desk, tmp_path):
     """The MCP Python SDK, client and server, through the proxy."""
     try:
         from mcp.server.fastmcp import FastMCP      # noqa: F401  (1.x)
         server = "from mcp.server.fastmcp import FastMCP as Server\n"
     except ImportError:
         server = "from mcp.server.mcpserver import MCPServer as Server\n"
-    from mcp import ClientSession, StdioServerParameters
-    from mcp.client.stdio import stdio_client
-    (tmp_path / "rules.toml").write_text(SHELL)
     (tmp_path / "files.py").write_text(server + """
 server = Server("files")
 
@@ -149,63 +191,61 @@ def read_file(path: str) -> str:
 
 server.run()
 """)
-    parameters = StdioServerParameters(
-        command=sys.executable, cwd=str(tmp_path), args=[
-            str(FILE), "mcp", "--config", "rules.toml", "--name", "fs", "--",
-            sys.executable, "files.py"],
-        env=os.environ | {"HITL_SERVER_URL": desk.url})
-
-    async def session():
-        async with stdio_client(parameters) as streams:
-            async with ClientSession(*streams) as client:
-                await client.initialize()
-                names = [t.name for t in (await client.list_tools()).tools]
-                assert names == ["delete_file", "read_file"]
-                calls = [client.call_tool("delete_file", {"path": p})
-                         for p in "ab"]
-                calls.append(client.call_tool("read_file", {"path": "c"}))
-                return [r.content[0].text for r in
-                        await asyncio.gather(*calls)]
-    result = in_background(lambda: asyncio.run(session()))
-    for there in desk.waiting(2):
-        path = there["arguments"]["path"]
-        desk.decide(there["request_id"], reason="no", decision="approved"
-                    if path == "a" else "rejected")
+    words = proxy_words(tmp_path, sys.executable, "files.py")
+    result = in_background(call_all, desk, tmp_path, words, [
+        ("delete_file", {"path": "a"}), ("delete_file", {"path": "b"}),
+        ("read_file", {"path": "c"})])
+    decide_by_path(desk)
     assert result() == ["deleted a", WHY, "read c"]
 
-def test_filesystem(desk, tmp_path):
-    """The MCP reference server for files, of npm, behind the proxy: a file is
-    written when a person said so, and not otherwise."""
-    from mcp import ClientSession, StdioServerParameters
-    from mcp.client.stdio import stdio_client
-    server = Path(os.environ.get("HITL_CLIENTS", "."), "node_modules",
-                  "@modelcontextprotocol", "server-filesystem", "dist",
-                  "index.js")
-    if not server.exists():
-        pytest.skip("no @modelcontextprotocol/server-filesystem installed")
-    (tmp_path / "rules.toml").write_text(SHELL.replace("delete_*", "write_"))
-    (tmp_path / "there.txt").write_text("it was there")
-    parameters = StdioServerParameters(
-        command=sys.executable, cwd=str(tmp_path), args=[
-            str(FILE), "mcp", "--config", str(tmp_path / "rules.toml"), "--",
-            "node", str(server), str(tmp_path)],
-        env=os.environ | {"HITL_SERVER_URL": desk.url})
 
-    async def session():
-        async with stdio_client(parameters) as streams:
-            async with ClientSession(*streams) as client:
-                await client.initialize()
-                return [r.content[0].text for r in await asyncio.gather(*(
-                    client.call_tool("write_file", {
-                        "path": str(tmp_path / name), "content": name})
-                    for name in "ab"), client.call_tool("read_text_file", {
-                        "path": str(tmp_path / "there.txt")}))]
-    result = in_background(lambda: asyncio.run(session()))
-    for there in desk.waiting(2):
-        yes = there["arguments"]["content"] == "a"
-        desk.decide(there["request_id"], reason="no",
-                    decision="approved" if yes else "rejected")
+def test_mcp_filesystem_server(desk, tmp_path):
+    """The MCP reference server for files behind the proxy: a file is written
+    when a person said so, and not otherwise."""
+    words = proxy_words(tmp_path, *filesystem_server(tmp_path))
+    result = in_background(call_all, desk, tmp_path, words, [
+        *(("write_file", {"path": str(tmp_path / name), "content": name})
+          for name in "ab"),
+        ("read_text_file", {"path": str(tmp_path / "there.txt")})])
+    decide_by_path(desk)
     wrote, refused, read = result()
     assert (tmp_path / "a").read_text() == "a" and "wrote" in wrote
     assert not (tmp_path / "b").exists() and refused == WHY
     assert read == "it was there"
+
+
+TYPESCRIPT = """
+import {Client} from "SDK/client/index.js";
+import {StdioClientTransport} from "SDK/client/stdio.js";
+const [command, ...args] = process.argv.slice(2);
+const client = new Client({name: "typescript", version: "1"});
+await client.connect(new StdioClientTransport({command, args,
+  env: process.env, stderr: "inherit"}));
+const told = [];
+const answers = await Promise.all(["a", "b"].map(name => client.callTool(
+  {name: "write_file", arguments: {path: `${process.cwd()}/${name}`,
+   content: name}}, undefined, {onprogress: p => told.push(p.message)})));
+console.log(JSON.stringify({told, answers: answers.map(
+  r => [Boolean(r.isError), r.content[0].text])}));
+await client.close();
+"""
+
+
+def test_mcp_typescript_sdk(desk, tmp_path):
+    """The MCP TypeScript SDK as the client: it is told that a person is being
+    waited for, and a refusal is a tool's result."""
+    sdk = NODE / "@modelcontextprotocol/sdk/dist/esm"
+    (tmp_path / "client.mjs").write_text(TYPESCRIPT.replace("SDK", str(sdk)))
+    words = proxy_words(tmp_path, *filesystem_server(tmp_path))
+    result = in_background(lambda: command(
+        "client.mjs", sys.executable, *words, argv=["node"], folder=tmp_path,
+        HITL_SERVER_URL=desk.url))
+    decide_by_path(desk)
+    done = result()
+    assert done.returncode == 0, done
+    said = json.loads(done.stdout)
+    (_, wrote), refused = said["answers"]
+    assert "wrote" in wrote and refused == [True, WHY]
+    assert (tmp_path / "a").read_text() == "a"
+    assert not (tmp_path / "b").exists()
+    assert "waiting for a person's approval" in said["told"]
