@@ -13,19 +13,24 @@ not installed fails.
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import os
+import socket
 import sys
 from pathlib import Path
 
 import pytest
 
 import hitl
-from test_hitl import CALL, FILE, HITL, SHELL, WHY, command, in_background
+from test_hitl import (
+    CALL, FILE, RULES, SHELL, Receiver, Served, command, four, in_background,
+    until)
 
 pytestmark = pytest.mark.filterwarnings("default")    # of theirs
 NODE = Path(os.environ.get("HITL_CLIENTS", "clients")).absolute(
     ) / "node_modules"
+REJECTED = "rejected by ana: no"
 
 
 def guarded_tool(gate, ran):
@@ -196,7 +201,9 @@ server.run()
         ("delete_file", {"path": "a"}), ("delete_file", {"path": "b"}),
         ("read_file", {"path": "c"})])
     decide_by_path(desk)
-    assert result() == ["deleted a", WHY, "read c"]
+    deleted, refused, read = result()
+    assert (deleted, read) == ("deleted a", "read c")
+    assert refused.startswith(REJECTED)
 
 
 def test_mcp_filesystem_server(desk, tmp_path):
@@ -210,7 +217,7 @@ def test_mcp_filesystem_server(desk, tmp_path):
     decide_by_path(desk)
     wrote, refused, read = result()
     assert (tmp_path / "a").read_text() == "a" and "wrote" in wrote
-    assert not (tmp_path / "b").exists() and refused == WHY
+    assert not (tmp_path / "b").exists() and refused.startswith(REJECTED)
     assert read == "it was there"
 
 
@@ -244,8 +251,76 @@ def test_mcp_typescript_sdk(desk, tmp_path):
     done = result()
     assert done.returncode == 0, done
     said = json.loads(done.stdout)
-    (_, wrote), refused = said["answers"]
-    assert "wrote" in wrote and refused == [True, WHY]
+    (failed, wrote), (is_error, refused) = said["answers"]
+    assert not failed and "wrote" in wrote
+    assert is_error and refused.startswith(REJECTED)
     assert (tmp_path / "a").read_text() == "a"
     assert not (tmp_path / "b").exists()
     assert "waiting for a person's approval" in said["told"]
+
+
+# ---- notices: what takes them is not ours ----
+
+def test_standardwebhooks(tmp_path):
+    """The event that serve sends is verified by the library of Standard
+    Webhooks, and one with another key or body is not."""
+    from standardwebhooks import Webhook, WebhookVerificationError
+    secret = "whsec_" + base64.b64encode(b"k" * 24).decode()
+    with Receiver() as receiver:
+        (tmp_path / "checkpoints.toml").write_text(RULES + f"""
+[[notify]]
+name = "siem"
+url = "{receiver.url}"
+sign = "${{HOOK}}"
+""")
+        with Served(tmp_path, HOOK=secret) as served:
+            served.agent().exchange("POST", "/pending", four(), seconds=10)
+            assert until(lambda: receiver.got), served.text
+            (_, headers, body), = receiver.got
+    event = Webhook(secret).verify(body, dict(headers.items()))
+    assert event["type"] == "request.waiting"
+    assert event["data"]["request_id"] == "r-1"
+    other = "whsec_" + base64.b64encode(b"o" * 24).decode()
+    for key, data in ((other, body), (secret, body.replace(b"r-1", b"r-2"))):
+        with pytest.raises(WebhookVerificationError):
+            Webhook(key).verify(data, dict(headers.items()))
+
+
+def test_aiosmtpd(tmp_path):
+    """An e-mail that serve sends arrives at aiosmtpd as one whole message to
+    those who are named."""
+    from email import message_from_bytes, policy
+
+    from aiosmtpd.controller import Controller
+
+    class Box:
+        def __init__(self) -> None:
+            self.got = []
+
+        async def handle_DATA(self, server, session, envelope):
+            self.got.append(envelope)
+            return "250 OK"
+    box = Box()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    controller = Controller(box, hostname="127.0.0.1", port=port)
+    controller.start()
+    try:
+        (tmp_path / "checkpoints.toml").write_text(RULES + f"""
+[[notify]]
+name = "mail"
+smtp = "plain://127.0.0.1:{port}"
+from = "hitl@example.org"
+to = ["ana@example.org", "bo@example.org"]
+""")
+        with Served(tmp_path) as served:
+            served.agent().exchange("POST", "/pending", four(), seconds=10)
+            assert until(lambda: box.got), served.text
+    finally:
+        controller.stop()
+    envelope, = box.got
+    assert envelope.rcpt_tos == ["ana@example.org", "bo@example.org"]
+    message = message_from_bytes(envelope.content, policy=policy.default)
+    assert message["From"] == "hitl@example.org" and message["Subject"]
+    assert "/review/r-1" in message.get_content()
