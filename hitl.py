@@ -3827,13 +3827,15 @@ class Notices:
     def follow(self, store: Store, changes: list[Change]) -> None:
         """Tell of what has begun to wait (not of what was decided in its own
         submit), and no longer of what has ended."""
+        import sqlite3
         for change in changes:
             if change.event != "submitted":
                 self.ended(change.request_id)
                 continue
-            request = store.find(change.request_id)
-            if request and request.status == Status.WAITING:
-                self.submitted(request)
+            with contextlib.suppress(sqlite3.Error):    # owed after a restart
+                request = store.find(change.request_id)
+                if request and request.status == Status.WAITING:
+                    self.submitted(request)
 
     def record(self, store: Store, name: str, request_ids: list[str],
                answer: Answer) -> list[str]:

@@ -318,9 +318,10 @@ class Served(Running):
 @pytest.fixture(autouse=True, scope="session")
 def clean_environment():
     """What is set for hitl.py is not for its tests: they set what they
-    mean."""
-    for name in [name for name in os.environ if name.startswith("HITL_")]:
-        del os.environ[name]
+    mean; and they talk to this machine alone, without a proxy."""
+    for name in list(os.environ):
+        if re.search("(?i)^HITL_|_proxy$", name):
+            del os.environ[name]
 
 @pytest.fixture
 def desk(tmp_path):
@@ -2756,6 +2757,14 @@ def test_the_answers_of_a_receiver(tell, answers, tries, status, told):
         assert len({h["webhook-id"] for _, h, _ in receiver.got}) == 1
 
 
+def test_the_proxy_of_the_environment_is_used(tell, monkeypatch):
+    """A notice goes through the proxy that the environment names."""
+    with Receiver() as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        tell(notify(url='"http://localhost:9/x"'))
+        assert proxy.got[0][0] == "http://localhost:9/x"
+
+
 def test_retry_after_is_minded(tell):
     """After a 429 the next try comes when Retry-After says, in seconds or as a
     date, and for no other request earlier."""
@@ -3000,7 +3009,7 @@ def test_what_was_decided_is_not_told(desk, make_rules):
         assert notified(desk) == [
             ("notified", "r-2", {"name": "phone", "status": "204"})]
         desk.server.notices.follow(
-            desk.store, [hitl.Change("submitted", "r-1", "agent:a")])
+            desk.store, [hitl.Change("submitted", "r-1", "agent:a", "")])
         assert not desk.server.notices.bells[0].jobs
 
 
