@@ -655,6 +655,21 @@ def call_in_words(tool: str, arguments: Mapping[str, Any]) -> str:
     return f"{tool} {', '.join(short + long)}".strip()
 
 
+def changed_in_words(request: ReviewRequest) -> str:
+    """What a reviewer changed: `changed by ana: {table: "users" -> "pets"}`;
+    "" where they changed nothing."""
+    if request.approved_arguments is None or request.arguments is None:
+        return ""
+    asked = json.loads(request.arguments)
+    changes = ", ".join(
+        f"{name}: {value_in_words(asked[name]) or '...'} -> "
+        f"{value_in_words(value) or '...'}"
+        for name, value in json.loads(request.approved_arguments).items()
+        if canonical(asked[name]) != canonical(value))
+    who = (request.decided_by or "").partition(":")[2]
+    return f"changed by {who}: {{{changes}}}"
+
+
 def value_in_words(value: Any) -> str | None:
     """A short value; an address, a path or a number without quotes. None for
     what is long, has several lines or parts."""
@@ -2248,6 +2263,8 @@ asked_values, sealed_values, standing_values = (
     operator.attrgetter(*names) for names in (ASKED, SEALED, SEALED_STANDING))
 SUBMIT = (f"INSERT INTO pending_reviews ({', '.join(ASKED)}, asked_sha256) "
           f"VALUES ({', '.join('?' * (len(ASKED) + 1))})")
+AUDIT_COLUMNS = ("sequence", "at", "event", "subject", "actor", "detail",
+                 "seal", "hash")
 GENESIS = "0" * 64              # the hash before the first audit row
 
 
@@ -2579,7 +2596,8 @@ class Store:
         detail = {"reason": reason, "signed_in": signed_in,
                   "shown_at": shown_at}
         if columns.get("approved_digest"):
-            detail["approved_digest"] = columns["approved_digest"]
+            detail["changed"] = changed_in_words(request._replace(
+                decided_by=by, approved_arguments=columns["approved_arguments"]))
         request = self.move(
             request, decision, by, detail, status=decision,
             decided_at=self.now, decided_by=by, signed_in=signed_in,
@@ -3253,6 +3271,14 @@ def waiting_ids(db: Any) -> list[str]:
     """What waits, as any other process can see it."""
     return [name for name, in db.execute(
         "SELECT request_id FROM pending_reviews WHERE status = 'waiting'")]
+
+
+def verified(path: Path, noted: str = "") -> tuple[Head, list[str]]:
+    """The head of a database's audit log, and what is wrong with it, at one
+    instant, whatever a server writes meanwhile."""
+    with contextlib.closing(open_for_reading(path)) as db:
+        db.execute("BEGIN")
+        return last_head(db), list(audit_faults(db, noted))
 
 
 def audit_faults(db: Any, noted: str = "") -> Iterator[str]:
@@ -8739,37 +8765,39 @@ def cmd_log(args: Any) -> int:
     import sqlite3
     path = database_for(args, configuration_for(args, needed=False))
     if not re.fullmatch("([0-9a-f]{64})?", args.head):
-        raise ConfigError("--head is no SHA-256 in hex",
+        raise ConfigError("--head must be a SHA-256 in hex",
                           "serve prints the head at start and stop")
-    db = open_for_reading(path)
     try:
         if args.verify:
-            head, faults = last_head(db), list(audit_faults(db, args.head))
-            if args.json:
-                say(json.dumps({"rows": head.sequence, "head": head.hash,
-                                "faults": faults}))
-                return 1 if faults else 0
-            for fault in faults:
-                say(f"FAULT {fault}")
-            say(f"{path}: {head.sequence} rows, head {head.hash}: "
-                + ("damaged or edited" if faults else "whole"))
-            if not args.head:
-                say("a cut-off end shows only against a head noted before: "
-                    "serve prints it, log --verify --head HASH checks it")
-            return 1 if faults else 0
-        for row in audit_rows(db):
-            if args.json:
-                say(json.dumps(dict(zip(("sequence", "at", "event",
-                    "subject", "actor", "detail", "seal", "hash"), row))))
-            else:
-                say(" ".join(visible(str(part)) for part in row[:6]))
+            return print_verified(path, args.head, args.json)
+        with contextlib.closing(open_for_reading(path)) as db:
+            for row in audit_rows(db):
+                if args.json:
+                    say(json.dumps(dict(zip(AUDIT_COLUMNS, row, strict=True))))
+                else:
+                    say(" ".join(visible(str(part)) for part in row[:6]))
     except (sqlite3.DatabaseError, ValueError, LookupError,
             TypeError) as error:
         say(f"FAULT {path}: {visible(str(error))}")
         return 1
-    finally:
-        db.close()
     return 0
+
+
+def print_verified(path: Path, noted: str, as_json: bool) -> int:
+    """What `log --verify` says -> its exit status."""
+    head, faults = verified(path, noted)
+    if as_json:
+        say(json.dumps({"rows": head.sequence, "head": head.hash,
+                        "faults": faults}))
+        return 1 if faults else 0
+    for fault in faults:
+        say(f"FAULT {fault}")
+    result = "damaged or edited" if faults else "whole"
+    say(f"{path}: {head.sequence} rows, head {head.hash}: {result}")
+    if not noted:
+        say("a cut-off end shows only against a head noted before: "
+            "serve prints it, log --verify --head HASH checks it")
+    return 1 if faults else 0
 
 
 def cmd_token(args: Any) -> int:

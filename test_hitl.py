@@ -1932,6 +1932,34 @@ def test_what_cannot_stand(store):
     assert len(names(store)) == 2 and store.standing() == []
 
 
+def test_the_last_use_is_redeemed_once(tmp_path):
+    """Twenty agents that ask for the last use at once: one gets it, and the
+    others wait for a person."""
+    it = hitl.open_store(tmp_path / "hitl.db")
+    asks = {"tool": "delete", "session": "s-1", "arguments": {"a": 1}}
+    digest = hitl.digest_of("Delete users where id = 3", '{"a":1}', "delete")
+    remembered(it, uses=1, action_description="Delete users where id = 3",
+               arguments='{"a":1}', checkpoint_id=None, checkpoint_digest=None,
+               asked_by="agent:unauthenticated")
+    assert it.standing()[0][0].digest == digest
+    it.close()
+    with contextlib.ExitStack() as stack:
+        desk = Desk(tmp_path)
+        stack.callback(desk.stop)
+        replies = together(20, lambda n: desk.post(f"t-{n}", **asks).body)
+        assert sorted(r["status"] for r in replies) == (
+            ["approved"] + 19 * ["waiting"])
+        won, = [r["request_id"] for r in replies if r["status"] == "approved"]
+        assert desk.post(won, **asks).body["status"] == "approved"
+        codes = together(12, lambda n: desk.agent().exchange(
+            "POST", f"/claim/{won}", {"digest": digest, "claim": f"n-{n}"},
+            seconds=10).status)
+        assert sorted(codes) == [200] + [409] * 11
+        assert desk.rows("SELECT count(*) FROM pending_reviews WHERE standing "
+                         "= 1") == [(1,)]
+    assert chain_faults(desk.database) == []
+
+
 def test_the_same_id_is_the_same_call_of_the_same_agent(store):
     """A repeated request_id needs an equal digest, checkpoint, session and
     principal; another agent learns nothing of it, and cannot read, claim,
@@ -2036,6 +2064,11 @@ def test_what_a_reviewer_may_change(store):
         assert request.runs_digest == request.approved_digest
         assert request.approved_digest == hitl.digest_of(
             "Delete", request.approved_arguments, "delete")
+    log = store.db.execute("SELECT detail FROM audit_log WHERE subject = 'r-0' "
+                           "AND event = 'approved'").fetchone()[0]
+    assert json.loads(log)["changed"] == (
+        'changed by ana: {a: "x" -> "", n: 1 -> 1152921504606846976, '
+        't: true -> false}')
     turn(store, put, store, "plain", edits=None)
     assert act(store, "edit:pets", "plain") == "not-editable"
     assert turn(store, store.decide, "plain", hitl.Status.APPROVED,
@@ -2109,7 +2142,8 @@ def test_a_disk_that_fills_in_mid_turn_spoils_the_turn(store):
     store.attempt(put, store, "r-1")
     let_grow(store.db, 0)
     with pytest.raises(sqlite3.OperationalError, match="full"):
-        store.attempt(put, store, "r-2", "", "a", '"%s"' % ("x" * 50_000))
+        store.attempt(store.submit, asking(
+            store, "r-2", agent_context='"%s"' % ("x" * 50_000)))
     let_grow(store.db, 10_000)
     with pytest.raises(sqlite3.OperationalError, match="rolled back"):
         store.attempt(put, store, "r-3")
@@ -2304,6 +2338,42 @@ def test_one_server_a_database(every):
     hitl.open_store(every).close()
 
 
+def test_one_lock_whatever_name_leads_to_the_database(tmp_path, every):
+    """A second server through a symlink to the file, or to its folder, is
+    refused as well, also where the database is not there yet."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "folder").symlink_to("real", target_is_directory=True)
+    (tmp_path / "file.db").symlink_to("real/new.db")
+    names = [tmp_path / "real/new.db", tmp_path / "folder/new.db",
+             tmp_path / "file.db"]
+    for first in names:
+        it = hitl.open_store(first)
+        assert it.path == names[0] and names[0].is_file()
+        for second in names:
+            with pytest.raises(hitl.ConfigError, match="another server runs"):
+                hitl.open_store(second)
+        it.close()
+
+
+GONE = {"deleted": os.unlink,
+        "replaced": lambda path: os.replace(f"{path}.other", path),
+        "emptied": lambda path: os.truncate(path, 0),
+        "its -wal deleted": lambda path: os.unlink(f"{path}-wal")}
+@pytest.mark.skipif(os.name != "posix", reason="an open file is not deleted")
+@pytest.mark.parametrize("how", GONE)
+def test_a_database_that_is_gone_is_noticed(store, how):
+    """A database that is deleted, replaced or emptied under a running server
+    is not there any more; one that another process reads and checkpoints is."""
+    act(store, "ask")
+    assert chain_faults(store.path) == [] and store.still_there()
+    Path(f"{store.path}.other").write_bytes(store.path.read_bytes())
+    store.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    act(store, "approve")
+    assert store.still_there()
+    GONE[how](store.path)
+    assert not store.still_there()
+
+
 def test_a_database_in_use_is_not_called_damaged(every):
     """A file that another program holds is not blamed on damage."""
     with edited(every) as db:
@@ -2319,7 +2389,8 @@ def test_what_a_crash_leaves_is_taken_up(store):
     acknowledged: half a new file, a -wal, a checkpoint that did not end."""
     folder, before = store.path.parent, store.path.read_bytes()
     for n in range(20):
-        store.attempt(put, store, f"r-{n}", "", "a", '"%s"' % ("x" * 9000))
+        store.attempt(store.submit, asking(
+            store, f"r-{n}", agent_context='"%s"' % ("x" * 9000)))
     assert store.commit() is not None
     wal = (folder / "hitl.db-wal").read_bytes()
     store.db.execute("PRAGMA wal_checkpoint(FULL)")
