@@ -6331,7 +6331,15 @@ def opener() -> Any:
 
 # ================================= Context =================================
 # What goes along with a request so that the reviewer can judge it: the agent's
-# state with secrets masked, and the name of who asks.
+# state with secrets masked, and the name of who asks. What looks like a secret
+# leaves the process as its length only: a digest, or a few characters of it,
+# would give a short code away in a second. Every pattern below is linear: its
+# open part comes last and cannot fail, all before it is bounded.
+
+CONTEXT_NODES = 200_000         # values of a context; more are left out
+CUT_BYTES = 160 * 1024          # of each end of a context that is too large
+EDGE = 4096                     # characters more that are masked than sent
+RANDOM_LENGTH = 24              # characters of a word that may be a token
 
 
 def cut(text: str, size: int) -> str:
@@ -6354,78 +6362,227 @@ def agent_name() -> str:
     return name
 
 
-# What looks like a secret leaves the process as its length only: a digest,
-# or a few characters of it, would give a short code away in a second.
-SECRET_WORDS = (r"passw|passphrase|pwd|secret|token|api[_-]?key|access[_-]?key"
-                r"|private[_-]?key|authorization|credential|cookie|jwt|"
-                r"session[_-]?id|bearer")
-# (texts, not compiled: import hitl stays cheap, and re keeps what it compiled)
-SECRET_NAME = rf"(?i){SECRET_WORDS}|^(pin|otp)$"
-SECRET_SHAPE = (r"(?s)"
-    r"\b(?:sk|pk|rk)[-_][\w-]{16,}|\bgh[pousr]_\w{20,}|\bgithub_pat_\w{20,}|"
-    r"\bglpat-[\w-]{16,}|\bxox[a-z]-[\w-]{10,}|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|"
-    r"\bAIza[\w-]{30,}|\bhf_\w{20,}|\bnpm_\w{20,}|\bpypi-[\w-]{20,}|"
-    r"\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*|\bwhsec_[\w+/=]{16,}|"
-    r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*KEY-----|\Z)|"
-    r"(?<=://)[^\s/:@]*:[^\s/@]+(?=@)|"
-    r"(?i:\b(?:bearer|basic)) +[\w.~+/-]{12,}=*")
-# name = value in a text: a repr(), JSON inside a string, a shell line
-SECRET_ASSIGNED = (
-    rf"(?i)((?:{SECRET_WORDS})\w{{0,20}}[\\\"']*\s*[:=]\s*[\\\"']*)"
-    r"((?<=\")[^\"]{3,}|(?<=')[^']{3,}|[^\s\\\"',;)}\]]{3,})")
+def snapshot(value: Any, own: str) -> Any:
+    """A plain context with secrets masked; where it is too large to send, its
+    beginning and end, with its size and SHA-256."""
+    text = READABLE.encode(value)
+    data = text.encode("utf-8", "backslashreplace")
+    if len(data) <= MAX_CONTEXT:
+        return masked_json(value, own)
+    beginning = masked_text(text[:CUT_BYTES + EDGE], own)[:-EDGE]
+    end = masked_text(text[-CUT_BYTES - EDGE:], own)[EDGE:]
+    return {
+        "note": f"This context is {len(data)} bytes, more than is sent. Its "
+                "beginning and its end follow; what is between is left out.",
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "beginning": cut(beginning, CUT_BYTES),
+        "end": end.encode("utf-8", "replace")[-CUT_BYTES:].decode(
+            errors="ignore")}
+
+
+# A name of a secret, in any joining (DB_PASS, dbPass, X-Api-Key)...
+LONG_NAMES = (
+    r"passw|pass[ _-]?phrase|passcode|secret(?!ar)|token|credential|cookie|jwt"
+    r"|authorization|bearer|session[_-]?id|(?:api|access|private|sign|signing"
+    r"|encrypt|encryption|master|account|shared|ssh|auth|client|deploy|storage"
+    r"|service|license|hmac|webhook|admin|root|app|session|secret)[ _-]?key")
+SHORT_NAMES = r"pass|pwd|pw|auth|pin|otp|creds?|sid|connect\.sid"
+SECRET_NAME = (rf"(?i)(?:{LONG_NAMES}|(?<![a-z])(?:{SHORT_NAMES})(?![a-z])"
+               r"|pwd$|pass$(?<!bypass)(?<!compass))")
+# ... a quoted value, a word, the rest of a line ...
+QUOTED = (r"""\\"(?:[^"\\]|\\[^"])*+|"(?:[^"\\]|\\.)*+|'(?:[^'\\]|\\.)*+""")
+NAMED = (rf"(?:{LONG_NAMES}|(?<![a-z])(?:{SHORT_NAMES})(?![a-z]))"
+         r"""[\w.-]{0,20}+[\\"'\]]{0,4}+""")
+START = (r"""^[ \t>|*+-]{0,40}+(?:(?:export|set|const|let|var) )?"""
+         r"""["']?[\w.-]{0,40}?""")
+# ... and the beginnings by which vendors' tokens are known.
+VENDORS = (
+    r"(?:sk|pk|rk)[-_](?:live_|test_|proj-|ant-|or-)?[\w-]{16}|gh[oprsu]_\w{20}"
+    r"|github_pat_\w{20}|gl[a-z]{2,5}-[\w-]{16}|xox[a-z]-[\w-]{8}|xapp-[\w-]{8}"
+    r"|A(?:KI|SI|BI|CC|GP|ID|RO)A[0-9A-Z]{12}|AIza[\w-]{24}|ya29\.[\w-]{16}"
+    r"|GOCSPX-[\w-]{16}|1//0[\w-]{20}|SK[0-9a-f]{32}|SG\.[\w-]{16}"
+    r"|key-[0-9a-f]{32}|[0-9a-f]{32}-us\d|do[opr]_v1_\w{16}|dapi[0-9a-f]{24}"
+    r"|hv[bsr]\.[\w-]{16}|s\.[A-Za-z0-9]{24}|(?:gsk|hf|ntn|npm|r8|lsv2"
+    r"|lin_api|lin_oauth|figd|dckr_pat|dckr_oat|glsa|glc|sntry[su]|sbp|nfp|fo1"
+    r"|fm2|rubygems|pcsk|shp(?:at|ca|pa|ss)|pscale_\w{2,5}|bkua|CCIPAT|rdme|tfp"
+    r"|whsec|sb_secret|sq0\w{3}|ops|aio|rzp_live|rzp_test|pnu|vc[a-z])[-_]"
+    r"[\w+/-]{16}|(?:pplx|pypi|xai|tvly|pul|PMAK|NRAK|NRII|CFPAT|HRKU|FLWSECK"
+    r"|AGE-SECRET-KEY|access-production|access-sandbox|sq0\w{3})-[\w-]{16}"
+    r"|AT[AC]TT3[\w-]{16}|ATBB\w{16}|dp\.[a-z]{2,5}\.\w{16}|dt0c01\.\w{16}"
+    r"|sl\.[\w-]{24}|pat\w{14}\.\w{16}|EAA[A-Z]\w{20}|LTAI\w{12}|AKID\w{13}"
+    r"|eyJ[\w-]{8}|[MNO][\w-]{23}\.[\w-]{6}\.[\w-]{20}|EZ[AT]K\w{16}")
+# Group 1 of each stays, the rest of the match is masked.
+SECRETS = (
+    r"()-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?:(?!-----END).)*+(?:-----END "
+    r"[A-Z0-9 ]{0,40}-----)?",
+    r"(?m)()^[\w+/=]{4,80}$(?=\n-----END [A-Z ]{0,40}PRIVATE KEY)",
+    # a header, a line of a file: what follows belongs to it
+    r"""(?i)((?<!["'\\])(?:authorization|cookie): {0,4})[^\s"'\\][^\n]*+""",
+    r"(?i)((?:authorization|cookie|x-[a-z-]{0,20}(?:key|token)): {0,4})"
+    r"""[^\s"'\\][^\n"'\\]*+""",
+    rf"(?im)({START}{NAMED}(?:[:\t][ \t]{{0,40}}\r?\n?|[ \t]{{1,40}}=)"
+    r"""[ \t]{0,40})(?!["'\\{\[]|[|>]$)[^\r\n]++""",
+    rf"(?im)(^\|[^|\n]{{0,60}}?{NAMED}[^|\n]{{0,20}}\|[ ]{{0,40}})[^|\n]++",
+    # an assignment, JSON, a repr(), a query; then an option, XML, a sentence
+    rf"(?i)({NAMED}\s{{0,8}}(?:=>|:=|[:=])\s{{0,8}}"
+    rf"(?:[\[(]\s{{0,8}}[\"'][^\"'\n]{{0,80}}[\"'],\s{{0,8}})?)(?:{QUOTED}"
+    r"""|[^\s"'\\,;&(){}\[\]<>][^\s"'\\,;&)}\]<>]*+)""",
+    rf"(?i)((?<!\S)--?[\w-]{{0,30}}?{NAMED}\s{{1,8}})(?:{QUOTED}|[^\s-]\S*+)",
+    rf"(?i)(<[\w:.-]{{0,40}}?{NAMED}[^<>]{{0,200}}+>)[^<]++",
+    rf"(?i)(<key>[^<]{{0,40}}?{NAMED}</key>\s{{0,40}}<string>)[^<]++",
+    r"(?i)((?:passw\w{0,6}|passphrase|passcode|secret|token|pin|pwd|(?:api|"
+    r"access) key) (?:(?:is|was|to|now|be|as|set|called) ){1,3})"
+    rf"(?:{QUOTED}|(?=\S{{0,60}}?(?:\d|(?-i:[a-z][A-Z])|\w[!#$%&*+/@^~]\w))\S++)",
+    r"((?<!\S)(?:-[ua]|--(?:proxy-)?user|--auth)[ =]?[\"']?(?!\d{1,9}:\d)"
+    r"[^\s:\"'/]{1,80}:)[^\s\"']++",
+    r"((?<!\S)(?:-b|--cookie)[ =]?[\"']?[\w.-]{1,40}=)[^\s\"']++",
+    r"((?:mysql|mariadb|sshpass|mongo|redis-cli|psql|ldap|zip|7z| login )"
+    r"[^\n|;&]{0,160}?\s-[pPaw] ?)[^\s-]\S*+",
+    r"(?i)(\blogin \S{1,80}\s{1,8}password\s{1,8})\S++",
+    r"(?m)(^[\w.*-]{1,80}:(?:\d{1,5}|\*):[^:\s]{1,60}:[^:\s]{1,60}:)\S++",
+    r"()\$(?:apr1|2[abxy]|[156y]|argon2\w{1,2})\$[^\s:]{8}[^\s:]*+",
+    # addresses
+    r"(://[^\s:/@\"']{0,100}:)(?!\d{1,5}(?:[/?#]|$))[^\s\"'<>]{1,160}(?=@)",
+    r"(://)[^\s:/@\"'<>]{8,160}(?=@)",
+    r"(?i)([?&#;][\w.-]{0,30}(?:key|sig|signature|code|auth|hash)=)[^\s&\"'#]{6}"
+    r"[^\s&\"'#]*+",
+    r"(hooks\.slack\.com/\w{1,20}/|/webhooks/\d{1,30}/)[\w/-]++",
+    r"()(?<!\d)\d{8,10}:[\w-]{30}[\w-]*+",
+    r"(?i)(\b(?:bearer|basic|token) {1,4})(?=\S{0,20}\d)[\w.~+/-]{12}"
+    r"[\w.~+/=-]*+",
+    rf"()(?<![A-Za-z0-9])(?:{VENDORS})[\w.+/=-]*+",
+    rf"()(?P<word>[\w+/-]{{{RANDOM_LENGTH},}}+={{0,2}})")
 
 
 def mask(text: str) -> str:
     return f"[masked, {len(text)} characters]"
 
 
+def hidden(found: re.Match[str]) -> str:
+    """What one of SECRETS found, masked but for its group 1."""
+    kept, secret = found[1], found[0][len(found[1]):]
+    counted = re.search(r"(?i)tokens?[\w.-]*\W*$", kept) and re.match(
+        r"\d{1,9}(?![\w.-])", secret)      # max_tokens: 512
+    word = found.groupdict().get("word")
+    if counted or secret.strip("\"'\\ ").startswith("[masked") or (
+            word and not looks_random(word)):
+        return found[0]
+    quote = re.match(r"\\?[\"']", secret)
+    if quote and kept:
+        return f"{kept}{quote[0]}{mask(secret[len(quote[0]):])}"
+    return kept + mask(secret)
+
+
+def looks_random(word: str) -> bool:
+    """Whether letters and digits are mixed as in base64, and not as in the
+    names of a program: a hexadecimal digest, a path, a UUID are not."""
+    mixed = re.search("[a-z]", word) and re.search("[A-Z]", word) and (
+        re.search("[0-9]", word))
+    turns = len(re.findall(
+        "[a-z](?=[A-Z0-9])|[A-Z](?=[a-z0-9])|[0-9](?=[A-Za-z])", word))
+    return bool(mixed) and turns > 0.4 * len(word)
+
+
 def masked_text(text: str, own: str) -> str:
     """A text without what looks like a secret, or is this gate's token."""
+    import binascii
     text = text.encode("utf-8", "backslashreplace").decode()
-    if own and own in text:
-        text = text.replace(own, mask(own))
-    text = re.sub(SECRET_SHAPE, lambda found: mask(found[0]), text)
-    return re.sub(SECRET_ASSIGNED, lambda found: found[0] if found[
-        2].startswith("[masked") else found[1] + mask(found[2]), text)
+    for form in (own, binascii.b2a_base64(own.encode()).decode().rstrip("=\n")):
+        text = text.replace(form, mask(form)) if form else text
+    for pattern in SECRETS:
+        text = re.sub(pattern, hidden, text)
+    return text
+
+
+def names_secret(name: Any) -> bool:
+    """Whether a name is one of a secret, in any joining: dbPass, DB_PASS."""
+    if not isinstance(name, str) or len(name) > 80:
+        return False
+    return bool(re.search(SECRET_NAME, re.sub("(?<=[a-z])(?=[A-Z])", "_",
+                                              name)))
+
+
+def plain(value: Any, path: tuple[int, ...] = (),
+          left: list[int] | None = None) -> Any:
+    """A value as JSON: a dataclass as its fields, another object as its
+    repr(); what contains itself, lies very deep or far, as words."""
+    left = [CONTEXT_NODES] if left is None else left
+    left[0] -= 1
+    if value is None or type(value) in (bool, str):
+        return value
+    if type(value) in (int, float):
+        return value if abs(value) < 1e300 else repr(float(value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {f.name: getattr(value, f.name, None)
+                 for f in dataclasses.fields(value)}
+    if not isinstance(value, (Mapping, list, tuple, set, frozenset)):
+        try:
+            return repr(value)
+        except Exception:
+            return f"[a {type(value).__name__}]"
+    if id(value) in path:
+        return "[contains itself]"
+    if len(path) > MAX_DEPTH - 4 or left[0] < 0:
+        return "[more]"
+    path += (id(value),)
+    if isinstance(value, Mapping):
+        return {str(k): plain(v, path, left) for k, v in value.items()}
+    return [plain(v, path, left) for v in value]
 
 
 def masked(value: Any, own: str = "") -> Any:
-    """A value as plain JSON, what looks like a secret masked; what is no JSON
-    goes as its repr()."""
-    try:
-        text = json.dumps(value, default=plainer)
-        return masked_json(json.loads(text, parse_constant=str), own)
-    except (TypeError, ValueError, RecursionError):
-        return masked_text(plainer(value, str), own)
-
-
-def plainer(value: Any, kind: type = dict) -> Any:
-    """A dataclass as its fields, another object as its repr()."""
-    if kind is dict and dataclasses.is_dataclass(value) and not isinstance(
-            value, type):
-        return {f.name: getattr(value, f.name, None)
-                for f in dataclasses.fields(value)}
-    if isinstance(value, (set, frozenset)):
-        return list(value)
-    if isinstance(value, Mapping) and kind is dict:
-        return dict(value)
-    try:
-        return repr(value)
-    except Exception:
-        return f"[a {type(value).__name__}]"
+    """A value as plain JSON, what looks like a secret masked."""
+    return masked_json(plain(value), own)
 
 
 def masked_json(value: Any, own: str) -> Any:
     if isinstance(value, str):
         return masked_text(value, own)
     if isinstance(value, list):
-        return [masked_json(item, own) for item in value]
+        return masked_list(value, own)
     if not isinstance(value, dict):
         return value
-    return {masked_text(k, own): mask(str(v)) if v and v is not True and (
-        found := re.search(SECRET_NAME, k)) and not (
-            isinstance(v, int) and not found[1])
-        else masked_json(v, own) for k, v in value.items()}
+    named = any(names_secret(value.get(key)) for key in (
+        "name", "key", "header", "Name", "Key"))        # of {"value": ...}
+    return {masked_text(key, own): mask(str(item))
+            if is_secret(key, item) or named and key.lower() == "value"
+            else masked_json(item, own) for key, item in value.items()}
+
+
+def is_secret(name: str, value: Any) -> bool:
+    """Whether a value of this name is to be masked; a number rarely is."""
+    if not value or value is True or not names_secret(name):
+        return False
+    return not isinstance(value, (int, float)) or bool(
+        re.search(r"(?i)passw|pwd|passcode|secret|pin$|otp$", name))
+
+
+def masked_list(items: list[Any], own: str) -> list[Any]:
+    """A list in which a name of a secret, an option or a pair's first, is
+    followed by the secret, or a private key goes over several lines."""
+    made: list[Any] = []
+    before, inside = "", False
+    for item in items:
+        text = item if isinstance(item, str) else ""
+        inside = inside or "-----BEGIN" in text and "PRIVATE" in text
+        if text and (inside or is_named(before, text, len(items) == 2)):
+            made.append(mask(text))
+        elif "-" in (before[:1], text[:1]) and len(text) < EDGE:
+            # tool --user ana:secret, tool -psecret
+            line = masked_text(f"{items[0]} {before} {text}", own)
+            made.append(line.split(f" {before} ", 1)[-1])
+        else:
+            made.append(masked_json(item, own))
+        inside = inside and "-----END" not in text
+        before = text
+    return made
+
+
+def is_named(before: str, text: str, pair: bool) -> bool:
+    """Whether a text of a list is the secret that the one before it names."""
+    if not re.fullmatch(r"[\w.-]{1,80}:?", before) or not names_secret(before):
+        return False
+    return pair or before[0] == "-" or bool(re.search(r"\d", text))
 
 
 # ================================== Guard ==================================
@@ -6829,8 +6986,7 @@ class Gate:
         body = {
             "action_description": description, "tool": tool,
             "arguments": parse_json(text), "digest": digest,
-            "agent_context": self._snapshot(
-                given() if callable(given) else given),
+            "agent_context": plain(given() if callable(given) else given),
             "timestamp": instant(time.time()),
             "checkpoint_id": rule.checkpoint_id, "category": rule.category,
             "checkpoint_digest": rule.digest,
@@ -6841,20 +6997,6 @@ class Gate:
                      request_id or os.urandom(16).hex(), timeout, lifetime,
                      body, time.monotonic() + timeout, os.urandom(16).hex(),
                      tick)
-
-    def _snapshot(self, context: Any) -> Any:
-        """The context as JSON with secrets masked; both ends, with size and
-        SHA-256, if it is too large to send."""
-        plain = masked(context, self.token)
-        data = READABLE.encode(plain).encode()
-        if len(data) <= MAX_CONTEXT:
-            return plain
-        return {
-            "note": f"This context is {len(data)} bytes, more than is sent. "
-                    "Its beginning and its end stand here.",
-            "sha256": hashlib.sha256(data).hexdigest(),
-            "beginning": data[:CUT_BYTES].decode(errors="ignore"),
-            "end": data[-CUT_BYTES:].decode(errors="ignore")}
 
     # ---- 2 ask ----
 
@@ -6867,6 +7009,7 @@ class Gate:
             asked.lifetime_seconds)
         reply = self._insist("POST", "/pending", asked, {
             **asked.body, "request_id": asked.request_id,
+            "agent_context": snapshot(asked.body["agent_context"], self.token),
             "timeout_seconds": lifetime}, give_up)
         if reply.status not in (200, 201):
             raise self._refused(reply, asked.request_id)
@@ -7115,7 +7258,8 @@ class Gate:
             reply = self._insist(
                 "POST", f"/outcome/{request_id}", None, {
                     "claim": claim, "outcome": outcome,
-                    "text": cut(masked(error_text(error), self.token), 500)},
+                    "text": cut(masked_text(error_text(error)[:EDGE],
+                                            self.token), 500)},
                 time.monotonic() + LAST_WORD_SECONDS)
             if reply.status != 200:
                 raise self._refused(reply)

@@ -4974,6 +4974,9 @@ SELF: dict = {"a": 1}
 SELF["self"] = SELF
 PLAIN = {"a": [1, None, True, "x", {"b": [2]}], "max_tokens": 512,
          "password": True, "secret": ""}
+DEEP: object = "x"
+for _ in range(60):
+    DEEP = [DEEP]
 
 
 CONTEXTS = [
@@ -4986,26 +4989,28 @@ CONTEXTS = [
 
 def test_context(make_gate, desk):
     """context is a value or a callable, the call's over the gate's; what is
-    not JSON goes as text."""
+    not JSON, or nests too deep, goes as text."""
     gate = make_gate(desk, context="the gate's")
     results = [calling(gate, context=given, request_id=f"r-{number}")
-               for number, (given, _) in enumerate(CONTEXTS)]
-    assert len(desk.waiting(len(CONTEXTS))) == len(CONTEXTS)
-    for number, (_, stored) in enumerate(CONTEXTS):
+               for number, (given, _) in enumerate([*CONTEXTS, (DEEP, 0)])]
+    assert len(desk.waiting(len(results))) == len(results)
+    for number, result in enumerate(results):
         desk.decide(f"r-{number}")
-        assert results[number]() == CALL
-        assert stored == json.loads(desk.rows(
+        assert result() == CALL
+        stored = json.loads(desk.rows(
             "SELECT agent_context FROM pending_reviews WHERE request_id = ?",
             f"r-{number}")[0][0])
+        assert number == len(CONTEXTS) or stored == CONTEXTS[number][1]
 
 
 def test_a_large_context(make_gate, desk, monkeypatch):
     """A context above 512 KiB goes as its beginning and end, with size and
-    SHA-256, and says so; up to there it goes in full; one that links to
-    itself over and over takes no time; one that raises refuses."""
+    SHA-256, and says so, and no secret is cut so that it shows; up to there
+    it goes in full; one that links to itself over and over takes no time;
+    one that raises refuses."""
     gate = make_gate(desk)
     full = "b" + "x" * (hitl.MAX_CONTEXT - 4) + "e"
-    assert gate._snapshot(full) == full
+    assert hitl.snapshot(full, "") == full
     over = full + "\u00e9\"\\" * 100 + "e"
     data = json.dumps(over, ensure_ascii=False)
     decided(gate, desk, context=over)()
@@ -5015,11 +5020,16 @@ def test_a_large_context(make_gate, desk, monkeypatch):
     assert data.startswith(stored["beginning"])
     assert data.endswith(stored["end"])
     assert len(stored["beginning"]) == hitl.CUT_BYTES
+    for at in (hitl.CUT_BYTES, 600_000 - hitl.CUT_BYTES):
+        for shift in (-40, -20, -5):
+            text = "x " * 300_000
+            text = f"{text[:at + shift]} ghp_{CANARY} {text[at + shift:]}"
+            assert not leaks(hitl.snapshot(text, ""))
     monkeypatch.setattr(hitl, "CONTEXT_NODES", 1000)
     value = ["x"]
     for _ in range(20):
         value = [value, value]
-    assert json.dumps(gate._snapshot(value)).count("x") < 1000
+    assert json.dumps(hitl.plain(value)).count("x") < 1000
     with pytest.raises(KeyError):
         gate.call("delete_records", CALL, dict, context=lambda: {}["no"])
     assert len(desk.rows("SELECT 1 FROM pending_reviews")) == 1
@@ -5043,18 +5053,56 @@ for _ in range(25):
 NAMES = """password passwords db_password PGPASSWORD MYSQL_PWD token tokens
     api_key apiKey API-KEY access_token client_secret secrets Authorization
     cookie aws_secret_access_key credentials private_key session_id jwt otp
-    pin Set-Cookie passphrase""".split()
-SHAPES = """sk-# sk_live_# ghp_# github_pat_# glpat-# xoxb-# AIza## hf_# npm_#
-    postgres://ana:#@db/x redis://:#@host/0 eyJhbGciOiJ9.#.# DB_PASSWORD=#
-    https://x/?access_token=# {"password":"#"} {"x":"{\\"password\\":\\"#\\"}"}
-    """.split() + [
-    "Authorization: Bearer #", "basic #==", "password='p) #'",
-    '{"password": "a b #"}',
-    "-----BEGIN RSA PRIVATE KEY-----\n#\n-----END RSA PRIVATE KEY-----"]
+    pin Set-Cookie passphrase pass DB_PASS dbPass pw auth SIGNING_KEY
+    ENCRYPTION_KEY SecretAccessKey SessionToken X-Api-Key""".split()
+SHAPES = """sk-# sk_live_# sk-ant-# ghp_# ghs_# github_pat_# glpat-# xoxb-1-#
+    AIza## hf_# npm_# pypi-# ya29.# GOCSPX-# gsk_# pplx-# ntn_# shpat_# SG.#.#
+    hvs.# dapi0123456789abcdef01234567# dop_v1_# whsec_# 1//0# key-#
+    postgres://ana:#@db/x postgres://a:p@#@db/x postgres://a:p/#@db/x
+    redis://:#@host/0 https://#@github.com/o/r https://oauth2:#@gitlab.com/o/r
+    https://api.telegram.org/bot9279055934:AA#AAAAAAAA/getMe
+    https://hooks.slack.com/services/T0/B0/# eyJhbGciOiJ9.#.# DB_PASSWORD=#
+    https://x/?access_token=# https://x/cb#sig=# https://x/?key=#
+    {"password":"#"} {"x":"{\\"password\\":\\"#\\"}"} <password>#</password>
+    <t:ApiToken\tx='1'>#</t:ApiToken> AccountKey=#== Pwd=#;Encrypt=yes
+    //registry.npmjs.org/:_authToken=# ana:$apr1$# h:5432:db:user:#
+    """.split() + """Authorization: Bearer #|basic #==|password='p) #'
+    {"password": "a b #"}|Authorization: Token #|{'Authorization': 'Token #'}
+    -H "X-Auth-Token: #"|Cookie: a=123; connect.sid=#|Set-Cookie: auth=#; Path=/
+    curl -u admin:# https://h|curl -b 'session=#' h|mysqldump --password # db
+    mysql -u root -p#|sshpass -p # ssh h|docker login -u me -p #
+    requests.get(u, auth=('user', '#'))|the password is #|I set the token to #.
+    the password is "#"|"db_password" : "#"|machine h login a password #
+    const apiKey = '#';|API key: #|pass phrase: #|Pass the secret key: #
+    <key>password</key> <string>#</string>""".replace("\n", "|").split("|") + [
+    "\npassword: two # words", "\npassphrase = correct #", "\npass = #",
+    "Password:\n#", "Password:\r\n#", "\n| password | # |", "\npassword\t#",
+    "-----BEGIN RSA PRIVATE KEY-----\n#\n-----END RSA PRIVATE KEY-----",
+    "\n#\n-----END RSA PRIVATE KEY-----", f"{CANARY}{CANARY}\n{CANARY}=="]
 SECRETS = [{name: CANARY} for name in NAMES] + [
     f"text with {shape} in it".replace("#", CANARY) for shape in SHAPES] + [
     f"AKIA{CANARY.upper()[:16]}", {f"ghp_{CANARY}": 1}, State(), [(State(),)],
-    State().as_shown, FAR_STATE, {"password": {"deep": [CANARY]}}]
+    State().as_shown, FAR_STATE, {"password": {"deep": [CANARY]}},
+    {"auth": ["ana", CANARY]}, [["X-Api-Key", CANARY], ["Accept", "*/*"]],
+    ["Host", "h", "X-Api-Key", CANARY, "Accept", "*/*"],
+    [("Authorization", f"Token {CANARY}")], {"password": b"x" + CANARY.encode()},
+    {"headers": [{"name": "X-Api-Key", "value": CANARY}]},
+    {"headers": [f"Authorization: Basic {CANARY}="]},
+    ["curl", "-u", f"ana:{CANARY}"], ["tool", "--password", CANARY],
+    ["mysql", "-u", "root", f"-p{CANARY}"],
+    ["-----BEGIN PRIVATE KEY-----", CANARY, CANARY, "-----END PRIVATE KEY-----"]]
+PROSE = """\
+The password is wrong, so the token is expired, the secret is to be rotated.
+Please reset my password; authentication failed with status 401. Basic rules.
+Tokens: 1234 in, 567 out; max_tokens: 512; token_count=99; session: 12 min.
+git show 3f786850e387550fdab836ed7e6dc881de23001b; sha256:e3b0c44298fc1c149afb
+id 123e4567-e89b-12d3-a456-426614174000 /usr/lib/python3.11/Foo/BarBazIndexV2
+return self.userProfileRepository.findByEmailAddress2(emailAddress2)
+We pass the arguments; the passenger passed the compass; author: Ana; monkey: x
+ssh -p 2222 host; mkdir -p a/b; docker run -p 8080:80 -u 1000:1000 nginx
+https://example.com:8080/path?email=a@b.c, mailto:a@b.c, ssh://git@host/x
+SELECT * FROM users WHERE password IS NOT NULL AND token IN (1, 2)
+If the API key is missing, the answer is 401; primary_key: id; secretary: Bob"""
 
 
 def leaks(value) -> bool:
@@ -5064,10 +5112,26 @@ def leaks(value) -> bool:
 
 def test_what_is_masked():
     """What looks like a secret, by a key's name or by its shape, is masked,
-    also in a dataclass, a repr(), deep down and inside JSON text."""
+    also in a dataclass, a repr(), deep down, inside JSON text, in pairs, in a
+    command's words and over several lines; ordinary text is not."""
     assert [s for s in SECRETS if leaks(hitl.masked(s))] == []
     assert hitl.masked({"otp": 271828, "pin": 1234}) == {
         "otp": "[masked, 6 characters]", "pin": "[masked, 4 characters]"}
+    assert hitl.masked(PROSE) == PROSE
+    token = "own-token-0123456789-abc"
+    for form in (token, base64.b64encode(token.encode()).decode()):
+        assert form not in hitl.masked_text(f"x {form} y", token)
+
+
+@pytest.mark.parametrize("unit", [
+    "eyJ-", "ghp_", "password", "password: ", 'password="', "-----BEGIN ", "://",
+    "://a:", "aA1", "mysql ", "--password ", "\n", " ", "<password ", "?key=", "@",
+    "password is ", "x.", "the quick brown fox ", "    return self.value\n"])
+def test_masking_is_linear(unit):
+    """256 KiB of the worst there is take no noticeable time."""
+    began = time.monotonic()
+    hitl.masked(unit * (262_144 // len(unit)) + "!")
+    assert time.monotonic() - began < 3
 
 
 def test_canaries(make_gate, make_desk, tmp_path, caplog, capfd):
