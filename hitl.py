@@ -7454,91 +7454,103 @@ def not_json(value: Any) -> str:
 
 
 # ================================= Adapters ================================
-# Thin faces over the Gate for agents that cannot be changed: a hook that a
+# Thin faces over Gate.hold for agents that cannot be changed: a hook that a
 # coding agent runs before each tool, a proxy before an MCP server, a prefix
 # before a command. Each fails closed in its agent's own way. What the agents
 # send and accept was measured with the real clients, November 2026.
 
+# ---- the hook: what each coding agent says and accepts ----
+
+DAY = 86_400                    # a request outlives the hook that asked
+SPARE_SECONDS = 5               # an answer comes so long before it is too late
 WHY = "{why}"                   # where an answer holds the explanation
-HOOK_LIFETIME = 86_400          # a request outlives the hook that asked
-REJECTED_SECONDS = 600          # a no stands so long; then it is asked anew
+SELF_TEST = "echo hitl-selftest"
+MAX_HOOK_INPUT = 16 << 20       # bytes: a whole file may be written by a call
+Json = dict[str, Any]
 
 
 class Dialect(NamedTuple):
     """How one coding agent speaks to its hooks. A path is dotted."""
 
-    tool: str                           # where the tool's name stands
+    tool: str                           # where the tool's name is
     arguments: str
     session: str
-    approved: dict[str, Any]            # what to answer, exactly
-    rejected: dict[str, Any]
-    seconds: float                      # it gives up after a bit more
-    refuses: bool = False               # print `rejected` on an error, too
-    status: int = 2                     # exit status on an error
+    approved: Json                      # what to answer, exactly
+    rejected: Json
+    seconds: float                      # answers by then, if nothing else is said
+    longest: float = DAY - SPARE_SECONDS    # what its agent keeps, at the most
+    status: int | None = None           # of an error: prints `rejected` as well;
+                                        # None: prints nothing, exits with 2
 
 
-def claude(**answer: Any) -> dict[str, Any]:
+def claude(**answer: Any) -> Json:
     return {"hookSpecificOutput": answer}
 
 
 PRE, ASK = "PreToolUse", "PermissionRequest"
+ALLOWED = claude(hookEventName=PRE, permissionDecision="allow",
+                 permissionDecisionReason=WHY)
 DENIED = claude(hookEventName=PRE, permissionDecision="deny",
                 permissionDecisionReason=WHY)
 FLAT = ("tool_name", "tool_input", "session_id")
+CAMEL = ("toolName", "toolArgs", "sessionId")
 DIALECTS = {
-    "claude": Dialect(*FLAT, claude(
-        hookEventName=PRE, permissionDecision="allow",
-        permissionDecisionReason=WHY), DENIED, 590),
+    "claude": Dialect(*FLAT, ALLOWED, DENIED, 595),
+    "opencode": Dialect(*FLAT, ALLOWED, DENIED, 595, status=0),
     # a plain allow is invalid in Codex: {} lets the call go on
-    "codex": Dialect(*FLAT, {}, DENIED, 590),
+    "codex": Dialect(*FLAT, {}, DENIED, 595),
     "permission": Dialect(
         *FLAT, claude(hookEventName=ASK, decision={"behavior": "allow"}),
         claude(hookEventName=ASK, decision={"behavior": "deny",
-                                            "message": WHY}), 590),
+                                            "message": WHY}), 595),
     "gemini": Dialect(*FLAT, {"decision": "allow"},
                       {"decision": "deny", "reason": WHY}, 55),
+    # Copilot shows the reason only with exit status 0
     "copilot": Dialect(
-        "toolName", "toolArgs", "sessionId", {"permissionDecision": "allow"},
+        *CAMEL, {"permissionDecision": "allow"},
         {"permissionDecision": "deny", "permissionDecisionReason": WHY}, 25,
-        True),
-    "copilot-pascal": Dialect(*FLAT, claude(    # Claude's names, 30 s
-        hookEventName=PRE, permissionDecision="allow",
-        permissionDecisionReason=WHY), DENIED, 25, True),
+        status=0),
+    "copilot-pascal": Dialect(*FLAT, ALLOWED, DENIED, 25, status=0),
     "copilot-permission": Dialect(
-        "toolName", "toolArgs", "sessionId", {"behavior": "allow"},
-        {"behavior": "deny", "message": WHY, "interrupt": False}, 25, True),
-    "cline": Dialect(                   # exit codes are ignored there
+        *CAMEL, {"behavior": "allow"},
+        {"behavior": "deny", "message": WHY, "interrupt": False}, 25,
+        status=0),
+    # Cline ignores exit statuses, and runs the tool after 120 s, always
+    "cline": Dialect(
         "tool_call.name", "tool_call.input", "taskId", {"cancel": False},
-        {"cancel": True, "errorMessage": WHY}, 55, True, 0),
+        {"cancel": True, "errorMessage": WHY}, 115, 115, status=0),
     "cursor": Dialect(
         "tool_name", "tool_input", "conversation_id",
         {"permission": "allow"}, {"permission": "deny", "user_message": WHY,
-                                  "agent_message": WHY}, 55, True),
+                                  "agent_message": WHY}, 55, status=2),
 }
 
 
-def dialect_of(data: Mapping[str, Any]) -> str:
+def dialect_of(call: Mapping[str, Any]) -> str:
     """Which dialect a hook's input is; HitlError if it is none."""
-    event = data.get("hook_event_name", "")
-    if "clineVersion" in data or "tool_call" in data or "preToolUse" in data:
+    event = call.get("hook_event_name", "")
+    if "clineVersion" in call or "tool_call" in call or "preToolUse" in call:
         return "cline"
-    if "cursor_version" in data or event in ("beforeShellExecution",
+    if "cursor_version" in call or event in ("beforeShellExecution",
                                              "beforeMCPExecution"):
         return "cursor"
-    if data.get("hookName") == "permissionRequest":
+    if call.get("hookName") == "permissionRequest":
         return "copilot-permission"
+    if event == PRE and ("opencode" in str(call.get("hook_source"))
+                         or str(call.get("session_id")).startswith("ses_")):
+        return "opencode"
+    if event == PRE and "turn_id" in call:
+        return "codex"
     if event == PRE:
-        return ("codex" if "turn_id" in data else "claude"
-                if "transcript_path" in data else "copilot-pascal")
+        return "claude" if "transcript_path" in call else "copilot-pascal"
     if event == ASK:
-        return ("permission" if "transcript_path" in data
+        return ("permission" if "transcript_path" in call
                 else "copilot-permission")
     if event == "BeforeTool":
         return "gemini"
-    if "toolName" in data:
+    if "toolName" in call:
         return "copilot"
-    raise HitlError("this is no coding agent's call that I know",
-                    "`hitl.py hook --snippet AGENT` says how to install it",
+    raise HitlError("this is not a call of a coding agent that hitl.py knows",
                     reason="bad-hook")
 
 
@@ -7549,208 +7561,352 @@ def at_path(data: Any, path: str) -> Any:
     return data
 
 
-def proposed(name: str, data: Mapping[str, Any]
-             ) -> tuple[str, dict[str, Any]]:
+def proposed(name: str, call: Mapping[str, Any]) -> tuple[str, Json]:
     """The tool call a hook's input proposes; HitlError without a name."""
     dialect = DIALECTS[name]
-    tool, arguments = (at_path(data, path) for path in dialect[:2])
+    tool, arguments = (at_path(call, path) for path in dialect[:2])
     if name == "cline" and tool is None:
-        tool = at_path(data, "preToolUse.toolName")
-        arguments = at_path(data, "preToolUse.parameters")
+        tool = at_path(call, "preToolUse.toolName")
+        arguments = at_path(call, "preToolUse.parameters")
     if name == "copilot-permission" and tool is None:
-        tool, arguments = data.get("tool_name"), data.get("tool_input")
-    if name == "cursor" and tool is None and "command" in data:
-        tool, arguments = "shell", {"command": data["command"]}
+        tool, arguments = call.get("tool_name"), call.get("tool_input")
+    if name == "cursor" and tool is None and "command" in call:
+        tool, arguments = "shell", {"command": call["command"]}
     if isinstance(arguments, str):      # JSON inside JSON, or plain text
         with contextlib.suppress(ValueError):
             arguments = parse_json(arguments)
     if not isinstance(tool, str) or not tool:
         raise HitlError("the call names no tool", reason="bad-hook")
-    return tool, arguments if isinstance(arguments, dict) else (
-        {} if arguments is None else {"input": arguments})
+    if arguments is None:
+        return tool, {}
+    return tool, arguments if isinstance(arguments, dict) else {
+        "input": arguments}
 
 
-def with_why(answer: Any, why: str) -> Any:
-    """An answer of DIALECTS with the explanation filled in."""
-    if isinstance(answer, dict):
-        return {k: with_why(v, why) for k, v in answer.items()}
-    return why if answer == WHY else answer
+def filled(shape: Any, **words: str) -> Any:
+    """A shape of JSON in which each text "{word}" is replaced."""
+    if isinstance(shape, dict):
+        return {name: filled(v, **words) for name, v in shape.items()}
+    if isinstance(shape, list):
+        return [filled(v, **words) for v in shape]
+    return words.get(shape[1:-1], shape) if isinstance(shape, str) else shape
 
 
-def hook(data: bytes, config: Path | None, seconds: float | None
-         ) -> tuple[dict[str, Any] | None, int, str]:
-    """One hook call -> what to print (None: nothing), the exit status, and
-    words for stderr. Whatever goes wrong is that dialect's refusal."""
-    dialect = None
-    try:
-        try:
-            call = parse_json(data)
-        except ValueError:
-            call = None
-        if not isinstance(call, dict):
-            raise HitlError("the input is not a JSON object",
-                            "a coding agent runs this; `hitl.py hook "
-                            "--snippet AGENT` says how to install it")
-        name = dialect_of(call)
-        dialect = DIALECTS[name]
-        tool, arguments = proposed(name, call)
-        gate = Gate(find_configuration(config, local=False), context=call,
-                    agent=hook_agent(name, call))
-        why = decide_hook(gate, tool, arguments,
-                          str(at_path(call, dialect.session) or [
-                              call.get("cwd"), call.get("transcript_path")]),
-                          seconds or dialect.seconds)
-        if why is None:
-            return {}, 0, ""            # no opinion: its own flow goes on
-        return with_why(dialect.approved, why), 0, ""
-    except (CollaborationError, ReviewTimeoutError) as error:
-        told = isinstance(error, (DeniedError, ReviewTimeoutError)) or (
-            type(error) is CollaborationError)
-        why = error.told
-        if error.reason == "still-waiting":
-            why = (f"{error.message.partition('; the request')[0]}; the "
-                   "request still waits. Repeat this very call later to pick "
-                   "up the decision.")
-        if told and dialect:
-            return with_why(dialect.rejected, why), 0, ""
-        fault: BaseException = error
-    except BaseException as error:      # a signal, or a fault of ours
-        fault = error
-    words = visible(f"hitl: refused: {type(fault).__name__}: {fault}")
-    if dialect and dialect.refuses:
-        return with_why(dialect.rejected, words), dialect.status, words
-    return None, 2, words
+def read_loosely(data: bytes) -> Any:
+    """JSON that strict reading refused, to see who is to be told; else None.
+    """
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(data)
+    return None
 
 
-def decide_hook(gate: Gate, tool: str, arguments: dict[str, Any],
-                session: str, seconds: float) -> str | None:
-    """Who approved this call, None if nothing matches; raises as the gate
-    does. A repeat attaches to what waits or claims what is approved."""
-    rule = gate.rules.first_match(tool, arguments).checkpoint
-    limit = min(seconds, rule.timeout_seconds or math.inf)
-    lifetime = max(first_of(
-        rule.lifetime_seconds, gate.configuration.gate["lifetime_seconds"],
-        HOOK_LIFETIME), limit + 1)
-    held = gate.hold(
-        tool, arguments, timeout_seconds=limit, lifetime_seconds=lifetime,
-        session=hashlib.sha256(session.encode()).hexdigest(), attach=True)
-    return None if held is None else f"approved by {held.approved_by}"
+def session_key(name: str, call: Mapping[str, Any]) -> str:
+    """A digest of the session and its folder: a decision that comes late is
+    picked up by the same session only."""
+    session = at_path(call, DIALECTS[name].session)
+    if not session:
+        session = call.get("transcript_path")
+    key = canonical([session, call.get("cwd")])
+    return hashlib.sha256(key.encode()).hexdigest()
 
 
 def hook_agent(name: str, call: Mapping[str, Any]) -> str:
     """The name on the card: agent, folder, session, sub-agent."""
-    session = at_path(call, DIALECTS[name].session)
     parts = [os.environ.get("HITL_AGENT") or name.partition("-")[0],
-             call.get("cwd"), session and f"session {str(session)[:8]}"]
+             call.get("cwd"), f"session {session_key(name, call)[:8]}"]
     parts += [f"{key} {call[key]}" for key in ("agent_type", "agent_id")
               if call.get(key)]
-    return " ".join(str(part) for part in parts if part)[:MAX_NAME]
+    return cut(" ".join(str(part) for part in parts if part), MAX_NAME)
 
 
-# What to install, and where. CMD is this Python and this file, for a shell.
-SNIPPETS = {
-    "claude": (".claude/settings.json", '{"hooks": {"PreToolUse": '
-               '[{"matcher": "*", "hooks": [{"type": "command", "command": '
-               'CMD, "timeout": 86400, "onFailure": "block", '
-               '"statusMessage": "waiting for human approval"}]}]}}'),
-    "codex": (".codex/hooks.json (then trust it once with /hooks: untrusted "
-              "hooks are silently skipped)",
-              '{"hooks": {"PreToolUse": [{"matcher": "*", "hooks": [{"type": '
-              '"command", "command": CMD, "timeout": 86400}]}]}}'),
-    "gemini": ("~/.gemini/settings.json (timeout is in milliseconds)",
-               '{"hooks": {"BeforeTool": [{"matcher": ".*", "hooks": '
-               '[{"name": "hitl", "type": "command", "command": CMD, '
-               '"timeout": 86400000}]}]}}'),
-    "copilot": (".github/hooks/hitl.json", '{"version": 1, "hooks": '
-                '{"PreToolUse": [{"type": "command", "bash": CMD, '
-                '"timeoutSec": 86400}]}}'),
-    "cursor": (".cursor/hooks.json", '{"version": 1, "hooks": '
-               '{"beforeShellExecution": [{"command": CMD, "timeout": 86400, '
-               '"failClosed": true}], "beforeMCPExecution": [{"command": CMD, '
-               '"timeout": 86400, "failClosed": true}]}}'),
-    "cline": (".clinerules/hooks/PreToolUse (make it executable)",
-              "#!/bin/sh\nCMD\n"),
+def write_whole(file: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(file, data):]
+
+
+def read_whole(file: int, limit: int) -> bytes:
+    """All of a file descriptor; HitlError beyond the limit."""
+    parts, size = [], 0
+    while part := os.read(file, 1 << 20):
+        parts.append(part)
+        size += len(part)
+        if size > limit:
+            raise HitlError(f"the input is over {limit} bytes",
+                            reason="too-large")
+    return b"".join(parts)
+
+
+class Hook:
+    """One call of a coding agent's hook: reads it, holds it, answers once.
+
+    Most agents run the tool if the answer is late, so an alarm answers
+    instead of whatever takes too long: a desk that hangs, a pattern that runs
+    away (`re` looks for signals as it goes). Behind it is a timer in C.
+    """
+
+    def __init__(self, config: Path | None, deadline: float | None) -> None:
+        self.config, self.deadline = config, deadline or math.inf
+        self.began, self.parent = time.monotonic(), os.getppid()
+        self.ends_at = math.inf
+        self.name = ""                  # of the dialect, once it is known
+        self.dialect: Dialect | None = None
+        self.ended = False
+
+    def run(self) -> NoReturn:
+        """Answer what is on stdin, and exit."""
+        self.check_streams()
+        self.watch(min(self.deadline, 25))      # before the dialect is known
+        try:
+            answer = self.answer(read_whole(0, MAX_HOOK_INPUT))
+        except BaseException as fault:          # a signal, or a fault of ours
+            self.refuse(fault)
+        self.end(answer, 0)
+
+    def check_streams(self) -> None:
+        """A file opened later must not take the place of a closed stream."""
+        try:
+            os.fstat(1)
+        except OSError:
+            os._exit(2)                         # nobody could read an answer
+        for file in (0, 2):
+            try:
+                os.fstat(file)
+            except OSError:
+                os.open(os.devnull, os.O_RDWR)
+        log.disabled = not os.isatty(2)         # a model may read stderr
+
+    def watch(self, seconds: float) -> None:
+        """Answer by then, whatever happens."""
+        import faulthandler
+        import signal
+        self.ends_at = self.began + seconds
+        left = max(0.001, self.ends_at - time.monotonic())
+        if hasattr(signal, "setitimer"):
+            signal.signal(signal.SIGALRM, self.too_late)
+            signal.setitimer(signal.ITIMER_REAL, left)
+            left += 1
+        signal.signal(signal.SIGTERM, exit_by_signal)
+        faulthandler.dump_traceback_later(
+            left, exit=True, file=os.open(os.devnull, os.O_WRONLY))
+
+    def too_late(self, *_: Any) -> None:
+        if not self.ended:
+            seconds = self.ends_at - self.began
+            self.refuse(ReviewTimeoutError(
+                f"no answer within {seconds:g} s", reason="still-waiting"))
+
+    def answer(self, data: bytes) -> Json:
+        """What to print if the call may go on; raises if it may not."""
+        try:
+            call, why = parse_json(data), "it is not an object"
+        except ValueError as error:
+            call, why = read_loosely(data), str(error)
+            self.learn(call)
+            call = None
+        if not isinstance(call, dict):
+            raise HitlError(f"the input is not a coding agent's JSON: {why}",
+                            reason="bad-hook")
+        self.learn(call)
+        tool, arguments = proposed(self.name or dialect_of(call), call)
+        gate = Gate(find_configuration(self.config, local=False),
+                    context=call, agent=hook_agent(self.name, call))
+        if is_self_test(arguments):
+            raise CollaborationError("the hook works: this call was refused "
+                                     "as a test", reason="self-test")
+        who = self.hold(gate, tool, arguments, call)
+        if who is None:
+            return {}                   # no opinion: its own flow goes on
+        answer: Json = filled(DIALECTS[self.name].approved,
+                              why=f"approved by {who}")
+        return answer
+
+    def learn(self, call: Any) -> None:
+        """Note the dialect, so that even an error is answered in it."""
+        with contextlib.suppress(HitlError):
+            if isinstance(call, dict):
+                self.name = dialect_of(call)
+                self.dialect = DIALECTS[self.name]
+                self.watch(min(self.deadline if self.deadline < math.inf
+                               else self.dialect.seconds,
+                               self.dialect.longest))
+
+    def hold(self, gate: Gate, tool: str, arguments: Json,
+             call: Mapping[str, Any]) -> str | None:
+        """Who approved this call, None if nothing matches; raises as the gate
+        does. The same call in the same session attaches to the request that
+        still waits, or picks up what was decided meanwhile."""
+        cwd = call.get("cwd")
+        where = cwd if isinstance(cwd, str) else None
+        match = gate.rules.first_match(tool, arguments, where)
+        if match.effect == "allow":
+            return None
+        seconds = self.ends_at - time.monotonic()
+        rule = match.checkpoint
+        limit = min(seconds - min(1, seconds / 10),
+                    rule.timeout_seconds or math.inf)
+        lifetime = first_of(rule.lifetime_seconds,
+                            gate.configuration.gate["lifetime_seconds"], DAY)
+        try:
+            held = gate.hold(
+                tool, arguments, cwd=where, attach=True,
+                session=session_key(self.name, call), tick=self.check_parent,
+                timeout_seconds=limit,
+                lifetime_seconds=max(lifetime, limit + 1))
+        except AlreadyClaimedError:     # by the same call beside this one
+            if self.ends_at - time.monotonic() < 2:
+                raise
+            return self.hold(gate, tool, arguments, call)
+        if held is None:
+            return None
+        if held.arguments != arguments:
+            raise ChangedError("the reviewer changed the arguments, which a "
+                               "hook cannot pass on")
+        return held.approved_by
+
+    def check_parent(self) -> None:
+        """End, which withdraws the request, where nobody reads the answer."""
+        gone = os.getppid() != self.parent
+        if not gone and os.name == "posix":
+            import select
+            reader = select.poll()
+            reader.register(1, 0)
+            gone = bool(reader.poll(0))
+        if gone:
+            sys.exit("the coding agent is gone")
+
+    def refuse(self, fault: BaseException) -> NoReturn:
+        """The dialect's refusal. A person's decision is an answer; an error
+        is one only where the agent shows it. No hint: a model reads it."""
+        dialect, why = self.dialect, refusal_text(fault)
+        said = type(fault) in (CollaborationError, DeniedError,
+                               ReviewTimeoutError)
+        if dialect and said:
+            self.end(filled(dialect.rejected, why=why), 0)
+        if dialect and dialect.status is not None:
+            self.end(filled(dialect.rejected, why=why), dialect.status, why)
+        self.end(None, 2, why)
+
+    def end(self, answer: Json | None, status: int, words: str = ""
+            ) -> NoReturn:
+        """The one answer, whole, and the end of this process; exit status 2
+        if it cannot be written."""
+        self.ended = True               # an alarm comes too late now
+        with contextlib.suppress(OSError):
+            write_whole(2, f"{words}\n".encode() if words else b"")
+        try:
+            if answer is not None:
+                write_whole(1, json.dumps(answer).encode() + b"\n")
+        except OSError:
+            status = 2
+        os._exit(status)
+
+
+def is_self_test(arguments: Json) -> bool:
+    """Whether a command is the one that shows the hook at work."""
+    text = canonical(arguments)
+    return json.dumps(SELF_TEST) in text or '["echo","hitl-selftest"]' in text
+
+
+def refusal_text(fault: BaseException) -> str:
+    """What a coding agent's model is told."""
+    if not isinstance(fault, HitlError):
+        return visible(f"hitl: refused: {type(fault).__name__}: {fault}. The "
+                       "call did not run. Do not retry it; tell the user.")
+    if fault.reason == "still-waiting":
+        said = fault.message.partition("; the request")[0]
+        return (f"{said}; the call did not run, and its request still waits. "
+                "Repeat this very call later to pick up the decision.")
+    person = isinstance(fault, ReviewTimeoutError) or type(fault) in (
+        CollaborationError, DeniedError)
+    return fault.told if person else f"hitl: refused: {fault.told}"
+
+
+# ---- the hook: what to install, and where ----
+
+# Loads hitl.py by its path, with bytecode from -X pycache_prefix alone; -I
+# keeps everything out that lies beside it or that the environment names.
+LOADER = (
+    'import sys; from importlib.machinery import SourceFileLoader; '
+    'del sys.argv[0]; file = sys.argv[0]; '
+    'hitl = sys.modules["hitl"] = type(sys)("hitl"); hitl.__file__ = file; '
+    'SourceFileLoader("hitl", file).exec_module(hitl); sys.exit(hitl.main())')
+COMMAND = {"type": "command", "command": "{command}", "timeout": DAY}
+WAITING = {"statusMessage": "{waiting}"}
+SNIPPETS: dict[str, tuple[str, Any]] = {
+    "claude": (".claude/settings.json", {"hooks": {"PreToolUse": [
+        {"matcher": "*", "hooks": [
+            {**COMMAND, "onFailure": "block", **WAITING}]}]}}),
+    "codex": (".codex/hooks.json", {"hooks": {"PreToolUse": [
+        {"matcher": "*", "hooks": [{**COMMAND, **WAITING}]}]}}),
+    "gemini": ("~/.gemini/settings.json", {"hooks": {"BeforeTool": [
+        {"matcher": ".*", "hooks": [
+            {"name": "{waiting}", **COMMAND, "timeout": DAY * 1000}]}]}}),
+    "copilot": (".github/hooks/hitl.json", {"version": 1, "hooks": {
+        "PreToolUse": [{"type": "command", "bash": "{command}",
+                        "timeoutSec": DAY}]}}),
+    "cursor": (".cursor/hooks.json", {"version": 1, "hooks": {
+        event: [{"command": "{command}", "timeout": DAY, "failClosed": True}]
+        for event in ("beforeShellExecution", "beforeMCPExecution")}}),
+    "cline": (".clinerules/hooks/PreToolUse", "#!/bin/sh\n{command}\n"),
 }
+ADVICE = {"codex": "trust it once with /hooks: untrusted hooks are skipped",
+             "cline": "make it executable",
+             "gemini": "timeout is in milliseconds"}
 
 
-def hook_command(agent: str) -> str:
-    """The line an agent is to run; an agent that ignores exit codes gets a
+def bytecode_folder() -> Path:
+    """Where the hook's bytecode is kept: what is in it would run as hitl.py,
+    so it belongs to this user alone; ConfigError otherwise."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    folder = base.absolute() / "hitl"
+    try:
+        folder.mkdir(0o700, parents=True, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:
+        raise ConfigError(f"{folder}: {error.strerror}",
+                          "XDG_CACHE_HOME can name another place") from None
+    if os.name == "posix" and (found.st_uid != os.getuid()
+                               or found.st_mode & 0o077):
+        raise ConfigError(f"{folder} is not this user's alone",
+                          f"chmod 700 {folder}")
+    return folder
+
+
+def hook_command(agent: str, config: str | None) -> str:
+    """The line an agent is to run; an agent that ignores exit statuses gets a
     refusal to print."""
     import shlex
-    line = shlex.join([sys.executable, str(Path(__file__).absolute()), "hook",
-                       "--deadline", "86000"])
+    words = [sys.executable, "-I", "-X", f"pycache_prefix={bytecode_folder()}",
+             "-c", LOADER, str(Path(__file__).absolute()), "hook"]
+    if config:
+        words += ["--config", str(Path(config).absolute())]
     if agent == "cline":
-        return line + (""" || echo '{"cancel":true,"errorMessage":"hitl """
-                       """unavailable"}'""")
-    return f"{line} || exit 2"
+        refusal = '{"cancel":true,"errorMessage":"hitl unavailable"}'
+        return f"{shlex.join(words)} || echo {shlex.quote(refusal)}"
+    return f"{shlex.join([*words, '--deadline', '86000'])} || exit 2"
 
 
-def snippet(agent: str) -> tuple[str, str]:
-    """Where to install, and the text to put request."""
-    where, text = SNIPPETS[agent]
-    command = hook_command(agent)
-    if agent == "cline":
-        return where, text.replace("CMD", command)
-    text = text.replace("CMD", json.dumps(command))
-    return where, json.dumps(json.loads(text), indent=2)
-
-
-def installed_lines(agent: str) -> Iterator[tuple[Path, str]]:
-    """The lines that run this in an agent's settings, here or at home."""
-    name = SNIPPETS[agent][0].partition(" (")[0].removeprefix("~/")
-    for path in (folder / name for folder in (Path.cwd(), Path.home())):
-        if path.is_file():
-            text = path.read_text(encoding="utf-8")
-            for line in [text] if agent == "cline" else re.findall(
-                    r'"(?:[^"\\]|\\.)*hitl(?:[^"\\]|\\.)* hook(?:[^"\\]|\\.)*"', text):
-                yield path, line if agent == "cline" else json.loads(line)
-
-
-SAMPLES: dict[str, dict[str, Any]] = {
-    "claude": {"hook_event_name": PRE, "transcript_path": "t"},
-    "codex": {"hook_event_name": PRE, "turn_id": "1"},
-    "gemini": {"hook_event_name": "BeforeTool"},
-    "copilot": {"hook_event_name": PRE},
-    "cursor": {"cursor_version": "1"},
-    "cline": {"clineVersion": "", "tool_call": {
-        "name": "h\u00eftl_check", "input": {}}},
-}
-
-
-def blocks(agent: str, line: str) -> str:
-    """Run an installed line on a sample call that always waits, with no
-    server to ask -> "" if it blocks as its agent understands, or what it did.
-    """
-    import subprocess
-    call = {"tool_name": "h\u00eftl_check", "tool_input": {},
-            "session_id": "check", "cwd": str(Path.cwd()), **SAMPLES[agent]}
-    dead = {**os.environ, "HITL_SERVER_URL": "http://127.0.0.1:9",
-            "CLAUDE_PROJECT_DIR": str(Path.cwd())}
-    done = subprocess.run(
-        ["/bin/sh", "-c", line], input=json.dumps(call), text=True,
-        capture_output=True, env=dead, timeout=60)
-    if done.returncode == 2 and (not done.stdout or agent != "gemini"):
-        return ""
-    if agent == "cline" and '"cancel": true' in done.stdout.replace(
-            '":true', '": true'):
-        return ""
-    return f"it exits {done.returncode} and prints {visible(done.stdout)!r}"
+def snippet(agent: str, config: str | None) -> tuple[str, str]:
+    """Where to install, and the text to put there."""
+    where, shape = SNIPPETS[agent]
+    command = hook_command(agent, config)
+    if isinstance(shape, str):
+        return where, shape.replace("{command}", command)
+    url = os.environ.get("HITL_SERVER_URL", "http://127.0.0.1:8765")
+    with contextlib.suppress(ConfigError):
+        url = Gate(find_configuration(config, local=False)).server_url
+    return where, json.dumps(filled(
+        shape, command=command, waiting=f"hitl: review at {url}"),
+        indent=2) + "\n"
 
 
 # ---- MCP: a proxy between a client and a server on stdio ----
 
 MODERN = "io.modelcontextprotocol/protocolVersion"
-RUNNERS = frozenset((
-    "npx", "bunx", "uvx", "uv", "run", "node", "bun", "deno", "pnpm", "dlx",
-    "exec", "env", "sh", "bash", "python", "python3", "tool", "npm", "yarn"))
-
-
-def server_name(command: list[str]) -> str:
-    """What an MCP server's command is called, for `mcp__NAME__tool`."""
-    words = [Path(word).stem for word in command
-             if not word.startswith("-") and "=" not in word]
-    word = next((w for w in words if w not in RUNNERS), "server")
-    return re.sub(r"[^A-Za-z0-9_-]", "_", word)
+CALL = "tools/call"
+MESSAGE = ("jsonrpc", "id", "method", "params", "result", "error")
+PARAMS = ("name", "arguments", "_meta", "task", "requestState",
+          "inputResponses")
 
 
 def lines_from(file: int) -> Iterator[bytes]:
@@ -7765,177 +7921,281 @@ def lines_from(file: int) -> Iterator[bytes]:
         yield rest
 
 
+def strict_message(line: bytes) -> Json:
+    """The one message of a line; ValueError where a server could read it as
+    another (CVE-2026-27896: Go takes the last of `name` and `Name`)."""
+    message = parse_json(line)
+    if b"\r" in line.rstrip(b"\r\n"):
+        raise ValueError("a line break inside a message")
+    if not isinstance(message, dict):
+        raise ValueError("send messages one by one")
+    check_names(message, MESSAGE)
+    method, params = message.get("method"), message.get("params")
+    if isinstance(method, str) and method != CALL == folded(method):
+        raise ValueError(f"a method that can be read as {CALL}")
+    if method == CALL and isinstance(params, dict):
+        check_names(params, PARAMS)
+        if has_twins(params.get("arguments")):
+            raise ValueError("two arguments whose names are one name")
+    return message
+
+
+def folded(name: str) -> str:
+    text = unicodedata.normalize("NFKC", name).casefold()
+    return "".join(c for c in text if c.isprintable())
+
+
+def has_twins(value: Any) -> bool:
+    if isinstance(value, dict):
+        return len({folded(name) for name in value}) < len(value) or any(
+            has_twins(v) for v in value.values())
+    return isinstance(value, list) and any(has_twins(v) for v in value)
+
+
+def check_names(members: Json, known: tuple[str, ...]) -> None:
+    for name in members:
+        if name not in known and folded(name) in known:
+            raise ValueError(f"a member that can be read as {folded(name)}")
+
+
+def is_error(message: Any) -> str:
+    """How a server says that a call failed, or ""."""
+    if "error" in message:
+        return str(at_path(message, "error.message"))
+    if at_path(message, "result.isError"):
+        return canonical(at_path(message, "result.content"))[:400]
+    return ""
+
+
+class Sent(NamedTuple):
+    """A request on its way to the server."""
+
+    method: str
+    call: str = ""                      # canonical tool and arguments
+    held: Held | None = None            # of a call that a person approved
+
+
 class Proxy:
-    """Bytes pass both ways as they are, but for tools/call: each waits in a
-    task of its own while everything else goes on."""
+    """Bytes pass both ways as they are, but for tools/call: each that a
+    checkpoint holds waits in a task of its own while everything else goes on,
+    and is sent rebuilt from the members that were read."""
 
     def __init__(self, gate: Gate, command: list[str], name: str) -> None:
         self.gate, self.name, self.command = gate, name, command
         self.held: dict[str, Any] = {}          # JSON-RPC id -> its task
-        self.sent: dict[str, tuple[str, str]] = {}      # id -> method, call
-        self.resumes: Counter[tuple[str, str]] = Counter()  # state, call
-        self.seen: dict[str, Any] = {}          # what the server said of tools
+        self.sent: dict[str, Sent] = {}         # JSON-RPC id -> what it asks
+        # what was approved and answered input_required, by call and state
+        self.resumes: dict[tuple[str, str], list[Held | None]] = {}
+        self.seen: Json = {}                    # what the server says of tools
+        self.told = False                       # which of them wait
+        self.reports: set[Any] = set()
+        self.child: Any = None
 
-    async def run(self, source: int, sink: Any) -> int:
+    # ---- the two processes ----
+
+    async def run(self, source: int, sink: int) -> int:
         """Serve until the client or the server ends -> the server's exit
         status."""
         import asyncio
         self.sink = sink
         self.child = await asyncio.create_subprocess_exec(
-            *self.command, stdin=-1, stdout=-1, limit=1 << 26)
-        client = asyncio.ensure_future(self.pump_in(source))
+            *self.command, stdin=-1, stdout=-1, limit=1 << 26,
+            env=child_environment(), start_new_session=True)
+        output = asyncio.ensure_future(self.pump_out())
+        tasks = {output, asyncio.ensure_future(self.pump_in(source)),
+                 asyncio.ensure_future(self.exited())}
         try:
-            async for line in self.child.stdout:
-                self.from_server(line)
-                self.answer(line)
-            for key in [*self.sent, *self.held]:
-                self.fault(-32000, "the MCP server ended", json.loads(key))
-            for task in self.held.values():     # nobody is there to run them
-                task.cancel()
-            return await self.end_child()
-        except BaseException:                   # a signal: leave no orphan
-            self.child.terminate()
-            raise
+            done, _ = await asyncio.wait(
+                tasks, return_when=asyncio.FIRST_COMPLETED)
+            self.child.stdin.close()
+            await self.exited(3)                # by itself, as it should
+            await asyncio.wait([output], timeout=1)
+            for task in done:
+                task.result()                   # a fault of ours ends all
         finally:
-            client.cancel()
+            await self.close(tasks)
+        status: int = self.child.returncode
+        return 128 - status if status < 0 else status
+
+    async def close(self, tasks: Iterable[Any]) -> None:
+        """Nothing goes on: what is open is answered, what is held withdrawn,
+        the server and all it started are ended."""
+        import asyncio
+        import signal
+        for key, sent in [*self.sent.items()]:
+            self.fault(-32000, "the MCP server ended", {"id": json.loads(key)})
+            self.report(sent.held, "the MCP server ended")
+        for key, task in [*self.held.items()]:
+            self.fault(-32000, "the MCP server ended", {"id": json.loads(key)})
+            task.cancel()
+        for task in tasks:
+            task.cancel()
+        for name in ("SIGTERM", "SIGKILL"):
+            try:
+                os.killpg(self.child.pid, getattr(signal, name))
+            except AttributeError:              # no process groups here
+                self.child.kill()
+            except OSError:
+                break                           # nobody is left
+            await self.exited(3)
+            await asyncio.sleep(0.1)            # for what it started
+        await self.exited(3)
+        late = [*self.held.values(), *self.reports]
+        if late:
+            await asyncio.wait(late, timeout=3)
+
+    async def exited(self, seconds: float = math.inf) -> None:
+        """Wait for the server itself; what it started may hold its pipes."""
+        import asyncio
+        end = time.monotonic() + seconds
+        while self.child.returncode is None and time.monotonic() < end:
+            await asyncio.sleep(0.05)
 
     async def pump_in(self, source: int) -> None:
-        """Client to server, line by line."""
         lines = lines_from(source)
         while line := await in_thread(next, lines, b""):
             self.from_client(line)
+            await self.child.stdin.drain()
         for task in self.held.values():
             task.cancel()
-        self.child.stdin.close()
-        await self.end_child()
 
-    async def end_child(self) -> int:
-        """Wait for the server; one that does not end by itself is ended ->
-        its exit status."""
-        import asyncio
-        for stop in (self.child.terminate, self.child.kill):
-            try:
-                status = await asyncio.wait_for(self.child.wait(), 3)
-                return 128 - status if status < 0 else status
-            except TimeoutError:
-                stop()
-        return 128 - await self.child.wait()
+    async def pump_out(self) -> None:
+        async for line in self.child.stdout:
+            self.from_server(line)
+            self.write(line)
 
-    def fault(self, code: int, words: str, key: Any = None) -> None:
-        self.answer({"jsonrpc": "2.0", "id": key, "error": {
-            "code": code, "message": words}})
+    def write(self, data: bytes) -> None:
+        with contextlib.suppress(OSError):      # the client is gone
+            write_whole(self.sink, data)
 
-    def answer(self, message: Any) -> None:
-        line = message if isinstance(message, bytes) else (
-            json.dumps(message) + "\n").encode()
-        with contextlib.suppress(OSError, ValueError):
-            self.sink.write(line)
-            self.sink.flush()
+    def answer(self, message: Json) -> None:
+        self.write(json.dumps({"jsonrpc": "2.0", **message}).encode() + b"\n")
+
+    def fault(self, code: int, words: str, message: Any) -> None:
+        """An error for whoever can be told: under the id of the message, or
+        of each in a batch."""
+        ids = [m["id"] for m in (message if isinstance(message, list)
+                                 else [message])
+               if isinstance(m, dict) and type(m.get("id")) in (str, int)]
+        for key in ids or [None]:
+            self.answer({"id": key, "error": {"code": code,
+                                              "message": words}})
+
+    # ---- from the client ----
 
     def from_client(self, line: bytes) -> None:
+        if not line.strip():
+            return
         try:
-            message = parse_json(line)
-            if b"\r" in line.rstrip(b"\r\n"):      # one line, or several?
-                raise ValueError
-        except ValueError:
-            # what we cannot read strictly, a server might read as a call
-            if b"call" in line or b"\\u" in line or b"\r" in line[:-2]:
-                return self.fault(-32700, "hitl: not strict JSON")
-            return self.child.stdin.write(line)
-        if isinstance(message, list) and any(
-                at_path(m, "method") == "tools/call" for m in message):
-            return self.fault(-32600, "hitl: send calls one by one")
-        if at_path(message, "method") == "tools/call":
-            return self.gated(message, line)
-        if at_path(message, "method") == "notifications/cancelled":
-            task = self.held.get(canonical(at_path(message,
-                                                  "params.requestId")))
-            if task is not None:        # withdrawn, never forwarded or answered
-                return task.cancel()
-        self.passes(message, line)
-
-    def passes(self, message: Any, line: bytes, call: str = "") -> None:
-        if isinstance(message, dict) and "id" in message and (
-                "method" in message):
-            self.sent[canonical(message["id"])] = (message["method"], call)
-            if message["method"] == "initialize":
-                self.seen["client"] = at_path(message, "params.clientInfo")
+            message = strict_message(line)
+        except ValueError as error:     # a server might read it as a call
+            loose = read_loosely(line)
+            self.fault(-32600 if isinstance(loose, list) else -32700,
+                       f"hitl: refused: {visible(str(error))}", loose)
+            return
+        if message.get("method") == CALL:
+            self.gated(message, line)
+            return
+        if message.get("method") == "notifications/cancelled":
+            key = canonical(at_path(message, "params.requestId"))
+            if key in self.held:        # withdrawn, never sent or answered
+                self.held.pop(key).cancel()
+                return
+        if "id" in message and "method" in message:
+            self.sent[canonical(message["id"])] = Sent(message["method"])
+        if message.get("method") == "initialize":
+            self.seen["client"] = at_path(message, "params.clientInfo")
         self.child.stdin.write(line)
 
-    def gated(self, message: dict[str, Any], line: bytes) -> None:
-        """A tools/call: passes, is refused, or waits in its own task."""
+    def gated(self, message: Json, line: bytes) -> None:
+        """A tools/call: passes, is refused, or waits in a task of its own."""
         import asyncio
-        params = message.get("params")
-        params = params if isinstance(params, dict) else {}
-        tool, arguments = params.get("name"), params.get("arguments") or {}
+        if type(message.get("id")) not in (str, int):
+            self.fault(-32600, f"hitl: {CALL} needs an id", message)
+            return
+        key, params = canonical(message["id"]), message.get("params")
+        tool = at_path(params, "name")
+        arguments = at_path(params, "arguments")
+        arguments = {} if arguments is None else arguments
         call = canonical([tool, arguments])
-        resumed = (str(params.get("requestState")), call)
-        if self.resumes[resumed] > 0:   # the rest of a call approved before
-            self.resumes[resumed] -= 1
-            return self.passes(message, line, call)
+        state = call, canonical(at_path(params, "requestState"))
+        if self.resumes.get(state):     # the rest of a call approved before
+            held = self.resumes[state].pop()
+            self.send(message, Sent(CALL, call, held))
+            return
         try:
             if not isinstance(tool, str) or not isinstance(arguments, dict):
-                raise HitlError("this tools/call names no tool")
+                raise HitlError(f"this {CALL} names no tool")
             match = self.gate.rules.first_match(
-                f"mcp__{self.name}__{tool}", arguments)
-            if match.effect == "allow":
-                return self.passes(message, line)
-            key = canonical(message.get("id"))
-            if key in self.held:
-                raise HitlError("this id waits already")
+                f"mcp__{self.name}__{tool}", arguments, os.getcwd())
+            if match.effect != "allow" and (
+                    key in self.held or key in self.sent):
+                raise HitlError("this id is in use already")
         except HitlError as error:
-            return self.refuse(message, logged(error))
-        if "id" not in message:
-            return log.error("a tools/call without an id was dropped")
-        tick = self.progress(params, asyncio.get_running_loop())
-        self.held[key] = asyncio.ensure_future(
-            self.wait(message, tool, arguments, tick, call))
-        self.held[key].add_done_callback(lambda _: self.held.pop(key, None))
+            self.refuse(message, logged(error))
+            return
+        if match.effect == "allow":
+            self.sent[key] = Sent(CALL)
+            self.child.stdin.write(line)
+            return
+        task = asyncio.ensure_future(self.wait(message, tool, arguments))
+        self.held[key] = task
+        task.add_done_callback(lambda _: self.held.pop(key, None))
 
-    async def wait(self, message: dict[str, Any], tool: str,
-                   arguments: dict[str, Any], tick: Callable[[], None],
-                   call: str) -> None:
+    async def wait(self, message: Json, tool: str, arguments: Json) -> None:
         """Hold one call until a person decides, then send it or refuse."""
+        import asyncio
         try:
             held = await self.gate.ahold(
-                f"mcp__{self.name}__{tool}", arguments, tick=tick, context={
-                    "MCP server": self.command,
-                    "client": self.seen.get("client"),
-                    "the server says of this tool (untrusted)":
-                        self.seen.get(tool, "nothing")})
+                f"mcp__{self.name}__{tool}", arguments, cwd=os.getcwd(),
+                tick=self.progress(message["params"],
+                                   asyncio.get_running_loop()),
+                context={"MCP server": self.command,
+                         "client": self.seen.get("client"),
+                         "the server says of this tool (untrusted)":
+                             self.seen.get(f"tool {tool}", "nothing")})
         except HitlError as error:
-            return self.refuse(message, error)
-        if held is None:
-            raise AssertionError("matched before, and not now")
-        message["params"]["arguments"] = held.arguments     # promise 2
-        self.passes(message, (json.dumps(message) + "\n").encode(), call)
-        await held.areport()
+            self.refuse(message, error)
+            return
+        if held is not None:
+            message["params"]["arguments"] = held.arguments     # promise 2
+        self.send(message, Sent(CALL, canonical([tool, arguments]), held))
 
-    def refuse(self, message: dict[str, Any], error: HitlError) -> None:
+    def send(self, message: Json, sent: Sent) -> None:
+        """To the server, built again from what was read and shown."""
+        self.sent[canonical(message["id"])] = sent
+        params = {name: message["params"][name] for name in PARAMS
+                  if name in message["params"]}
+        self.child.stdin.write(json.dumps({
+            "jsonrpc": "2.0", "id": message["id"], "method": CALL,
+            "params": params}).encode() + b"\n")
+
+    def refuse(self, message: Json, error: HitlError) -> None:
         """A refusal as a tool's result: agents drop the reason of a JSON-RPC
         error."""
-        result: dict[str, Any] = {"isError": True, "content": [
+        result: Json = {"isError": True, "content": [
             {"type": "text", "text": error.told}]}
         meta = at_path(message, "params._meta")
         if isinstance(meta, dict) and MODERN in meta:
             result["resultType"] = "complete"
-        if "id" in message:
-            self.answer({"jsonrpc": "2.0", "id": message["id"],
-                         "result": result})
+        self.answer({"id": message["id"], "result": result})
 
-    def progress(self, params: dict[str, Any], loop: Any
-                 ) -> Callable[[], None]:
+    def progress(self, params: Json, loop: Any) -> Callable[[], None]:
         """What tells the client, at each look at the status, that a person
-        is being waited for; nothing if it did not ask to be told."""
+        is waited for, if it asked to be told; below any progress that the
+        server itself reports later."""
         token = at_path(params, "_meta.progressToken")
-        count = iter(range(1, 1 << 62))
+        steps = iter(range(1, 1 << 62))
 
         def tick() -> None:
             loop.call_soon_threadsafe(self.answer, {
-                "jsonrpc": "2.0", "method": "notifications/progress",
-                "params": {"progressToken": token, "progress": next(count),
+                "method": "notifications/progress",
+                "params": {"progressToken": token,
+                           "progress": next(steps) / 1000,
                            "message": "waiting for a person's approval"}})
-        return tick if isinstance(token, (str, int)) else lambda: None
+        return tick if type(token) in (str, int) else lambda: None
+
+    # ---- from the server ----
 
     def from_server(self, line: bytes) -> None:
         """Note what passes by: answers, and what tools say of themselves."""
@@ -7946,16 +8206,52 @@ class Proxy:
         if not isinstance(message, dict) or "id" not in message or (
                 "method" in message):
             return
-        method, call = self.sent.pop(canonical(message["id"]), ("", ""))
+        sent = self.sent.pop(canonical(message["id"]), Sent(""))
         state = at_path(message, "result.requestState")
-        if call and state is not None and at_path(
+        if sent.call and state is not None and at_path(
                 message, "result.resultType") == "input_required":
-            self.resumes[str(state), call] += 1
-        tools = at_path(message, "result.tools")
-        if method == "tools/list" and isinstance(tools, list):
-            for tool in tools:
-                self.seen[str(at_path(tool, "name"))] = at_path(
-                    tool, "annotations")
+            self.resumes.setdefault((sent.call, canonical(state)), []).append(
+                sent.held)
+            return
+        self.report(sent.held, is_error(message))
+        if sent.method == "tools/list":
+            self.learn_tools(message.get("result"))
+
+    def report(self, held: Held | None, failure: str) -> None:
+        """Record what became of an approved call, beside everything else."""
+        import asyncio
+        if held is None:
+            return
+        error = RuntimeError(failure) if failure else None
+        task = asyncio.ensure_future(held.areport(error))
+        self.reports.add(task)
+        task.add_done_callback(self.reports.discard)
+
+    def learn_tools(self, result: Any) -> None:
+        """Keep what the server says of its tools; say once on stderr which of
+        them wait for a person."""
+        tools = at_path(result, "tools")
+        for tool in tools if isinstance(tools, list) else []:
+            self.seen[f"tool {at_path(tool, 'name')}"] = at_path(
+                tool, "annotations")
+        if self.told or at_path(result, "nextCursor"):
+            return
+        self.told = True
+        names = [name[5:] for name in self.seen if name.startswith("tool ")]
+        waits = [name for name in names if any(
+            c.effect != "allow" for c in self.gate.rules.candidates(
+                f"mcp__{self.name}__{name}"))]
+        free = [name for name in names if name not in waits]
+        for words, group in (("wait for a person", waits),
+                             ("run unasked", free)):
+            print(f"hitl: {self.name}: {len(group)} tools {words}: "
+                  + visible(", ".join(group)), file=sys.stderr, flush=True)
+
+
+def child_environment() -> dict[str, str]:
+    """This process's own, without what could approve (promise 5)."""
+    return {name: value for name, value in os.environ.items()
+            if name != "HITL_REVIEWER_TOKEN"}
 
 
 # ---- a command behind a prefix ----
@@ -7972,9 +8268,10 @@ def run_command(gate: Gate, tool: str, argv: list[str],
                         reason="no-such-command")
     call = {"argv": argv, "cwd": os.getcwd(),
             "executable": os.path.abspath(path)}
-    match = gate.rules.first_match(tool, call)
+    match = gate.rules.first_match(tool, call, os.getcwd())
     unlisted = match.checkpoint.checkpoint_id == "unmatched"
     return gate.call(tool, call, execute, timeout_seconds=timeout,
+                     cwd=os.getcwd(),
                      checkpoint="unmatched" if unlisted else None)
 
 
@@ -7982,17 +8279,20 @@ def execute(argv: list[str], cwd: str, executable: str) -> int:
     """The command, with this process's streams, and its signals passed on."""
     import signal
     import subprocess
-    child = subprocess.Popen(argv, executable=executable, cwd=cwd)
+    child = subprocess.Popen(argv, executable=executable, cwd=cwd,
+                             env=child_environment())
+    typed = (signal.SIGINT, getattr(signal, "SIGQUIT", 0))
+
+    def pass_on(number: int, frame: Any) -> None:
+        if number in typed and sys.stdin and sys.stdin.isatty():
+            return                      # the terminal sends it by itself
+        child.send_signal(number)
     passed = [getattr(signal, name) for name in (
         "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGQUIT", "SIGINT")
         if hasattr(signal, name)]
-    before = {}
+    before = {number: signal.signal(number, pass_on) for number in passed}
     try:
-        for number in passed:
-            before[number] = signal.signal(number, lambda n, _: None if (
-                n in (signal.SIGINT, getattr(signal, "SIGQUIT", 0))
-                and sys.stdin.isatty()) else child.send_signal(n))
-        status = child.wait()           # Ctrl-C reaches it by itself
+        status = child.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -8957,42 +9257,26 @@ def cmd_token(args: Any) -> int:
 
 def cmd_hook(args: Any) -> int:
     """a coding agent's hook: its JSON on stdin, its answer on stdout"""
-    import signal
-    if args.snippet:
-        where, text = snippet(args.snippet)
-        say(f"{where}:\n\n{text}")
-        return 0
-    if args.check:
-        return check_hooks(args.config)
-    signal.signal(signal.SIGTERM, exit_by_signal)
-    try:
-        answer, status, words = hook(sys.stdin.buffer.read(16 << 20),
-                                     args.config and Path(args.config),
-                                     args.deadline)
-        if words:
-            print(words, file=sys.stderr)
-        if answer is not None:
-            say(json.dumps(answer))
-    except BaseException:       # a closed stdin or stdout: nothing was allowed
-        os._exit(2)
-    return status
+    if not args.snippet:
+        Hook(args.config and Path(args.config), args.deadline).run()
+    where, text = snippet(args.snippet, args.config)
+    print(f"put this into {where}", file=sys.stderr)
+    if args.snippet in ADVICE:
+        print(ADVICE[args.snippet], file=sys.stderr)
+    sys.stdout.write(text)
+    return 0
 
 
-def check_hooks(config: str | None) -> int:
-    """Run every installed line on a sample call: would it really block?"""
-    load_configuration(find_configuration(config, local=False))
-    found, bad = 0, 0
-    for agent in SNIPPETS:
-        for path, line in installed_lines(agent):
-            found += 1
-            fault = blocks(agent, line)
-            bad += bool(fault)
-            say(f"{agent}: {path}: " + (f"DOES NOT BLOCK: {fault}" if fault
-                                        else "blocks when nobody answers"))
-    if not found:
-        raise ConfigError(f"no hook is installed in {Path.cwd()} or at home",
-                          "`hitl.py hook --snippet AGENT` prints one")
-    return 1 if bad else 0
+def run_hook_at_once(words: list[str]) -> None:
+    """`hook` with no more than --config and --deadline, without argparse,
+    which would be a quarter of what a call costs."""
+    options = dict(zip(words[1::2], words[2::2], strict=False))
+    if words[:1] == ["hook"] and len(words) == 1 + 2 * len(options) and (
+            options.keys() <= {"--config", "--deadline"}):
+        config, deadline = options.get("--config"), options.get("--deadline")
+        with contextlib.suppress(ValueError):
+            Hook(Path(config) if config else None,
+                 float(deadline) if deadline else None).run()
 
 
 def cmd_mcp(args: Any) -> int:
@@ -9004,9 +9288,8 @@ def cmd_mcp(args: Any) -> int:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), exit_by_signal)
     import asyncio
-    proxy = Proxy(gate, command, args.name or server_name(command))
     try:
-        return asyncio.run(proxy.run(sys.stdin.fileno(), sys.stdout.buffer))
+        return asyncio.run(Proxy(gate, command, args.name).run(0, 1))
     except OSError as error:
         raise ConfigError(f"{command[0]}: {error.strerror}") from None
 
@@ -9014,8 +9297,9 @@ def cmd_mcp(args: Any) -> int:
 def cmd_run(args: Any) -> int:
     """ask, then run exactly this command: -- CMD..."""
     try:
-        return run_command(Gate(args.config), args.tool_name,
-                           command_behind(args), args.timeout)
+        gate = Gate(find_configuration(args.config, local=False))
+        return run_command(gate, args.tool_name, command_behind(args),
+                           args.timeout)
     except (HitlError, OSError) as error:
         print_error(error)
         return 125                      # the command's own are its own
@@ -9120,12 +9404,11 @@ def command_line() -> Any:
         help="answer before this (a default per agent)")
     add("--snippet", metavar="AGENT", choices=list(SNIPPETS),
         help=f"print what to install: {', '.join(SNIPPETS)}")
-    add("--check", action="store_true",
-        help="does what is installed really block?")
     add = command(cmd_mcp, "mcp --name fs -- npx -y "
                   "@modelcontextprotocol/server-filesystem .",
                   "--config command_words")
-    add("--name", help="the server's, in mcp__NAME__tool")
+    add("--name", default="server",
+        help="the server's, in mcp__NAME__tool (server)")
     command(cmd_demo, "demo", "--timeout")
     add = command(cmd_verify, "verify --output evidence.json", "--timeout")
     add("--model", metavar="NAME", default="", help="of the agent")
@@ -9164,6 +9447,7 @@ def main(argv: list[str] | None = None) -> int:
         with contextlib.suppress(AttributeError):   # cannot show stops nothing
             stream.reconfigure(errors="backslashreplace")  # type: ignore
     words = sys.argv[1:] if argv is None else argv
+    run_hook_at_once(words)
     parser = command_line()
     args = parser.parse_args(words)
     if args.version:
