@@ -7573,8 +7573,12 @@ def proposed(name: str, call: Mapping[str, Any]) -> tuple[str, Json]:
     if name == "cursor" and tool is None and "command" in call:
         tool, arguments = "shell", {"command": call["command"]}
     if isinstance(arguments, str):      # JSON inside JSON, or plain text
-        with contextlib.suppress(ValueError):
+        try:
             arguments = parse_json(arguments)
+        except ValueError as error:
+            if read_loosely(arguments) is not None:
+                raise HitlError(f"the arguments are not strict JSON: {error}",
+                                reason="bad-hook") from None
     if not isinstance(tool, str) or not tool:
         raise HitlError("the call names no tool", reason="bad-hook")
     if arguments is None:
@@ -7592,7 +7596,7 @@ def filled(shape: Any, **words: str) -> Any:
     return words.get(shape[1:-1], shape) if isinstance(shape, str) else shape
 
 
-def read_loosely(data: bytes) -> Any:
+def read_loosely(data: bytes | str) -> Any:
     """JSON that strict reading refused, to see who is to be told; else None.
     """
     with contextlib.suppress(ValueError, RecursionError):
@@ -7803,7 +7807,7 @@ class Hook:
 
 def is_self_test(arguments: Json) -> bool:
     """Whether a command is the one that shows the hook at work."""
-    text = canonical(arguments)
+    text = canonical(arguments).replace("\\", "")    # JSON inside JSON
     return json.dumps(SELF_TEST) in text or '["echo","hitl-selftest"]' in text
 
 

@@ -22,6 +22,7 @@ import io
 import json
 import logging
 import os
+import py_compile
 import random
 import re
 import shlex
@@ -42,6 +43,7 @@ from email import message_from_bytes
 from email.utils import formatdate
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import cache_from_source
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -5206,7 +5208,8 @@ FLAT = {"session_id": "5fdd", "cwd": "/w"}
 CLAUDE = FLAT | {"transcript_path": "t.jsonl", "hook_event_name": "PreToolUse",
                  "tool_use_id": "toolu_1"}
 # dialect -> (input around a command, approved, rejected with WHY)
-WHY = "rejected by ana: no. Do not retry or rephrase it; tell the user."
+WHY = ("rejected by ana: no. The call did not run. Do not retry it or rephrase "
+       "it; tell the user, or do something else.")
 
 
 def claude(decision, why):
@@ -5224,6 +5227,10 @@ HOOKS = {
     "claude": (lambda c: CLAUDE | {"tool_name": "Bash", "tool_input": {
         "command": c, "description": "demo"}},
         claude("allow", "approved by ana"), claude("deny", WHY)),
+    "opencode": (lambda c: CLAUDE | {
+        "hook_source": "opencode-plugin", "tool_name": "bash",
+        "tool_input": {"command": c}}, claude("allow", "approved by ana"),
+        claude("deny", WHY)),
     "codex": (lambda c: CLAUDE | {"turn_id": "1", "tool_name": "shell",
               "tool_input": {"command": ["bash", "-lc", c]}},
               {}, claude("deny", WHY)),
@@ -5269,8 +5276,9 @@ HOOKS = {
         {"permission": "allow"}, {"permission": "deny", "user_message": WHY,
                                   "agent_message": WHY}),
 }
-PRINTS_ON_ERROR = {"copilot": 2, "copilot text": 2, "copilot permission": 2,
-                   "cline": 0, "cline parameters": 0, "cursor": 2}
+PRINTS_ON_ERROR = {"opencode": 0, "copilot": 0, "copilot text": 0,
+                   "copilot permission": 0, "cline": 0, "cline parameters": 0,
+                   "cursor": 2}
 
 
 def run_hook(call, *words, folder, **environ):
@@ -5284,6 +5292,18 @@ def run_hook(call, *words, folder, **environ):
     return done.stdout, done.returncode, done.stderr
 
 
+def check_refusal(dialect, out, status, *, decided=False) -> str:
+    """The words of a refusal in the form its agent takes for one."""
+    said = HOOKS[dialect][2]
+    if not decided and dialect not in PRINTS_ON_ERROR:
+        assert (out, status) == ("", 2)
+        return ""
+    assert status == (0 if decided else PRINTS_ON_ERROR[dialect])
+    why = max(out.split('"'), key=len)
+    assert json.loads(out) == json.loads(json.dumps(said).replace(WHY, why))
+    return why
+
+
 dialects = pytest.mark.parametrize("dialect", HOOKS)
 
 
@@ -5295,13 +5315,12 @@ def test_hook_dialects(dialect, desk, tmp_path):
     out, status, _ = run_hook(call("ls -la"), folder=tmp_path, **url)
     assert (out, status) == ("{}\n", 0)
     assert desk.rows("SELECT * FROM pending_reviews") == []
-    for decision, answer in (("approved", approved),
-                             ("rejected", rejected)):
-        wait = in_background(lambda: run_hook(
+    for decision, answer in (("approved", approved), ("rejected", rejected)):
+        wait = in_background(lambda decision=decision: run_hook(
             call(f"ls; rm -rf {decision}"), folder=tmp_path, **url))
-        there, = desk.waiting()
-        assert there["action_description"] == f"Run ls; rm -rf {decision}"
-        desk.decide(there["request_id"], decision, reason="no")
+        request, = desk.waiting()
+        assert f"rm -rf {decision}" in json.dumps(request["arguments"])
+        desk.decide(request["request_id"], decision, reason="no")
         out, status, _ = wait()
         assert (json.loads(out), status) == (answer, 0)
         assert out.count("\n") == 1
@@ -5309,41 +5328,92 @@ def test_hook_dialects(dialect, desk, tmp_path):
 
 @dialects
 def test_hook_fails_closed(dialect, tmp_path):
-    """No server, no configuration, a fault: that dialect's refusal."""
-    call = HOOKS[dialect][0]("rm x")
-    for words, environ in (((), {"HITL_SERVER_URL": "http://127.0.0.1:9"}),
-                           (("--config", "missing.toml"), {})):
+    """No server, no configuration, a fault: that dialect's refusal, which
+    tells a model nothing that an operator could do."""
+    around = HOOKS[dialect][0]
+    for call, words, environ in (
+            (around("rm x"), (), {"HITL_SERVER_URL": "http://127.0.0.1:9"}),
+            (around("rm x"), ("--config", "missing.toml"), {}),
+            (around("rm \ud800"), (), {})):
         out, status, err = run_hook(call, "--deadline", "0.3", *words,
                                     folder=tmp_path, **environ)
-        assert "hitl: refused" in err
-        if dialect in PRINTS_ON_ERROR:
-            assert status == PRINTS_ON_ERROR[dialect]
-            said = json.dumps(json.loads(out))
-            assert "deny" in said or '"cancel": true' in said
-        else:
-            assert (out, status) == ("", 2)
+        check_refusal(dialect, out, status)
+        assert err.startswith("hitl: refused: ") and err.count("\n") == 1
+        assert ("surrogate" in err) == ("ud800" in json.dumps(call))
+        for hint in ("python3", "hitl.py init", "serve", "HITL_", "("):
+            assert hint not in err + out
 
 
 @pytest.mark.parametrize("text", [
     "", "x", "[]", "{}", '{"hook_event_name": "Other"}', '{"a": 1, "a": 2}',
     '{"hook_event_name": "PreToolUse", "transcript_path": ""}',
-    '{"hook_event_name": "BeforeTool", '
-    '"tool_name": 3}', "[" * 5000, '{"hook_event_name": "PreToolUse", '
-    '"tool_name": "Bash", "tool_input": {"command": 1e400}}'])
+    '{"hook_event_name": "BeforeTool", "tool_name": 3}', "[" * 5000,
+    '{"hook_event_name": "PreToolUse", "transcript_path": "", "tool_name": '
+    '"Bash", "tool_input": {"command": 1e400}}'])
 def test_hook_refuses_nonsense(text, tmp_path):
-    """What is no call of a known agent is refused: nothing on stdout."""
+    """What is not a call of a known agent is refused: nothing on stdout."""
     out, status, err = run_hook(text, "--deadline", "0.3", folder=tmp_path,
                                 HITL_SERVER_URL="http://127.0.0.1:9")
     assert (out, status) == ("", 2) and err.startswith("hitl: refused")
 
 
+@dialects
+def test_hook_is_never_late(dialect, tmp_path):
+    """A pattern that runs away and a desk that hangs are refused by the
+    deadline, in the agent's own words."""
+    rules = tmp_path / "rules.toml"
+    rules.write_text(SHELL + """
+[[checkpoint]]
+checkpoint_id = "slow"
+action_pattern = "."
+description_template = "Push"
+arguments = { "command|commands" = 'git.*push.*(--force|-f).*main' }
+""")
+    with socket.socket() as hangs:
+        hangs.bind(("127.0.0.1", 0))
+        hangs.listen()
+        url = f"http://127.0.0.1:{hangs.getsockname()[1]}"
+        for text in ("git push --force " * 400, "rm x"):
+            began = time.monotonic()
+            out, status, _ = run_hook(
+                HOOKS[dialect][0](text), "--deadline", "0.7",
+                folder=tmp_path, HITL_SERVER_URL=url)
+            assert time.monotonic() - began < 1.5
+            check_refusal(dialect, out, status, decided=status == 0)
+
+
+def test_hook_knows_how_long_its_agent_waits():
+    """A deadline beyond what the agent keeps is cut; without one, five
+    seconds are left."""
+    class Watched(hitl.Hook):
+        def watch(self, seconds):
+            self.seconds = seconds
+    for dialect, default, longest in (
+            ("claude", 595, 86_395), ("codex", 595, 86_395),
+            ("gemini", 55, 86_395), ("copilot", 25, 86_395),
+            ("cline", 115, 115)):
+        for given, seconds in ((None, default), (9, 9), (1e9, longest)):
+            hook = Watched(None, given)
+            hook.learn(HOOKS[dialect][0]("ls"))
+            assert hook.seconds == seconds, (dialect, given)
+
+
+@dialects
+def test_hook_self_test(dialect, tmp_path):
+    """`echo hitl-selftest` shows, with no desk, that the hook is at work."""
+    out, status, _ = run_hook(HOOKS[dialect][0]("echo hitl-selftest"),
+                              folder=tmp_path)
+    why = check_refusal(dialect, out, status, decided=True)
+    assert why.startswith("the hook works: this call was refused as a test")
+
+
 def test_hook_deadline_and_repeat(desk, tmp_path):
     """The hook answers before its deadline; the request still waits, and
-    exactly one repeat of the call claims the approval."""
+    exactly one repeat of the call, in the same session, claims it."""
     call, url = HOOKS["claude"][0]("rm x"), {"HITL_SERVER_URL": desk.url}
 
     def ask(**more):
-        out, status, _ = run_hook(call | more, "--deadline", "0.4",
+        out, status, _ = run_hook(call | more, "--deadline", "0.6",
                                   folder=tmp_path, **url)
         assert status == 0
         said = json.loads(out)["hookSpecificOutput"]
@@ -5352,26 +5422,15 @@ def test_hook_deadline_and_repeat(desk, tmp_path):
     assert decision == "deny" and "still waits" in why
     assert "Repeat this very call later" in why
     assert ask(tool_use_id="toolu_2")[0] == "deny"      # it attaches
-    there, = desk.waiting()
-    assert there["deadline"] > hitl.instant(time.time() + 86_000)
-    desk.decide(there["request_id"])
+    request, = desk.waiting()
+    assert request["deadline"] > hitl.instant(time.time() + 86_000)
+    for more in ({"session_id": "other"}, {"cwd": "/other"}):
+        assert ask(**more)[0] == "deny"                 # asks for itself
+    assert len(desk.waiting()) == 3
+    desk.decide(request["request_id"])
     results = [in_background(ask) for _ in range(3)]
     said = sorted(result()[0] for result in results)
     assert said == ["allow", "deny", "deny"]            # claimed once
-    second, = desk.waiting()                            # a new asking
-    assert second["request_id"] == there["request_id"][:-1] + "2"
-    desk.decide(second["request_id"], "rejected", reason="no")
-    for _ in range(2):                                  # at once, each time
-        assert ask() == ("deny", WHY)
-    with contextlib.closing(sqlite3.connect(desk.database)) as db, db:
-        db.execute("DROP TRIGGER decided_once")         # eleven minutes ago
-        db.execute("UPDATE pending_reviews SET decided_at = ? WHERE status = "
-                   "'rejected'", (hitl.instant(time.time() - 660),))
-    assert ask()[0] == "deny"                           # asked anew
-    assert desk.waiting()[0]["request_id"].endswith("-3")
-    desk.decide(desk.waiting()[0]["request_id"], "rejected", reason="no")
-    assert ask(session_id="other")[0] == "deny"         # another session asks
-    assert len(desk.waiting()) == 1
 
 
 def test_hook_ignores_the_working_directory(desk, tmp_path):
@@ -5383,36 +5442,86 @@ def test_hook_ignores_the_working_directory(desk, tmp_path):
     work = tmp_path / "work"
     work.mkdir()
     (work / "checkpoints.toml").write_text(RULES)
-    done = command("hook", "--deadline", "0.2", folder=work,
+    done = command("hook", "--deadline", "0.4", folder=work,
                    argv=[sys.executable, str(copy / "hitl.py")],
                    stdin=json.dumps(HOOKS["claude"][0]("rm x")),
                    HITL_SERVER_URL=desk.url)
     assert "still waits" in done.stdout, done
 
 
+def test_nothing_beside_the_file_is_imported(tmp_path):
+    """A module planted beside hitl.py, in the working directory, PYTHONPATH
+    or the user's site, and bytecode beside hitl.py, run in none of it."""
+    planted = b"import os; os.write(1, b'PLANTED'); os._exit(0)\n"
+    site = f"home/.local/lib/python{sys.version_info[0]}." \
+        f"{sys.version_info[1]}/site-packages"
+    names = set(re.findall(r"^ *(?:import|from) (\w+)", FILE.read_text(),
+                           re.M)) - {"__future__", "sys", "os"}
+    assert {"json", "tomllib", "asyncio", "faulthandler", "urllib"} < names
+    for folder in ("tool", "work", "path", site):
+        (tmp_path / folder).mkdir(parents=True)
+        for name in names:
+            (tmp_path / folder / f"{name}.py").write_bytes(planted)
+    (tmp_path / site / "usercustomize.py").write_bytes(planted)
+    tool = tmp_path / "tool"
+    shutil.copy(FILE, tool)
+    (tool / "checkpoints.toml").write_text(SHELL)
+    environ = {"HOME": str(tmp_path / "home"),
+               "PYTHONPATH": str(tmp_path / "path")}
+    done = command("hook", "--snippet", "claude", folder=tmp_path / "work",
+                   argv=(sys.executable, str(tool / "hitl.py")),
+                   HOME=environ["HOME"], PYTHONNOUSERSITE="1")
+    line = json.loads(done.stdout)["hooks"]["PreToolUse"][0]["hooks"][0][
+        "command"]
+    (tmp_path / "bad.py").write_bytes(planted)
+    py_compile.compile(
+        str(tmp_path / "bad.py"), cache_from_source(str(tool / "hitl.py")),
+        invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    call = json.dumps(HOOKS["claude"][0]("ls"))
+    script = (sys.executable, str(tool / "hitl.py"))
+    for argv, words, more in (
+            (("/bin/sh", "-c", line), (), environ),
+            (script, ("hook",), environ | {"PYTHONNOUSERSITE": "1"}),
+            (script, ("run", "--timeout", "0.1", "--", "true"),
+             environ | {"PYTHONNOUSERSITE": "1"}),
+            (script, ("mcp", "--", "true"),
+             environ | {"PYTHONNOUSERSITE": "1"})):
+        done = command(*words, argv=argv, folder=tmp_path / "work",
+                       stdin=call, **more)
+        assert "PLANTED" not in done.stdout, (argv, words)
+        assert words[:1] != ("hook",) or done.stdout == "{}\n"
+    assert not (tool / "__pycache__" / "json.pyc").exists()
+    folder = tmp_path / "home/.cache/hitl"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert list(folder.rglob("hitl.*.pyc"))
+    folder.chmod(0o755)
+    done = command("hook", "--snippet", "claude", HOME=environ["HOME"])
+    assert "is not this user's alone" in done.stderr and not done.stdout
+
+
+def start_hook(desk, folder, call, argv=HITL):
+    (folder / "rules.toml").write_text(SHELL)
+    process = start(*argv, "hook", "--config", "rules.toml",
+                    stderr=subprocess.DEVNULL, folder=folder,
+                    HITL_SERVER_URL=desk.url)
+    process.stdin.write(json.dumps(call))
+    process.stdin.close()
+    request, = desk.waiting()
+    assert until(lambda: attended(desk, request["request_id"]))
+    return process, request["request_id"]
+
+
 def test_hook_killed(desk, tmp_path):
     """A hook killed while it waits: the card says nobody waits, and a late
     approval runs nothing by itself. A signal is a refusal."""
-    (tmp_path / "rules.toml").write_text(SHELL)
-
-    def asks(call):
-        process = start(*HITL, "hook", "--config", "rules.toml",
-                        stderr=subprocess.DEVNULL, folder=tmp_path,
-                        HITL_SERVER_URL=desk.url)
-        process.stdin.write(json.dumps(call))
-        process.stdin.close()
-        there, = desk.waiting()
-        assert until(lambda: desk.server.attended(there["request_id"]))
-        return process, there["request_id"]
-    process, name = asks(HOOKS["claude"][0]("rm x"))
+    process, name = start_hook(desk, tmp_path, HOOKS["claude"][0]("rm x"))
     process.kill()
     process.wait()
     process.stdout.close()
-    assert until(lambda: not desk.server.attended(name))
-    assert "nobody waits for it now" in desk.page()
+    assert until(lambda: not attended(desk, name))
     desk.decide(name)
     assert desk.state(name)["outcome"] is None
-    process, name = asks(HOOKS["copilot"][0]("rm y"))
+    process, name = start_hook(desk, tmp_path, HOOKS["cursor"][0]("rm y"))
     process.terminate()
     assert "deny" in process.stdout.read()
     process.stdout.close()
@@ -5420,47 +5529,78 @@ def test_hook_killed(desk, tmp_path):
     assert desk.state(name)["status"] == "withdrawn"
 
 
+@pytest.mark.parametrize("gone", ["parent", "reader"])
+def test_hook_of_an_agent_that_is_gone(gone, desk, tmp_path):
+    """A hook whose agent, or its shell, is gone withdraws, and claims nothing
+    that is approved late."""
+    shell = ("/bin/sh", "-c", '"$@"; :', "sh", *HITL)
+    process, name = start_hook(desk, tmp_path, HOOKS["cline"][0]("rm x"),
+                               shell)
+    if gone == "parent":
+        process.kill()
+        process.wait()
+        desk.decide(name)
+    process.stdout.close()
+    assert until(lambda: desk.state(name)["status"] != "waiting")
+    time.sleep(0.3 if gone == "parent" else 0)
+    assert desk.state(name)["outcome"] is None
+    process.wait(20)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="redirections of a shell")
+@pytest.mark.parametrize("shell, out, status", [
+    ('"$@" >&-', "", 2), ('"$@" > /dev/full', "", 2), ('"$@" <&-', "", 2),
+    ('"$@" 2>&-', "{}\n", 0), ('"$@"', "{}\n", 0)])
+def test_hook_with_closed_streams(shell, out, status, tmp_path):
+    """The answer is whole on stdout, or the exit status is 2."""
+    (tmp_path / "rules.toml").write_text(SHELL)
+    done = command(*HITL, "hook", "--config", "rules.toml", folder=tmp_path,
+                   stdin=json.dumps(HOOKS["claude"][0]("ls")),
+                   argv=("/bin/sh", "-c", shell, "sh"))
+    assert (done.stdout, done.returncode) == (out, status), done
+
+
 def test_hook_names_the_agent(desk, tmp_path):
-    """The card names the agent, its session and its sub-agent."""
-    call = HOOKS["claude"][0]("rm x") | {"agent_type": "Explore",
-                                         "agent_id": "a7"}
-    run_hook(call, "--deadline", "0.2", folder=tmp_path,
-             HITL_SERVER_URL=desk.url, HITL_AGENT="nightly")
-    there, = desk.waiting()
-    assert there["agent"] == ("nightly /w session 5fdd agent_type Explore "
-                              "agent_id a7")
+    """The card names the agent, its folder, a digest of its session, and its
+    sub-agent; a file of 100 kB can be asked about."""
+    names = []
+    for call in (HOOKS["claude"][0]("rm x"), HOOKS["opencode"][0]("rm x"),
+                 HOOKS["claude"][0]("rm x") | {"session_id": "5fde"}):
+        call |= {"agent_type": "Explore", "agent_id": "a7"}
+        run_hook(call, "--deadline", "0.5", folder=tmp_path,
+                 HITL_SERVER_URL=desk.url)
+        names.append(desk.waiting(len(names) + 1)[-1]["agent"])
+    assert [re.sub("[0-9a-f]{8}", "#", name) for name in names] == [
+        f"{agent} /w session # agent_type Explore agent_id a7"
+        for agent in ("claude", "opencode", "claude")]
+    assert len(set(names)) == 3
 
 
 def test_hook_snippets(tmp_path):
-    """What --snippet prints, installed, blocks when nobody can be asked; what
-    ignores the refusal is found out."""
-    home = tmp_path / "home"
-    home.mkdir()
-    shutil.copy(FILE, tmp_path)
-    (tmp_path / "checkpoints.toml").write_text(SHELL)
-    here = {"argv": (sys.executable, "hitl.py"), "folder": tmp_path}
-    for agent in hitl.SNIPPETS:
-        text = command("hook", "--snippet", agent, **here).stdout
-        where, _, body = text.partition(":\n\n")
-        path = tmp_path / where.partition(" (")[0].replace("~", "home")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(body.replace("86000", "0.05"))
-
-    (home / ".claude").mkdir()
-    (home / ".claude/settings.json").write_text(json.dumps(
-        {"hooks": [{"timeout": 86400, "command":
-                    "python3 hitl.py hook --deadline 0.05 || exit 1"}]}))
-    (home / ".gemini/settings.json").write_text((
-        home / ".gemini/settings.json").read_text().replace(
-            "86400000", "40"))                  # of milliseconds
-    done = command("hook", "--check", HOME=str(home), **here)
-    assert done.returncode == 1, done
-    assert done.stdout.count("blocks when nobody answers") == 6
-    assert "gemini: " + str(home) in done.stdout
-    assert "gives up after 0.04 s, before the hook's deadline" in done.stdout
-    assert all(f"{agent}: " in done.stdout for agent in hitl.SNIPPETS
-               if agent != "opencode")
-    assert f"{home}/.claude/settings.json: DOES NOT BLOCK" in done.stdout
+    """What --snippet prints on stdout is the file to install, with the desk's
+    URL where the agent shows it; its line blocks when nobody can be asked."""
+    home = {"HOME": str(tmp_path), "HITL_SERVER_URL": "http://127.0.0.1:9"}
+    (tmp_path / "rules.toml").write_text(SHELL)
+    for agent, dialect in zip(hitl.SNIPPETS, (
+            "claude", "codex", "gemini", "copilot", "cursor", "cline"),
+            strict=True):
+        done = command("hook", "--snippet", agent, "--config", "rules.toml",
+                       folder=tmp_path, **home)
+        assert hitl.SNIPPETS[agent][0] in done.stderr
+        line = done.stdout
+        if agent != "cline":
+            found = json.dumps(json.loads(line))
+            assert (home["HITL_SERVER_URL"] in found) == (
+                agent in ("claude", "codex", "gemini"))
+            line = json.loads(next(text for text in re.findall(
+                r'"(?:[^"\\]|\\.)*"', found) if " hook " in text))
+        ask = json.dumps(HOOKS[dialect][0]("rm x"))
+        out = command(argv=("/bin/sh", "-c", line.replace("86000", "0.5")),
+                      stdin=ask, folder=tmp_path, **home)
+        check_refusal(dialect, out.stdout, out.returncode)
+        broken = line.replace("SourceFileLoader", "Nothing")
+        out = command(argv=("/bin/sh", "-c", broken), stdin=ask, **home)
+        assert out.returncode == 2 or '"cancel":true' in out.stdout
 
 
 # ---- the MCP proxy ----
