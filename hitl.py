@@ -7198,6 +7198,8 @@ class Gate:
             error.decided_at = state.decided_at or ""
             raise error
         self._check_unspent(asked, state)
+        if asked.tick:                  # a last look: is anybody still there?
+            asked.tick()
         asked.claiming = not asked.cancelled
         if not asked.claiming:
             raise self._nobody(asked)
@@ -7939,21 +7941,9 @@ def strict_message(line: bytes) -> Json:
         raise ValueError(f"a method that can be read as {CALL}")
     if method == CALL and isinstance(params, dict):
         check_names(params, PARAMS)
-        if has_twins(params.get("arguments")):
+        if Call("", {"": params.get("arguments")}).ambiguous:
             raise ValueError("two arguments whose names are one name")
     return message
-
-
-def folded(name: str) -> str:
-    text = unicodedata.normalize("NFKC", name).casefold()
-    return "".join(c for c in text if c.isprintable())
-
-
-def has_twins(value: Any) -> bool:
-    if isinstance(value, dict):
-        return len({folded(name) for name in value}) < len(value) or any(
-            has_twins(v) for v in value.values())
-    return isinstance(value, list) and any(has_twins(v) for v in value)
 
 
 def check_names(members: Json, known: tuple[str, ...]) -> None:

@@ -5359,27 +5359,37 @@ def test_hook_refuses_nonsense(text, tmp_path):
 
 @dialects
 def test_hook_is_never_late(dialect, tmp_path):
-    """A pattern that runs away and a desk that hangs are refused by the
-    deadline, in the agent's own words."""
-    rules = tmp_path / "rules.toml"
-    rules.write_text(SHELL + """
-[[checkpoint]]
-checkpoint_id = "slow"
-action_pattern = "."
-description_template = "Push"
-arguments = { "command|commands" = 'git.*push.*(--force|-f).*main' }
-""")
+    """A desk that hangs is refused by the deadline, in the agent's words."""
     with socket.socket() as hangs:
         hangs.bind(("127.0.0.1", 0))
         hangs.listen()
-        url = f"http://127.0.0.1:{hangs.getsockname()[1]}"
-        for text in ("git push --force " * 400, "rm x"):
-            began = time.monotonic()
-            out, status, _ = run_hook(
-                HOOKS[dialect][0](text), "--deadline", "0.7",
-                folder=tmp_path, HITL_SERVER_URL=url)
-            assert time.monotonic() - began < 1.5
-            check_refusal(dialect, out, status, decided=status == 0)
+        began = time.monotonic()
+        out, status, _ = run_hook(
+            HOOKS[dialect][0]("rm x"), "--deadline", "0.7", folder=tmp_path,
+            HITL_SERVER_URL=f"http://127.0.0.1:{hangs.getsockname()[1]}")
+        assert time.monotonic() - began < 1.5
+        check_refusal(dialect, out, status, decided=status == 0)
+
+
+def test_hook_ends_what_cannot_be_interrupted(tmp_path):
+    """The alarm ends a pattern that runs away inside `re`, and an agent that
+    never ends its input."""
+    script = f"""if True:
+        import sys, re
+        sys.path.append({str(HERE)!r})
+        import hitl
+        class Slow(hitl.Hook):
+            def answer(self, data):
+                self.learn(hitl.parse_json(data))
+                re.search("(a+)+$", "a" * 60 + "b")
+        Slow(None, 0.5).run()"""
+    done = command(argv=(sys.executable, "-c", script), seconds=5,
+                   stdin=json.dumps(HOOKS["claude"][0]("ls")))
+    assert "no answer within 0.5 s" in check_refusal(
+        "claude", done.stdout, done.returncode, decided=True)
+    with start(*HITL, "hook", "--deadline", "0.5") as process:
+        assert process.stdout.read() == "" and process.wait() == 2
+        assert "no answer within 0.5 s" in process.stderr.read()
 
 
 def test_hook_knows_how_long_its_agent_waits():
@@ -5606,7 +5616,7 @@ def test_hook_snippets(tmp_path):
 # ---- the MCP proxy ----
 
 SERVER = '''
-import json, sys
+import json, os, subprocess, sys
 for line in sys.stdin:
     m = json.loads(line)
     if m.get("method") == "notifications/cancelled":
@@ -5618,10 +5628,16 @@ for line in sys.stdin:
     result = {"echo": line}
     if m["method"] == "tools/list":
         result = {"tools": [{"name": "delete_file", "annotations":
-                             {"destructiveHint": True}}]}
+                             {"destructiveHint": True}},
+                            {"name": "read_file"}]}
     if p.get("name") == "die":
         sys.exit(7)
+    if p.get("name") == "env":
+        result = {"names": sorted(os.environ)}
+    if p.get("name") == "delete_locked":
+        result = {"isError": True, "content": "it is locked"}
     if p.get("name") == "hang":
+        subprocess.Popen(["sleep", "50"])       # which holds stdout
         continue
     if p.get("name") == "delete_ask" and "requestState" not in p:
         result = {"resultType": "input_required", "requestState": "S1"}
@@ -5639,7 +5655,8 @@ class Mcp:
         self.process = start(
             *HITL, "mcp", "--config", "rules.toml", "--name", "fs", "--",
             sys.executable, "server.py", folder=folder, text=False,
-            stderr=subprocess.DEVNULL, HITL_SERVER_URL=desk.url)
+            stderr=subprocess.PIPE, HITL_SERVER_URL=desk.url,
+            HITL_REVIEWER_TOKEN=REVIEWER_TOKEN)
         self.lines: list[bytes] = []
         self.reader = threading.Thread(target=self.read)
         self.reader.start()
@@ -5673,8 +5690,12 @@ class Mcp:
         with contextlib.suppress(OSError):
             self.process.stdin.close()
         status = self.process.wait(20)
-        self.reader.join()
+        self.reader.join(5)
+        assert not self.reader.is_alive()       # the pipe's writers are gone
         self.process.stdout.close()
+        if not self.process.stderr.closed:
+            self.said = self.process.stderr.read().decode()
+            self.process.stderr.close()
         return status
 
 
@@ -5756,25 +5777,82 @@ def test_proxy_request_state(mcp, desk):
     assert len(desk.waiting(3)) == 3                # once only
 
 
+WAYS_ROUND = (                      # a line -> the id it is refused under
+    ([HELD := {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {
+        "name": "delete_file", "arguments": {}}}], 1),
+    ([[HELD]], None),
+    ({k: v for k, v in HELD.items() if k != "id"}, None),
+    (HELD | {"id": None}, None), (HELD | {"id": [1]}, None),
+    ({"METHOD" if k == "method" else k: v for k, v in HELD.items()}, 1),
+    ({"method\0" if k == "method" else k: v for k, v in HELD.items()}, 1),
+    ({"Params" if k == "params" else k: v for k, v in HELD.items()}
+     | {"params": {"name": "read_file"}}, 1),
+    (HELD | {"method": "Tools/Call"}, 1),
+    (HELD | {"params": {"name": "read_file", "Name": "delete_file"}}, 1),
+    (HELD | {"params": {"name": "read_file", "arguments": {
+        "x": [{"path": "a", "Path": "b"}]}}}, 1),
+    (HELD | {"params": {"name": "read_file", "arguments": {"x": "\ud800"}}},
+     1),
+    (json.dumps(HELD).replace("{}", '{"x":' * 33 + "1" + "}" * 33).encode(),
+     1),
+    (b'{"method": "x", "method": "tools/call", "id": 2, "params": '
+     b'{"name": "delete_file"}}', 2),
+    (b'{"method": "x", "params":\r' + json.dumps(HELD).encode() + b"\r}", None),
+    (json.dumps(HELD).replace("call", "\\x63all").encode(), None),
+    (json.dumps(HELD).encode("utf-16-le"), None),
+    (b"\xff" + json.dumps(HELD).encode(), None))
+
+
 def test_proxy_ways_round(mcp, desk):
-    """A batch, a call without an id, and JSON that two readers could read
-    differently never reach the server as a call."""
-    call = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {
-        "name": "delete_file", "arguments": {}}}
-    mcp.send([call])
-    mcp.send(b'{"method": "x", "method": "tools/call", "id": 2, "params": '
-             b'{"name": "delete_file"}}')
-    mcp.send({k: v for k, v in call.items() if k != "id"})
-    mcp.send(b'{"method": "x", "params":\r' + json.dumps(call).encode()
-             + b"\r}")
-    mcp.send(call | {"id": 3, "params": {"name": "read_file",
-                                         "arguments": {}}})
-    mcp.answer(3)
+    """What two readers could read as two messages is refused, under its id
+    where that can be read, and never reaches the server."""
+    for number, (line, key) in enumerate(WAYS_ROUND, 100):
+        mcp.send(line)
+        mcp.send(HELD | {"id": number, "params": {"name": "read_file"}})
+        mcp.answer(number)
+        refused = json.loads(mcp.lines[-2])
+        assert refused["id"] == key, (line, refused)
+        assert refused["error"]["code"] in (-32600, -32700)
+    assert len(mcp.lines) == 2 * len(WAYS_ROUND)
     assert not any(b"delete_file" in line for line in mcp.lines)
     assert desk.rows("SELECT * FROM pending_reviews") == []
-    codes = [json.loads(line)["error"]["code"] for line in mcp.lines
-             if b'"error"' in line]
-    assert codes == [-32600, -32700, -32700]
+
+
+def test_proxy_sends_what_was_shown(mcp, desk):
+    """A gated call is built again from the members that were read; its
+    outcome is the server's own answer."""
+    for number, tool, outcome in ((1, "delete_file", "executed"),
+                                  (2, "delete_locked", "failed")):
+        mcp.send({"extra": 1, "jsonrpc": "2.0", "id": number, "method":
+                  "tools/call", "params": {"name": tool, "extra": 2,
+                  "arguments": {"path": "a"}, "_meta": {"progressToken": 7}}})
+        request, = desk.waiting()
+        desk.decide(request["request_id"])
+        answer = mcp.answer(number)["result"]
+        if number == 1:
+            assert json.loads(answer["echo"]) == {
+                "jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {
+                    "name": tool, "arguments": {"path": "a"},
+                    "_meta": {"progressToken": 7}}}
+        assert until(lambda name=request["request_id"], end=outcome:
+                     desk.state(name)["outcome"] == end)
+    steps = [json.loads(line)["params"]["progress"] for line in mcp.lines
+             if b"notifications/progress" in line]
+    assert steps and all(0 < step < 0.5 for step in steps)
+
+
+def test_proxy_says_what_waits(mcp):
+    """stderr says once which of the server's tools wait; the server does not
+    get the reviewer's token."""
+    for number in (1, 2):
+        mcp.send({"jsonrpc": "2.0", "id": number, "method": "tools/list"})
+        mcp.answer(number)
+    mcp.call(3, "env", {})
+    names = mcp.answer(3)["result"]["names"]
+    assert "HITL_REVIEWER_TOKEN" not in names and "HITL_SERVER_URL" in names
+    assert mcp.close() == 0
+    assert mcp.said.count("1 tools wait for a person: delete_file") == 1
+    assert mcp.said.count("1 tools run unasked: read_file") == 1
 
 
 def test_proxy_child_dies(mcp):
@@ -5799,16 +5877,6 @@ def test_proxy_ends_its_server(mcp, desk):
                  == "withdrawn")
     mcp.reader.join(10)                 # the server's pipe is closed
     assert not mcp.reader.is_alive()
-
-
-def test_proxy_server_names():
-    """The name in mcp__NAME__tool comes from the command, without --name."""
-    for words, name in (
-            ("npx -y @modelcontextprotocol/server-filesystem .",
-             "server-filesystem"), ("python3 server.py", "server"),
-            ("/usr/bin/my-server --port 1", "my-server"),
-            ("uvx mcp_git", "mcp_git"), ("env A=1 node x/y.js", "y")):
-        assert hitl.server_name(words.split()) == name
 
 
 # ---- run ----
