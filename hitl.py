@@ -5647,7 +5647,8 @@ class Desk:
             return self.html(http, review_page(self.view(http), request))
         return self.json(http, request._asdict() | self.listed(request) | {
             "agent_context": stored_json(request.agent_context), "claim": None,
-            "attended": self.attended(request.request_id)})
+            "attended": self.attended(request.request_id),
+            "notices": self.told(request.request_id)})
 
     def get_history(self, http: HttpRequest) -> bytes:
         """What was reviewed, with all the words of `q`, of one `status`."""
@@ -5664,9 +5665,13 @@ class Desk:
             "next": found.next and "_".join(map(str, found.next))})
 
     def view(self, http: HttpRequest) -> View:
-        return View(http.who.name, self.store.time, self.attended,
+        return View(http.who.name, self.store.time, self.attended, self.told,
                     decided=self.store.asked_before,
                     change=self.store.head.sequence)
+
+    def told(self, request_id: str) -> str:
+        """The mark of a request whose notices failed."""
+        return notice_mark(self.store.notices_of(request_id))
 
     def get_healthz(self, http: HttpRequest) -> bytes:
         self.store.reviewed(0)          # the database answers, or 503
@@ -8855,7 +8860,7 @@ def print_request(request: dict[str, Any]) -> None:
     say("  who asks, and what is known:")
     for name in ("agent", "asked_by", "checkpoint_id", "why", "received_at",
                  "deadline", "decided_by", "decided_at", "reason", "outcome",
-                 "outcome_text", "request_id", "digest"):
+                 "outcome_text", "notices", "request_id", "digest"):
         if request.get(name):
             say_row(name, visible(str(request[name])))
     say("  context:")

@@ -3037,6 +3037,8 @@ def test_each_outcome_is_in_the_log_and_a_failure_is_marked(
         ("not-notified", "r-1", why), ("not-notified", "r-2", why),
         ("notified", "r-2", {"name": "good", "status": "204"})]
     assert until(lambda: "r-1: bad: 403, nobody was told" in str(desk.lines))
+    page = desk.page()
+    assert "bad: 403, nobody was told" in page and "bad: 403, good was told" in page
     with contextlib.closing(hitl.open_for_reading(desk.database)) as db:
         assert verifies(db)
 
