@@ -3973,7 +3973,8 @@ dd { margin: 0; }
 .context pre { padding: 4px 10px; }
 .more dl { font-size: 13.5px; margin: 4px 0 8px; }
 .said { flex: 1 1 100%; margin: 4px 0 0; font-weight: 600;
-  white-space: pre-line; }
+  white-space: pre-line; overflow: auto; }
+.over .said { margin: 0; line-height: 1.3; }
 .said:empty { display: none; }
 .warn { color: var(--red); background: var(--red-bg); padding: 2px 8px;
   border-radius: 4px; font-size: 13.5px; }
@@ -4072,6 +4073,8 @@ function prepare(root) {                        // of a page that was just read
 }
 function tell(form, text) { first(".said", form).textContent = text; }
 
+const height = element => element.getBoundingClientRect().height + "px";
+
 // The card stays as tall as it was: nothing moves under a finger.
 function settle(card, state, title = "") {
   const form = first("form", card), typed = first("textarea", card)?.value;
@@ -4083,7 +4086,8 @@ function settle(card, state, title = "") {
   if (typed && typed.trim() !== state.reason)
     said.textContent += `\nYou had typed: ${typed}`;
   const active = card.contains(document.activeElement);
-  card.style.minHeight = card.offsetHeight + "px";
+  card.style.minHeight = height(card);
+  if (form) said.style.maxHeight = height(form);
   card.className = `card over ${state.status}`;
   first(".status", card).textContent = state.status;
   first(".left", card).textContent = "";
@@ -4175,8 +4179,8 @@ async function live() {
   for (;;) {
     poll = new AbortController();
     try {
-      const hidden = document.hidden, reply = await fetch(
-        at(`/changes?after=${change}&wait=${hidden ? 0 : 25}`),
+      const hidden = document.hidden, wait = hidden || !lost.hidden ? 0 : 25;
+      const reply = await fetch(at(`/changes?after=${change}&wait=${wait}`),
         {cache: "no-store", signal: poll.signal});
       if (!reply.ok) throw new Error(reply.status);
       const now = String((await reply.json()).change);
@@ -4401,7 +4405,8 @@ PAGE = """<!doctype html>
 </head>
 <body data-change="{change}" data-at="{at}">
 <header>
-  <h1><a href="/">Review desk</a></h1>
+  <h1><a href="/">Review desk</a>
+    <span id="count" class="soft" aria-live="polite">{count}</span></h1>
   <button id="bell" type="button" hidden>Notify me</button>
   <a href="/history">History</a>
   <form action="/history" role="search">
@@ -4430,8 +4435,7 @@ this page may be old. If it stays so, reload to sign in again.</p>
 ICON = ("%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E"
         "%3Ccircle cx='8' cy='8' r='7' fill='%23{colour}'/%3E%3C/svg%3E")
 
-DESK = """<h2>Waiting <span id="count" aria-live="polite">{count}</span></h2>
-<section id="waiting"{many}>
+DESK = """<section id="waiting"{many}>
 {waiting}
 </section>
 <div id="more">{more}</div>
@@ -4524,6 +4528,7 @@ def page(title: str, main: Html, view: View, waits: int = 0,
         PAGE, title=title, main=main, style=Html(STYLE), script=Html(SCRIPT),
         icon=Html(ICON.replace("{colour}", "f2a100" if waits else "888")),
         change=view.change, at=instant(view.at), q=q,
+        count=f"{waits} waiting" if waits else "",
         who=tag(view.who and f"signed in as {view.who}", "span",
                 ' class="soft"'))
 
@@ -4540,7 +4545,7 @@ def desk_page(view: View, waiting: list[ReviewRequest], count: int,
     many = ' class="many"' if len(cards) > MANY_CARDS else ""
     title = f"({count}) Review desk" if count else "Review desk"
     return page(title, fill(
-        DESK, count=count, more=more, many=Html(many), waiting=joined(cards),
+        DESK, more=more, many=Html(many), waiting=joined(cards),
         reviewed=fill("<h2>Reviewed</h2>\n<ol>\n{rows}</ol>", rows=joined(map(
             reviewed_row, reviewed))) if reviewed else Html("")), view, count)
 
