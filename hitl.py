@@ -5313,8 +5313,11 @@ class Desk:
     """Who may do what, and the answers. It knows no socket: a request's head
     and body come in, an answer goes out as bytes, or as a Poll."""
 
-    def __init__(self, store: Store, tokens: Tokens, url: str) -> None:
+    def __init__(self, store: Store, tokens: Tokens, url: str,
+                 rules: Rules) -> None:
         self.store, self.tokens, self.url = store, tokens, url
+        self.rules = rules              # serve's own
+        self.rules_written_at = 0
         self.admit = functools.lru_cache(maxsize=512)(self.judge)
         self.dated = (0, "")
         self.attended_until: dict[str, float] = {}  # request_id -> monotonic
@@ -5322,6 +5325,23 @@ class Desk:
     def attended(self, request_id: str) -> bool:
         """Whether somebody waits for this: a parked poll or a recent one."""
         return self.attended_until.get(request_id, 0) > time.monotonic()
+
+    def rules_edited(self) -> bool:
+        """Whether the file is no longer what was read; said once for each
+        time that it is written."""
+        if self.rules.path is None:
+            return False
+        written_at = 0
+        with contextlib.suppress(OSError):
+            written_at = os.stat(self.rules.path).st_mtime_ns
+        if written_at == self.rules_written_at:
+            return False
+        self.rules_written_at = written_at
+        try:
+            data = self.rules.path.read_bytes()
+            return hashlib.sha256(data).hexdigest() != self.rules.digest
+        except OSError:
+            return True
 
     def close_overdue(self) -> None:
         """Close requests past their deadline, and approvals nobody claimed.
@@ -6059,6 +6079,9 @@ class Loop:
         for connection in self.everybody():
             if connection.until <= now and connection.waits_for is None:
                 self.drop(connection)
+        if self.desk.rules_edited():
+            self.print_lines(["the configuration was edited since this desk "
+                              "started: start it again to use it"])
         if not self.desk.store.still_there():
             self.fault = HitlError(
                 f"{self.desk.store.path} was deleted or replaced",
@@ -6193,7 +6216,8 @@ class Loop:
 
 def open_desk(host: str, port: int, store: Store, tokens: Tokens,
               public_url: str = "", say: Callable[[str], None] | None = None,
-              *, tls: Any = None, limits: Limits = LIMITS) -> Loop:
+              *, rules: Rules | None = None, tls: Any = None,
+              limits: Limits = LIMITS) -> Loop:
     """A desk that listens; OSError if the port is taken. http.server is
     imported here, because a gate does not need it: HTTPServer owns the
     socket, BaseHTTPRequestHandler's class is the handler of a connection."""
@@ -6202,7 +6226,7 @@ def open_desk(host: str, port: int, store: Store, tokens: Tokens,
     loop: Loop = server((host, port), BaseHTTPRequestHandler, limits, say,
                         tls)
     loop.url = public_url or loop.own_url(host)
-    loop.desk = Desk(store, tokens, loop.url)
+    loop.desk = Desk(store, tokens, loop.url, rules or Rules(()))
     return loop
 
 
@@ -8880,86 +8904,212 @@ def print_request(request: dict[str, Any]) -> None:
 
 def cmd_serve(args: Any) -> int:
     """the desk: server, page and database, until Ctrl-C"""
+    import gc
     import signal
-    rules = configuration_for(args, needed=False)
-    warnings = file_warnings(rules)
-    check_file_owner(rules)
-    host = args.host or rules.server["host"]
+    # 1. what was asked for, unless it is unsafe
+    configuration = configuration_for(args, needed=False)
+    server = configuration.server
+    warnings = file_warnings(configuration)
+    check_file_owner(configuration)
+    host = args.host or server["host"]
     with config_error("--port"):
-        port = port_value(first_of(args.port, rules.server["port"]))
+        port = port_value(first_of(args.port, server["port"]))
     with config_error("--public-url"):
-        public_url = public_url_value(args.public_url
-                                      or rules.server["public_url"])
-    warnings += notice_warnings(rules, public_url)
-    channels = [Channel(rules.path, entry, os.environ) for entry in rules.notify]
-    tokens, token = serving_tokens(rules)
-    check_exposure(host, public_url, tokens, args.allow_clear_text)
-    database = database_for(args, rules)
-    store = open_store(database)
+        public_url = public_url_value(args.public_url or server["public_url"])
+    warnings += notice_warnings(configuration, public_url)
+    channels = [Channel(configuration.path, entry, os.environ)
+                for entry in configuration.notify]
+    tokens, made = serving_tokens(configuration, sys.stdout.isatty())
+    tls = tls_context(args, configuration)
+    safe = bool(tls) or public_url.startswith("https://")
+    check_exposure(host, tokens, safe or args.allow_clear_text)
+    # 2. the database and the socket
+    store = open_store(database_for(args, configuration))
     raise_file_limit()
-    bell = "\a" if sys.stdout.isatty() else ""
     try:
-        desk = open_desk(host, port, store, tokens, public_url, lambda text:
-                         say(text + (bell if "submitted" in text else "")))
+        desk = open_desk(host, port, store, tokens, public_url, tls=tls,
+                         rules=configuration.rules)
     except OSError as error:
         store.close()
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}",
                           "another server may have it: try --port 0, which "
                           "takes a free one") from None
-    say(f"hitl.py {__version__}: review what waits at")
-    say(link_with(desk.url, token) if token else f"{desk.url}/")
-    say(f"name reviewer, token {token}" if token else
-        "sign in with " + ("your name and your own token" if tokens.named
-                           else "any name and HITL_REVIEWER_TOKEN"))
-    if token:
-        say("to keep this token: HITL_REVIEWER_TOKEN=TOKEN python3 hitl.py "
-            "serve")
-    say(f"configuration {rules.path or 'none found: defaults of [server]'}")
-    say(f"database {store.path.absolute()}")
-    say(f"audit log: {store.head.sequence} rows, head {store.head.hash}")
-    if os.environ.get("SSH_CONNECTION"):
-        import getpass
-        request = os.environ["SSH_CONNECTION"].split()[2]
-        bound = desk.url.rpartition(":")[2]
-        say(f"from your own machine: ssh -L {bound}:127.0.0.1:{bound} "
-            f"{getpass.getuser()}@{request}")
-    if tokens.agent is None:
-        say("any program on this machine can ask; HITL_AGENT_TOKEN changes "
-            "that")
-    for warning in warnings:
-        say(f"warning: {warning}")
+    # 3. where it is, and everything worth knowing at the start
+    warnings += address_warnings(desk, configuration)
+    for line in (*greeting(desk, configuration, made),
+                 *(f"warning: {warning}" for warning in warnings)):
+        say(visible(line))
+    # 4. serve until a signal
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: desk.stop())
-    desk.start_notices(channels, rules.rules)
-    desk.serve_forever()
-    say(f"stopped; audit log: {store.head.sequence} rows, head "
-        f"{store.head.hash}")
-    store.close()
+    gc.set_threshold(50_000)        # large requests are made of many parts
+    printer = Printer()
+    desk.say = printer.say
+    desk.start_notices(channels, configuration.rules)
+    try:
+        desk.serve_forever()
+    finally:
+        head = store.head
+        printer.say(f"stopped; audit log: {head.sequence} rows, head {head.hash}")
+        printer.close()
+        store.close()
     return 0
 
 
-def serving_tokens(rules: Configuration) -> tuple[Tokens, str | None]:
-    """Who may sign in, and the reviewer's token if it was made here."""
+def greeting(desk: Loop, configuration: Configuration,
+             made: str | None) -> Iterator[str]:
+    """What serve prints at its start; `made` is a token that is new."""
+    store, tokens = desk.desk.store, desk.desk.tokens
+    yield f"hitl.py {__version__}: review what waits at"
+    if made:
+        yield link_with(desk.url, made)
+        yield f"name reviewer, token {made}"
+        yield ("to keep this token: HITL_REVIEWER_TOKEN=TOKEN python3 hitl.py "
+               "serve")
+    elif tokens.named:
+        yield f"{desk.url}/"
+        yield "sign in with your name and your own token"
+    else:
+        yield f"{desk.url}/"
+        yield "sign in with any name and HITL_REVIEWER_TOKEN"
+    path = configuration.path
+    yield f"configuration {path or 'none found: defaults of [server]'}"
+    yield f"database {store.path.absolute()}"
+    yield f"audit log: {store.head.sequence} rows, head {store.head.hash}"
+    connection = os.environ.get("SSH_CONNECTION", "").split()
+    if len(connection) == 4:
+        import getpass
+        port = desk.server_port
+        yield (f"from your own machine: ssh -L {port}:127.0.0.1:{port} "
+               f"{getpass.getuser()}@{connection[2]}")
+    if tokens.agent is None and not tokens.agents:
+        yield "any program on this machine can ask; HITL_AGENT_TOKEN changes that"
+
+
+def address_warnings(desk: Loop, configuration: Configuration) -> list[str]:
+    """A warning where agents that read the same file look elsewhere."""
+    asked = os.environ.get("HITL_SERVER_URL") or str(
+        configuration.gate["server_url"])
+    scheme, _, place = asked.rstrip("/").partition("://")
+    here = "https" if desk.tls else "http"
+    if asked.rstrip("/") == desk.url.rstrip("/") or (scheme, authority(
+            place, scheme)[1]) == (here, str(desk.server_port)):
+        return []
+    return [f"agents that read this configuration ask at {asked} (server_url), "
+            f"and this desk is {here} on port {desk.server_port}"]
+
+
+class Printer:
+    """Lines on stdout that serve never waits for: where nobody reads them
+    they are lost, and counted."""
+
+    def __init__(self) -> None:
+        import queue
+        self.lines: queue.Queue[tuple[int, str] | None] = queue.Queue(1000)
+        self.lost, self.bell = 0, ""
+        if sys.stdout.isatty():
+            self.bell = "\a"
+        handler = logging.Handler()
+        handler.emit = lambda record: self.say(      # type: ignore[method-assign]
+            handler.format(record), 2)
+        logging.getLogger().addHandler(handler)
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def say(self, text: str, file: int = 1) -> None:
+        import queue
+        if " submitted " in text:
+            text += self.bell
+        try:
+            self.lines.put_nowait((file, text))
+        except queue.Full:
+            self.lost += 1
+
+    def run(self) -> None:
+        said = 0
+        encoding = sys.stdout.encoding or "utf-8"
+        with contextlib.suppress(OSError):      # nobody is there any more
+            while line := self.lines.get():
+                file, text = line
+                data = f"{text}\n".encode(encoding, "backslashreplace")
+                if self.lost > said:
+                    data += b"%d lines were lost here\n" % (self.lost - said)
+                    said = self.lost
+                while data:
+                    data = data[os.write(file, data):]
+
+    def close(self) -> None:
+        """Wait for the last lines, but not for long."""
+        import queue
+        with contextlib.suppress(queue.Full):
+            self.lines.put(None, timeout=1)
+            self.thread.join(1)
+
+
+RESERVED_AGENTS = ("token", "unauthenticated")      # principals of ours
+
+
+def serving_tokens(configuration: Configuration, terminal: bool
+                   ) -> tuple[Tokens, str | None]:
+    """Who may sign in, and the reviewer's token if it was made here, which
+    only a terminal may show."""
     agent = read_token("HITL_AGENT_TOKEN")
-    shared, made = None, None
-    if rules.reviewers and os.environ.get("HITL_REVIEWER_TOKEN"):
+    shared, made = read_token("HITL_REVIEWER_TOKEN"), None
+    if configuration.reviewers and shared:
         say("warning: HITL_REVIEWER_TOKEN is not used: each [[reviewer]] has "
             "a token")
-    if not rules.reviewers:
-        shared = read_token("HITL_REVIEWER_TOKEN")
-        if shared is None:
-            shared = made = fresh_token()
-    if agent and (agent == shared
-                  or token_hash(agent) in rules.reviewers.values()):
+        shared = None
+    elif not configuration.reviewers and not shared:
+        if not terminal:
+            raise ConfigError(
+                "no reviewer could sign in: stdout is not a terminal, so that "
+                "whoever started this could read a fresh token there",
+                "set HITL_REVIEWER_TOKEN to one of 16 characters or more, or "
+                "give each reviewer one: python3 hitl.py token NAME")
+        shared = made = fresh_token()
+    tokens = Tokens(agent and token_hash(agent), shared and token_hash(shared),
+                    configuration.reviewers, configuration.agents)
+    agents = {tokens.agent, *tokens.agents.values()} - {None}
+    if agents & {tokens.shared, *tokens.named.values()}:
         raise ConfigError("agent and reviewer have the same token",
-                          f"an agent could approve; a good one for the agent: "
+                          "an agent could approve; a good one for the agent: "
                           f"{fresh_token()}")
-    return Tokens(agent and token_hash(agent), shared and token_hash(shared),
-                  rules.reviewers), made
+    for name in RESERVED_AGENTS:
+        if name in tokens.agents:
+            raise ConfigError(f'[[agent]] cannot be called "{name}"',
+                              "the log calls others so; choose another name")
+    return tokens, made
 
 
-def check_exposure(host: str, public_url: str, tokens: Tokens,
-                   allow_clear_text: bool) -> None:
+def tls_context(args: Any, configuration: Configuration) -> Any:
+    """An ssl.SSLContext of the certificate and key, or None without."""
+    folder = Path()
+    if configuration.path:
+        folder = configuration.path.parent
+    chain, key = (
+        Path(given) if given else configured and folder / str(configured)
+        for given, configured in (
+            (args.tls_certificate, configuration.server["tls_certificate"]),
+            (args.tls_key, configuration.server["tls_key"])))
+    if not chain:
+        if key:
+            raise ConfigError("tls_key without tls_certificate",
+                              "name the certificate, too")
+        return None
+    import ssl
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.set_alpn_protocols(["http/1.1"])
+    try:        # an encrypted key would ask on the terminal: "" is no password
+        context.load_cert_chain(chain, key or None, password="")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"cannot use the TLS certificate {chain}: {error}",
+            "tls_certificate and tls_key are PEM files that belong together; "
+            "the key has no password") from None
+    return context
+
+
+def check_exposure(host: str, tokens: Tokens, safe: bool) -> None:
     """ConfigError for an address others can reach, without what that needs."""
     import ipaddress
     try:
@@ -8968,16 +9118,17 @@ def check_exposure(host: str, public_url: str, tokens: Tokens,
         local = host == "localhost"
     if local:
         return
-    if tokens.agent is None:
+    if tokens.agent is None and not tokens.agents:
         raise ConfigError(f"{host} can be reached from other machines, and "
                           "agents have no token",
                           f"set HITL_AGENT_TOKEN; a good one: {fresh_token()}")
-    if not (public_url.startswith("https://") or allow_clear_text):
+    if not safe:
         raise ConfigError(
             f"{host} can be reached from other machines, and tokens would "
             "cross the network in clear text",
-            "stay on 127.0.0.1 and use `ssh -L`, or set an https public_url "
-            "(a proxy holds the certificate), or say --allow-clear-text")
+            "stay on 127.0.0.1 and use `ssh -L`, or give --tls-certificate and "
+            "--tls-key, or an https public_url (a proxy holds the "
+            "certificate), or say --allow-clear-text")
 
 
 def file_warnings(rules: Configuration) -> list[str]:
@@ -8988,7 +9139,9 @@ def file_warnings(rules: Configuration) -> list[str]:
     if mode & 0o002:
         raise ConfigError(f"{rules.path} can be written by everybody",
                           f"chmod go-w {rules.path}")
-    return [f"{rules.path} can be written by its group"] * bool(mode & 0o020)
+    if mode & 0o020:
+        return [f"{rules.path} can be written by its group"]
+    return []
 
 
 def check_file_owner(configuration: Configuration) -> None:
@@ -9249,12 +9402,16 @@ def print_verified(path: Path, noted: str, as_json: bool) -> int:
 
 
 def cmd_token(args: Any) -> int:
-    """a token for one reviewer, and the lines that make it known"""
+    """a token for a reviewer, or --agent, and the lines that make it known"""
     with config_error("the name"):
         name_value(args.name)
-    token = fresh_token()
-    say(f"for {args.name}, shown once: {token}\n\nin checkpoints.toml:\n\n"
-        f'[[reviewer]]\nname = {json.dumps(args.name, ensure_ascii=False)}\n'
+    token, kind = fresh_token(), "reviewer"
+    if args.agent:
+        kind = "agent"
+    print(f"the {kind} {args.name}'s token, shown once: {token}\n"
+          "what follows is for checkpoints.toml: add >> checkpoints.toml",
+          file=sys.stderr, flush=True)
+    say(f"\n[[{kind}]]\nname = {json.dumps(args.name, ensure_ascii=False)}\n"
         f'token_sha256 = "{token_hash(token)}"')
     return 0
 
@@ -9375,6 +9532,8 @@ def command_line() -> Any:
     add("--host", help="address to listen on (127.0.0.1)")
     add("--port", type=int, help="port (8765; 0: any free one)")
     add("--public-url", metavar="URL", help="where reviewers reach it")
+    add("--tls-certificate", metavar="FILE", help="PEM: speak https")
+    add("--tls-key", metavar="FILE", help="its key, if that is elsewhere")
     add("--allow-clear-text", action="store_true",
         help="off loopback without https")
     add = command(cmd_check, """check delete_users '{"table": "users"}'""",
@@ -9397,8 +9556,9 @@ def command_line() -> Any:
     add("--verify", action="store_true", help="check the whole chain")
     add("--head", metavar="HASH", default="",
         help="a head noted before, to show a cut-off end")
-    add = command(cmd_token, "token ana")
-    add("name", help="the reviewer")
+    add = command(cmd_token, "token ana >> checkpoints.toml")
+    add("name", help="the reviewer, or the agent")
+    add("--agent", action="store_true", help="for an agent")
     add = command(cmd_run, "run -- terraform apply",
                   "--timeout --config command_words")
     add("--tool", metavar="NAME", default="run", dest="tool_name",

@@ -247,17 +247,20 @@ def command(*words: str, folder: Path = HERE, stdin: str = "",
 class Running:
     """A process that runs on, and what it said so far."""
 
-    def __init__(self, *argv: str, stdin=subprocess.DEVNULL, **how) -> None:
-        self.process = start(*argv, stdin=stdin, stderr=subprocess.STDOUT,
+    def __init__(self, *argv: str, stdin=subprocess.DEVNULL, terminal=False,
+                 **how) -> None:
+        self.output, theirs = pty.openpty() if terminal else os.pipe()
+        self.process = start(*argv, stdin=stdin, stdout=theirs, stderr=theirs,
                              text=False, **how)
+        os.close(theirs)
         self.data = b""
         self.reader = threading.Thread(target=self.read, daemon=True)
         self.reader.start()
 
     def read(self) -> None:
-        with self.process.stdout as file:
-            while part := os.read(file.fileno(), 1 << 16):
-                self.data += part
+        with contextlib.suppress(OSError), open(self.output, "rb", 0) as file:
+            while part := file.read(1 << 16):
+                self.data += part.replace(b"\r\n", b"\n")
 
     @property
     def text(self) -> str:
@@ -292,8 +295,9 @@ class Served(Running):
     """`hitl.py serve` as a process of its own, which can be killed."""
 
     def __init__(self, folder: Path, *words: str, port: int = 0,
-                 **environ: str) -> None:
+                 terminal: bool = False, **environ: str) -> None:
         self.folder, self.words, self.port = folder, words, port
+        self.terminal = terminal
         self.environ = {"HITL_REVIEWER_TOKEN": REVIEWER_TOKEN} | environ
         self.start()
 
@@ -301,7 +305,7 @@ class Served(Running):
         super().__init__(
             *HITL, "serve", "--database", str(self.folder / "hitl.db"),
             "--port", str(self.port), *self.words, folder=self.folder,
-            **self.environ)
+            terminal=self.terminal, **self.environ)
         until(lambda: "audit log" in self.text
               or self.process.poll() is not None)
         link = re.search("^https?://.*$", self.text, re.M)
@@ -3473,7 +3477,8 @@ def test_one_shape(desk):
                             Accept="application/json")[2]
                    for path in ("/history", "/review/r-1"))
     for row in waiting + past["reviewed"]:
-        assert set(row) == shape | {"action_description", "large", *call}
+        assert set(row) == shape | {"action_description", "large",
+                                    "received_at", *call}
         assert row | call == row
     assert whole["agent_context"] == {"task": "clean up"}
 
@@ -3547,7 +3552,8 @@ def test_the_form_goes_back_to_the_page(desk):
     for n, back in enumerate(("/", "", "//evil.example", "https://evil",
                               "/\\evil", "/%0d%0aSet-Cookie:a=b")):
         desk.post(f"r-{n}")
-        form = f"decision=rejected&reason=caf%C3%A9&back={back}".encode()
+        form = ("decision=rejected&reason=caf%C3%A9&shown_at=2026-01-01&"
+                f"back={back}").encode()
         for body, expected in ((b"decision=approved&" + form, 400),
                                (form, 303)):
             status, headers, _ = desk_ask(
@@ -3626,33 +3632,36 @@ def serve(tmp_path, monkeypatch, capsys):
     return run
 
 
+WEAK = "whoever started this could read a fresh token"
 FREE, POOR = r"cannot listen on .*\n.*--port 0", r"good one.*: [\w-]{43}\n"
 OPEN, CLEAR = "agents have no token", "in clear text"
-SHORT, PROXY = "fifteen-letters", "--public-url=https://d.example"
+R, SHORT, PROXY = REVIEWER_TOKEN, "fifteen-letters", "--public-url=https://d.example"
 
 
 @pytest.mark.parametrize("words, agent, reviewer, expected", [
-    ("--host 127.0.0.1", "", "", FREE), ("--host localhost", "", "", FREE),
-    ("--host 0.0.0.0", "", "", OPEN),
-    ("--host 0.0.0.0 " + PROXY, "", "", OPEN),
-    ("--host 0.0.0.0 --allow-clear-text", "", "", OPEN),
-    *((f"--host {host}", AGENT_TOKEN, "", CLEAR) for host in (
+    ("--host 127.0.0.1", "", R, FREE), ("--host localhost", "", R, FREE),
+    ("--host 0.0.0.0", "", R, OPEN), ("", "", "", WEAK),
+    ("--host 0.0.0.0 " + PROXY, "", R, OPEN),
+    ("--host 0.0.0.0 --allow-clear-text", "", R, OPEN),
+    *((f"--host {host}", AGENT_TOKEN, R, CLEAR) for host in (
         "0.0.0.0", "::", "0", "192.0.2.1", "host.example")),
-    ("--host 0.0.0.0 --public-url=http://d.example", AGENT_TOKEN, "", CLEAR),
-    ("--host 0.0.0.0 " + PROXY, AGENT_TOKEN, "", FREE),
-    ("--host 0.0.0.0 --allow-clear-text", AGENT_TOKEN, "", FREE),
-    ("", AGENT_TOKEN, REVIEWER_TOKEN, FREE),
-    ("", "", "sixteen-letters-", FREE),
-    ("", AGENT_TOKEN, AGENT_TOKEN, POOR), ("", SHORT, "", POOR),
+    ("--host 0.0.0.0 --public-url=http://d.example", AGENT_TOKEN, R, CLEAR),
+    ("--host 0.0.0.0 " + PROXY, AGENT_TOKEN, R, FREE),
+    ("--host 0.0.0.0 --allow-clear-text", AGENT_TOKEN, R, FREE),
+    ("", AGENT_TOKEN, R, FREE), ("", "", "sixteen-letters-", FREE),
+    ("", AGENT_TOKEN, AGENT_TOKEN, POOR), ("", SHORT, R, POOR),
     *(("", "", token, POOR) for token in (
         SHORT, "with a blank in it", "é" * 20, "line\nline\nline\nline")),
-    *((f"--public-url={url}", "", "", "--public-url") for url in (
+    *((f"--public-url={url}", "", R, "--public-url") for url in (
         "desk.example", "https://", "ftp://x", "https://x/a\r\nb:c",
-        "https://x/path")), ("--port=70000", "", "", "--port")])
+        "https://x/path")), ("--port=70000", "", R, "--port"),
+    ("--tls-key k.pem", "", R, "tls_key without tls_certificate"),
+    ("--tls-certificate none.pem", "", R, "cannot use the TLS certificate")])
 def test_what_serve_refuses(serve, words, agent, reviewer, expected):
     """Off loopback serve needs an agent token, and https or
     --allow-clear-text; a token under 16 characters, or the same for agent and
-    reviewer, is refused and a good one printed."""
+    reviewer, is refused and a good one printed; without a terminal it makes
+    none."""
     status, said = serve(*words.split(" ") * bool(words),
                          HITL_AGENT_TOKEN=agent, HITL_REVIEWER_TOKEN=reviewer)
     assert status == 2 and re.search(expected, said), said
@@ -3678,11 +3687,13 @@ def test_what_serve_prints(serve, tmp_path):
     rules = tmp_path / "checkpoints.toml"
     rules.write_text(RULES)
     rules.chmod(0o664)
-    served = Served(tmp_path, HITL_REVIEWER_TOKEN="",
+    served = Served(tmp_path, HITL_REVIEWER_TOKEN="", terminal=True,
                     SSH_CONNECTION="198.51.100.1 5000 192.0.2.7 22")
     token = re.fullmatch(r"http://reviewer:([\w-]{43})@127\.0\.0\.1:"
                          f"{served.port}/", served.link)[1]
-    assert "another server runs" in serve()[1]
+    assert "another server runs" in serve(HITL_REVIEWER_TOKEN=R)[1]
+    rules.write_text(RULES + "\n")
+    assert served.said(".* the configuration was edited since .*")
     served.agent().exchange("POST", "/pending", four(), seconds=10)
     assert desk_ask(served, "POST", "/approve/r-1", hitl.basic("ana", token), {
         "decision": "rejected", "reason": "a\nb"})[0] == 200
@@ -3694,7 +3705,7 @@ def test_what_serve_prints(serve, tmp_path):
     assert [re.sub(r"^\d\d:\d\d:\d\d ", "", line)
             for line in served.lines[-3:]] == [
         f"submitted {four()['action_description']} [r-1] by "
-        "agent:unauthenticated",
+        "agent:unauthenticated\a",
         f"rejected  {four()['action_description']} [r-1] by reviewer:ana",
         last]
     ssh = f"ssh -L {served.port}:127.0.0.1:{served.port} "
@@ -3703,26 +3714,52 @@ def test_what_serve_prints(serve, tmp_path):
         f"name reviewer, token {token}", f"configuration {rules}",
         f"database {tmp_path / 'hitl.db'}",
         f"audit log: 0 rows, head {hitl.GENESIS}",
-        f"warning: {rules} can be written by its group"}
+        f"warning: {rules} can be written by its group",
+        "warning: agents that read this configuration ask at "
+        "http://127.0.0.1:8765 (server_url), and this desk is http on port "
+        f"{served.port}"}
 
 
-def test_lines_that_nobody_reads(tmp_path):
-    """A stdout that nobody reads (`serve | head`) costs lines, not the
-    server; a given token is not printed."""
-    served = Served(tmp_path)
+@pytest.mark.parametrize("closed", [True, False])
+def test_lines_that_nobody_reads(tmp_path, closed):
+    """A stdout that is closed (`serve | head`), or that nobody drains, costs
+    lines, which are counted, not the desk; a given token is not printed."""
+    ours, theirs = os.pipe()
+    process = start(*HITL, "serve", "--port", "0", "--database",
+                    str(tmp_path / "hitl.db"), folder=tmp_path,
+                    stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs,
+                    HITL_REVIEWER_TOKEN=R)
+    os.close(theirs)
     try:
-        for n in range(4):
-            served.agent().exchange("POST", "/pending", four(f"r-{n}"),
-                                    seconds=10)
-            assert desk_ask(served, "POST", f"/approve/r-{n}", hitl.basic(
-                "Łukasz", REVIEWER_TOKEN), YES)[0] == 200
-            assert n or until(lambda: "Łukasz" in served.lines[-1])
-            with open(os.devnull) as nothing:   # closes our end of the pipe
-                if not n:
-                    os.dup2(nothing.fileno(), served.process.stdout.fileno())
-        assert REVIEWER_TOKEN not in "".join(served.lines)
+        head = until(lambda: os.read(ours, 4096).decode()) or ""
+        while "audit log" not in head:
+            head += os.read(ours, 4096).decode()
+        port = int(re.search(r"127\.0\.0\.1:(\d+)/", head)[1])
+        if closed:
+            os.close(ours)
+        count = 500 if closed else 2000
+        for start_at in range(0, count, 500):
+            with socket.create_connection(("127.0.0.1", port), 20) as sock:
+                sock.sendall(b"".join(
+                    http_post(four(f"r-{n}") | {"agent": f"a-{n % 9}"},
+                              *[CLOSE] * (n % 500 == 499))
+                    for n in range(start_at, start_at + 500)))
+                assert statuses(read_all(sock)) == [201] * 500
+        assert hitl.Client(f"http://127.0.0.1:{port}", REVIEWER).fetch(
+            "GET", "/", seconds=5)[0] == 200
+        assert R not in head
     finally:
-        served.stop(signal.SIGKILL)
+        process.terminate()
+    if closed:
+        assert process.wait(10) == 0
+        return
+    with open(ours, "rb") as file:
+        lines = file.read().decode().splitlines()
+    assert process.wait(10) == 0
+    lost = sum(int(n) for n in re.findall(
+        "(?m)^([0-9]+) lines were lost here$", "\n".join(lines)))
+    submitted = [line for line in lines if " submitted " in line]
+    assert lost > 0 and len(submitted) + lost >= count
 
 
 def test_no_getfqdn(make_desk, monkeypatch):
@@ -6958,11 +6995,10 @@ def test_a_printed_token_signs_in(make_desk, make_rules, tmp_path):
     house = make_desk()
     tokens, rules = {}, RULES
     for name in ("ana", "Zo\xeb M\xfcller", 'O"Hara \\ Co', "\U0001f600"):
-        out = typed(house, "token", name).out
-        tokens[name] = re.search("shown once: (.+)", out)[1]
-        block = out[out.index("[[reviewer]]"):]
-        assert tokens[name] not in block
-        rules += block
+        printed = typed(house, "token", name)
+        tokens[name] = re.search("shown once: (.+)", printed.err)[1]
+        assert tokens[name] not in printed.out
+        rules += printed.out
     path = make_rules(rules).path
     desk = make_desk(named=hitl.load_configuration(path).reviewers)
     for name, token in tokens.items():
@@ -7007,7 +7043,7 @@ def test_the_whole_trip(tmp_path, make_gate, chromium):
     def logged() -> str:
         return str([entry["message"] for entry in chromium.ask(
             "POST", chromium.session + "/se/log", {"type": "browser"})])
-    served, ran = Served(tmp_path, HITL_REVIEWER_TOKEN=""), []
+    served, ran = Served(tmp_path, HITL_REVIEWER_TOKEN="", terminal=True), []
     try:
         gate = make_gate(served)
         assert re.fullmatch(LINK, served.link)
