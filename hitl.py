@@ -159,6 +159,7 @@ import enum
 import functools
 import hashlib
 import inspect
+import itertools
 import json
 import logging
 import math
@@ -2861,15 +2862,15 @@ class Store:
         """A page of what waits: what somebody waits for first, then in turns
         by credential, then by agent, each agent's soonest deadline first.
         Whoever floods the desk pushes nobody else's request off the page."""
-        queue = [(request_id not in attended, deadline or "~", number,
-                  asked_by, agent) for number, request_id, deadline, asked_by,
-                 agent in self.db.execute(
-                     "SELECT id, request_id, deadline, asked_by, agent FROM "
-                     "pending_reviews WHERE status = 'waiting'")]
-        queue.sort(key=operator.itemgetter(0, 1, 2))
-        queue = take_turns(queue, operator.itemgetter(3, 4))
-        queue = take_turns(queue, operator.itemgetter(3))
-        return self.by_number([row[2] for row in queue[skip:skip + limit]])
+        first: list[QueueRow] = []
+        others: list[QueueRow] = []
+        for row in self.db.execute(
+                "SELECT coalesce(deadline, '~'), id, asked_by, agent, request_id "
+                "FROM pending_reviews WHERE status = 'waiting'"):
+            (first if row[4] in attended else others).append(row)
+        order = itertools.chain(in_turns(first), in_turns(others))
+        return self.by_number([number for _, number, *_ in itertools.islice(
+            order, skip, skip + limit)])
 
     def by_number(self, numbers: list[int]) -> list[ReviewRequest]:
         """The requests with these ids, in this order, as a list shows them."""
@@ -2934,20 +2935,25 @@ class Store:
             request.request_id)]) for request in waiting]
 
 
-# not attended, deadline, id, credential, agent
-QueueRow = tuple[bool, str, int, str, str | None]
+QueueRow = tuple[str, int, str, str | None, str]    # deadline, id, who, ...
 
 
-def take_turns(queue: list[QueueRow],
-               owner: Callable[[QueueRow], Any]) -> list[QueueRow]:
-    """The queue with its owners taking turns: the first of each, then the
-    second of each; what is attended comes before all."""
-    taken: Counter[Any] = Counter()
+def in_turns(rows: list[QueueRow]) -> Iterator[QueueRow]:
+    """What waits, the credentials taking turns, within each its agents."""
+    agents: dict[Any, list[QueueRow]] = {}
+    for row in sorted(rows):
+        agents.setdefault(row[2:4], []).append(row)
+    credentials: dict[str, list[list[QueueRow]]] = {}
+    for (asked_by, _), queue in agents.items():
+        credentials.setdefault(asked_by, []).append(queue)
+    return take_turns(map(take_turns, credentials.values()))
 
-    def turn(row: QueueRow) -> tuple[bool, int, str, int]:
-        taken[owner(row)] += 1
-        return row[0], taken[owner(row)], row[1], row[2]
-    return sorted(queue, key=turn)
+
+def take_turns(queues: Iterable[Iterable[QueueRow]]) -> Iterator[QueueRow]:
+    """The first of each queue, the soonest deadline before, then the second
+    of each, and so on."""
+    for turn in itertools.zip_longest(*queues):
+        yield from sorted(filter(None, turn))
 
 
 def check_owner(asked_by: str, by: str) -> None:
