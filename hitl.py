@@ -2182,19 +2182,14 @@ WHEN NEW.lifted_at IS NOT NULL
     AND r.session = NEW.session AND r.asked_by = NEW.principal))
 BEGIN SELECT RAISE(ABORT, 'a person decides what stands'); END;
 
-CREATE TRIGGER only_lifted BEFORE UPDATE ON standing_decisions
-WHEN OLD.lifted_at IS NOT NULL OR NEW.lifted_at IS NULL
-  OR NEW.number IS NOT OLD.number OR NEW.decision IS NOT OLD.decision
-  OR NEW.made_by IS NOT OLD.made_by OR NEW.made_at IS NOT OLD.made_at
-  OR NEW.until IS NOT OLD.until OR NEW.uses IS NOT OLD.uses
-  OR NEW.request_id IS NOT OLD.request_id OR NEW.reason IS NOT OLD.reason
-  OR NEW.signed_in IS NOT OLD.signed_in OR NEW.digest IS NOT OLD.digest
-  OR NEW.checkpoint_id IS NOT OLD.checkpoint_id
-  OR NEW.checkpoint_digest IS NOT OLD.checkpoint_digest
-  OR NEW.desk_digest IS NOT OLD.desk_digest
-  OR NEW.session IS NOT OLD.session OR NEW.principal IS NOT OLD.principal
+CREATE TRIGGER only_lifted BEFORE UPDATE OF number, decision, made_by, made_at,
+  until, uses, request_id, reason, signed_in, digest, checkpoint_id,
+  checkpoint_digest, desk_digest, session, principal ON standing_decisions
 BEGIN SELECT RAISE(ABORT, 'a standing decision is only ever lifted'); END;
-
+CREATE TRIGGER lifted_once BEFORE UPDATE ON standing_decisions
+WHEN OLD.lifted_at IS NOT NULL OR NEW.lifted_at IS NULL
+  OR NEW.number IS NOT OLD.number
+BEGIN SELECT RAISE(ABORT, 'a standing decision is only ever lifted'); END;
 CREATE TRIGGER standing_is_kept BEFORE DELETE ON standing_decisions
 BEGIN SELECT RAISE(ABORT, 'a standing decision is only ever lifted'); END;
 
@@ -2313,13 +2308,10 @@ def columns_hash(names: Iterable[str], values: Iterable[Any]) -> str:
     """SHA-256 of the canonical JSON of the columns that are not NULL, so that
     a column of a later schema breaks no old seal. Written out, because every
     change of state takes this way; the names are sorted."""
-    members = []
-    for name, value in zip(names, values, strict=True):
-        if isinstance(value, str):
-            members.append(f'"{name}":{json_text(value)}')
-        elif value is not None:
-            members.append(f'"{name}":{value}')
-    return hashlib.sha256(f"{{{','.join(members)}}}".encode()).hexdigest()
+    texts = [f'"{name}":{json_text(value) if isinstance(value, str) else value}'
+             for name, value in zip(names, values, strict=True)
+             if value is not None]
+    return hashlib.sha256(f"{{{','.join(texts)}}}".encode()).hexdigest()
 
 
 def seal_of(subject: ReviewRequest | Standing) -> str:
@@ -2575,6 +2567,33 @@ class Store:
         deadline has passed. `digest` is of what the reviewer read, where it
         is known; `arguments` are those to run instead; with `remember` the
         decision stands for the same call again."""
+        request = self.undecided(request_id, digest)
+        changed: dict[str, Any] = {}
+        lapses_at = None
+        if decision == Status.APPROVED:
+            self.check_not_stopped()
+            changed = changed_call(request, arguments)
+            lapses_at = self.lapse_of(request)
+        if remember and (changed or request.session is None):
+            raise Refusal("not-remembered", "this decision cannot stand for "
+                          "other calls", "only an unchanged call of a known "
+                          "session can; decide this one alone", about=request)
+        detail = {"reason": reason, "signed_in": signed_in,
+                  "shown_at": shown_at}
+        if changed:
+            detail["changed"] = changed_in_words(request._replace(
+                decided_by=by, **changed))
+        request = self.move(
+            request, decision, by, detail, status=decision,
+            decided_at=self.now, decided_by=by, signed_in=signed_in,
+            reason=reason, lapses_at=lapses_at, **changed)
+        if remember:
+            self.let_stand(request, remember)
+        return request
+
+    def undecided(self, request_id: str, digest: str | None) -> ReviewRequest:
+        """A request that a reviewer may decide, having read what has this
+        digest; Refusal."""
         request = self.request(request_id)
         if not request.intact:
             raise damaged(request)
@@ -2584,27 +2603,6 @@ class Store:
         if digest not in (None, request.digest):
             raise Refusal("arguments-changed", "this is not the request that "
                           "was read", "look at it again", about=request)
-        columns: dict[str, Any] = {}
-        if decision == Status.APPROVED:
-            self.check_not_stopped()
-            columns = changed_call(request, arguments)
-            columns["lapses_at"] = self.lapse_of(request)
-        if remember and (columns.get("approved_digest")
-                         or request.session is None):
-            raise Refusal("not-remembered", "this decision cannot stand for "
-                          "other calls", "only an unchanged call of a known "
-                          "session can; decide this one alone", about=request)
-        detail = {"reason": reason, "signed_in": signed_in,
-                  "shown_at": shown_at}
-        if columns.get("approved_digest"):
-            detail["changed"] = changed_in_words(request._replace(
-                decided_by=by, approved_arguments=columns["approved_arguments"]))
-        request = self.move(
-            request, decision, by, detail, status=decision,
-            decided_at=self.now, decided_by=by, signed_in=signed_in,
-            reason=reason, **columns)
-        if remember:
-            self.let_stand(request, remember)
         return request
 
     def lapse_of(self, request: ReviewRequest) -> str | None:
@@ -3000,12 +2998,9 @@ def changed_call(request: ReviewRequest,
 def changed_value(old: Any, new: Any, name: str) -> Any:
     """The new value, where it may take the place of the old one: only texts,
     numbers and booleans change, and keep their types."""
-    if type(old) is float and type(new) is int and float(new) == new:
+    if type(old) is float and type(new) is int and abs(new) <= 2 ** 53:
         new = float(new)
-    names = old.keys() if isinstance(old, dict) else ()
-    if type(old) is not type(new) or (
-            isinstance(old, dict) and names != new.keys()) or (
-            isinstance(old, list) and len(old) != len(new)):
+    if type(old) is not type(new) or names_of(old) != names_of(new):
         raise Refusal("bad-field", f'"{visible(name[:200])}" has another type, '
                       "or other parts", "only the values of texts, numbers "
                       "and booleans change")
@@ -3013,13 +3008,20 @@ def changed_value(old: Any, new: Any, name: str) -> Any:
         return {key: changed_value(old[key], new[key], f"{name}.{key}")
                 for key in old}
     if isinstance(old, list):
-        return [changed_value(*pair, f"{name}.{number}") for number, pair
-                in enumerate(zip(old, new, strict=True))]
+        return [changed_value(old[n], new[n], f"{name}.{n}")
+                for n in names_of(old)]
     if isinstance(old, str) and old != new and not editable_text(old):
         raise Refusal("not-editable", f'"{visible(name[:200])}" has characters '
                       "that cannot be seen", "approve it as it is, or reject "
                       "it")
     return new
+
+
+def names_of(value: Any) -> list[Any]:
+    """The names of a JSON object's members, or the places in a list."""
+    if isinstance(value, dict):
+        return sorted(value)
+    return list(range(len(value))) if isinstance(value, list) else []
 
 
 def unknown(request_id: str) -> Refusal:

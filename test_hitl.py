@@ -2031,7 +2031,7 @@ def test_what_stands_is_remembered_after_a_failure_and_a_start(every):
     assert it.stands_until == until_then and same(it, "r-2").standing == 3
     it.close()
     with_sql("UPDATE standing_decisions SET uses = 50 WHERE number = 1",
-             "only_lifted")(every)
+             "only_lifted", "lifted_once")(every)
     with pytest.raises(hitl.ConfigError, match="standing decision 1 is not"):
         hitl.open_store(every)
 
@@ -2224,15 +2224,16 @@ def test_another_process_reads_and_does_not_stop_the_desk(desk):
 
 # ---- files that are not opened ----
 
-def with_sql(sql, trigger=""):
-    """An edit by somebody who puts the trigger back afterwards."""
-    text = trigger and re.search(f"CREATE TRIGGER {trigger} .*?END",
-                                 hitl.SCHEMA, re.S)[0]
-
+def with_sql(sql, *triggers):
+    """An edit by somebody who puts the triggers back afterwards."""
     def change(path):
         with edited(path) as db:
-            db.executescript(f"{text and 'DROP TRIGGER ' + trigger}; {sql}; "
-                             f"{text}; PRAGMA wal_checkpoint(TRUNCATE)")
+            again = [db.execute("SELECT sql FROM sqlite_master WHERE name = ?",
+                                (name,)).fetchone()[0] for name in triggers]
+            for statement in (*(f"DROP TRIGGER {name}" for name in triggers),
+                              sql, *again):
+                db.executescript(statement)
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     return change
 
 
@@ -2479,6 +2480,42 @@ def test_promise_6_nothing_acknowledged_is_lost(tmp_path, make_gate,
     assert sorted(runs) == sorted(calls) and posts and decisions
     assert set(posts) <= set(rows)
     assert decisions.items() <= rows.items()
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(40, marks=long)])
+def test_promise_6_uses_are_counted_once(tmp_path, kills):
+    """Killed with -9 between a redeemed use and its answer, a standing
+    approval has answered each request once, and no more than its uses."""
+    it, chance = hitl.open_store(tmp_path / "hitl.db"), random.Random(4)
+    call = {"tool": "delete", "session": "s-1", "arguments": {"a": 1}}
+    remembered(it, uses=30, action_description=four()["action_description"],
+               arguments='{"a":1}', checkpoint_id=None, checkpoint_digest=None,
+               asked_by="agent:unauthenticated")
+    it.close()
+    desk, statuses = Served(tmp_path), {}
+
+    def agent(number):
+        for name in (f"k-{number}-{n}" for n in range(15)):
+            while name not in statuses:
+                with contextlib.suppress(hitl.UnreachableError):
+                    reply = desk.agent().exchange(
+                        "POST", "/pending", four(name) | call, seconds=5)
+                    statuses[name] = reply.body["status"]
+    agents = [in_background(agent, n) for n in range(4)]
+    for _ in range(kills):
+        time.sleep(0.2 * chance.random())
+        desk.stop(signal.SIGKILL)
+        desk.start()
+    for result in agents:
+        result()
+    desk.stop()
+    approved = {name for name in statuses if statuses[name] == "approved"}
+    with edited(tmp_path / "hitl.db") as db:
+        assert {name for name, in db.execute(
+            "SELECT request_id FROM pending_reviews WHERE standing = 1")
+            } == approved
+        assert list(hitl.audit_faults(db)) == []
+    assert (len(statuses), len(approved)) == (60, 30)
 
 
 # ====================== Promise 8: tampering is shown ======================
