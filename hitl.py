@@ -3430,6 +3430,18 @@ def notice_mark(outcomes: Iterable[tuple[str, str, str]]) -> str:
     return ", ".join(failed)
 
 
+def record_notice(store: Store, name: str, request_id: str,
+                  answer: Answer) -> str:
+    """What became of a notice, into the log -> the mark, if it failed."""
+    event, detail = "notified", {"name": name, "status": answer.status}
+    if not answer.told:
+        event, detail = "not-notified", {"name": name, "why": answer.status}
+        if answer.text:
+            detail["answer"] = answer.text
+    store.attempt(store.note, store.request(request_id), event, "server", detail)
+    return "" if answer.told else notice_mark(store.notices_of(request_id))
+
+
 def retry_after(text: str | None) -> float | None:
     """A Retry-After in seconds from now, bounded: seconds or a date."""
     from email.utils import parsedate_to_datetime
@@ -3812,7 +3824,7 @@ class Bell:
 
 class Notices:
     """All the entries. `report` takes (name, request_ids, answer), from any
-    thread, and brings them to the loop, which calls record()."""
+    thread, and brings them to the loop, which records them."""
 
     def __init__(self, channels: list[Channel], rules: Rules, desk_url: str,
                  report: Callable[[str, list[str], Answer], None]) -> None:
@@ -3870,24 +3882,6 @@ class Notices:
                 request = store.find(change.request_id)
                 if request and request.status == Status.WAITING:
                     self.submitted(request)
-
-    def record(self, store: Store, name: str, request_ids: list[str],
-               answer: Answer) -> list[str]:
-        """What became of a notice, into the log, a row a request -> a line for
-        each that it did not reach."""
-        event, detail = "notified", {"name": name, "status": answer.status}
-        if not answer.told:
-            event, detail = "not-notified", {"name": name, "why": answer.status}
-            if answer.text:
-                detail["answer"] = answer.text
-        lines = []
-        for request_id in request_ids:
-            store.attempt(store.note, store.request(request_id), event, "server",
-                          detail)
-            if not answer.told:
-                mark = notice_mark(store.notices_of(request_id))
-                lines.append(f"{request_id}: {mark}")
-        return lines
 
 
 # ================================== Pages ==================================
@@ -5875,9 +5869,6 @@ class Connection:
             self.transport.close()
 
 
-REPORTED_ROWS = 200             # audit rows of notices in one turn
-
-
 def change_line(change: Change) -> str:
     what = visible((change.description or "")[:MAX_LINE])
     return (f"{change.event:9} {what} [{change.request_id}] by "
@@ -5921,6 +5912,7 @@ class Loop:
         self.unread_bytes = 0
         self.queues: tuple[deque[Connection], deque[Connection]] = (
             deque(), deque())           # whole requests: reviewers', agents'
+        self.reports: deque[tuple[str, str, Answer]] = deque()
         self.turn_is_due = self.failing = False
 
     def server_bind(self) -> None:
@@ -6009,8 +6001,9 @@ class Loop:
                 if http:                        # it is still there
                     answers.append(
                         (connection, http, self.desk.answer(http, body)))
+        self.record_notices()
         self.commit(answers)
-        if any(self.queues):                    # 4. the rest, in another turn
+        if any(self.queues) or self.reports:    # 4. the rest, in another turn
             self.turn_soon()
 
     def commit(self, answers: list[tuple[Connection, HttpRequest,
@@ -6061,23 +6054,23 @@ class Loop:
         self.notices.catch_up(self.desk.store)
 
     def report(self, name: str, request_ids: list[str], answer: Answer) -> None:
-        """What became of a notice, from any thread to the loop."""
+        """What became of a notice, from any thread: a turn records it."""
+        self.reports.extend((name, each, answer) for each in request_ids)
         with contextlib.suppress(RuntimeError):     # it has ended: still owed
-            for start in range(0, len(request_ids), REPORTED_ROWS):
-                self.asyncio_loop.call_soon_threadsafe(
-                    self.noted, name, request_ids[start:start + REPORTED_ROWS],
-                    answer)
+            self.asyncio_loop.call_soon_threadsafe(self.turn_soon)
 
-    def noted(self, name: str, request_ids: list[str], answer: Answer) -> None:
+    def record_notices(self) -> None:
+        """The rows of what became of notices, for a fifth of a turn."""
         import sqlite3
-        self.desk.store.tick()
-        try:
-            if self.notices:
-                self.print_lines(self.notices.record(
-                    self.desk.store, name, request_ids, answer))
-        except (Refusal, sqlite3.Error) as error:   # told again after a restart
-            log.error("a notice cannot be recorded: %s", error)
-        self.commit([])
+        end = self.clock() + self.limits.turn_seconds / 5
+        while self.reports and self.clock() < end:
+            name, request_id, answer = self.reports.popleft()
+            try:
+                mark = record_notice(self.desk.store, name, request_id, answer)
+            except (Refusal, sqlite3.Error) as error:   # told again after a restart
+                log.error("a notice cannot be recorded: %s", error)
+            else:
+                self.print_lines([f"{request_id}: {mark}"] if mark else [])
 
     def sweep(self) -> None:
         """What is past its time: connections, polls, requests."""
