@@ -283,7 +283,7 @@ class Refusal(HitlError):
 # never look the same, and how text is shown so that it cannot lie.
 
 MAX_ARGUMENTS = 64 * 1024       # bytes: more is a document, not an action
-MAX_EDITED = 256 * 1024         # bytes of what a reviewer made of them
+MAX_EDITED = 256 * 1024         # the same of an edit, which holds a file
 MAX_DESCRIPTION = 64 * 1024     # bytes: a sentence with arguments filled in
 MAX_CONTEXT = 512 * 1024        # bytes: beyond it a gate sends both ends
 MAX_DEPTH = 32                  # levels of JSON: nobody reads deeper
@@ -1406,6 +1406,16 @@ class Call:
                 == self.resolved(path) for path in paths):
             return None
         return paths
+
+
+def arguments_limit(tool: str | None, arguments: Mapping[str, Any]) -> int:
+    """How many bytes of arguments a call may have: an edit, which holds a
+    file's new text, more than another action."""
+    call = Call(tool or "", arguments)
+    edits = EDIT_WORDS.search(spaced(call.tool)) and any(
+        call.items_of(PATHS | PATCHES))
+    patches = any("apply_patch" in text for text in call.items_of(COMMANDS))
+    return MAX_EDITED if edits or patches else MAX_ARGUMENTS
 
 
 def one_text(value: Any) -> str | None:
@@ -5227,8 +5237,11 @@ def asked_from(body: dict[str, Any], by: Principal, at: float,
                       "numbers must be finite; a time is like "
                       f'"{now}"') from None
     if arguments is not None and len(arguments) > MAX_ARGUMENTS:
-        raise Refusal("too-large", f"arguments over {MAX_ARGUMENTS} bytes",
-                      "pass a reference, such as a file's name and SHA-256")
+        limit = arguments_limit(texts["tool"], body["arguments"])
+        if len(arguments) > limit:
+            raise Refusal(
+                "too-large", f"arguments over {limit} bytes",
+                "pass a reference, such as a file's name and SHA-256")
     if not re.fullmatch("[0-9a-f]{64}", texts["checkpoint_digest"] or "0" * 64):
         raise Refusal("bad-field", '"checkpoint_digest" must be a SHA-256',
                       "64 digits of 0-9 a-f")
@@ -6238,6 +6251,7 @@ def open_desk(host: str, port: int, store: Store, tokens: Tokens,
 # time: whatever answers instead of the server is an UnreachableError.
 
 MAX_REPLY = 64 << 20            # bytes: `list` of a full desk is the largest
+FINAL = ("bad-reply", "bad-certificate")    # asking again would not help
 
 
 class Reply(NamedTuple):
@@ -6250,16 +6264,19 @@ class Reply(NamedTuple):
 
 
 class Client:
-    """One server, and the credentials to use request."""
+    """One server, and the credentials to use there. `tls_ca` names a file of
+    the authorities to trust; else SSL_CERT_FILE or the system's count."""
 
-    def __init__(self, server_url: str, authorization: str = "") -> None:
+    def __init__(self, server_url: str, authorization: str = "",
+                 tls_ca: str = "") -> None:
         self.server_url, self.authorization = server_url, authorization
+        self.tls_ca = tls_ca
 
     def fetch(self, method: str, path: str, data: bytes | None = None, *,
               seconds: float, **headers: str) -> tuple[int, Any, bytes]:
         """One request -> status, headers and body; UnreachableError if
-        nothing whole comes back. `seconds` bounds connecting, sending and
-        all of the answer each. A header's name is written with _ for -."""
+        nothing whole comes back within `seconds`. A header's name is written
+        with _ for -."""
         import http.client
         import urllib.request
         headers = {"User-Agent": f"hitl.py/{__version__}", **{
@@ -6267,26 +6284,38 @@ class Client:
         if self.authorization:
             headers["Authorization"] = self.authorization
         try:
-            with opener().open(urllib.request.Request(
-                    self.server_url + path, data, headers, method=method),
+            with opener(self.server_url[:6] == "https:", self.tls_ca).open(
+                    urllib.request.Request(self.server_url + path, data,
+                                           headers, method=method),
                     timeout=seconds) as reply:
                 text = reply.read(MAX_REPLY + 1)
                 if len(text) <= MAX_REPLY and (reply.length or (
                         not reply.chunked and reply.length is None)):
                     raise http.client.IncompleteRead(b"")
         except (OSError, http.client.HTTPException, ValueError) as error:
-            why = getattr(error, "reason", error)
-            if isinstance(error, ValueError):   # it could quote the token
-                why = "the request could not be written"
-            elif isinstance(error, http.client.HTTPException):
-                why = f"the answer is cut short ({type(error).__name__})"
-            raise UnreachableError(
-                f"no answer from {self.server_url}: {visible(str(why))}",
-                "is it running? `python3 hitl.py serve` starts it; "
-                "server_url or HITL_SERVER_URL says where it is") from None
+            raise self.no_answer(error) from None
         if len(text) > MAX_REPLY:
             raise self.nonsense("without end")
         return reply.status, reply.headers, text
+
+    def no_answer(self, error: Exception) -> UnreachableError:
+        """What went wrong on the way; never quotes what was sent."""
+        import http.client
+        why = getattr(error, "reason", error)
+        if distrust := getattr(why, "verify_message", ""):
+            return UnreachableError(
+                f"the certificate of {self.server_url} is not trusted: "
+                f"{visible(str(distrust))}", "name the authority that signed "
+                'it: [gate] tls_ca = "ca.pem", or SSL_CERT_FILE',
+                reason="bad-certificate")
+        if isinstance(error, http.client.HTTPException):
+            why = f"the answer is cut short ({type(error).__name__})"
+        elif isinstance(error, ValueError):     # it could quote the token
+            why = "the request could not be written"
+        return UnreachableError(
+            f"no answer from {self.server_url}: {visible(str(why))}",
+            "is it running? `python3 hitl.py serve` starts it; "
+            "server_url or HITL_SERVER_URL says where it is")
 
     def exchange(self, method: str, path: str, body: Any = None, *,
                  seconds: float) -> Reply:
@@ -6321,18 +6350,17 @@ class Client:
 
 
 @functools.cache
-def opener() -> Any:
-    """urllib's opener, as above. A socket's own time-out is for each read,
+def opener(tls: bool, tls_ca: str) -> Any:
+    """urllib's opener, as above. A socket's own time-out is for each step,
     and a server that sends a byte a second would hold a call for ever; so
-    every read gets only what is left of the whole."""
+    every step gets only what is left of the whole."""
     import http.client
     import io
     import urllib.request
 
     class Bounded(io.RawIOBase):
-        def __init__(self, sock: Any, file: Any) -> None:
-            self.sock, self.file = sock, file
-            self.end = time.monotonic() + (sock.gettimeout() or 60)
+        def __init__(self, sock: Any, file: Any, end: float) -> None:
+            self.sock, self.file, self.end = sock, file, end
 
         def readable(self) -> bool:
             return True
@@ -6349,19 +6377,38 @@ def opener() -> Any:
             self.file.close()           # which holds the socket open
 
     class Response(http.client.HTTPResponse):
-        def __init__(self, sock: Any, *args: Any, **kwargs: Any) -> None:
-            super().__init__(sock, *args, **kwargs)
-            self.fp = io.BufferedReader(Bounded(sock, self.fp), 1 << 16)
+        def __init__(self, sock: Any, end: float, **more: Any) -> None:
+            super().__init__(sock, **more)
+            self.fp = io.BufferedReader(Bounded(sock, self.fp, end), 1 << 16)
 
-    class Handler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
+    def timed(http_class: Any, end: float) -> Any:
+        class Timed(http_class):  # type: ignore[misc]
+            response_class = functools.partial(Response, end=end)
+
+            def connect(self) -> None:
+                super().connect()
+                self.sock.settimeout(max(0.001, end - time.monotonic()))
+        return Timed
+
+    class Timely(urllib.request.AbstractHTTPHandler):
         def do_open(self, http_class: Any, req: Any, **more: Any) -> Any:
-            kind: Any = type("Connection", (http_class,), {
-                "response_class": Response})
-            return super().do_open(kind, req, **more)
+            return super().do_open(
+                timed(http_class, time.monotonic() + req.timeout), req, **more)
+
+    class Plain(Timely, urllib.request.HTTPHandler):
+        pass
+
+    class Secure(Timely, urllib.request.HTTPSHandler):
+        pass
 
     made = urllib.request.OpenerDirector()      # no proxies, no redirects,
-    made.add_handler(Handler())                 # no file:, and an error's
-    return made                                 # answer is an answer
+    if not tls:                                 # no file:, and an error's
+        made.add_handler(Plain())               # answer is an answer
+        return made
+    import ssl
+    made.add_handler(Secure(context=ssl.create_default_context(
+        cafile=tls_ca or None)))
+    return made
 
 
 # ================================= Context =================================
@@ -6624,25 +6671,25 @@ def is_named(before: str, text: str, pair: bool) -> bool:
 # A function's parameters as the named arguments of a tool call, for the
 # decorator.
 
+REST, MORE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
 
 class Binder:
-    """A function's parameters, as the named arguments of a tool call: each
-    by its name, defaults filled in; *args is a list, **kwargs an object."""
+    """A function's parameters, as the named arguments of a tool call.
 
-    def __init__(self, function: Callable[..., Any],
-                 hide: Iterable[str]) -> None:
-        call = getattr(function, "__call__", function)
-        made = hasattr(function, "name") and not hasattr(function, "__name__")
-        if made or not callable(function) or isinstance(
-                function, (type, staticmethod, classmethod)) or any(
-                test(f) for f in (function, call) for test in (
-                    inspect.isgeneratorfunction, inspect.isasyncgenfunction)):
-            raise TypeError(
-                f"guard cannot hold {function!r}: it takes a function, a "
-                "method or a callable that is not a generator (a generator "
-                "runs piece by piece, after the gate); put @gate.guard "
-                "directly above def, below every other decorator")
-        self.function, self.signature = function, signature_of(function)
+    Every parameter goes by its name, defaults and a partial's fixed arguments
+    filled in; *args is a list under its own name, and what **kwargs takes is
+    named beside the rest. Raises TypeError for what cannot be guarded.
+    """
+
+    def __init__(self, function: Any, hide: Iterable[str]) -> None:
+        check_guardable(function)
+        self.face = signature_of(function)      # what a caller sees
+        self.function, self.args, self.kwargs = function, (), {}
+        if isinstance(function, functools.partial):
+            self.function, self.args = function.func, function.args
+            self.kwargs = function.keywords
+        self.signature = signature_of(self.function)
         names = list(self.signature.parameters)
         self.hidden = {hide} if isinstance(hide, str) else set(hide)
         if unknown := self.hidden - set(names):
@@ -6656,21 +6703,70 @@ class Binder:
              ) -> tuple[dict[str, Any], Callable[..., Any]]:
         """The arguments to show, and a callable that runs the function with
         the approved ones. TypeError as the function itself would raise."""
-        bound = self.signature.bind(*args, **kwargs)
+        bound = self.signature.bind(*self.args, *args,
+                                    **{**self.kwargs, **kwargs})
         bound.apply_defaults()
+        named: dict[str, Any] = {}
+        extra: dict[str, Any] = {}
+        rest = ""                       # the name of **kwargs, if there is one
+        for name, value in bound.arguments.items():
+            if name in self.hidden:
+                continue
+            if self.signature.parameters[name].kind is MORE:
+                rest, extra = name, value
+            else:
+                named[name] = value
+        if twice := named.keys() & extra.keys():
+            raise TypeError(f"an argument comes twice: {', '.join(twice)}")
+
+        given = named | extra
+        shown = {name: as_shown(value) for name, value in given.items()}
 
         def run(**approved: Any) -> Any:
-            for name, value in approved.items():
-                kind = type(bound.arguments[name])
-                bound.arguments[name] = kind(value) if kind is tuple or (
-                    issubclass(kind, enum.Enum)) else value
+            values = {
+                name: value if approved[name] is shown[name]
+                else rebuilt(value, approved[name])
+                for name, value in given.items()}
+            if rest:
+                bound.arguments[rest] = {name: values[name] for name in extra}
+            bound.arguments |= {name: values[name] for name in named}
             return self.function(*bound.args, **bound.kwargs)
-        rest = inspect.Parameter.VAR_POSITIONAL
-        return {name: list(value) if
-                self.signature.parameters[name].kind is rest
-                else value.value if isinstance(value, enum.Enum) else value
-                for name, value in bound.arguments.items()
-                if name not in self.hidden}, run
+        return shown, run
+
+
+def as_shown(value: Any) -> Any:
+    """An enum by its value, a tuple as a list; the rest as it is."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    return list(value) if type(value) is tuple else value
+
+
+def rebuilt(given: Any, approved: Any) -> Any:
+    """An approved value as the enum or tuple that the function was given."""
+    if isinstance(given, enum.Enum) or type(given) is tuple:
+        return type(given)(approved)
+    return approved
+
+
+def check_guardable(function: Any) -> None:
+    """TypeError with the cure for what guard cannot hold."""
+    if isinstance(function, str):
+        raise TypeError(f'guard("{function}") names no function: did you mean '
+                        f'checkpoint=? @gate.guard(checkpoint="{function}")')
+    inner = function
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    made = hasattr(inner, "name") and not hasattr(inner, "__name__")
+    kinds = (type, staticmethod, classmethod)
+    generates = any(test(f) for f in (inner, getattr(inner, "__call__", inner))
+                    for test in (inspect.isgeneratorfunction,
+                                 inspect.isasyncgenfunction))
+    if made or generates or not callable(inner) or isinstance(inner, kinds):
+        raise TypeError(
+            f"guard cannot hold {function!r}: it takes a function, a "
+            "method or a callable that is not a generator (a generator "
+            "runs piece by piece, after the gate); put @gate.guard "
+            "directly above def, below every other decorator")
 
 
 def tool_name(function: Any) -> str:
@@ -6720,7 +6816,7 @@ class How(TypedDict, total=False):
 
     request_id: the same one with the same call is the same request.
     checkpoint: the id of one that holds it, whatever the tool's name.
-    session: who or what is served, where a gate serves several.
+    session: who or what is served, where a gate serves several; "" for none.
     attach: meet the same call of the same session, if it still waits.
     tick: called at each look at the status. cwd: what paths are relative to.
     """
@@ -6811,8 +6907,9 @@ class Gate:
         if os.environ.get("HITL_REVIEWER_TOKEN"):       # promise 5
             log.warning("HITL_REVIEWER_TOKEN is in the environment of an "
                         "agent, which could decide with it: take it out")
-        self.client = Client(self.server_url, self.token and
-                             f"Bearer {self.token}")
+        self.client = Client(
+            self.server_url, self.token and f"Bearer {self.token}",
+            checked_authorities(self.configuration))
         self._free: set[tuple[str, ...]] = set()
 
     # ---- the story ----
@@ -6823,7 +6920,7 @@ class Gate:
         matches. Raises CollaborationError, ReviewTimeoutError or another
         HitlError, and then nothing ran; what execute raises passes through.
         """
-        if not how and self._is_free(tool, arguments):
+        if self._is_free(tool, arguments) and not how.get("checkpoint"):
             return execute(**arguments)
         if is_async(execute):
             raise TypeError(f"{visible(str(tool))} is async: await "
@@ -6871,7 +6968,7 @@ class Gate:
         """The same for asyncio: waits on a thread of its own, so the event
         loop goes on; a cancelled wait withdraws its request. Once the tool
         has returned, its result is returned, whatever is cancelled."""
-        if not how and self._is_free(tool, arguments):
+        if self._is_free(tool, arguments) and not how.get("checkpoint"):
             return await awaited(execute(**arguments))
         try:
             asked = self._match(tool, arguments, **how)
@@ -7016,7 +7113,7 @@ class Gate:
         session = self.session if session is None else session
         if session is None and request_id is None:  # a process that asks for
             session = self._own_session     # its request again has another
-        if session is not None:
+        if session:
             named["session"] = session
         body = {
             "action_description": description, "tool": tool,
@@ -7054,10 +7151,10 @@ class Gate:
         if state.status == Status.WAITING:
             log.warning(
                 '%s waits for a person: "%s"; review it at %s (%s)',
-                visible(asked.tool), visible(asked.description),
-                visible(str(reply.body.get("url"))), "for ever" if
-                asked.timeout_seconds == math.inf else
-                f"{asked.timeout_seconds:g} s")
+                visible(asked.tool),
+                visible(masked_text(asked.description, self.token)),
+                visible(str(reply.body.get("url"))),
+                limited(asked.timeout_seconds, "for ever"))
         return state
 
     def _follow(self, asked: Asked, reply: Reply) -> None:
@@ -7083,7 +7180,7 @@ class Gate:
                 error = self._refused(reply)
             except UnreachableError as unreachable:
                 error = unreachable
-            if (error.reason == "bad-reply" or asked and asked.cancelled
+            if (error.reason in FINAL or asked and asked.cancelled
                     or time.monotonic() + pause >= give_up):
                 raise error
             if pause == 0.8:            # about a second has passed
@@ -7162,19 +7259,21 @@ class Gate:
                     "waiting for review of %s at %s, %s left",
                     visible(asked.tool),
                     f"{self.server_url}/review/{asked.request_id}",
-                    "any time" if left == math.inf else f"{left:.0f} s")
+                    limited(round(left) if left < math.inf else left,
+                            "any time"))
         return state
 
     def _poll(self, asked: Asked, left: float) -> Reply:
         """One look at the status; a server that does not answer is a 503.
-        The wait for a reply never outlasts the deadline by much."""
-        wait = min(self.configuration.gate["poll_seconds"], left)
+        The wait for a reply never outlasts the deadline."""
+        wait = max(0.0, min(self.configuration.gate["poll_seconds"],
+                            left - 0.2))
         try:
             return self.client.exchange(
                 "GET", f"/pending/{asked.request_id}?wait={wait:.3f}",
                 seconds=min(wait + GRACE_SECONDS, max(left, 0.1)))
         except UnreachableError as error:
-            if error.reason == "bad-reply":
+            if error.reason in FINAL:
                 raise
             return Reply(503, {"title": error.message})
 
@@ -7311,53 +7410,79 @@ class Gate:
 
     @overload
     def guard(self, *, checkpoint: str | None = None, name: str | None = None,
-              hide: Iterable[str] = (), context: Any = None
+              hide: Iterable[str] = (), context: Any = None,
+              optional: bool = False
               ) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
 
     def guard(self, function: Any = None, *,
               checkpoint: str | None = None, name: str | None = None,
-              hide: Iterable[str] = (), context: Any = None) -> Any:
+              hide: Iterable[str] = (), context: Any = None,
+              optional: bool = False) -> Any:
         """A function whose calls go through the gate: def, async def,
         methods, callables; name, signature and types stay.
 
         checkpoint: the id of one that always holds it, whatever the name.
         hide: parameters that are not part of the action (a framework's ctx):
         passed on as they are and not shown; self and cls are hidden anyway.
-        Raises TypeError for what cannot be guarded, ConfigError for a
-        checkpoint that is not request.
+        optional: the file may let it pass. Raises TypeError for what cannot
+        be guarded, ConfigError for what nothing could hold and for a
+        checkpoint that does not exist.
         """
         if function is None:
-            return functools.partial(self.guard, checkpoint=checkpoint,
-                                     name=name, hide=hide, context=context)
-        tool = name or tool_name(function)
+            return functools.partial(
+                self.guard, checkpoint=checkpoint, name=name, hide=hide,
+                context=context, optional=optional)
         binder = Binder(function, hide)
+        tool = name or tool_name(function)
+        self._check_held(tool, checkpoint, optional)
+        how: How = {}
+        if checkpoint is not None:
+            how["checkpoint"] = checkpoint
+        if context is not None:
+            how["context"] = context
+        if binder.hidden:           # not all is shown: no decision stands
+            how["session"] = ""     # for the next such call
+        call: Any = self.acall if is_async(function) else self.call
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            arguments, run = binder.bind(args, kwargs)
+            return call(tool, arguments, run, **how)
+
+        async def async_wrapper(*args: Any, **kwargs: Any) -> Any:
+            return await wrapper(*args, **kwargs)
+        made = async_wrapper if is_async(function) else wrapper
+        return dressed(made, function, tool, binder.face)
+
+    def _check_held(self, tool: str, checkpoint: str | None,
+                    optional: bool) -> None:
+        """ConfigError where a guard would guard nothing."""
         if checkpoint is not None:
             if self.rules.named(checkpoint).effect == "allow":
                 raise ConfigError(f'checkpoint "{checkpoint}" allows; guard '
                                   "needs one that reviews or denies")
-        elif all(m.effect == "allow" for m in
-                 self.rules.candidates(tool)):
-            log.warning("%s runs without review: no checkpoint matches",
-                        visible(tool))
+            return
+        held = any(match.effect != "allow"
+                   for match in self.rules.candidates(tool))
+        if not held and not optional:
+            raise ConfigError(
+                f'@gate.guard on "{visible(tool)}" would hold nothing: no '
+                f"checkpoint of {self.rules.path} matches that name",
+                "add a checkpoint whose action_pattern does, or name one: "
+                '@gate.guard(checkpoint="..."), or say that the file may let '
+                "it pass: @gate.guard(optional=True)")
 
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            arguments, run = binder.bind(args, kwargs)
-            call: Any = self.acall if is_async(function) else self.call
-            return call(tool, arguments, run, context=context,
-                        checkpoint=checkpoint)
 
-        async def async_wrapper(*args: Any, **kwargs: Any) -> Any:
-            return await wrapper(*args, **kwargs)
-        made: Any = async_wrapper if is_async(function) else wrapper
-        functools.update_wrapper(made, function)
-        made.__name__ = getattr(function, "__name__", tool)
-        made.__signature__ = binder.signature
-        kinds = {name: p.annotation for name, p in
-                 binder.signature.parameters.items()}
-        kinds["return"] = binder.signature.return_annotation
-        made.__annotations__ = {name: kind for name, kind in kinds.items()
-                                if kind is not inspect.Signature.empty}
-        return made
+def dressed(made: Any, function: Any, tool: str,
+            signature: inspect.Signature) -> Any:
+    """A wrapper with the name, signature and types of what it wraps."""
+    functools.update_wrapper(made, function)
+    made.__name__ = getattr(function, "__name__", tool)
+    made.__signature__ = signature
+    kinds = {name: p.annotation for name, p in signature.parameters.items()}
+    kinds["return"] = signature.return_annotation
+    made.__annotations__ = {name: kind for name, kind in kinds.items()
+                            if kind is not inspect.Signature.empty}
+    return made
 
 
 async def awaited(result: Awaitable[T] | T) -> T:
@@ -7414,6 +7539,26 @@ def error_text(error: BaseException | str | None) -> str:
     return text
 
 
+def limited(seconds: float, endless: str) -> str:
+    return endless if seconds == math.inf else f"{seconds:g} s"
+
+
+def checked_authorities(configuration: Configuration) -> str:
+    """[gate] tls_ca as a path beside the configuration; ConfigError if it
+    cannot be read."""
+    name = configuration.gate["tls_ca"]
+    if not name:
+        return ""
+    path = (configuration.path or Path()).parent / name
+    try:
+        import ssl
+        ssl.create_default_context(cafile=str(path))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"[gate] tls_ca: {path}: {error}",
+                          "name a PEM file of certificates") from None
+    return str(path)
+
+
 def checked_on_reject(value: Any) -> Any:
     """What is to happen with a refusal; ConfigError if it makes no sense."""
     fatal = isinstance(value, type) and issubclass(
@@ -7426,7 +7571,7 @@ def checked_on_reject(value: Any) -> Any:
 
 def logged(error: HitlError) -> HitlError:
     """The error, once it stands in the log by its name and whole message."""
-    log.error("%s: %s", type(error).__name__, error)
+    log.error("%s: %s", type(error).__name__, masked_text(str(error), ""))
     return error
 
 
@@ -7445,8 +7590,8 @@ def check_call(tool: Any, arguments: Any, request_id: Any,
         wrong = "its request_id must be 1 to 128 of A-Za-z0-9._:-"
     elif session is not None and not (
             isinstance(session, str) and session.isprintable()
-            and 0 < len(session.encode(errors="replace")) <= MAX_SESSION):
-        wrong = f"its session must be 1 to {MAX_SESSION} bytes of plain text"
+            and len(session.encode(errors="replace")) <= MAX_SESSION):
+        wrong = f"its session must be plain text of at most {MAX_SESSION} bytes"
     if wrong:
         raise HitlError(f"this call makes no sense: {wrong}; nothing ran",
                         "call(tool, arguments, execute, request_id=str(...))",
@@ -7472,11 +7617,13 @@ def argument_text(tool: str, arguments: Mapping[str, Any]) -> str:
             "the action can be left out by @gate.guard(hide=[...])",
             reason="bad-arguments")
     text = canonical(dict(arguments))
-    if len(text) > MAX_ARGUMENTS:
+    limit = arguments_limit(tool, arguments)
+    if len(text) > limit:
         raise HitlError(
-            f"{visible(tool)}: the arguments are {len(text)} bytes, over "
-            f"{MAX_ARGUMENTS}", "pass a reference, such as a file's name and "
-            "SHA-256: nobody can review so much", reason="too-large")
+            f"{visible(tool)}: the arguments are {len(text)} bytes, and a "
+            f"person reviews at most {limit}: do it in smaller steps, or pass "
+            "a reference, such as a file's name, in place of the content",
+            "nobody can review so much at once", reason="too-large")
     return text
 
 

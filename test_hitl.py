@@ -4891,20 +4891,26 @@ def guarded_things(gate):
          (1, 2, (4, 5), 3, {"d": 6})),
         (lambda: no_method(1), {"self": 1, "cls": "red"}, (1, Colour.RED)),
         (lambda: hidden(ctx, "t"), {"table": "t"}, (ctx, "t")),
-        (lambda: guard(hitl.functools.partial(lambda a, b: (a, b), 1))(2),
-         {"b": 2}, (1, 2))]
+        (lambda: guard(hitl.functools.partial(
+            lambda a, b, c, d: (a, b, c, d), 1, d=4))(2, c=3),
+         {"a": 1, "b": 2, "c": 3, "d": 4}, (1, 2, 3, 4)),
+        (lambda: guard(lambda at, by: (at, by))((1, 2), by=(Colour.RED,)[0]),
+         {"at": [1, 2], "by": "red"}, ((1, 2), Colour.RED))]
 
 
 def test_guarded_things(make_gate, desk):
     """guard holds def, async def, methods, partials and callables; every
-    parameter is shown by its name, defaults filled in, an enum by its value,
-    and given back; self and cls are hidden in methods only."""
+    parameter is shown by its name, defaults and fixed arguments filled in, an
+    enum by its value, a tuple as a list, and given back; self and cls are
+    hidden in methods only, and what hides something has no session."""
     for call, arguments, value in guarded_things(make_gate(desk)):
         result = in_background(call)
         card, = desk.waiting()
         assert card["arguments"] == arguments
         desk.decide(card["request_id"])
         assert result() == value
+        hides = {"Things", "hidden"} & set(call.__code__.co_freevars)
+        assert (newest(desk, "session")[0] is None) == bool(hides)
 
 
 def test_guard_keeps_the_face(make_gate):
@@ -4930,21 +4936,32 @@ def test_guard_keeps_the_face(make_gate):
             "return": found.return_annotation}
         with pytest.raises(TypeError, match="table"):
             guarded()
-    with pytest.raises(TypeError, match="stands twice: a"):
-        gate.guard(lambda a, /, **more: 1)(1, a=2)
+    with pytest.raises(TypeError, match="comes twice: a"):
+        gate.guard(name="delete")(lambda a, /, **more: 1)(1, a=2)
 
 
-def test_guard_and_names(make_gate, desk, caplog):
-    """A guard that no checkpoint can match warns when it decorates, and its
-    function is free; guard(checkpoint=...) waits whatever the name."""
+def test_guard_and_names(make_gate, desk):
+    """A guard that no checkpoint can match is a ConfigError where it
+    decorates, with the cures, unless it is optional; guard(checkpoint=...)
+    waits whatever the name; an id in place of a function is asked about."""
     gate = make_gate(desk, EFFECTS)
-    purge = gate.guard(name="purge_users")(lambda table=(1, 2): table)
-    assert caplog.messages[-1] == (
-        "purge_users runs without review: no checkpoint matches")
-    assert purge() == purge() == (1, 2)         # not even JSON
+    for tool in ("purge_users", "read_file"):
+        with pytest.raises(hitl.ConfigError) as bad:
+            gate.guard(name=tool)(len)
+        assert str(bad.value) == (
+            f'@gate.guard on "{tool}" would hold nothing: no checkpoint of '
+            f"{gate.configuration.path} matches that name (add a checkpoint "
+            "whose action_pattern does, or name one: @gate.guard(checkpoint="
+            '"..."), or say that the file may let it pass: '
+            "@gate.guard(optional=True))")
+    purge = gate.guard(name="purge_users", optional=True)(
+        lambda table={1, 2}: table)
+    assert purge() == purge() == {1, 2}         # not even JSON
     for name, word in (("nope", "nope"), ("reads", "allows")):
         with pytest.raises(hitl.ConfigError, match=word):
             gate.guard(checkpoint=name)(purge)
+    with pytest.raises(TypeError, match="did you mean checkpoint=?"):
+        gate.guard("delete-records")
     result = in_background(gate.guard(checkpoint="delete-records")(len), "xy")
     card, = desk.waiting()
     assert (card["tool"], card["checkpoint_id"]) == ("len", "delete-records")
@@ -4996,10 +5013,6 @@ def test_not_guarded(make_gate, what):
 
 # ---- arguments, context, names ----
 
-class Text(str):
-    pass
-
-
 CYCLE: list = []
 CYCLE.append(CYCLE)
 FAR_DOWN: list = []
@@ -5008,8 +5021,8 @@ for _ in range(5000):
 NOT_JSON = [
     (1, 2), [{"a": [(1,)]}], {1: 2}, {1: 2, "1": 3}, {None: 1}, {True: 1},
     object(), b"x", {1}, 1j, float("nan"), 1e400, 10 ** 5000, CYCLE, FAR_DOWN,
-    Path("x"), Text("x"), {Text("x"): 1}, "\ud800", {"\udfff": 1}, Point(1),
-    [Colour.RED], hitl.Status.WAITING, type("Dict", (dict,), {})(a=1)]
+    Path("x"), "\ud800", {"\udfff": 1}, Point(1), [Colour.RED],
+    hitl.Status.WAITING]
 
 
 def test_arguments_that_are_no_json(make_gate, desk):
@@ -5022,8 +5035,15 @@ def test_arguments_that_are_no_json(make_gate, desk):
             gate.call("delete_records", {"a\nname": value}, ran.append)
         assert bad.value.reason == "bad-arguments"
         assert "\n" not in bad.value.message and "name: " in bad.value.message
-    with pytest.raises(hitl.HitlError, match="pass a reference"):
-        gate.call("delete_records", {"large": "x" * 66_000}, ran.append)
+    for tool, name, size, most in (
+            ("delete_records", "rows", 66_000, 65_536),
+            ("delete_or_edit_file", "path", 263_000, 262_144)):
+        with pytest.raises(hitl.HitlError) as large:
+            gate.call(tool, {name: "x" * size}, ran.append)
+        assert large.value.message == (
+            f"{tool}: the arguments are {size + 11} bytes, and a person "
+            f"reviews at most {most}: do it in smaller steps, or pass a "
+            "reference, such as a file's name, in place of the content")
     assert ran == [] and not desk.rows("SELECT 1 FROM pending_reviews")
     values = {"n": -0.0, "big": 2 ** 70, "empty": [], "yes": True, "f": 1.0,
               "t": "\u202e\x00\U0001f600 \\ud800", "d": {"": [None, {}]}}
