@@ -8957,8 +8957,9 @@ def reply_of(client: Client, method: str, path: str, body: Any = None
     return reply.body
 
 
-def whole_id(client: Client, start: str) -> str:
-    """The request_id that begins so, if only one does."""
+def whole_id(client: Client, start: str, deciding: bool = False) -> str:
+    """The request_id that begins so, if only one does. Agents choose ids: one
+    that begins another is shown, but never decided in that one's place."""
     if not REQUEST_ID.fullmatch(start):
         raise ConfigError(f'"{visible(start)}" is no request_id',
                           "`hitl.py list --all` prints them")
@@ -8966,12 +8967,14 @@ def whole_id(client: Client, start: str) -> str:
               + reply_of(client, "GET", "/history")["reviewed"])
     ids = [request["request_id"] for request in listed
            if request["request_id"].startswith(start)]
-    if start in ids or not ids:
+    if not ids or (start in ids and not deciding):
         return start
-    if len(ids) > 1:
-        raise ConfigError(f'"{start}" begins {len(ids)} request_ids',
-                          f"say more of it: {', '.join(ids[:5])}")
-    return str(ids[0])
+    if len(ids) == 1:
+        return str(ids[0])
+    hint = f"say more of it: {', '.join(ids[:5])}"
+    if start in ids:
+        hint += f'; "{start}" itself can be decided on the page'
+    raise ConfigError(f'"{start}" begins {len(ids)} request_ids', hint)
 
 
 def unique_length(ids: list[str]) -> int:
@@ -9473,7 +9476,7 @@ def cmd_reject(args: Any) -> int:
 
 def decide_as(args: Any, decision: str) -> int:
     client = reviewer_client(args)
-    name = whole_id(client, args.id)
+    name = whole_id(client, args.id, deciding=True)
     if decision == "approved" and sys.stdin.isatty() and not args.yes:
         print_request(reply_of(client, "GET", f"/review/{name}"))
         if input("approve it? y/N ").strip().lower() not in ("y", "yes"):

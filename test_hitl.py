@@ -2415,9 +2415,10 @@ def test_what_a_crash_leaves_is_taken_up(store):
 
 # ========================= Promise 6: nothing lost =========================
 
-@pytest.mark.parametrize("kills", [3, pytest.param(60, marks=long)])
+@pytest.mark.parametrize("kills, seconds", [
+    (3, 20), pytest.param(300, 180, marks=long)])
 def test_promise_6_nothing_acknowledged_is_lost(tmp_path, make_gate,
-                                                kills):
+                                                kills, seconds):
     """Once the server has answered, nothing is lost: killed with -9 in
     traffic, every request and decision is there, every waiting agent
     gets its decision, and no tool ran twice."""
@@ -2457,7 +2458,7 @@ def test_promise_6_nothing_acknowledged_is_lost(tmp_path, make_gate,
     reviewer = in_background(review)
     agents = [in_background(agent, n) for n in range(3)]
     try:
-        end = time.monotonic() + 20         # however slow the machine is
+        end = time.monotonic() + seconds    # however slow the machine is
         while kills and time.monotonic() < end:
             ran = len(runs)
             assert until(lambda: posts and len(runs) > ran)
@@ -2468,6 +2469,7 @@ def test_promise_6_nothing_acknowledged_is_lost(tmp_path, make_gate,
         over.set()
         for result in agents:
             result()
+        print(f"{kills} kills were left when the time was over")
     finally:
         over.set()
         idle.set()
@@ -6922,14 +6924,22 @@ def test_list_show_approve_reject(desk):
     assert typed(desk, "approve", "ab") == (
         2, "", 'hitl: error: "ab" begins 2 request_ids\n'
         f"hitl: hint: say more of it: abc-1, {long_id}\n")
-    assert typed(desk, "approve", "abc").out == "approved abc-1\n"
+    desk.post("abc")                    # an agent chose the beginning
+    for verb in ("approve", "reject"):
+        assert typed(desk, verb, "abc").err == (
+            'hitl: error: "abc" begins 2 request_ids\n'
+            'hitl: hint: say more of it: abc-1, abc; "abc" itself can be '
+            "decided on the page\n")
+    assert "abc-1" not in typed(desk, "show", "abc").out
+    desk.decide("abc", "rejected")
+    assert typed(desk, "approve", "abc-").out == "approved abc-1\n"
     done = typed(desk, "reject", "abd", "--reason", "use e-mail", "--json")
     assert json.loads(done.out) == (there := desk.state(long_id))
     assert (there["status"], there["decided_by"], there["reason"]) == (
         "rejected", "reviewer:ana", "use e-mail")
     assert typed(desk, "list").out == "nothing waits\n"
     rows = json.loads(typed(desk, "list", "--all", "--json").out)
-    assert [row["request_id"] for row in rows] == [long_id, "abc-1"]
+    assert [row["request_id"] for row in rows] == [long_id, "abc-1", "abc"]
     done = typed(desk, "approve", long_id)
     assert done.status == 1 and done.err.startswith(
         "hitl: error: this request is rejected by ana since ")
@@ -6989,29 +6999,30 @@ def commands():
                 if isinstance(action.choices, dict))
 
 
-def test_help_is_whole(desk):
+def test_help_is_whole(make_desk):
     """A command's help says what it does, explains every flag and has an
     example, and the example runs as printed."""
+    desk = make_desk()
     assert typed(desk, "--version").out == (
         f"hitl.py {hitl.__version__} sha256 {hitl.file_sha256(FILE)}\n")
     overview = typed(desk, "--help").out
-    rules = desk.folder / "checkpoints.toml"
-    desk.post("1f0c-2")
     for name, parser in commands().items():
         status, text, _ = typed(desk, name, "--help")
         does = getattr(hitl, f"cmd_{name}").__doc__
         assert status == 0 and does in text
         assert does in " ".join(overview.split())
         assert all(action.help for action in parser._actions), name
-        example = re.search("example: python3 hitl.py (.+)", text)[1]
+        example = re.search("example: python3 hitl.py ([^>\n]+)", text)[1]
         assert shlex.split(example)[0] == name
         if name in ("serve", "run", "hook", "mcp", "demo", "verify"):
             continue                            # other tests run these
-        rules.unlink() if name == "init" else rules.write_text(RULES)
-        if name == "reject":
-            desk.post("1f0c")
+        desk = make_desk()
+        desk.post("1f0c-2")
+        if name != "init":
+            (desk.folder / "checkpoints.toml").write_text(
+                RULES + notify(command=[sys.executable, "-c", "1"]))
         done = typed(desk, *shlex.split(example))
-        assert (done.status, done.err) == (0, ""), (example, done)
+        assert done.status == 0, (example, done)
 
 
 @pytest.mark.parametrize("asks, answer, status, state", (

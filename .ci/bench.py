@@ -293,7 +293,7 @@ def bench_start(folder: Path) -> None:
             ("bare Python", ["-c", "1"], b""),
             ("import hitl", ["-c", path], b""),
             ("a hook call that matches nothing",
-             [str(FILE), "hook", "--config", str(rules)],
+             ["-I", str(FILE), "hook", "--config", str(rules)],
              json.dumps(call).encode())):
         print(f"{what}: {cpu_of(sys.executable, *argv, stdin=stdin):.0f} ms "
               "CPU")

@@ -187,7 +187,7 @@ def main() -> int:
                         help="how many changes, drawn at random; 0: all")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=5,
-                        help="no change is begun later than this")
+                        help="no change is tried later than this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--least", type=float, default=0,
                         help="exit status 1 if fewer per cent are caught")
@@ -200,16 +200,17 @@ def main() -> int:
     chosen = [*every]
     random.Random(given.seed).shuffle(chosen)
     chosen = chosen[:given.count or None]
-    end = time.monotonic() + 60 * given.minutes
     print(f"{len(every)} changes are possible; {len(chosen)} drawn", flush=True)
-    tests = {room: fast_tests(source, room)
-             for room in sorted({m.room for m in chosen})}
+    rooms = sorted({m.room for m in chosen})
 
     def survives(mutant: Mutant) -> bool | None:
         if time.monotonic() > end:
             return None
         return run(mutant.source, tests[mutant.room], 90, "-x") == 0
     with ThreadPoolExecutor(given.jobs) as pool:
+        tests = dict(zip(rooms, pool.map(
+            lambda room: fast_tests(source, room), rooms), strict=True))
+        end = time.monotonic() + 60 * given.minutes
         results = list(pool.map(survives, chosen))
     tried = [result for result in results if result is not None]
     for mutant, result in zip(chosen, results, strict=True):
