@@ -345,8 +345,8 @@ class Summary(NamedTuple):
 
 class ReviewRequest(NamedTuple):
     """A row of pending_reviews: what was asked, said and done; the
-    Summary comes first. Instants are ISO 8601 UTC text, `arguments` is
-    canonical JSON, `agent_context` JSON. SCHEMA explains each column."""
+    Summary comes first. Instants are ISO 8601 UTC text, `arguments` and
+    `agent_context` JSON. SCHEMA explains each column."""
 
     request_id: str
     status: str
@@ -404,11 +404,18 @@ class ReviewRequest(NamedTuple):
     @property
     def intact(self) -> bool:
         """Whether what is stored still has the digests it was stored with."""
-        asked = digest_of(self.action_description, self.arguments, self.tool)
-        if self.approved_digest is None:
-            return self.digest == asked
-        return self.digest == asked and self.approved_digest == digest_of(
-            self.action_description, self.approved_arguments, self.tool)
+        try:
+            return self.digest == self.digest_with(self.arguments) and (
+                self.approved_digest is None or self.approved_digest ==
+                self.digest_with(self.approved_arguments))
+        except ValueError:
+            return False
+
+    def digest_with(self, arguments: str | None) -> str:
+        """The digest of this call with these arguments, in any order."""
+        if arguments is not None:
+            arguments = canonical(json.loads(arguments))
+        return digest_of(self.action_description, arguments, self.tool)
 
 
 class Standing(NamedTuple):
@@ -463,6 +470,8 @@ STRICT = json.JSONDecoder(object_pairs_hook=unique_pairs, parse_float=finite,
 # canonical JSON: sorted keys, no spaces, ASCII, no NaN or infinity
 canonical = json.JSONEncoder(
     sort_keys=True, separators=(",", ":"), allow_nan=False).encode
+as_sent = json.JSONEncoder(      # the same in the order in which it was sent
+    separators=(",", ":"), allow_nan=False).encode
 json_text = json.encoder.encode_basestring_ascii    # one text, as JSON
 PLAIN = json.JSONEncoder(allow_nan=False)
 READABLE = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
@@ -2086,7 +2095,7 @@ CREATE TABLE pending_reviews (
   edits              INTEGER,                       -- 1: may be changed
   size               INTEGER NOT NULL,              -- bytes of what was sent
   action_description TEXT NOT NULL,
-  arguments          TEXT,                          -- canonical JSON
+  arguments          TEXT,                          -- JSON, as it was sent
   agent_context      TEXT NOT NULL,                 -- JSON
   CHECK ((status = 'waiting') = (decided_at IS NULL)),
   -- promises 1 and 4: an approval or a rejection has a person
@@ -2994,15 +3003,15 @@ def changed_call(request: ReviewRequest,
         raise Refusal("not-editable", "the arguments of this request cannot "
                       "be changed", "approve it as it is, or reject it and "
                       "say what should change", about=request)
-    text = canonical(changed_value(parse_json(request.arguments), arguments,
-                                   "arguments"))
+    text = as_sent(changed_value(parse_json(request.arguments), arguments,
+                                 "arguments"))
     if text == request.arguments:
         return {}
     if len(text) > MAX_EDITED:
         raise Refusal("too-large", f"arguments over {MAX_EDITED} bytes",
                       "send less of it", about=request)
-    return {"approved_arguments": text, "approved_digest": digest_of(
-        request.action_description, text, request.tool)}
+    return {"approved_arguments": text,
+            "approved_digest": request.digest_with(text)}
 
 
 def changed_value(old: Any, new: Any, name: str) -> Any:
@@ -5230,6 +5239,7 @@ def asked_from(body: dict[str, Any], by: Principal, at: float,
                       'send "arguments": {"name": value, ...}')
     try:
         timestamp = parse_timestamp(body["timestamp"])
+        sent = None if arguments is None else as_sent(arguments)
         arguments = None if arguments is None else canonical(arguments)
         context = READABLE.encode(body["agent_context"])
     except ValueError as error:
@@ -5254,7 +5264,7 @@ def asked_from(body: dict[str, Any], by: Principal, at: float,
         request_id, Status.WAITING, None, digest,
         deadline_from(body.get("timeout_seconds"), at), received_at=now,
         timestamp=timestamp, asked_by=str(by), **texts,
-        action_description=description or "", arguments=arguments,
+        action_description=description or "", arguments=sent,
         agent_context=context, edits=1 if flag(body, "edits") else None,
         size=sum(len((text or "").encode()) for text in (
             description, arguments, context, texts["why"])))
@@ -7101,7 +7111,8 @@ class Gate:
             lifetime = seconds_value(first_of(
                 lifetime_seconds, rule.lifetime_seconds,
                 settings["lifetime_seconds"], timeout))
-        description = describe(rule, tool, parse_json(text))
+        ordered = parse_json(as_sent(dict(arguments)))
+        description = describe(rule, tool, ordered)
         if len(description.encode()) > MAX_DESCRIPTION:
             raise HitlError("the description of this call is over "
                             f"{MAX_DESCRIPTION} bytes",
@@ -7117,7 +7128,7 @@ class Gate:
             named["session"] = session
         body = {
             "action_description": description, "tool": tool,
-            "arguments": parse_json(text), "digest": digest,
+            "arguments": ordered, "digest": digest,
             "agent_context": plain(given() if callable(given) else given),
             "timestamp": instant(time.time()),
             "checkpoint_id": rule.checkpoint_id, "category": rule.category,

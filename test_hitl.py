@@ -6212,20 +6212,22 @@ def test_two_calls_never_look_alike(desk):
 
 def test_arguments_are_rows_and_blocks(desk):
     """A short text is in quotes and a number is not; a text of several lines
-    is a block with its size and its end marked; nothing can be read as
-    another row, and padding is counted where it would push things away."""
-    desk.post(tool="send", arguments={
-        "a": "1", "b": 1, "body": "Dear Ana,\n\tyes\nend of body\nno: 1",
+    is a block with its size and its end marked; they come in the order sent,
+    nothing can be read as another row, and padding is counted."""
+    sent = {
+        "z": "1", "b": 1, "body": "Dear Ana,\n\tyes\nend of body\nno: 1",
         "deep": {"x": [1, 2], "text": "one\ntwo", "more": ["y" * 60] * 2},
-        "pad": "tidy" + "\n" * 2000 + " " * 500 + "DROP users"})
+        "pad": "tidy" + "\n" * 2000 + " " * 500 + "DROP users"}
+    desk.post(tool="send", arguments=sent)
     exact = Page(desk.page()).exact[0]
+    assert desk.state("r-1")["digest"] == hitl.digest_of(
+        "Delete users where id = 3", hitl.canonical(sent), "send")
     lines = [line.strip() for line in exact.split("\n") if line.strip()]
-    assert lines[:12] == [
-        "Runs exactly this: send", 'a"1"', "b1",
-        "body: text, 34 bytes, 4 lines", "Dear Ana,", "U+0009yes",
-        "end of body", "no: 1end of body", "deep: 3 parts", "{",
-        f'"more": ["{"y" * 60}",'.replace('["', "["), f'"{"y" * 60}",'
-        ] or lines
+    assert lines[:13] == [
+        "Runs exactly this: send", 'z"1"', "b1",
+        "body: text, 32 bytes, 4 lines", "Dear Ana,", "U+0009yes",
+        "end of body", "no: 1end of body", "deep: 3 parts", "{", '"x": [1, 2],',
+        '"text": "one\\n', 'two",'], lines
     assert "tidyline break x2000space x500DROP usersend of pad" in exact
 
 
