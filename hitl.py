@@ -3061,20 +3061,23 @@ def open_store(path: Path, clock: Callable[[], float] = time.time) -> Store:
     """The Store of a database that is ours, whole and durable, and that no
     other server has; ConfigError for any other file."""
     import sqlite3
-    path = path.resolve()           # one lock, whatever name leads here
-    lock = lock_database(path)
     try:
+        path = path.resolve()       # one lock, whatever name leads here
+    except (OSError, RuntimeError) as error:
+        raise bad_database(path, f"leads nowhere: {error}",
+                           "use --database with another path") from None
+    with contextlib.ExitStack() as opened:
+        lock = lock_database(path)
+        opened.callback(lock.close)
         db = open_database(path)
-    except BaseException:
-        lock.close()
-        raise
-    try:
-        return Store(db, lock, path, clock)
-    except (sqlite3.Error, ValueError, TypeError, OSError) as error:
-        db.close()
-        lock.close()
-        raise bad_database(path, f"is damaged: {error}",
-                           "restore a backup") from None
+        opened.callback(db.close)
+        try:
+            store = Store(db, lock, path, clock)
+        except (sqlite3.Error, ValueError, TypeError, OSError) as error:
+            raise bad_database(path, f"is damaged: {error}",
+                               "restore a backup") from None
+        opened.pop_all()            # from here on the Store closes both
+        return store
 
 
 def bad_database(path: Path, what: str, cure: str) -> ConfigError:
@@ -3121,18 +3124,7 @@ def open_database(path: Path) -> Any:
         db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True,
                              timeout=BUSY_SECONDS, isolation_level=None,
                              check_same_thread=False, cached_statements=256)
-        ours, = db.execute("PRAGMA application_id").fetchone()
-        version, = db.execute("PRAGMA user_version").fetchone()
-        if ours != APPLICATION_ID:
-            raise bad_database(path, "belongs to another program",
-                               "use --database with another file")
-        if version == 1:
-            raise bad_database(path, "was written by hitl.py 1.0 (schema 1)",
-                               "keep that hitl.py to read it, and move the "
-                               "file away to begin again")
-        if version > SCHEMA_VERSION:
-            raise bad_database(path, f"was written by a newer hitl.py (schema "
-                               f"{version})", "use that one")
+        check_ours(db, path)
         settings(db, path)
         for fault in database_faults(db, path.stat().st_size):
             raise bad_database(path, f"is damaged or was edited: {fault}",
@@ -3150,6 +3142,22 @@ def open_database(path: Path) -> Any:
         raise bad_database(path, f"is damaged or not ours: {error}",
                            "restore a backup, or move it away") from None
     return db
+
+
+def check_ours(db: Any, path: Path) -> None:
+    """ConfigError unless hitl.py wrote the database, with this schema."""
+    ours, = db.execute("PRAGMA application_id").fetchone()
+    version, = db.execute("PRAGMA user_version").fetchone()
+    if ours != APPLICATION_ID:
+        raise bad_database(path, "belongs to another program",
+                           "use --database with another file")
+    if version == 1:
+        raise bad_database(path, "was written by hitl.py 1.0 (schema 1)",
+                           "keep that hitl.py to read it, and move the file "
+                           "away to begin again")
+    if version > SCHEMA_VERSION:
+        raise bad_database(path, f"was written by a newer hitl.py (schema "
+                           f"{version})", "use that one")
 
 
 def check_header(path: Path) -> None:
@@ -3283,15 +3291,28 @@ def open_for_reading(path: Path) -> Any:
     import sqlite3
     if not path.exists():
         raise bad_database(path, "no such database", "name it by --database")
-    # without a -wal nobody writes, and none of ours need be left behind
-    alone = not path.with_name(path.name + "-wal").exists()
-    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro"
-                           f"{'&immutable=1' * alone}", uri=True)
+    uri = f"{path.absolute().as_uri()}?mode=ro"
+    if not path.with_name(path.name + "-wal").exists():
+        uri += "&immutable=1"       # nobody writes, and no file is left behind
+    db = sqlite3.connect(uri, uri=True)
+    try:
+        check_ours(db, path)
+    except BaseException:
+        db.close()
+        raise
+    return db
 
 
 def audit_rows(db: Any) -> Iterator[tuple[Any, ...]]:
     """The whole audit log, from its beginning."""
     yield from db.execute("SELECT * FROM audit_log ORDER BY sequence")
+
+
+def stored_requests(db: Any) -> Iterator[ReviewRequest]:
+    """Every request that was ever asked, in order, without its context."""
+    for row in db.execute(f"SELECT {WITHOUT_CONTEXT} FROM pending_reviews "
+                          "ORDER BY id"):
+        yield ReviewRequest._make(row)
 
 
 def waiting_ids(db: Any) -> list[str]:

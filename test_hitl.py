@@ -2320,7 +2320,7 @@ def test_a_flipped_bit_approves_nothing(used, tmp_path, count):
             with contextlib.suppress(sqlite3.Error):
                 assert "approved" not in [
                     there and there.status for there in (
-                        it.find("waiting"), *it.select("WHERE id = 1"))]
+                        it.find("waiting"), *it.select("WHERE id = 4"))]
     assert 0 < opened < count
 
 
@@ -2332,7 +2332,7 @@ def test_one_server_a_database(every):
     with pytest.raises(hitl.ConfigError, match="another server runs"):
         hitl.open_store(every)               # must not drop the first one's lock
     other = command("serve", "--port", "0", "--database", str(every),
-                    seconds=20)
+                    seconds=20, HITL_REVIEWER_TOKEN=REVIEWER_TOKEN)
     assert other.returncode == 2, other.stderr
     assert f"{every}: another server runs on this database" in other.stderr
     assert act(first, "ask") == "waiting"
@@ -2635,6 +2635,8 @@ def test_log_verify_says_whole_or_where(every, unlocked):
     assert status == 1 and out.startswith("FAULT audit row 3 was changed")
     assert "damaged or edited" in out and "--head" in out
     assert log_of(every.with_name("none")) == (2, "")
+    unlocked.execute("PRAGMA user_version = 1")
+    assert log_of(every, "--verify") == (2, "")     # 1.0 reads its own
 
 
 def test_log_lists_every_change_beside_a_running_server(desk):
