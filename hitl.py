@@ -291,8 +291,23 @@ MAX_NAME = 256                  # bytes of a tool's or an agent's name
 MAX_SESSION = 128               # bytes of a session's name
 MAX_WHY = 4096                  # bytes of a reason or an explanation
 MAX_YEARS = 100                 # of a deadline: beyond it, leave it out
+
+
+class Pattern:
+    """A regular expression, compiled when it is first used: to compile them
+    all would take a fifth of what a hook's call may cost."""
+
+    def __init__(self, pattern: str | bytes, flags: int = 0) -> None:
+        self.pattern, self.flags = pattern, flags
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(re.compile(self.pattern, self.flags), name)
+        setattr(self, name, value)
+        return value
+
+
 # `standing:7` is what the audit log calls a standing decision
-REQUEST_ID = re.compile(
+REQUEST_ID = Pattern(
     r"(?!\.{1,2}\Z|standing:)[A-Za-z0-9._:-]{1,128}")
 
 # Status is the person's word, and final. Outcome is the call's fate.
@@ -502,7 +517,7 @@ def parse_json(data: bytes | str) -> Any:
     return value
 
 
-JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+JSON_STRING = Pattern(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 TO_BRACKETS = bytes.maketrans(b"{}", b"[]")
 NO_BRACKET = bytes(set(range(256)) - set(b"[]{}"))
 
@@ -567,12 +582,12 @@ def parse_timestamp(value: Any) -> str:
 # list of look-alikes here: such a list is never whole.
 
 BRACKETS = "\u27e6\u27e7"
-NOT_PLAIN = re.compile("[^ -~]+| {9,}")
-IN_LINES = re.compile("[^ -~\n]+|\n{9,}| {9,}")
-SHAPELESS = re.compile(         # printable to Python, yet nothing is drawn
+NOT_PLAIN = Pattern("[^ -~]+| {9,}")
+IN_LINES = Pattern("[^ -~\n]+|\n{9,}| {9,}")
+SHAPELESS = Pattern(         # printable to Python, yet nothing is drawn
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f"
     "\uffa0\U00016fe4\U0001bc9d\U0001bc9e\U0001d159\U000e0100-\U000e01ef]")
-PARTS = re.compile(r"\n{9,}|a+|(?:bm{0,4})+|.", re.DOTALL)
+PARTS = Pattern(r"\n{9,}|a+|(?:bm{0,4})+|.", re.DOTALL)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -732,7 +747,7 @@ MAX_STEPS = 20_000_000          # of `re` for one pattern: under half a second
 MAX_PATH = 4096                 # characters of a path that is looked up
 MAX_INNER = 100                 # inner calls of one call; with more it waits
 MAX_MEMBERS = 200_000           # names and items in one call's arguments
-TEMPLATE_NAME = re.compile(r"\{([A-Za-z_]\w*(?:\.\w+)*)\}")
+TEMPLATE_NAME = Pattern(r"\{([A-Za-z_]\w*(?:\.\w+)*)\}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -1107,7 +1122,7 @@ INNER_ARGUMENTS = frozenset((
     "arguments", "parameters", "input", "args", "params", "kwargs",
     "toolinput", "toolargs", "toolarguments", "toolparameters",
     "actioninput", "functionarguments"))
-JSON_START = re.compile(r'\s*[{\["]')
+JSON_START = Pattern(r'\s*[{\["]')
 PLAIN_TYPES = frozenset((int, float, bool, type(None)))
 
 
@@ -1208,22 +1223,22 @@ def argument(arguments: Mapping[str, Any], name: str) -> Any:
 # argument that holds the text, and a word for it in the tool's name, joined
 # in any way. In doubt it is of the kind.
 
-SHELL_WORDS = re.compile(
+SHELL_WORDS = Pattern(
     "bash|shell|pwsh|zsh|ksh|fish|terminal|console|command|cmd|exec|process|"
     "stdin|script|ssh|tty|run|eval|invoke|spawn|launch|system|monitor|sandbox|"
     "container|remote|tmux|iterm|"
     "(?<![a-z])(?:sh|start|job|task|batch|cli|repl|host|wsl|sudo)(?![a-z])",
     re.IGNORECASE)
-TERMINAL_WORDS = re.compile(
+TERMINAL_WORDS = Pattern(
     "bash|shell|pwsh|zsh|terminal|console|process|stdin|tmux|iterm|"
     "(?<![a-z])(?:sh|cmd|ssh|tty|pty|repl)(?![a-z])", re.IGNORECASE)
-EDIT_WORDS = re.compile(
+EDIT_WORDS = Pattern(
     "write|edit|patch|replace|create|update|insert|append|delete|remove|"
     "rename|modify|notebook|refactor|restore|revert|truncate|"
     "(?<![a-z])(?:save|move|copy|put|apply|add|set|mv|cp|rm|touch|link|"
     "unlink|diff|change|make|new|fix|format|store|dump|undo)(?![a-z])",
     re.IGNORECASE)
-HUMP = re.compile("(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+HUMP = Pattern("(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 COMMANDS = frozenset((
     "command", "commands", "cmd", "cmds", "script", "argv", "commandline",
     "cmdline", "shellcommand", "bashcommand", "code"))
@@ -1237,10 +1252,10 @@ PATHS = frozenset((
     "dst"))
 PATCHES = frozenset((
     "patch", "patchtext", "diff", "input", "command", "changes", "edits"))
-PATCH_PATH = re.compile(
+PATCH_PATH = Pattern(
     r"^[ \t]*(?:\*\*\* (?:\w+ File|Move to): |--- |\+\+\+ |"
     r"(?:rename|copy) to )(?:[ab]/)?([^\t\r\n]+)", re.MULTILINE)
-PATCH_CONTENT = re.compile(
+PATCH_CONTENT = Pattern(
     r"^[-+ ](?![ \t]*(?:\*\*\*|--|\+\+)).*$", re.MULTILINE)
 
 
@@ -1442,14 +1457,14 @@ def one_text(value: Any) -> str | None:
 # quotes that hold no escape, and nothing that expands. (`"!!"` interactively,
 # `'a\''` in fish, curly quotes in PowerShell, `&` in cmd: each is read
 # otherwise than POSIX says.)
-OWN_TOOL = re.compile("(?!mcp)[A-Za-z0-9]+(?:[_-][A-Za-z0-9]+)*")
+OWN_TOOL = Pattern("(?!mcp)[A-Za-z0-9]+(?:[_-][A-Za-z0-9]+)*")
 NOTES = frozenset(("description", "explanation"))
 TIMES = frozenset(("timeout", "timeoutms", "timeoutseconds", "timeoutsec"))
 FLAGS = frozenset(("runinbackground", "background", "isbackground"))
 FOLDERS = frozenset(("cwd", "workdir", "workingdirectory", "workingdir",
                      "directory", "dir", "dirpath", "folder"))
-PLAIN_WORD = re.compile("[A-Za-z0-9_./:=@%+,-]+")
-TOKEN = re.compile(r"""
+PLAIN_WORD = Pattern("[A-Za-z0-9_./:=@%+,-]+")
+TOKEN = Pattern(r"""
     (?P<redirection> (?: 2>&1 | 2?>/dev/null ) (?= [ ;|&\n] | \Z ) )
   | (?P<word> (?: [A-Za-z0-9_./:=@%+,-] | '[^'\\!\n]*' | "[^"$`\\!\n]*" )+ )
   | (?P<joint> && | \|\| | [|;\n] )
@@ -1684,7 +1699,7 @@ def template_value(value: Any) -> str:
 
 NOTICE_FIELDS = ("title", "text", "url", "request_id", "status", "tool",
                  "checkpoint", "category", "agent", "deadline", "waiting")
-PLACEHOLDER = re.compile(r"\$\{([A-Za-z_]\w*)\}|\{([A-Za-z_]\w*)\}", re.ASCII)
+PLACEHOLDER = Pattern(r"\$\{([A-Za-z_]\w*)\}|\{([A-Za-z_]\w*)\}", re.ASCII)
 NOTIFY_KINDS = {"url": ("headers", "body", "sign"),
                 "smtp": ("login", "password", "from", "to"), "command": ()}
 HOST = r"([\w.-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?"
@@ -4313,7 +4328,7 @@ class Html(str):
     """Text that is markup already, and so is not escaped again."""
 
 
-IN_BRACKETS = re.compile(f"{BRACKETS[0]}([^{BRACKETS[1]}]*){BRACKETS[1]}")
+IN_BRACKETS = Pattern(f"{BRACKETS[0]}([^{BRACKETS[1]}]*){BRACKETS[1]}")
 
 
 def marked(text: str) -> Html:
@@ -4988,10 +5003,10 @@ class HttpRequest(NamedTuple):
     who: Principal = NOBODY
 
 
-REQUEST_LINE = re.compile(rb"([A-Z]{1,20}) (/[!-~]*) HTTP/1\.([01])")
-FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):"
+REQUEST_LINE = Pattern(rb"([A-Z]{1,20}) (/[!-~]*) HTTP/1\.([01])")
+FIELD = Pattern(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):"
                    rb"[ \t]*+([!-~\x80-\xff][ \t!-~\x80-\xff]*+)?")
-NOT_HTTP = re.compile(rb"\A[^A-Z]|\r(?!\n)(?!\Z)|(?<!\r)\n")
+NOT_HTTP = Pattern(rb"\A[^A-Z]|\r(?!\n)(?!\Z)|(?<!\r)\n")
 PORT_OF = {"http": "80", "https": "443"}
 OWN_ADDRESS = "https://desk.example.org"        # in a hint
 READ_ONCE = frozenset((
@@ -8046,7 +8061,7 @@ def refusal_text(fault: BaseException) -> str:
 # Loads hitl.py by its path, with bytecode from -X pycache_prefix alone; -I
 # keeps everything out that lies beside it or that the environment names.
 LOADER = (
-    'import sys; from importlib.machinery import SourceFileLoader; '
+    'import gc, sys; gc.disable(); from importlib.machinery import SourceFileLoader; '
     'del sys.argv[0]; file = sys.argv[0]; '
     'hitl = sys.modules["hitl"] = type(sys)("hitl"); hitl.__file__ = file; '
     'SourceFileLoader("hitl", file).exec_module(hitl); sys.exit(hitl.main())')
