@@ -154,11 +154,9 @@ if __name__ == "__main__" and not sys.flags.isolated:
         (sys.prefix, sys.base_prefix))]
 
 import contextlib
-import dataclasses
 import enum
 import functools
 import hashlib
-import inspect
 import itertools
 import json
 import logging
@@ -171,14 +169,30 @@ import unicodedata
 from collections import Counter, deque
 from collections.abc import (
     Awaitable, Callable, Container, Coroutine, Iterable, Iterator, Mapping)
-from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import (TYPE_CHECKING, Any, NamedTuple, NoReturn, ParamSpec,
-                    TypedDict, TypeVar, Unpack, overload)
+from typing import (TYPE_CHECKING, Any, AnyStr, NamedTuple, NoReturn,
+                    ParamSpec, TypedDict, TypeVar, Unpack, overload)
 
 if TYPE_CHECKING:
     import asyncio
+    import inspect
+
+
+class Later:
+    """What is made when it is first used: a hook starts for every call."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self.make = make
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.make(), name)
+        setattr(self, name, value)
+        return value
+
+
+if not TYPE_CHECKING:           # it would be another fifth
+    inspect = Later(lambda: __import__("inspect"))
 
 __version__ = "2.0.0"
 __all__ = [
@@ -293,21 +307,15 @@ MAX_WHY = 4096                  # bytes of a reason or an explanation
 MAX_YEARS = 100                 # of a deadline: beyond it, leave it out
 
 
-class Pattern:
-    """A regular expression, compiled when it is first used: to compile them
-    all would take a fifth of what a hook's call may cost."""
-
-    def __init__(self, pattern: str | bytes, flags: int = 0) -> None:
-        self.pattern, self.flags = pattern, flags
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(re.compile(self.pattern, self.flags), name)
-        setattr(self, name, value)
-        return value
+def regex(text: AnyStr, flags: int = 0) -> re.Pattern[AnyStr]:
+    """re.compile(), when it is first used: to compile them all at once would
+    take a fifth of what a hook's call may cost."""
+    made: Any = Later(lambda: re.compile(text, flags))
+    return made  # type: ignore[no-any-return]
 
 
 # `standing:7` is what the audit log calls a standing decision
-REQUEST_ID = Pattern(
+REQUEST_ID = regex(
     r"(?!\.{1,2}\Z|standing:)[A-Za-z0-9._:-]{1,128}")
 
 # Status is the person's word, and final. Outcome is the call's fate.
@@ -517,7 +525,7 @@ def parse_json(data: bytes | str) -> Any:
     return value
 
 
-JSON_STRING = Pattern(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+JSON_STRING = regex(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 TO_BRACKETS = bytes.maketrans(b"{}", b"[]")
 NO_BRACKET = bytes(set(range(256)) - set(b"[]{}"))
 
@@ -582,12 +590,12 @@ def parse_timestamp(value: Any) -> str:
 # list of look-alikes here: such a list is never whole.
 
 BRACKETS = "\u27e6\u27e7"
-NOT_PLAIN = Pattern("[^ -~]+| {9,}")
-IN_LINES = Pattern("[^ -~\n]+|\n{9,}| {9,}")
-SHAPELESS = Pattern(         # printable to Python, yet nothing is drawn
+NOT_PLAIN = regex("[^ -~]+| {9,}")
+IN_LINES = regex("[^ -~\n]+|\n{9,}| {9,}")
+SHAPELESS = regex(         # printable to Python, yet nothing is drawn
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f"
     "\uffa0\U00016fe4\U0001bc9d\U0001bc9e\U0001d159\U000e0100-\U000e01ef]")
-PARTS = Pattern(r"\n{9,}|a+|(?:bm{0,4})+|.", re.DOTALL)
+PARTS = regex(r"\n{9,}|a+|(?:bm{0,4})+|.", re.DOTALL)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -747,11 +755,10 @@ MAX_STEPS = 20_000_000          # of `re` for one pattern: under half a second
 MAX_PATH = 4096                 # characters of a path that is looked up
 MAX_INNER = 100                 # inner calls of one call; with more it waits
 MAX_MEMBERS = 200_000           # names and items in one call's arguments
-TEMPLATE_NAME = Pattern(r"\{([A-Za-z_]\w*(?:\.\w+)*)\}")
+TEMPLATE_NAME = regex(r"\{([A-Za-z_]\w*(?:\.\w+)*)\}")
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """One rule: which calls, what to tell the reviewer, what to do."""
 
     checkpoint_id: str
@@ -760,7 +767,7 @@ class Checkpoint:
     category: str = ""
     effect: str = "review"
     kind: str = "tool"
-    arguments: Mapping[str, str] = field(default_factory=dict)
+    arguments: Mapping[str, str] = {}
     timeout_seconds: float | None = None
     lifetime_seconds: float | None = None
     reviewers: tuple[str, ...] = ()     # who may decide it; empty: any
@@ -826,8 +833,7 @@ class Match(NamedTuple):
         return self.checkpoint.effect
 
 
-@dataclass(frozen=True, slots=True)
-class Rules:
+class Rules(NamedTuple):
     """The checkpoints of one file, in its order, and what they say of a call.
     `digest` is the SHA-256 of the file's bytes."""
 
@@ -1122,7 +1128,7 @@ INNER_ARGUMENTS = frozenset((
     "arguments", "parameters", "input", "args", "params", "kwargs",
     "toolinput", "toolargs", "toolarguments", "toolparameters",
     "actioninput", "functionarguments"))
-JSON_START = Pattern(r'\s*[{\["]')
+JSON_START = regex(r'\s*[{\["]')
 PLAIN_TYPES = frozenset((int, float, bool, type(None)))
 
 
@@ -1223,22 +1229,22 @@ def argument(arguments: Mapping[str, Any], name: str) -> Any:
 # argument that holds the text, and a word for it in the tool's name, joined
 # in any way. In doubt it is of the kind.
 
-SHELL_WORDS = Pattern(
+SHELL_WORDS = regex(
     "bash|shell|pwsh|zsh|ksh|fish|terminal|console|command|cmd|exec|process|"
     "stdin|script|ssh|tty|run|eval|invoke|spawn|launch|system|monitor|sandbox|"
     "container|remote|tmux|iterm|"
     "(?<![a-z])(?:sh|start|job|task|batch|cli|repl|host|wsl|sudo)(?![a-z])",
     re.IGNORECASE)
-TERMINAL_WORDS = Pattern(
+TERMINAL_WORDS = regex(
     "bash|shell|pwsh|zsh|terminal|console|process|stdin|tmux|iterm|"
     "(?<![a-z])(?:sh|cmd|ssh|tty|pty|repl)(?![a-z])", re.IGNORECASE)
-EDIT_WORDS = Pattern(
+EDIT_WORDS = regex(
     "write|edit|patch|replace|create|update|insert|append|delete|remove|"
     "rename|modify|notebook|refactor|restore|revert|truncate|"
     "(?<![a-z])(?:save|move|copy|put|apply|add|set|mv|cp|rm|touch|link|"
     "unlink|diff|change|make|new|fix|format|store|dump|undo)(?![a-z])",
     re.IGNORECASE)
-HUMP = Pattern("(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+HUMP = regex("(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 COMMANDS = frozenset((
     "command", "commands", "cmd", "cmds", "script", "argv", "commandline",
     "cmdline", "shellcommand", "bashcommand", "code"))
@@ -1252,10 +1258,10 @@ PATHS = frozenset((
     "dst"))
 PATCHES = frozenset((
     "patch", "patchtext", "diff", "input", "command", "changes", "edits"))
-PATCH_PATH = Pattern(
+PATCH_PATH = regex(
     r"^[ \t]*(?:\*\*\* (?:\w+ File|Move to): |--- |\+\+\+ |"
     r"(?:rename|copy) to )(?:[ab]/)?([^\t\r\n]+)", re.MULTILINE)
-PATCH_CONTENT = Pattern(
+PATCH_CONTENT = regex(
     r"^[-+ ](?![ \t]*(?:\*\*\*|--|\+\+)).*$", re.MULTILINE)
 
 
@@ -1457,14 +1463,14 @@ def one_text(value: Any) -> str | None:
 # quotes that hold no escape, and nothing that expands. (`"!!"` interactively,
 # `'a\''` in fish, curly quotes in PowerShell, `&` in cmd: each is read
 # otherwise than POSIX says.)
-OWN_TOOL = Pattern("(?!mcp)[A-Za-z0-9]+(?:[_-][A-Za-z0-9]+)*")
+OWN_TOOL = regex("(?!mcp)[A-Za-z0-9]+(?:[_-][A-Za-z0-9]+)*")
 NOTES = frozenset(("description", "explanation"))
 TIMES = frozenset(("timeout", "timeoutms", "timeoutseconds", "timeoutsec"))
 FLAGS = frozenset(("runinbackground", "background", "isbackground"))
 FOLDERS = frozenset(("cwd", "workdir", "workingdirectory", "workingdir",
                      "directory", "dir", "dirpath", "folder"))
-PLAIN_WORD = Pattern("[A-Za-z0-9_./:=@%+,-]+")
-TOKEN = Pattern(r"""
+PLAIN_WORD = regex("[A-Za-z0-9_./:=@%+,-]+")
+TOKEN = regex(r"""
     (?P<redirection> (?: 2>&1 | 2?>/dev/null ) (?= [ ;|&\n] | \Z ) )
   | (?P<word> (?: [A-Za-z0-9_./:=@%+,-] | '[^'\\!\n]*' | "[^"$`\\!\n]*" )+ )
   | (?P<joint> && | \|\| | [|;\n] )
@@ -1548,8 +1554,7 @@ def template_parts(template: str) -> Iterator[str]:
 # A table of what each TOML table may hold: key -> (check, default). A check
 # takes the value and returns it, or raises ValueError with the cure.
 
-@dataclass(frozen=True, slots=True)
-class Configuration:
+class Configuration(NamedTuple):
     """checkpoints.toml, checked."""
 
     rules: Rules
@@ -1699,7 +1704,7 @@ def template_value(value: Any) -> str:
 
 NOTICE_FIELDS = ("title", "text", "url", "request_id", "status", "tool",
                  "checkpoint", "category", "agent", "deadline", "waiting")
-PLACEHOLDER = Pattern(r"\$\{([A-Za-z_]\w*)\}|\{([A-Za-z_]\w*)\}", re.ASCII)
+PLACEHOLDER = regex(r"\$\{([A-Za-z_]\w*)\}|\{([A-Za-z_]\w*)\}", re.ASCII)
 NOTIFY_KINDS = {"url": ("headers", "body", "sign"),
                 "smtp": ("login", "password", "from", "to"), "command": ()}
 HOST = r"([\w.-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?"
@@ -3780,15 +3785,15 @@ def percent_encoded(text: str) -> str:
 
 # ---- what is owed, and when ----
 
-@dataclass(slots=True, eq=False)
 class Job:
     """A notice that one channel still owes."""
 
-    notice: Notice
-    due: float                  # on the monotonic clock, as is `first`
-    first: float = 0.0          # when it was first tried
-    tries: int = 0
-    trying: bool = False
+    def __init__(self, notice: Notice, due: float) -> None:
+        self.notice = notice
+        self.due = due          # on the monotonic clock, as is `first`
+        self.first = 0.0        # when it was first tried
+        self.tries = 0
+        self.trying = False
 
 
 class Bell:
@@ -4328,7 +4333,7 @@ class Html(str):
     """Text that is markup already, and so is not escaped again."""
 
 
-IN_BRACKETS = Pattern(f"{BRACKETS[0]}([^{BRACKETS[1]}]*){BRACKETS[1]}")
+IN_BRACKETS = regex(f"{BRACKETS[0]}([^{BRACKETS[1]}]*){BRACKETS[1]}")
 
 
 def marked(text: str) -> Html:
@@ -5003,10 +5008,10 @@ class HttpRequest(NamedTuple):
     who: Principal = NOBODY
 
 
-REQUEST_LINE = Pattern(rb"([A-Z]{1,20}) (/[!-~]*) HTTP/1\.([01])")
-FIELD = Pattern(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):"
+REQUEST_LINE = regex(rb"([A-Z]{1,20}) (/[!-~]*) HTTP/1\.([01])")
+FIELD = regex(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):"
                    rb"[ \t]*+([!-~\x80-\xff][ \t!-~\x80-\xff]*+)?")
-NOT_HTTP = Pattern(rb"\A[^A-Z]|\r(?!\n)(?!\Z)|(?<!\r)\n")
+NOT_HTTP = regex(rb"\A[^A-Z]|\r(?!\n)(?!\Z)|(?<!\r)\n")
 PORT_OF = {"http": "80", "https": "443"}
 OWN_ADDRESS = "https://desk.example.org"        # in a hint
 READ_ONCE = frozenset((
@@ -6640,9 +6645,9 @@ def plain(value: Any, path: tuple[int, ...] = (),
         return value
     if type(value) in (int, float):
         return value if abs(value) < 1e300 else repr(float(value))
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {f.name: getattr(value, f.name, None)
-                 for f in dataclasses.fields(value)}
+    if hasattr(type(value), "__dataclass_fields__"):
+        value = {name: getattr(value, name, None)
+                 for name in type(value).__dataclass_fields__}
     if not isinstance(value, (Mapping, list, tuple, set, frozenset)):
         try:
             return repr(value)
@@ -6878,28 +6883,28 @@ class How(TypedDict, total=False):
     cwd: str | None
 
 
-@dataclass(slots=True)
 class Asked:
     """A tool call on its way through the gate."""
 
-    tool: str
-    arguments: str              # canonical JSON: what is asked
-    description: str
-    digest: str
-    request_id: str
-    timeout_seconds: float
-    lifetime_seconds: float
-    body: dict[str, Any]        # of POST /pending
-    deadline: float             # on the monotonic clock
-    claim: str                  # a nonce: the same claim may be retried
-    tick: Callable[[], object] | None = None
-    claiming: bool = False      # from here on the server may have claimed it
-    cancelled: bool = False
-    ended: threading.Event = field(default_factory=threading.Event)
+    claiming = False            # from here on the server may have claimed it
+    cancelled = False
+
+    def __init__(self, tool: str, arguments: str, description: str,
+                 digest: str, request_id: str, timeout_seconds: float,
+                 lifetime_seconds: float, body: dict[str, Any],
+                 tick: Callable[[], object] | None) -> None:
+        self.tool, self.description = tool, description
+        self.arguments = arguments      # canonical JSON: what is asked
+        self.digest, self.request_id = digest, request_id
+        self.timeout_seconds = timeout_seconds
+        self.lifetime_seconds = lifetime_seconds
+        self.body, self.tick = body, tick       # of POST /pending
+        self.deadline = time.monotonic() + timeout_seconds
+        self.claim = os.urandom(16).hex()   # the same claim may be retried
+        self.ended = threading.Event()
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
+class Held(NamedTuple):
     """A call that a person approved and this process claimed: whoever runs
     it runs it with `arguments`, once, and reports how it ended."""
 
@@ -6907,7 +6912,7 @@ class Held:
     approved_by: str
     request_id: str
     claim: str
-    gate: Gate = field(repr=False)
+    gate: Gate
 
     def report(self, error: BaseException | str | None = None) -> None:
         """Record that the call was executed, or how it failed. Never raises:
@@ -7174,8 +7179,7 @@ class Gate:
             "config_digest": self.rules.digest, **named}
         return Asked(tool, text, description, digest,
                      request_id or os.urandom(16).hex(), timeout, lifetime,
-                     body, time.monotonic() + timeout, os.urandom(16).hex(),
-                     tick)
+                     body, tick)
 
     # ---- 2 ask ----
 
@@ -9416,7 +9420,7 @@ def cmd_check(args: Any) -> int:
         if args.json:
             say(json.dumps({"path": str(rules.path), "checkpoints": [
                 {name: str(v) if v == math.inf else v
-                 for name, v in dataclasses.asdict(c).items()}
+                 for name, v in c._asdict().items()}
                 for c in rules.checkpoints]}))
             return 0
         warnings = [*file_warnings(configuration), *notice_warnings(

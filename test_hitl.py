@@ -39,6 +39,7 @@ import time
 import tomllib
 import unicodedata
 import urllib.request
+from dataclasses import dataclass
 from email import message_from_bytes
 from email.utils import formatdate
 from html.parser import HTMLParser
@@ -5140,7 +5141,7 @@ def test_a_large_context(make_gate, desk, monkeypatch):
 CANARY = "c4n4ryAbCdEf0123456789XyZ"
 
 
-@hitl.dataclass
+@dataclass
 class State:
     password: str = CANARY
 
