@@ -787,7 +787,7 @@ class Checkpoint(NamedTuple):
         if self.effect == "allow":
             return (len(text) <= steps_of(pattern).reach
                     and re.fullmatch(pattern, text) is not None)
-        return len(text) > reach(pattern) or in_order(pattern, text)
+        return len(text) > reach(pattern) or is_found(pattern, text)
 
     def matches(self, call: Call) -> bool:
         """Whether a call with a name that matches is meant. In doubt (two
@@ -917,17 +917,18 @@ UNMATCHED = {
 # ---- how long a pattern may take ----
 
 class Steps(NamedTuple):
-    """What a pattern costs: open repeats that can meet, one inside the
-    choices of the other, and the product of its bounded choices."""
+    """What a pattern costs: how many open repeats can meet, each inside the
+    choices of the one before; the product of its bounded choices; whether
+    each place where it could begin means another run."""
 
     loops: int
     ways: int
+    restarts: bool
 
     @property
     def reach(self) -> int:
-        """Characters that it takes in MAX_STEPS: n to the power of its loops
-        and one more for where it begins."""
-        power = self.loops + 1
+        """Characters that it takes in MAX_STEPS."""
+        power = max(self.loops + self.restarts, 1)
         steps = MAX_STEPS * math.factorial(power) // self.ways
         return min(MAX_MATCHED, int(steps ** (1 / power)))
 
@@ -942,8 +943,9 @@ def steps_of(pattern: str) -> Steps:
 def count_steps(tree: Any) -> Steps:
     from re import _constants as op  # type: ignore[attr-defined]
     most = loops = 0
-    ways = 1
+    ways, restarts = 1, False
     last: frozenset[str] = frozenset()      # what the last open repeat takes
+    before = ANYTHING                       # and what must come before it
     for item in flat(tree):
         kind, value = item
         low, high = 1, 1
@@ -952,22 +954,26 @@ def count_steps(tree: Any) -> Steps:
         inner = [count_steps(part) for part in parts_in(value)]
         inside = max((steps.loops for steps in inner), default=0)
         choices = sum(steps.ways for steps in inner) or 1
-        if kind is op.BRANCH and are_apart(tree, value[1]):
+        if kind is op.BRANCH and are_apart(value[1]):
             choices = max(steps.ways for steps in inner)
         if high > 64 and (inside or choices > 1):
             raise ValueError("repeats a repeat")
         ways *= (high - low + 1 if high < op.MAXREPEAT else 1) * (
             choices ** high if choices > 1 else 1)
         takes = ANYTHING
-        if loops and kind is not op.AT and low and not inside:
-            takes = taken(tree, [item])
-        if last.isdisjoint(takes) and last:     # it ends there: no choice
+        if low and not inside and kind is not op.AT:
+            takes = taken(tree, item)
+        if last and last.isdisjoint(takes):     # it ends there: no choice
             most, loops, last = max(most, loops), loops - 1, frozenset()
         if high == op.MAXREPEAT or inside:
             loops += inside * high or 1
-            one = not inside and value.getwidth() == (1, 1)
-            last = taken(tree, [item]) if one else ANYTHING
-    return Steps(max(most, loops), ways)
+            last = ANYTHING
+            if not inside and value.getwidth() == (1, 1):
+                last = taken_first(value)
+            restarts = restarts or not last.isdisjoint(before)
+        if low and kind is not op.AT:
+            before = takes
+    return Steps(max(most, loops), ways, restarts)
 
 
 ANYTHING = frozenset(map(chr, range(129)))      # ASCII and one that is not
@@ -995,60 +1001,82 @@ def parts_in(value: Any) -> Iterator[Any]:
             yield from parts_in(part)
 
 
-def taken(tree: Any, items: list[Any]) -> frozenset[str]:
-    """The characters that an item can take; ANYTHING where that is unclear."""
-    from re import _compiler, _parser  # type: ignore[attr-defined]
+def taken(tree: Any, item: Any) -> frozenset[str]:
+    """The characters that an item can begin with; ANYTHING where that is
+    unclear, or it can be empty."""
+    from re import _compiler, _constants as op, _parser  # type: ignore
+    kind, value = item
+    if kind is op.BRANCH:
+        return frozenset().union(*(taken_first(part) for part in value[1]))
+    if kind in (op.MAX_REPEAT, op.MIN_REPEAT, op.POSSESSIVE_REPEAT):
+        return taken_first(value[2]) if value[0] else ANYTHING
     try:
-        one = _compiler.compile(_parser.SubPattern(tree.state, items),
+        one = _compiler.compile(_parser.SubPattern(tree.state, [item]),
                                 re.IGNORECASE | re.DOTALL)
         return frozenset(filter(one.match, ANYTHING)) or ANYTHING
     except (re.error, IndexError, ValueError):
         return ANYTHING
 
 
-def are_apart(tree: Any, branches: list[Any]) -> bool:
+def taken_first(tree: Any) -> frozenset[str]:
+    return next((taken(tree, item) for item in flat(tree)), ANYTHING)
+
+
+def are_apart(branches: list[Any]) -> bool:
     """Whether the first character tells alternatives apart."""
-    firsts = [taken(tree, [next(flat(branch), None)]) if len(branch)
-              else ANYTHING for branch in branches]
+    firsts = [taken_first(branch) for branch in branches]
     return sum(map(len, firsts)) == len(frozenset().union(*firsts))
 
 
+def split_pattern(pattern: str, joint: str) -> list[str]:
+    """A pattern cut at each joint that is not inside a group: where the
+    piece before it is a pattern by itself."""
+    pieces, held = [], ""
+    for part in pattern.split(joint):
+        held += part
+        try:
+            re.compile(held)
+        except re.error:
+            held += joint
+        else:
+            pieces.append(held)
+            held = ""
+    return pieces if not held else [pattern]
+
+
 @functools.cache
-def pieces_of(pattern: str) -> tuple[tuple[re.Pattern[str], int], ...]:
-    """A pattern cut at each `.*` that stands outside of groups, with the
-    least width of each piece; whole where it cannot be cut."""
-    bare = re.sub(r"\[\^?\]?[^]]*\]", "", re.sub(r"\\.", "a", pattern))
-    while (shorter := re.sub(r"\([^()]*\)", "", bare)) != bare:
-        bare = shorter
-    pieces = pattern.split(".*")
-    if "|" in bare or re.search(r"\\[1-9]|\(\?P=|\(\?\(|\(\?[a-zA-Z]+\)",
-                                pattern):
-        pieces = [pattern]
+def searches(pattern: str) -> tuple[tuple[tuple[re.Pattern[str], int], ...], ...]:
+    """A pattern as its alternatives, each as the pieces between its `.*` with
+    their least widths; whole where a piece would depend on another."""
     from re import _parser  # type: ignore[attr-defined]
-    try:
-        return tuple((re.compile(piece, re.IGNORECASE | re.DOTALL),
-                      _parser.parse(piece).getwidth()[0])
-                     for piece in pieces if piece)
-    except re.error:                        # the `.*` was inside a group
-        return ((re.compile(pattern, re.IGNORECASE | re.DOTALL), 0),)
+    whole = re.search(r"\\[1-9]|\(\?P=|\(\?\(|\(\?[a-zA-Z]+\)", pattern)
+    return tuple(
+        tuple((re.compile(piece, re.IGNORECASE | re.DOTALL),
+               _parser.parse(piece).getwidth()[0])
+              for piece in ([one] if whole else split_pattern(one, ".*")))
+        for one in ([pattern] if whole else split_pattern(pattern, "|")))
 
 
+@functools.cache
 def reach(pattern: str) -> int:
     """How many characters a search may look at."""
-    return min((steps_of(piece.pattern).reach
-                for piece, _ in pieces_of(pattern)), default=MAX_MATCHED)
+    pieces = [piece.pattern for one in searches(pattern) for piece, _ in one]
+    return min(steps_of(piece)._replace(
+        ways=steps_of(piece).ways * len(pieces)).reach for piece in pieces)
 
 
-def in_order(pattern: str, text: str) -> bool:
-    """Whether the pattern is found: piece after piece, which takes one pass
-    where `re` would try every start with every `.*`."""
-    at = 0
-    for piece, width in pieces_of(pattern):
-        found = piece.search(text, at)
-        if not found:
-            return False
-        at = found.start() + width
-    return True
+def is_found(pattern: str, text: str) -> bool:
+    """Whether one alternative is found, piece after piece: one pass where
+    `re` would try every start with every `.*`."""
+    def in_order(pieces: Iterable[tuple[re.Pattern[str], int]]) -> bool:
+        at = 0
+        for piece, width in pieces:
+            found = piece.search(text, at)
+            if not found:
+                return False
+            at = found.start() + width
+        return True
+    return any(map(in_order, searches(pattern)))
 
 
 # ---- the tool's name ----
@@ -1666,7 +1694,7 @@ def pattern_value(value: Any) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             re.compile(value)
-        steps = steps_of(value)
+        loops = max(steps_of(one).loops for one in split_pattern(value, "|"))
     except (re.error, OverflowError, RecursionError, Warning) as error:
         raise ValueError(f"is not a regular expression: {error}") from None
     except ValueError:
@@ -1674,7 +1702,7 @@ def pattern_value(value: Any) -> str:
             f"{value!r} repeats a repeat, as (a+)+ does: on some texts it "
             "would not end, and Python's re cannot be interrupted; write it "
             "without the inner or the outer repeat") from None
-    if steps.loops > 2 or reach(value) < MAX_TOOL_NAME:
+    if loops > 2 or reach(value) < MAX_TOOL_NAME:
         raise ValueError(
             f"{value!r} has too many repeats that can meet, as .*a.*b.* has: "
             "on some texts it would take minutes, and Python's re cannot be "

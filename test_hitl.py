@@ -1048,7 +1048,7 @@ def test_pieces_find_what_the_whole_pattern_finds(pattern, text, found):
     """A pattern is looked for piece by piece, cut at each `.*`, and finds
     what it would find as a whole."""
     whole = hitl.re.search(pattern, text, re.IGNORECASE | re.DOTALL)
-    assert hitl.in_order(pattern, text) == (whole is not None) == found
+    assert hitl.is_found(pattern, text) == (whole is not None) == found
 
 
 @pytest.mark.parametrize("pattern", [r'"\bpay"', r'"pay\n"', r'"\u200bpay"'])
