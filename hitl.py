@@ -795,18 +795,24 @@ class Checkpoint(NamedTuple):
         if call.ambiguous:
             return self.effect != "allow" and (
                 self.kind == "tool" or call.texts(self.kind) is not None)
-        return self.kind_matches(call) and all(
+        return all(
             self.argument_matches(pattern, argument(call.arguments, name))
-            for name, pattern in self.arguments.items())
+            for name, pattern in self.arguments.items()
+        ) and self.kind_matches(call)
 
     def kind_matches(self, call: Call) -> bool:
-        """Whether action_pattern finds what a shell or an edit would do."""
+        """Whether action_pattern finds what a shell or an edit would do. An
+        allow rule takes from the call what it opens; it decides once nothing
+        is left, so that several rules can make one list."""
         if self.kind == "tool":
             return True
         if self.effect == "allow":
-            plain = call.plain_texts(self.kind) or []
-            return plain != [] and all(
-                self.finds(self.action_pattern, text) for text in plain)
+            plain = call.left_shut(self.kind)
+            if plain is None:
+                return False
+            plain[:] = [text for text in plain
+                        if not self.finds(self.action_pattern, text)]
+            return not plain
         texts = call.texts(self.kind)
         return texts is not None and any(
             text is None or self.finds(self.action_pattern, text)
@@ -940,7 +946,9 @@ def steps_of(pattern: str) -> Steps:
     return count_steps(_parser.parse(pattern, re.IGNORECASE | re.DOTALL))
 
 
-def count_steps(tree: Any) -> Steps:
+def count_steps(tree: Any, repeated: bool = False) -> Steps:
+    """What a parsed pattern costs; `repeated`, each choice between
+    alternatives counts, since it is made again and again."""
     from re import _constants as op  # type: ignore[attr-defined]
     most = loops = 0
     ways, restarts = 1, False
@@ -951,11 +959,16 @@ def count_steps(tree: Any) -> Steps:
         low, high = 1, 1
         if kind in (op.MAX_REPEAT, op.MIN_REPEAT, op.POSSESSIVE_REPEAT):
             low, high, value = value
-        inner = [count_steps(part) for part in parts_in(value)]
+        again = repeated or high > 1
+        inner = [count_steps(part, again) for part in parts_in(value)]
         inside = max((steps.loops for steps in inner), default=0)
-        choices = sum(steps.ways for steps in inner) or 1
-        if kind is op.BRANCH and are_apart(value[1]):
-            choices = max(steps.ways for steps in inner)
+        choices = max((steps.ways for steps in inner), default=1)
+        if kind is op.BRANCH and again and not are_apart(value[1]):
+            choices = sum(steps.ways for steps in inner)
+        delimited = (high > 1 and inside > 0 and choices == 1
+                     and is_delimited(value))
+        if delimited:
+            inside = 0
         if high > 64 and (inside or choices > 1):
             raise ValueError("repeats a repeat")
         ways *= (high - low + 1 if high < op.MAXREPEAT else 1) * (
@@ -965,7 +978,7 @@ def count_steps(tree: Any) -> Steps:
             takes = taken(tree, item)
         if last and last.isdisjoint(takes):     # it ends there: no choice
             most, loops, last = max(most, loops), loops - 1, frozenset()
-        if high == op.MAXREPEAT or inside:
+        if high == op.MAXREPEAT or inside or delimited:
             loops += inside * high or 1
             last = ANYTHING
             if not inside and value.getwidth() == (1, 1):
@@ -1026,6 +1039,26 @@ def are_apart(branches: list[Any]) -> bool:
     """Whether the first character tells alternatives apart."""
     firsts = [taken_first(branch) for branch in branches]
     return sum(map(len, firsts)) == len(frozenset().union(*firsts))
+
+
+def is_delimited(tree: Any) -> bool:
+    """Whether what is repeated begins with a character that nothing else in
+    it takes, as in `( [^ ]+)*`: then there is one way to read a text."""
+    first, *rest = single_items(tree)
+    if next(flat(tree)) != first:
+        return False
+    takes = taken(tree, first)
+    return all(takes.isdisjoint(taken(tree, item)) for item in rest)
+
+
+def single_items(tree: Any) -> Iterator[Any]:
+    """The items of a parsed pattern that take a character each."""
+    for kind, value in flat(tree):
+        inner = list(parts_in(value))
+        if not inner:
+            yield kind, value
+        for part in inner:
+            yield from single_items(part)
 
 
 def split_pattern(pattern: str, joint: str) -> list[str]:
@@ -1314,6 +1347,7 @@ class Call:
                  cwd: str | None = None) -> None:
         self.tool, self.arguments, self.cwd = tool, arguments, cwd
         self.known: dict[str, list[str | None] | None] = {}
+        self.shut: dict[str, list[str] | None] = {}
 
     @functools.cached_property
     def ambiguous(self) -> bool:
@@ -1411,14 +1445,18 @@ class Call:
         except (OSError, ValueError):
             return None
 
-    def plain_texts(self, kind: str) -> list[str] | None:
-        """What an allow rule looks at: every simple command, or every path,
-        of a call that says nothing else; None where anything is in doubt."""
-        if (os.name == "nt" or not OWN_TOOL.fullmatch(self.tool)
-                or self.texts(kind) is None):
-            return None
-        return (self.plain_commands() if kind == "shell"
-                else self.plain_paths())
+    def left_shut(self, kind: str) -> list[str] | None:
+        """What no allow rule has opened so far: every simple command, or
+        every path, of a call that says nothing else; None where anything is
+        in doubt, which no rule opens."""
+        if kind not in self.shut:
+            plain = None
+            if (os.name != "nt" and OWN_TOOL.fullmatch(self.tool)
+                    and self.texts(kind) is not None):
+                plain = (self.plain_commands() if kind == "shell"
+                         else self.plain_paths())
+            self.shut[kind] = plain or None
+        return self.shut[kind]
 
     def plain_commands(self) -> list[str] | None:
         found = None
@@ -1694,7 +1732,7 @@ def pattern_value(value: Any) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             re.compile(value)
-        loops = max(steps_of(one).loops for one in split_pattern(value, "|"))
+        steps = steps_of(value)
     except (re.error, OverflowError, RecursionError, Warning) as error:
         raise ValueError(f"is not a regular expression: {error}") from None
     except ValueError:
@@ -1702,7 +1740,7 @@ def pattern_value(value: Any) -> str:
             f"{value!r} repeats a repeat, as (a+)+ does: on some texts it "
             "would not end, and Python's re cannot be interrupted; write it "
             "without the inner or the outer repeat") from None
-    if loops > 2 or reach(value) < MAX_TOOL_NAME:
+    if steps.loops > 2 or reach(value) < MAX_TOOL_NAME:
         raise ValueError(
             f"{value!r} has too many repeats that can meet, as .*a.*b.* has: "
             "on some texts it would take minutes, and Python's re cannot be "
@@ -1930,12 +1968,12 @@ KEYS: dict[str, dict[str, tuple[Callable[[Any], Any], Any]]] = {
 def find_configuration(path: str | os.PathLike[str] | None = None,
                        local: bool = True) -> Path:
     """The file in force: the one given, HITL_CONFIG, ./checkpoints.toml (not
-    for a hook: an agent may write there), the one beside hitl.py."""
+    for hook, mcp and run: an agent may write there), the one beside hitl.py."""
     chosen = path or os.environ.get("HITL_CONFIG")
     if chosen:
-        return Path(chosen).absolute()
-    beside = Path(__file__).absolute().with_name("checkpoints.toml")
-    here = Path("checkpoints.toml").absolute() if local else beside
+        return absolute(chosen)
+    beside = beside_this_file()
+    here = absolute("checkpoints.toml") if local else beside
     for candidate in (here, beside):
         if os.path.lexists(candidate):
             return candidate
@@ -1943,6 +1981,21 @@ def find_configuration(path: str | os.PathLike[str] | None = None,
         f"no checkpoints.toml in {here.parent}" + (
             f" or {beside.parent}" if beside != here else ""),
         "`python3 hitl.py init` writes one, or set HITL_CONFIG")
+
+
+def absolute(path: str | os.PathLike[str]) -> Path:
+    """A path from the working directory; ConfigError where that is gone."""
+    try:
+        return Path(path).absolute()
+    except OSError:
+        raise ConfigError(
+            "the working directory does not exist any more",
+            "start from a folder that does, or set HITL_CONFIG to an absolute "
+            "path") from None
+
+
+def beside_this_file() -> Path:
+    return absolute(__file__).with_name("checkpoints.toml")
 
 
 def load_configuration(path: Path) -> Configuration:
@@ -1953,8 +2006,11 @@ def load_configuration(path: Path) -> Configuration:
         data = path.read_bytes()
         tables = tomllib.loads(data.decode("utf-8-sig"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file",
-                          "`python3 hitl.py init` writes one") from None
+        beside = beside_this_file()     # an empty new one would gate nothing
+        there = beside != path and os.path.lexists(beside)
+        raise ConfigError(f"{path}: no such file", (
+            f"there is one beside hitl.py: {beside}; name that one" if there
+            else "`python3 hitl.py init` writes one")) from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -8892,17 +8948,17 @@ def card_on(page: str, request_id: str) -> list[str]:
 # the parsed arguments and returns the exit status: 0 fine, 1 refused or
 # failed, 2 usage or configuration, 3 no decision in time, 4 unreachable.
 
-EXAMPLE = '''\
+HEAD = '''\
 # checkpoints.toml: which tool calls of an AI agent wait for a person.
 # https://toml.io; `python3 hitl.py check` reads this file and says what it
 # thinks of it, `python3 hitl.py check delete_users` says who decides a call.
 
 [gate]                          # the agent's side
 server_url = "http://127.0.0.1:8765"
-timeout_seconds = 30            # how long a call waits for a decision. Thirty
-                                # seconds suit a trial; people need 300 or more
+timeout_seconds = 300           # how long a call waits for a decision (30 if
+                                # nothing is written here: people need more)
 # poll_seconds = 5              # longest gap between two looks at the status
-# lifetime_seconds = 30         # how long a request can be decided (default:
+# lifetime_seconds = 300        # how long a request can be decided (default:
                                 # as long as its call waits)
 # unmatched = "review"          # turn the list around: what no checkpoint
                                 # names waits too (default: "allow")
@@ -8912,7 +8968,8 @@ timeout_seconds = 30            # how long a call waits for a decision. Thirty
 # port = 8765
 # database = "hitl.db"          # relative to this file
 # public_url = ""               # where reviewers reach it, if elsewhere
-
+'''
+MISSION = r'''
 # A checkpoint: if action_pattern is found in the tool's name, the call waits.
 # The pattern is a Python regular expression, found anywhere in the name, in
 # any case. Checkpoints are tried from the top, and the first match decides.
@@ -8924,7 +8981,7 @@ checkpoint_id = "deploy-model"
 action_pattern = "deploy_*"     # deploy_model, redeploy, mcp__ci__deploy ...
 description_template = "Deploy model {model} to {environment}"
 category = "high-impact"
-arguments = { environment = "prod" }    # only where this argument says so,
+# arguments = { environment = "prod" }  # only where this argument says so,
                                         # or where it is missing
 
 [[checkpoint]]                  # data risk: something leaves the house
@@ -8935,28 +8992,174 @@ category = "data-risk"
 
 [[checkpoint]]                  # destructive: cannot be undone
 checkpoint_id = "delete-records"
-action_pattern = "delete_*"     # as a regex: "delete", then any number of _
+action_pattern = "delete_*|drop|remove|purge|truncate|wipe"
+                                # as a regex delete_* is "delete", then any
+                                # number of _: delete_records, deleteUser ...
 description_template = "Delete from {table} where {condition}"
 category = "destructive"
-# timeout_seconds = 300         # over [gate]'s, for this one
+# timeout_seconds = 900         # over [gate]'s, for this one
 # effect = "deny"               # "review" (default), "allow": runs at once if
                                 # the whole name matches to the letter, "deny"
-
-# For coding agents (`python3 hitl.py hook --help`), if yours has a shell. An
-# argument may have several names; what cannot be read by eye waits, too.
+# reviewers = ["ana"]           # only these [[reviewer]]s may decide it
+# remember = false              # no decision stands for the same call again
+# editable = true               # the reviewer may change its arguments
+'''
+MONEY = '''
+[[checkpoint]]                  # high impact: money moves
+checkpoint_id = "pay"
+action_pattern = "pay(?!load)|charge|refund|transfer|purchase"
+description_template = "Pay {amount} to {recipient}"
+category = "high-impact"
+'''
+TRIPWIRES = r'''
+# If your agent has a shell: kind = "shell" looks at the commands, whatever the
+# agent calls the tool, and kind = "edit" at the files an edit touches. These
+# are tripwires: what nobody could list (a script, an alias) passes. The other
+# way round, `python3 hitl.py init --coding-agent` writes a list of commands
+# that may run, and everything else waits. Uncomment what you want.
 
 # [[checkpoint]]
-# checkpoint_id = "shell"
-# action_pattern = "bash|shell|terminal|command|exec"
-# arguments = { "command|commands|cmd" = '\\b(rm|dd|push|publish|apply|curl|ssh)\\b|\\$\\(|`|<<|\\beval\\b' }
-# description_template = "Run {command}"
+# checkpoint_id = "shell-delete"
+# kind = "shell"
+# action_pattern = '(?<![-\w])(rm|rmdir|unlink|shred|truncate|rimraf|trash|ri)\b'
+# description_template = "Delete: {command}"
+# category = "destructive"
+
+# [[checkpoint]]
+# checkpoint_id = "shell-wipe"
+# kind = "shell"
+# action_pattern = '-delete\b|--delete|\bpurge |Remove-Item|\bFLUSH|::Delete'
+# description_template = "Delete: {command}"
+# category = "destructive"
+
+# [[checkpoint]]
+# checkpoint_id = "shell-sql"
+# kind = "shell"
+# action_pattern = '\b(DROP|TRUNCATE) (TABLE|DATABASE)|\bDELETE FROM\b'
+# description_template = "Delete: {command}"
+# category = "destructive"
+
+# [[checkpoint]]                # {0,60}: options in between, `git -C dir push`
+# checkpoint_id = "shell-undo"
+# kind = "shell"
+# action_pattern = '\bgit\b(?!.commit)[^;&|]{0,60}( -D|\b(clean|reset|remove))\b'
+# description_template = "Throw away: {command}"
+# category = "destructive"
+
+# [[checkpoint]]
+# checkpoint_id = "shell-push"
+# kind = "shell"
+# action_pattern = '\bgit\b(?!.commit)[^;&|]{0,60}\bpush\b|\bhub push\b'
+# description_template = "Push: {command}"
+# category = "high-impact"
+
+# [[checkpoint]]
+# checkpoint_id = "shell-publish"
+# kind = "shell"
+# action_pattern = '\b(gh (pr merge|release|repo)|(npm|cargo) publish|twine)\b'
+# description_template = "Publish: {command}"
+# category = "high-impact"
+
+# [[checkpoint]]
+# checkpoint_id = "shell-terraform"
+# kind = "shell"
+# action_pattern = '\b(terraform|tofu|terragrunt)\b[^;&|]{0,60}\b(apply|destroy)'
+# description_template = "Deploy: {command}"
+# category = "high-impact"
+
+# [[checkpoint]]
+# checkpoint_id = "shell-cluster"
+# kind = "shell"
+# action_pattern = '\b(kubectl|helm)\b[^;&|]{0,60}\b(apply|delete|install|upgrade)'
+# description_template = "Deploy: {command}"
+# category = "high-impact"
+
+# [[checkpoint]]                # a shell that reads a pipe or a string
+# checkpoint_id = "shell-pipe"
+# kind = "shell"
+# action_pattern = '\|[^;&|]{0,60}(?<![.\w])(sh|(ba|z|da|tc|mk)sh|pwsh|iex)\b'
+# description_template = "Run what nobody sees: {command}"
+# category = "destructive"
+
+# [[checkpoint]]
+# checkpoint_id = "shell-text"
+# kind = "shell"
+# action_pattern = '(?<![.\w])(sh|(ba|z)sh|pwsh|powershell) (-\w?c|<)|\beval '
+# description_template = "Run what nobody sees: {command}"
+# category = "destructive"
+
+# [[checkpoint]]
+# checkpoint_id = "shell-code"
+# kind = "shell"
+# action_pattern = '\b(perl|ruby|node|php|deno) (-[er]|eval)\b|\bsystem\(|\biex '
+# description_template = "Run what nobody sees: {command}"
+# category = "destructive"
+
+# [[checkpoint]]
+# checkpoint_id = "shell-file"
+# kind = "shell"
+# action_pattern = '\bbase64 (-d|--decode)|\bsource \./|(cp|install) /dev/null'
+# description_template = "Run what nobody sees: {command}"
+# category = "destructive"
 
 # [[checkpoint]]                # the agent's own leash
 # checkpoint_id = "own-rules"
-# action_pattern = "write|edit|patch|replace|create"
-# arguments = { "file_path|path|filePath" = '(checkpoints\\.toml|hitl\\.py|settings\\.json)' }
+# kind = "edit"
+# action_pattern = 'checkpoints\.toml|hitl\.(py|db)|(hooks?|settings)\.json'
 # description_template = "Edit the rules of this agent: {file_path}"
 # effect = "deny"
+'''
+EXAMPLE = HEAD + MISSION + MONEY + TRIPWIRES
+
+# What a coding agent may run unasked: commands that only read, to the letter.
+# Quotes are in the patterns because what is matched is the text as written.
+READ_ONLY = (
+    r"pwd|whoami|date|nproc|man [a-z][\w-]*|uname( -[a-z])?|true|false|echo( .*)?|grep( .*)?",
+    r"(ls|cat|head|tail|wc|stat|du|df|realpath|basename|dirname|which|cut)"
+    r"( [\w./:=@%+,-]+)*",
+    r"test -[defrsx] [\w./-]+|sort( -[bdfghnruV]+)*|uniq( -[cdu]+)?",
+    r"find( ([\w./]['\w.*/-]*|'[\w.*/][\w.*/-]*'"
+    r"|-(n(ame|ot|ewer)|iname|p(ath|rint)|type|m(axdepth|indepth|time)|size)))*",
+    r"sed -n '[0-9,$]+p'( [\w./][\w./-]*)*",
+    r"awk '\{print \$[0-9]+\}'( [\w./][\w./-]*)*",
+    r"git (status|diff|log|show|rev-parse|ls-files|blame|shortlog)"
+    r"(?!.* --(ou|ext))( [\w ./:=@%+,-]*)?",
+    r"git (branch( -[av]+| --show-current)?|remote( -v)?|stash list)",
+)
+BUILDS = (
+    r"(pytest|python3? -m pytest|make|ruff|mypy|npx tsc|eslint)"
+    r"( [\w./:=@%+,-]+)*",
+    r"(go|cargo) (build|test|vet|check|clippy)( [\w./:=@%+,-]+)*",
+    r"npm (test|run (build|lint|test))",
+)
+CODING_HEAD = r'''
+# A coding agent's shell, the safe way round: the commands listed here run
+# unasked, every other one waits. An allow rule looks at each simple command of
+# a text as it is written, and opens only for a text that is plain from end to
+# end: words, quotes without escapes, && || | ; and line ends. File edits run,
+# but for the files that hold the agent (its leash); reads run.
+# Written for the project {project}.
+
+[[checkpoint]]                  # hitl.py is not the agent's to run
+checkpoint_id = "leash-shell"
+kind = "shell"
+action_pattern = '\bhitl\.py\b|-m hitl\b|import hitl\b|(?<![\w.])/proc\b'
+description_template = "Touch the reviewer's program: {command}"
+effect = "deny"
+'''
+CODING_TAIL = r'''
+[[checkpoint]]                  # every other command
+checkpoint_id = "shell"
+kind = "shell"
+action_pattern = '.*'
+description_template = "Run {command}"
+category = "high-impact"
+
+[[checkpoint]]                  # what MCP servers can do to the world
+checkpoint_id = "mcp-tools"
+action_pattern = '^mcp_.*(delete|drop|purge|deploy|send|publish|pay|refund|transfer)'
+description_template = "{tool}"
+category = "high-impact"
 '''
 
 
@@ -9428,6 +9631,22 @@ def writes_secret(value: Any, name: str = "") -> bool:
         or re.search(r"(?=[\w-]*[0-9])(?=[\w-]*[A-Za-z])[\w-]{20,}", text))
 
 
+def rule_warnings(rules: Rules) -> Iterator[str]:
+    """What is doubtful about the checkpoints."""
+    for c in rules.checkpoints:
+        if c.kind == "tool" and re.search(r" |(?:^|[|^])[A-Z]\w*\(",
+                                          c.action_pattern):
+            yield (f'checkpoint "{c.checkpoint_id}": {c.action_pattern!r} is '
+                   "looked for in the names of tools, and no name holds that; "
+                   'did you mean kind = "shell"?')
+    effects = {c.effect for c in rules.checkpoints if c.kind == "shell"}
+    if effects and "allow" not in effects:
+        yield ('kind = "shell" is used without an allow list (effect = '
+               '"allow"): what hitl.py 1.0 could not take apart waited, and now '
+               "runs unless a pattern finds it; `init --coding-agent` writes a "
+               "list")
+
+
 def raise_file_limit() -> None:
     """As many connections as the system lets us have."""
     with contextlib.suppress(ImportError, ValueError, OSError):
@@ -9451,11 +9670,14 @@ def cmd_check(args: Any) -> int:
                  for name, v in c._asdict().items()}
                 for c in rules.checkpoints]}))
             return 0
-        warnings = [*file_warnings(configuration), *notice_warnings(
+        warnings = [*file_warnings(configuration), *rule_warnings(
+            rules), *notice_warnings(
             configuration, str(configuration.server["public_url"]))]
         say(f"{rules.path}: {len(rules.checkpoints)} checkpoints, fine")
         for c in rules.checkpoints:
-            say(f"  {c.checkpoint_id:20} {c.effect:7} {c.action_pattern}")
+            kind = "" if c.kind == "tool" else f"{c.kind}: "
+            say(f"  {c.checkpoint_id:20} {c.effect:7} {kind}"
+                f"{c.action_pattern}")
         say(f"  {'(what none matches)':20} {rules.unmatched}")
         for warning in warnings:
             say(f"warning: {warning}")
@@ -9495,12 +9717,13 @@ def cmd_check(args: Any) -> int:
 
 
 def cmd_init(args: Any) -> int:
-    """write a commented checkpoints.toml here, if there is none"""
-    path = Path(args.config or os.environ.get("HITL_CONFIG")
-                or "checkpoints.toml").absolute()
+    """write a commented checkpoints.toml beside hitl.py, if there is none"""
+    path = absolute(args.config or os.environ.get("HITL_CONFIG")
+                    or beside_this_file())
+    text = coding_rules(path, absolute(".")) if args.coding_agent else EXAMPLE
     try:
         with open(path, "x", encoding="utf-8") as file:
-            file.write(EXAMPLE)
+            file.write(text)
     except FileExistsError:
         raise ConfigError(f"{path} is there already", "it was not changed; "
                           "next: python3 hitl.py serve") from None
@@ -9508,6 +9731,67 @@ def cmd_init(args: Any) -> int:
         raise ConfigError(f"{path}: {error.strerror}") from None
     say(f"wrote {path}; next: python3 hitl.py serve")
     return 0
+
+
+def coding_rules(path: Path, project: Path) -> str:
+    """The checkpoints.toml of a coding agent that works in `project`."""
+    parts = [HEAD, CODING_HEAD.replace("{project}", visible(str(project)))]
+    for n, pattern in enumerate(leash(path, project), 1):
+        parts.append(f"""
+[[checkpoint]]                  # the agent's leash
+checkpoint_id = "leash-{n}"
+kind = "edit"
+action_pattern = {json.dumps(pattern)}
+description_template = "Edit what holds this agent: {{file_path}}"
+effect = "deny"
+""")
+    parts += [listed(f"read-{n}", pattern)
+              for n, pattern in enumerate(READ_ONLY, 1)]
+    parts.append("\n# Builds and tests: these run what the agent wrote; with "
+                 "them this is no boundary.\n")
+    for n, pattern in enumerate(BUILDS, 1):
+        parts.append(listed(f"build-{n}", pattern).replace("\n", "\n# ")
+                     .replace("# \n", "\n").removesuffix("# "))
+    return "".join([*parts, CODING_TAIL])
+
+
+def listed(checkpoint_id: str, pattern: str) -> str:
+    return f"""
+[[checkpoint]]
+checkpoint_id = "{checkpoint_id}"
+kind = "shell"
+action_pattern = {json.dumps(pattern)}
+description_template = "Run {{command}}"
+effect = "allow"
+"""
+
+
+def leash(path: Path, project: Path) -> list[str]:
+    """Patterns for the files that decide what the agent may do: agents' own
+    settings with their local twins, the rules, hitl.py with its database and
+    the rest of its folder, and what the listed commands obey."""
+    files = [where.partition(" (")[0].removeprefix("~/")
+             for where, _ in SNIPPETS.values()]
+    files += [file.replace("settings.json", "settings.local.json")
+              for file in files if file.endswith("/settings.json")]
+    files += [".codex/config.toml", ".clinerules/hooks/", ".github/hooks/",
+              ".opencode/plugin", "opencode.json", ".mcp.json"]
+    stems = sorted({re.escape(file) for file in files})
+    own = absolute(__file__)
+    names = {"checkpoints.toml", "hitl.py", path.name, own.name}
+    whole = {os.path.realpath(path), os.path.realpath(own),
+             os.path.realpath(path.with_name("hitl.db"))}
+    folder = os.path.realpath(own.parent)
+    if not (os.path.realpath(project) + os.sep).startswith(folder + os.sep):
+        whole.add(folder + os.sep)
+    patterns = [
+        f"(^|/)({'|'.join(stems)})",
+        f"(^|/)({'|'.join(sorted(map(re.escape, names)))}|hitl\\.db)",
+        f"^({'|'.join(sorted(map(re.escape, whole)))})",
+        r"(^|/)\.git(/|$)|(^|/)HEAD$|(^|/)\.gitconfig$|/\.config/git/",
+        r"(^|/)\.(bash_?(rc|profile|login|aliases)|profile|zsh(rc|env)|zprofile)$"]
+    return [pattern.replace("/", "[/\\\\]") if os.name == "nt" else pattern
+            for pattern in patterns]
 
 
 def cmd_list(args: Any) -> int:
@@ -9770,7 +10054,9 @@ def command_line() -> Any:
                   "--config --database --json")
     add("tool", nargs="?", help="a tool's name")
     add("arguments", nargs="?", default="{}", help="its JSON")
-    command(cmd_init, "init", "--config")
+    add = command(cmd_init, "init --coding-agent", "--config")
+    add("--coding-agent", action="store_true",
+        help="commands wait unless they are listed")
     add = command(cmd_list, "list --all", "--json --config --server-url")
     add("--all", action="store_true", help="reviewed ones too")
     command(cmd_show, "show 1f0c", "id --json --config --server-url")
