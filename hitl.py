@@ -3027,6 +3027,12 @@ class Store:
                 numbers.append(row[1])
         return Page(self.by_number(numbers), None)
 
+    def beginning_with(self, start: str) -> list[str]:
+        """A few request_ids that begin so and go on."""
+        return [row[0] for row in self.db.execute(
+            "SELECT request_id FROM pending_reviews WHERE request_id > ? AND "
+            "request_id < ? ORDER BY request_id LIMIT 6", (start, start + "~"))]
+
     def asked_before(self, request: ReviewRequest) -> ReviewRequest | None:
         """The newest earlier request for the same call that was decided."""
         rows = self.select(
@@ -5636,7 +5642,7 @@ class Desk:
         return answer
 
     def problem(self, http: HttpRequest | None, refusal: Refusal,
-                close: bool = False) -> bytes:
+                close: bool = False, **more: Any) -> bytes:
         """A refusal as problem+json (RFC 9457), or as a page for a person."""
         status = REFUSALS[refusal.reason]
         headers = refusal.headers
@@ -5649,7 +5655,7 @@ class Desk:
         body: dict[str, Any] = {
             "type": "about:blank", "title": refusal.message, "status": status,
             "reason": refusal.reason,
-            "detail": refusal.hint or refusal.message}
+            "detail": refusal.hint or refusal.message, **more}
         if refusal.about:
             body["request"] = self.shape(refusal.about.summary)
         return self.message(status, PROBLEM, json.dumps(body).encode(), close,
@@ -5817,10 +5823,17 @@ class Desk:
             self.store.reviewed(REVIEWED_CARDS).rows, start))
 
     def get_review(self, http: HttpRequest) -> bytes:
-        request = self.store.whole(http.request_id)
+        """All about a request, as a page, or as JSON with those whose ids
+        begin with its own."""
+        longer = self.store.beginning_with(http.request_id)
+        try:
+            request = self.store.whole(http.request_id)
+        except Refusal as refusal:
+            return self.problem(http, refusal, longer_ids=longer)
         if "application/json" not in http.headers["accept"]:
             return self.html(http, review_page(self.view(http), request))
         return self.json(http, request._asdict() | self.listed(request) | {
+            "longer_ids": longer,
             "agent_context": stored_json(request.agent_context), "claim": None,
             "attended": self.attended(request.request_id),
             "notices": self.told(request.request_id)})
@@ -6083,7 +6096,7 @@ class Loop:
         protocol: Any = functools.partial(Connection, self)
         server = loop.run_until_complete(loop.create_server(
             protocol, sock=self.socket, backlog=1024))
-        self.sweep()
+        loop.call_soon(self.sweep)
         loop.run_until_complete(self.stopped.wait())
         server.close()
         loop.run_until_complete(self.drain())
@@ -9226,7 +9239,10 @@ def reviewer_client(args: Any) -> Client:
 def reply_of(client: Client, method: str, path: str, body: Any = None
           ) -> dict[str, Any]:
     """The server's answer; HitlError, with its words, if it refuses."""
-    reply = client.exchange(method, path, body, seconds=15)
+    return accepted(client.exchange(method, path, body, seconds=15))
+
+
+def accepted(reply: Reply) -> dict[str, Any]:
     if reply.reason == "wrong-credentials":
         raise HitlError("the server does not know this name and token",
                         "HITL_REVIEWER_TOKEN is what serve printed or was "
@@ -9239,24 +9255,39 @@ def reply_of(client: Client, method: str, path: str, body: Any = None
     return reply.body
 
 
-def whole_id(client: Client, start: str, deciding: bool = False) -> str:
-    """The request_id that begins so, if only one does. Agents choose ids: one
-    that begins another is shown, but never decided in that one's place."""
+def request_named(client: Client, start: str,
+                  alone: bool = False) -> dict[str, Any]:
+    """The request of this id, or the only one whose id begins so. `alone`
+    refuses an id that is another's beginning, too: an agent chose the id
+    `1f0c`, and was approved in another's place."""
     if not REQUEST_ID.fullmatch(start):
-        raise ConfigError(f'"{visible(start)}" is no request_id',
+        raise ConfigError(f'"{visible(start)}" is not a request_id',
                           "`hitl.py list --all` prints them")
-    listed = (reply_of(client, "GET", "/pending")["waiting"]
-              + reply_of(client, "GET", "/history")["reviewed"])
-    ids = [request["request_id"] for request in listed
-           if request["request_id"].startswith(start)]
-    if not ids or (start in ids and not deciding):
-        return start
-    if len(ids) == 1:
-        return str(ids[0])
-    hint = f"say more of it: {', '.join(ids[:5])}"
-    if start in ids:
-        hint += f'; "{start}" itself can be decided on the page'
-    raise ConfigError(f'"{start}" begins {len(ids)} request_ids', hint)
+    reply = client.exchange("GET", f"/review/{start}", seconds=15)
+    longer = reply.body.get("longer_ids") or []
+    if reply.reason == "unknown" and len(longer) == 1:
+        return reply_of(client, "GET", f"/review/{longer[0]}")
+    if reply.reason == "unknown" and longer:
+        raise ConfigError(f'"{start}" begins {len(longer)} request_ids',
+                          f"say more of it: {', '.join(longer)}")
+    request = accepted(reply)
+    if alone and longer:
+        raise ConfigError(
+            f'"{start}" begins {len(longer) + 1} request_ids',
+            f"say more of it: {', '.join((*longer, start))}; \"{start}\" itself "
+            "can be decided on the page")
+    return request
+
+
+def all_waiting(client: Client) -> list[dict[str, Any]]:
+    """What waits, page after page."""
+    rows: dict[str, dict[str, Any]] = {}
+    start: int | None = 0
+    while start is not None:
+        page = reply_of(client, "GET", f"/pending?from={start}")
+        rows |= {row["request_id"]: row for row in page["waiting"]}
+        start = page["next"]
+    return list(rows.values())
 
 
 def unique_length(ids: list[str]) -> int:
@@ -9797,7 +9828,7 @@ def leash(path: Path, project: Path) -> list[str]:
 def cmd_list(args: Any) -> int:
     """what waits, or with --all what was reviewed too"""
     client = reviewer_client(args)
-    rows = reply_of(client, "GET", "/pending")["waiting"]
+    rows = all_waiting(client)
     if args.all:
         rows += reply_of(client, "GET", "/history")["reviewed"]
     if args.json:
@@ -9818,8 +9849,7 @@ def cmd_list(args: Any) -> int:
 
 def cmd_show(args: Any) -> int:
     """one request in full"""
-    client = reviewer_client(args)
-    request = reply_of(client, "GET", f"/review/{whole_id(client, args.id)}")
+    request = request_named(reviewer_client(args), args.id)
     if args.json:
         say(json.dumps(request, indent=2))
     else:
@@ -9839,14 +9869,15 @@ def cmd_reject(args: Any) -> int:
 
 def decide_as(args: Any, decision: str) -> int:
     client = reviewer_client(args)
-    name = whole_id(client, args.id, deciding=True)
+    request = request_named(client, args.id, alone=True)
     if decision == "approved" and sys.stdin.isatty() and not args.yes:
-        print_request(reply_of(client, "GET", f"/review/{name}"))
+        print_request(request)
         if input("approve it? y/N ").strip().lower() not in ("y", "yes"):
             say("nothing was decided")
             return 1
-    request = reply_of(client, "POST", f"/approve/{name}",
-                  {"decision": decision, "reason": args.reason or ""})
+    request = reply_of(
+        client, "POST", f"/approve/{request['request_id']}",
+        {"decision": decision, "reason": args.reason or ""})
     say(json.dumps(request) if args.json else
         f"{request['status']} {request['request_id']}")
     return 0

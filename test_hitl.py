@@ -3752,6 +3752,37 @@ def test_one_shape(desk):
     assert whole["agent_context"] == {"task": "clean up"}
 
 
+def test_lists_come_in_pages(desk, monkeypatch):
+    """GET /pending is a page and where to go on; list follows."""
+    monkeypatch.setattr(hitl, "LISTED", 2)
+    for n in range(5):
+        desk.post(f"r-{n}")
+    assert [desk_ask(desk, "GET", f"/pending?from={n}", REVIEWER)[2]["next"]
+            for n in (0, 2, 3, 4, 9)] == [2, 4, None, None, None]
+    assert [row["request_id"] for row in hitl.all_waiting(desk.reviewer())] == [
+        f"r-{n}" for n in range(5)]
+    assert desk_ask(desk, "GET", "/pending?from=x", REVIEWER)[0] == 400
+
+
+def test_changes(desk):
+    """GET /changes is held until anything changes; an `after` that is not the
+    number now, or no wait, is answered at once; nonsense is 400."""
+    desk.post()
+
+    def change(query):
+        return desk_ask(desk, "GET", f"/changes?{query}", REVIEWER)[2]["change"]
+    now = change("")
+    assert now == 1 == change("after=0&wait=25") == change("after=9&wait=25")
+    assert now == change(f"after={now}&wait=0.1") == change(f"after={now}")
+    for query in ("after=x", "after=-1", "after=1&wait=x", "after=1.0"):
+        assert desk_ask(desk, "GET", f"/changes?{query}", REVIEWER)[0] == 400
+    poll = in_background(change, f"after={now}&wait=25")
+    assert until(lambda: desk.server.waiters)
+    began = time.monotonic()
+    desk.post("r-2")
+    assert poll() == 2 and time.monotonic() - began < 1
+
+
 def test_only_what_is_listed(desk):
     """A verb that the table of rights does not list is 405 and told what is
     allowed, a path that it does not list 404, whoever asks."""
@@ -4341,31 +4372,192 @@ def test_slow_connections_lock_nobody_out(desk, make_desk):
 
 
 def test_when_connections_run_out(make_desk):
-    """The oldest half-open connection goes, then the oldest parked poll is
-    answered early and says that it still waits; whoever comes is served."""
-    desk = make_desk(limits={"connections": 4})
+    """What is pushed out is the oldest of the larger group, half-open or
+    parked, and a parked poll is answered early; whoever comes is served, and
+    a signed-in reviewer is never pushed out."""
     head = http(HEALTH, LOCAL, CLOSE)
+    desk = make_desk(limits={"connections": 8})
+    for n in range(6):
+        desk.post(f"r-{n}")
     with contextlib.ExitStack() as stack:
-        socks = [stack.enter_context(knock(desk, head[:9])) for _ in range(4)]
-        assert desk_ask(desk, "GET", "/", REVIEWER)[0] == 200
-        assert read_all(socks[0]) == b""
-        for sock in socks[1:]:
+        page = stack.enter_context(knock(desk, http(
+            "GET /changes HTTP/1.1", LOCAL, f"Authorization: {REVIEWER}")))
+        assert statuses(page.recv(4096)) == [200]
+        halves = [stack.enter_context(knock(desk, head[:9]))
+                  for n in range(9)]
+        assert [read_all(sock) for sock in halves[:2]] == [b""] * 2
+        for sock in halves[2:]:
             sock.sendall(head[9:])
             assert statuses(read_all(sock)) == [200]
-    desk = make_desk()
-    with contextlib.ExitStack() as stack:
-        for n in range(4):
-            desk.post(f"r-{n}")
         polls = [stack.enter_context(long_poll(desk, f"r-{n}"))
-                 for n in range(4)]
-        desk.server.limits = desk.server.limits._replace(connections=4)
-        assert desk_ask(desk, "GET", "/healthz")[0] == 200
-        desk.server.limits = hitl.Limits()
-        answer = read_all(polls[0])
-        assert statuses(answer) == [200] and b'"waiting"' in answer
-        desk.decide("r-1")
-        assert b'"approved"' in read_all(polls[1])
-        assert attended(desk, "r-3")
+                 for n in range(6)]
+        halves = [stack.enter_context(knock(desk, head[:9]))
+                  for n in range(4)]
+        for poll in polls[:2]:
+            answer = read_all(poll)
+            assert statuses(answer) == [200] and b'"waiting"' in answer
+        assert desk_ask(desk, "GET", "/", REVIEWER)[0] == 200
+        page.sendall(http("GET / HTTP/1.1", LOCAL, CLOSE,
+                          f"Authorization: {REVIEWER}"))
+        assert statuses(read_all(page)) == [200]
+
+
+def test_unfinished_bodies_share_a_limit(make_desk):
+    """All that was sent and not answered shares a limit; above it the oldest
+    goes, but not a reviewer's, and nobody else notices."""
+    desk = make_desk(limits={"unread_bytes": 1 << 20})
+    part = http(*P, "Content-Length: 320000", body=b"a" * 300_000)
+    own = part.replace(b"/pending", b"/approve/r-1").replace(
+        b"\r\n", f"\r\nAuthorization: {REVIEWER}\r\n".encode(), 1)
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(knock(desk, data))
+                 for data in (own, *[part] * 5)]
+        for sock in socks[1:4]:
+            assert read_all(sock) == b""
+        assert desk.post().status == 201
+        assert until(lambda: desk.server.unread_bytes == 900_000)
+        for sock in (socks[0], *socks[4:]):
+            sock.sendall(b"a" * 20_000)
+            assert statuses(sock.recv(4096)) == [400]
+    assert until(lambda: desk.server.unread_bytes == 0)
+
+
+NESTED = "[" * 26 + "1" + "]" * 26
+
+
+def test_reviewers_come_first_in_a_bounded_turn(desk):
+    """A turn that is 50 ms old dispatches nothing more, and the next begins
+    with the reviewers: bodies of deep JSON hold nobody up."""
+    context = "[" + ",".join([NESTED] * 18_000) + "]"
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(knock(desk, http_post(json.dumps(
+            four(f"deep-{n}") | {"agent_context": 0}).replace(
+                '"agent_context": 0', f'"agent_context": {context}').encode(),
+            CLOSE))) for n in range(6)]
+        assert desk_ask(desk, "GET", "/", REVIEWER)[0] == 200
+        assert len(desk.rows("SELECT 1 FROM pending_reviews")) < 6
+        for sock in socks:
+            assert statuses(read_all(sock)) == [201]
+
+
+def test_stopping_gives_the_last_answers(make_desk):
+    """Stopping answers what is whole and every parked poll, and waits for no
+    client that does not read."""
+    desk = make_desk(limits={"drain_seconds": 0.5})
+    desk.post("r-1", agent_context="a" * 900_000)
+    with knock(desk, b"") as deaf, long_poll(desk) as poll:
+        deaf.sendall(http("GET /review/r-1 HTTP/1.1", "Accept: application/json",
+                          f"Authorization: {REVIEWER}", LOCAL) * 8)
+        stopped = in_background(desk.stop)
+        answer = read_all(poll)
+        stopped(4)
+    assert statuses(answer) == [200] and b'"waiting"' in answer
+    desk.start()
+
+
+def test_a_fault_of_ours_ends_serve(tmp_path):
+    """What a callback raises unexpectedly ends serve with status 1 and a
+    traceback; what a socket raises does not."""
+    served = Running(sys.executable, "-c", f"""
+import sys; sys.path.insert(0, {str(HERE)!r}); import hitl
+sweep = hitl.Loop.sweep
+def faulty(self):
+    sweep(self)
+    raise (LookupError if self.desk.store.waiting_count else OSError)("ours")
+hitl.Loop.sweep = faulty
+sys.exit(hitl.main(sys.argv[1:]))""", "serve", "--port", "0", "--database",
+        str(tmp_path / "hitl.db"), folder=tmp_path, HITL_REVIEWER_TOKEN=R)
+    with served:
+        url = served.said("(http://.*)/")[1]
+        assert served.said(".*ours.*") and served.process.poll() is None
+        hitl.Client(url).exchange("POST", "/pending", four(), seconds=10)
+        assert served.process.wait(10) == 1
+        assert served.said("LookupError: ours") and "Traceback" in served.text
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_database_that_is_gone(tmp_path, replaced):
+    """A database that is deleted or replaced under serve stops it, with
+    words, within five seconds."""
+    with Served(tmp_path) as served:
+        if replaced:
+            shutil.copy(tmp_path / "hitl.db", tmp_path / "other.db")
+            os.replace(tmp_path / "other.db", tmp_path / "hitl.db")
+        else:
+            (tmp_path / "hitl.db").unlink()
+        assert served.process.wait(5) == 1
+        assert served.said("hitl: error: .*hitl.db was deleted or replaced")
+
+
+# ---- TLS ----
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory):
+    """A self-signed pair for 127.0.0.1, in one PEM file."""
+    if not shutil.which("openssl"):
+        pytest.skip("no openssl to make a certificate with")
+    path = tmp_path_factory.mktemp("tls") / "pair.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt",
+         "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj",
+         "/CN=desk", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", path,
+         "-out", f"{path}.crt"], check=True, capture_output=True)
+    path.write_text(path.read_text() + Path(f"{path}.crt").read_text())
+    return path
+
+
+@pytest.fixture
+def tls_desk(make_desk, certificate, monkeypatch):
+    """A desk that speaks TLS, and clients that trust it."""
+    import ssl
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    hitl.opener.cache_clear()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    yield make_desk(tls=context, limits={"handshake_seconds": 1})
+    hitl.opener.cache_clear()
+
+
+def test_tls_from_gate_to_page(tls_desk, make_gate):
+    """With a certificate the whole path speaks https."""
+    assert tls_desk.url.startswith("https://127.0.0.1:")
+    result = in_background(make_gate(tls_desk).call, "delete_records", CALL,
+                           lambda **given: given)
+    there, = tls_desk.waiting()
+    assert there["url"].startswith(tls_desk.url)
+    assert "Delete users" in tls_desk.page()
+    assert tls_desk.decide(there["request_id"]).status == 200
+    assert result() == CALL
+
+
+def test_tls_and_who_does_not_speak_it(tls_desk):
+    """Plain HTTP, a half-open handshake, a client that vanishes, one that
+    sends nonsense inside: each is dropped, and nobody else notices."""
+    import ssl
+    inside = ssl.create_default_context()
+    hello, out = ssl.MemoryBIO(), ssl.MemoryBIO()
+    shake = inside.wrap_bio(hello, out, server_hostname="127.0.0.1")
+    with contextlib.suppress(ssl.SSLWantReadError):
+        shake.do_handshake()
+    half = out.read()
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(knock(tls_desk, data)) for data in (
+            http(HEALTH, LOCAL), half, half[:20], b"")]
+        assert until(lambda: len(tls_desk.server.everybody()) > 2)
+        knock(tls_desk, half).close()
+        with inside.wrap_socket(knock(tls_desk, b""),
+                                server_hostname="127.0.0.1") as sock:
+            sock.sendall(b"nonsense\r\n\r\n")
+            assert statuses(read_all(sock)) == [400]
+        assert desk_ask(tls_desk, "GET", "/", REVIEWER)[0] == 200
+        for sock in socks:
+            assert b"HTTP" not in read_all(sock)
+    assert until(lambda: not tls_desk.server.everybody())
+    with inside.wrap_socket(knock(tls_desk, b""),
+                            server_hostname="127.0.0.1") as sock:
+        for byte in http(HEALTH, LOCAL, CLOSE):
+            sock.sendall(bytes([byte]))
+        assert statuses(read_all(sock)) == [200]
 
 
 def test_who_does_not_read_is_dropped(make_desk):
@@ -7189,9 +7381,9 @@ SLIPS = (
      f"approve r-1 --server-url {SILENT}", {}),
     (1, 'there is no request "zz"', "check the id", "show zz", {}),
     (2, "/none: no such file", "init", "list --config /none", {}),
-    (2, '"a b" is no request_id', "list --all", "show 'a b'", {}),
-    (2, '"\xe9" is no request_id', "list --all", "show \xe9", {}),
-    (2, '"" is no request_id', "list --all", "approve '' --yes", {}),
+    (2, '"a b" is not a request_id', "list --all", "show 'a b'", {}),
+    (2, '"\xe9" is not a request_id', "list --all", "show \xe9", {}),
+    (2, '"" is not a request_id', "list --all", "approve '' --yes", {}),
     (2, "HITL_REVIEWER_TOKEN is shorter", "a good one: ", "serve --port 0",
      {"HITL_REVIEWER_TOKEN": "short"}),
     (2, "same token", "a good one for the agent: ", "serve --port 0",
