@@ -4616,8 +4616,8 @@ class Wire:
     """A socket server: answer(path, request) yields the pieces to send; None
     among them resets the connection."""
 
-    def __init__(self, answer) -> None:
-        self.answer = answer
+    def __init__(self, answer, tls=None) -> None:
+        self.answer, self.tls = answer, tls
         self.socket = socket.create_server(("127.0.0.1", 0), backlog=512)
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
         threading.Thread(target=self.accept, daemon=True).start()
@@ -4629,8 +4629,12 @@ class Wire:
                                  args=(self.socket.accept()[0],)).start()
 
     def serve(self, conn: socket.socket) -> None:
-        with conn, contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as closing:
+            closing.push(conn)
             conn.settimeout(20)
+            if self.tls:
+                conn = closing.enter_context(
+                    self.tls.wrap_socket(conn, server_side=True))
             data, size = b"", 1 << 20
             while len(data) < size:
                 data += conn.recv(1 << 16)
@@ -4795,17 +4799,50 @@ def test_promise_1_the_server_is_down(make_gate, monkeypatch):
 
 def test_no_proxy_and_the_token(make_gate, make_desk, monkeypatch, caplog):
     """No proxies from the environment; HITL_AGENT_TOKEN is the credential,
-    and stands in no message."""
+    and stands in no message; a wrong one is named with its cure, and not
+    before the model. A reviewer's token in an agent is worth a WARNING."""
     desk = make_desk(agent_token=AGENT_TOKEN)
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    with pytest.raises(hitl.UnreachableError, match="HITL_AGENT_TOKEN"):
-        make_gate(desk).call("delete_records", CALL, dict)
+    for token in (None, "not-this-one-0123456"):
+        with pytest.raises(hitl.UnreachableError) as wrong:
+            make_gate(desk, token=token).call("delete_records", CALL, dict)
+        assert wrong.value.hint == (
+            "set HITL_AGENT_TOKEN, or Gate(token=...), to the agent token that "
+            "serve was started with") and "oken" not in wrong.value.told
     with pytest.raises(hitl.ConfigError) as caught:
         make_gate(desk, token=AGENT_TOKEN + "\nX: y")
     monkeypatch.setenv("HITL_AGENT_TOKEN", AGENT_TOKEN + "\n")
     assert decided(make_gate(desk), desk)() == CALL
-    assert AGENT_TOKEN not in str(caught.value) + caplog.text
+    monkeypatch.setenv("HITL_REVIEWER_TOKEN", REVIEWER_TOKEN)
+    make_gate(desk)
+    assert caplog.messages[-1].startswith("HITL_REVIEWER_TOKEN is in the env")
+    assert not {AGENT_TOKEN, REVIEWER_TOKEN} & set(
+        (str(caught.value) + caplog.text).split())
+
+
+def test_https(make_gate, desk, certificate, monkeypatch):
+    """The gate speaks https, trusts what [gate] tls_ca or SSL_CERT_FILE
+    names, and says at once what is wrong with another certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    wire = Wire(lambda _, request: [desk.raw(request, 20)], context)
+    url = wire.url.replace("http:", "https:")
+    began = time.monotonic()
+    with pytest.raises(hitl.UnreachableError) as error:
+        make_gate(url).call("delete_records", CALL, dict)
+    assert time.monotonic() - began < 5 and str(error.value) == (
+        f"the certificate of {url} is not trusted: self-signed certificate "
+        '(name the authority that signed it: [gate] tls_ca = "ca.pem", or '
+        "SSL_CERT_FILE)")
+    trusting = RULES.replace("[gate]", f"[gate]\ntls_ca = '{certificate}'")
+    assert decided(make_gate(url, trusting), desk)() == CALL
+    with pytest.raises(hitl.ConfigError, match="tls_ca: .*none.pem"):
+        make_gate(url, RULES.replace("[gate]", '[gate]\ntls_ca = "none.pem"'))
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    hitl.opener.cache_clear()
+    assert decided(make_gate(url), desk)() == CALL
+    wire.close()
 
 
 # ---- what a person says reaches the agent ----
@@ -4820,7 +4857,7 @@ def calling(gate, execute=dict, *, tool="delete_records", arguments=CALL,
             def delete_records(table: str, condition: str):
                 return execute(table=table, condition=condition)
             return delete_records(**arguments)
-        tools = () if "require" in way else (execute,)
+        tools = (execute,) if "call" in way else ()
         result = getattr(gate, way)(tool, arguments, *tools, **more)
         return asyncio.run(result) if asyncio.iscoroutine(result) else result
     return in_background(run)
@@ -4876,8 +4913,9 @@ def test_every_end(make_gate, make_desk, caplog, way):
     desk = make_desk(clock=Clock())
     gate = make_gate(desk)
     assert decided(gate, desk, way=way)() == CALL
-    assert newest(desk) == (
-        "approved", "running" if "require" in way else "executed")
+    assert newest(desk, "status, outcome, handed_over") == (
+        ("approved", "running", 1) if "require" in way
+        else ("approved", "executed", None))
     ran = []
     with pytest.raises(hitl.CollaborationError) as no:
         decided(gate, desk, lambda **a: ran.append(a), "rejected",
@@ -4953,6 +4991,102 @@ def test_refusals_as_text(make_gate, make_desk, way):
                         (hitl.HitlError, {"arguments": {"table": (1,)}})):
         with pytest.raises(error):
             calling(gate, way=way, **more)()
+
+
+def test_refusals_as_the_frameworks_own(make_gate, caplog):
+    """on_reject takes an exception class, raised with that text alone, or a
+    callable, whose result is given; what ends a process is refused."""
+    class ToolError(Exception):
+        pass
+    gate = make_gate("http://127.0.0.1:9", EFFECTS, on_reject=ToolError)
+    with pytest.raises(ToolError, match="^denied by .*Do not retry") as told:
+        gate.call("drop", CALL, dict)
+    assert told.value.__cause__ is None and told.value.__suppress_context__
+    assert "checkpoints.toml" in caplog.text        # persons read why
+    assert "checkpoints.toml" not in str(told.value)
+    gate = make_gate("http://127.0.0.1:9", EFFECTS, on_reject=len)
+    assert asyncio.run(gate.acall("drop", CALL, dict)) > 80
+    for wrong in ("ignore", None, SystemExit, 7):
+        with pytest.raises(hitl.ConfigError, match="on_reject is"):
+            make_gate(on_reject=wrong)
+
+
+def test_hold(make_gate, desk):
+    """hold gives whoever runs a call its approved arguments, claimed, None
+    where nothing holds it; until it is reported it is handed over."""
+    gate = make_gate(desk, EFFECTS)
+    assert gate.hold("read_file", {}) is None
+    assert asyncio.run(gate.ahold("read_file", {})) is None
+    for way in ("hold", "ahold"):
+        for error, end in ((None, ("executed", "")),
+                           (OSError("no"), ("failed", "OSError: no"))):
+            held = decided(gate, desk, way=way)()
+            assert (held.arguments, held.approved_by) == (CALL, "ana")
+            assert newest(desk, "request_id, outcome, handed_over") == (
+                held.request_id, "running", 1)
+            if way == "hold":
+                held.report(error)
+            else:
+                asyncio.run(held.areport(error))
+            assert newest(desk, "outcome, outcome_text") == end
+    with pytest.raises(hitl.CollaborationError, match=REJECTED):
+        decided(gate, desk, decision="rejected", way="hold",
+                reason="use the staging table")()
+
+
+def test_sessions(make_gate, desk):
+    """A gate's session is random; its own or the call's may be named; what is
+    asked again by its request_id needs none."""
+    def session(gate, **more):
+        decided(gate, desk, **more)()
+        return newest(desk, "session")[0]
+    one, two = make_gate(desk), make_gate(desk)
+    assert len({session(one), session(one), session(two)}) == 2
+    named = make_gate(desk, session="for ana")
+    assert session(named, request_id="a") == "for ana"
+    assert (session(named, session="for ben"), session(named, session=""),
+            session(one, request_id="b")) == ("for ben", None, None)
+    for wrong in ("x" * 129, "a\nb", 7):
+        with pytest.raises(hitl.HitlError, match="session must be"):
+            one.call("delete_records", CALL, dict, session=wrong)
+
+
+def test_attached(make_gate, desk):
+    """With attach the same call of the same session meets the request that
+    waits: one card, and of those who wait for it one runs."""
+    gates = [make_gate(desk, session="s") for _ in range(2)]
+    ticks: list = []
+    results = [calling(gate, attach=True, tick=lambda: ticks.append(1))
+               for gate in gates]
+    card, = desk.waiting()
+    assert until(lambda: desk.server.waiters[card["request_id"]] and
+                 len(ticks) > 1)
+    desk.decide(card["request_id"])
+    ends = []
+    for result in results:
+        try:
+            ends.append(result() == CALL)
+        except hitl.AlreadyClaimedError:
+            ends.append(False)
+    assert sorted(ends) == [False, True]
+    assert len(desk.rows("SELECT 1 FROM pending_reviews")) == 1
+
+
+@pytest.mark.parametrize("lie", [
+    {"request_id": "other", "digest": "0" * 64}, {"request_id": "../x"},
+    {"request_id": "other/../x"}, {"request_id": None}, {"request_id": 7}])
+def test_attached_to_another_call(make_gate, lie):
+    """A gate follows another request_id only to the very call that it asked
+    about, and only where it asked to be attached (promise 2)."""
+    impostor, ran = Impostor(), []
+    impostor.lies["r-1"] = "pending", lambda g: [http_reply(g | lie)]
+    impostor.lies["other"] = "", None
+    for attach in (True, False):
+        with pytest.raises(hitl.ChangedError, match="about another call"):
+            make_gate(impostor).call("delete_records", CALL, ran.append,
+                                     request_id="r-1", attach=attach)
+    assert ran == [] and impostor.claims == set()
+    impostor.close()
 
 
 @pytest.mark.parametrize("count", [40, pytest.param(2000, marks=long)])
@@ -5153,12 +5287,12 @@ class Agent:
     """A process that makes the one call of these tests."""
 
     def __init__(self, desk, config: Path, name: str = "agent-1",
-                 way: str = "call") -> None:
+                 way: str = "call", url: str = "") -> None:
         self.desk, self.name = desk, name
         self.process = start(sys.executable, "-W", "error", "-c", f"""
 import sys; sys.path.insert(0, {str(HERE)!r})
 import asyncio, hitl
-gate = hitl.Gate({str(config)!r}, server_url={desk.url!r})
+gate = hitl.Gate({str(config)!r}, server_url={url or desk.url!r})
 call = gate.{way}("delete_records", {CALL!r}, lambda **a: print("ran", *a),
                   request_id={name!r})
 asyncio.run(call) if asyncio.iscoroutine(call) else None
@@ -5192,15 +5326,67 @@ def test_killed_and_started_again(make_gate, desk):
     assert newest(desk) == ("approved", "executed")
 
 
-def test_signals_withdraw(make_gate, desk):
-    """Ctrl-C and SIGTERM withdraw the request: nobody waits any more."""
+def test_ctrl_c_withdraws(make_gate, desk):
+    """Ctrl-C withdraws the request: nobody waits any more. The library sets
+    no handler of its own for other signals."""
     config = make_gate(desk).configuration.path
-    for agent, number, code in [
-            (Agent(desk, config, f"{way}-{number}", way), number, code)
-            for way in ("call", "acall") for number, code in (
-                (signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143))]:
-        assert agent.waits().ends(number)[:2] == (code, ""), agent.name
+    for way in ("call", "acall"):
+        agent = Agent(desk, config, f"agent-{way}", way).waits()
+        assert agent.ends(signal.SIGINT)[:2] == (-signal.SIGINT, ""), way
         assert desk.state(agent.name)["status"] == "withdrawn"
+    agent = Agent(desk, config, "agent-term").waits()
+    assert agent.ends(signal.SIGTERM)[:2] == (-signal.SIGTERM, "")
+
+
+@pytest.mark.parametrize("way", ["call", "acall"])
+def test_interrupted_between_claim_and_run(make_gate, desk, way):
+    """A call that is interrupted once it is claimed, and before it ran, is
+    recorded as failed: cancelled, not as running."""
+    go = threading.Event()
+
+    def slow(path: str, request: bytes):
+        answer = desk.raw(request, 20)
+        if path.startswith("/claim/"):
+            go.wait(10)
+        yield answer
+    wire = Wire(slow)
+    agent = Agent(desk, make_gate(desk).configuration.path, "r-1", way,
+                  url=wire.url).waits()
+    desk.decide("r-1")
+    assert until(lambda: desk.state("r-1")["outcome"] == "running")
+    code, out, err = agent.ends(signal.SIGINT)
+    go.set()
+    assert (code, out) == (-signal.SIGINT, ""), err
+    assert newest(desk, "outcome, outcome_text") == ("failed", "cancelled")
+    wire.close()
+
+
+def test_cancelled_while_reporting(make_gate, desk):
+    """Once the tool has returned, acall returns its result, whatever is
+    cancelled while the outcome is reported."""
+    reporting, go = threading.Event(), threading.Event()
+
+    def slow(path: str, request: bytes):
+        if path.startswith("/outcome/"):
+            reporting.set()
+            go.wait(10)
+        yield desk.raw(request, 20)
+    wire = Wire(slow)
+
+    async def story():
+        call = asyncio.ensure_future(make_gate(wire).acall(
+            "delete_records", CALL, dict, request_id="r-1"))
+        await asyncio.to_thread(desk.waiting)
+        await asyncio.to_thread(desk.decide, "r-1")
+        await asyncio.to_thread(reporting.wait, 10)
+        for _ in range(3):
+            call.cancel()
+            await asyncio.sleep(0)
+        go.set()
+        return await call
+    assert asyncio.run(story()) == CALL
+    assert newest(desk) == ("approved", "executed")
+    wire.close()
 
 
 def test_progress_is_told(make_gate, desk, caplog, monkeypatch):
