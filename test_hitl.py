@@ -20,7 +20,6 @@ import hashlib
 import hmac
 import io
 import json
-import logging
 import os
 import py_compile
 import random
@@ -476,7 +475,8 @@ def test_the_map_shows_the_rooms():
     """The front door's map has every room of the file, in its order, with
     its lines to within ten."""
     parts = re.split("^# =+ (.+) =+$", FILE.read_text("utf-8"), flags=re.M)
-    lines = dict(zip(parts[1::2], (p.count("\n") for p in parts[2::2])))
+    lines = dict(zip(parts[1::2], (p.count("\n") for p in parts[2::2]),
+                     strict=True))
     mapped = dict(re.findall(r"^  [* ] (\S.*?) +(\d+)  \S", hitl.__doc__, re.M))
     assert list(mapped) == list(lines)
     wrong = {name: count for name, count in lines.items()
@@ -992,8 +992,8 @@ def test_no_spelling_passes_a_shipped_rule(make_rules, name, decides):
         match = rules.first_match(spelling, {"environment": "prod"})
         assert (match.effect, match.checkpoint.checkpoint_id) == (
             "review", decides), ascii(spelling)
-    for latin, other in zip("aeopsih", "\u0430\u0435\u043e\u0440\u0455\u0456"
-                            "\u04bb"):
+    for latin, other in zip(
+            "aeopsih", "\u0430\u0435\u043e\u0440\u0455\u0456\u04bb", strict=True):
         fake = name.replace(latin, other, 1)
         assert rules.first_match(fake, {}).effect == "review" or fake == name
 
@@ -2666,7 +2666,7 @@ def test_promise_6_nothing_acknowledged_is_lost(tmp_path, make_gate,
             name = f"a-{number}-{n}"
             with contextlib.suppress(hitl.UnreachableError):    # refused
                 gate.call("delete_records", CALL, request_id=name,
-                          execute=lambda **_: runs.append(name))
+                          execute=lambda n=name, **_: runs.append(n))
                 calls.append(name)
 
     def review():
@@ -2689,7 +2689,7 @@ def test_promise_6_nothing_acknowledged_is_lost(tmp_path, make_gate,
         end = time.monotonic() + seconds    # however slow the machine is
         while kills and time.monotonic() < end:
             ran = len(runs)
-            assert until(lambda: posts and len(runs) > ran)
+            assert until(lambda ran=ran: posts and len(runs) > ran)
             time.sleep(0.1 * chance.random())
             desk.stop(signal.SIGKILL)
             desk.start()
@@ -2766,7 +2766,7 @@ def test_promise_8_any_changed_character_shows(unlocked):
     assert verifies(unlocked) and len(rows) > 20
     unlocked.execute("BEGIN")
     for row in {row[2]: row for row in rows}.values():      # one an event
-        for column, text in zip(columns, row[1:]):
+        for column, text in zip(columns, row[1:], strict=False):
             sql = f"UPDATE audit_log SET {column} = ? WHERE sequence = ?"
             for place, was in enumerate(text):
                 unlocked.execute(sql, (text[:place] + chr(ord(was) ^ 1)
@@ -3158,7 +3158,8 @@ def test_a_body_is_filled_in_its_texts(tell):
             "${A}": "${A} {nothing", "d": "{text} {waiting}"}
     with Receiver() as receiver:
         tell(notify(url=quoted(receiver.url), body=f"'''{json.dumps(body)}'''",
-                    headers='{ Title = "{details} é\u2192", X = "${A}" }', details=True),
+                    headers='{ Title = "{details} é\u2192", X = "${A}" }',
+                    details=True),
              a_request(deadline=None), A="{title}")
         (_, headers, _), = receiver.got
         got, = receiver.bodies()
@@ -4681,7 +4682,8 @@ class Impostor(Wire):
             self.digests[request_id] = asked["digest"]
         elif step == "pending":
             step = "poll"
-        good = dict(zip(("status", "outcome"), self.GOOD[step])) | {
+        good = dict(zip(("status", "outcome"), self.GOOD[step],
+                        strict=True)) | {
             "request_id": request_id, "digest": self.digests[request_id],
             "deadline": None, "decided_by": "reviewer:eve", "decided_at": None,
             "reason": None}
@@ -7016,7 +7018,7 @@ def test_the_policy_fits_the_page(desk):
             assert f"{tag}-src 'sha256-{digest}';" in policy
         assert "unsafe" not in policy and "default-src 'none'" in policy
         assert "frame-ancestors 'none'" in policy
-        for tag, *names in Page(data.decode()).tags:
+        for _, *names in Page(data.decode()).tags:
             assert not any(n == "style" or n.startswith("on") for n in names)
 
 
@@ -7750,7 +7752,8 @@ def test_the_whole_trip(tmp_path, make_gate, chromium):
                     "rejected by reviewer: use the staging table")
                 assert ran == [CALL]
             assert time.monotonic() - start < 5
-            assert until(lambda: words in chromium.text(".card .said"))
+            assert until(
+                lambda words=words: words in chromium.text(".card .said"))
         assert "Content Security" not in logged()
         chromium.run("document.body.setAttribute('style', 'color: red')")
         assert "Content Security" in logged(), "one would have been seen"
