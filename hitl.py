@@ -9633,11 +9633,13 @@ def notice_warnings(configuration: Configuration, public_url: str
                     ) -> Iterator[str]:
     """What is doubtful about the [[notify]] entries."""
     known = [c.checkpoint_id for c in configuration.rules.checkpoints]
+    linked = [f'"{entry["name"]}"' for entry in configuration.notify
+              if not entry["command"]]
+    if linked and not public_url:
+        yield (f"notify {', '.join(linked)}: public_url is empty, and a link to "
+               "this machine is no use on a phone: set public_url under [server]")
     for entry in configuration.notify:
         name = f'notify "{entry["name"]}"'
-        if not public_url and not entry["command"]:
-            yield (f"{name}: public_url is empty, and a link to this machine is "
-                   "no use on a phone: set public_url under [server]")
         if writes_secret(entry):
             yield (f"{name}: a secret is written out, and agents can read this "
                    "file: write ${NAME}, a variable of serve's environment")
