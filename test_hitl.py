@@ -3457,16 +3457,16 @@ def test_check_warns_of_a_doubtful_notify(tmp_path):
 def test_a_file_that_another_user_owns_is_refused(serve, tmp_path):
     """serve refuses a file with [[notify]] or [[reviewer]] that belongs to
     another user, and one with a command that its group can write."""
-    rules = tmp_path / "checkpoints.toml"
+    rules, key = tmp_path / "checkpoints.toml", {"HITL_REVIEWER_TOKEN": REVIEWER_TOKEN}
     rules.write_text(RULES + notify(command=["true"]))
     rules.chmod(0o664)
-    assert "runs a command from it" in serve()[1]
+    assert "runs a command from it" in serve(**key)[1]
     rules.chmod(0o644)
-    assert "cannot listen" in serve()[1]
+    assert "cannot listen" in serve(**key)[1]
     os.chown(rules, 12345, -1)
-    assert "belongs to another user" in serve()[1]
+    assert "belongs to another user" in serve(**key)[1]
     rules.write_text(RULES)
-    assert "cannot listen" in serve()[1]
+    assert "cannot listen" in serve(**key)[1]
 
 
 README = (HERE / "README.md").read_text()
