@@ -2194,6 +2194,30 @@ def test_the_last_use_is_redeemed_once(tmp_path):
     assert chain_faults(desk.database) == []
 
 
+def test_a_standing_decision_is_void_once_the_desk_s_table_differs(
+        tmp_path, make_rules):
+    """Edit the checkpoint's table in serve's own file: what was said under
+    the old one answers nothing any more, under the old one again it does."""
+    rules, edited_rules = map(make_rules, (RULES, RULES + "timeout_seconds = 9"))
+    call = {"tool": "delete_records", "session": "s-1",
+            "checkpoint_id": "delete-records", "arguments": {"a": 1}}
+    it = hitl.open_store(tmp_path / "hitl.db")
+    it.desk_digest = lambda request: rules.named("delete-records").digest
+    remembered(it, tool="delete_records", arguments='{"a":1}',
+               action_description="Delete users where id = 3",
+               checkpoint_id="delete-records", checkpoint_digest=None,
+               asked_by="agent:unauthenticated")
+    it.close()
+    for number, (own, status) in enumerate((
+            (rules, "approved"), (edited_rules, "waiting"), (None, "waiting"),
+            (rules, "approved"))):
+        desk = Desk(tmp_path, rules=own)
+        try:
+            assert desk.post(f"v-{number}", **call).body["status"] == status
+        finally:
+            desk.stop()
+
+
 def test_the_same_id_is_the_same_call_of_the_same_agent(store):
     """A repeated request_id needs an equal digest, checkpoint, session and
     principal; another agent learns nothing of it, and cannot read, claim,
