@@ -1,4 +1,5 @@
 """The figures of hitl.py, room by room: python3 .ci/rooms.py [coverage.json]
+`--write` puts the lines of each room into the map at the head of the file.
 
 Lines beside the budget, functions, the longest one, conditional expressions
 that are hard to read; with the JSON report of coverage also what no test
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -43,9 +45,20 @@ def missing(report: str) -> dict[int, str]:
     return lines
 
 
+def write_map(source: str, sizes: Counter[str]) -> None:
+    """Put each room's lines, without its banner, into the map."""
+    for name, size in sizes.items():
+        row = re.compile(rf"(?m)^(  [* ] ){re.escape(name)} +\d+(?=  )")
+        source = row.sub(rf"\g<1>{name:17} {size - 1:4}", source, count=1)
+    FILE.write_text(source, "utf-8")
+
+
 def main() -> int:
     source = FILE.read_text("utf-8")
     rooms = {line: room or "Front door" for line, room in rooms_of(source)}
+    if sys.argv[1:] == ["--write"]:
+        write_map(source, Counter(rooms.values()))
+        return 0
     tree, texts = ast.parse(source), source.splitlines()
     functions: dict[str, list[tuple[int, str]]] = defaultdict(list)
     for node in ast.walk(tree):
