@@ -4661,6 +4661,14 @@ ROW = """<li class="{status}">
 
 # ---- the pages ----
 
+class Offers(NamedTuple):
+    """What a card may offer beside yes and no: the strictest of the rules."""
+
+    decidable: bool = True              # by this reviewer
+    remember: bool = False              # the decision stands for the same call
+    editable: bool = False              # the arguments can be changed
+
+
 class View(NamedTuple):
     """What a page needs to know beside the rows themselves."""
 
@@ -4672,6 +4680,8 @@ class View(NamedTuple):
         lambda request: None)           # the last decision of the same call
     rules: Rules | None = None          # the desk's own
     change: int | str = ""              # what GET /changes counts; "": not live
+    stop: Standing | None = None        # what stopped everything
+    offers: Callable[[ReviewRequest], Offers] = lambda request: Offers()
 
 
 def page(title: str, main: Html, view: View, waits: int = 0,
@@ -4848,7 +4858,7 @@ def card_body(view: View, request: ReviewRequest, reason: str,
     return fill(
         BODY, exact=exact_call(request), who=who_line(view, request),
         context_line=marked(first_line), context=marked(context),
-        facts=definitions(facts(request)), rule=allow_rule(request),
+        facts=definitions(facts(view, request)), rule=allow_rule(request),
         form=fill(FORM_TEMPLATE, request_id=request.request_id,
                   digest=request.digest, shown_at=instant(view.at),
                   reason=reason, said=said) if decidable else Html(""))
@@ -4868,14 +4878,25 @@ def notes(view: View, request: ReviewRequest) -> Iterator[str]:
                + (f": {before.reason}" if before.reason else ""))
     if told := view.told(request.request_id):
         yield told
-    if view.rules is None or not request.checkpoint_id:
+    if not view.offers(request).decidable:
+        yield "only the reviewers of its checkpoint can decide it"
+    if view.rules is None or not view.rules.path or not request.checkpoint_id:
         return
-    ids = {c.checkpoint_id for c in view.rules.checkpoints}
-    if request.checkpoint_id not in {*ids, "unmatched", "odd-name"}:
+    known = {c.checkpoint_id: c.digest for c in view.rules.checkpoints}
+    own = known.get(request.checkpoint_id)
+    if request.checkpoint_id not in (*known, "unmatched", "odd-name"):
         yield (f'this desk does not know the checkpoint '
                f'"{request.checkpoint_id}"')
-    elif request.config_digest and request.config_digest != view.rules.digest:
-        yield "the agent's rules and this desk's differ"
+    elif rules_differ(view, request) and own != request.checkpoint_digest:
+        yield RULES_DIFFER
+
+
+RULES_DIFFER = "the agent's rules and this desk's differ"
+
+
+def rules_differ(view: View, request: ReviewRequest) -> bool:
+    return bool(view.rules and view.rules.path and request.config_digest
+                and request.config_digest != view.rules.digest)
 
 
 def who_line(view: View, request: ReviewRequest) -> Html:
@@ -4904,7 +4925,7 @@ def as_html(text: str) -> Html:
     return marked(visible(text))
 
 
-def facts(request: ReviewRequest) -> Iterator[tuple[str, Any]]:
+def facts(view: View, request: ReviewRequest) -> Iterator[tuple[str, Any]]:
     """What is seldom needed: why it matched, times, ids, digests."""
     yield "why", request.why
     yield "category", request.category
@@ -4914,6 +4935,7 @@ def facts(request: ReviewRequest) -> Iterator[tuple[str, Any]]:
     yield "request_id", request.request_id
     yield "digest", request.digest
     yield "rules", request.config_digest
+    yield "note", rules_differ(view, request) and RULES_DIFFER
 
 
 def definitions(pairs: Iterable[tuple[str, Any]]) -> Html:
@@ -5857,7 +5879,8 @@ class Desk:
     def view(self, http: HttpRequest) -> View:
         return View(http.who.name, self.store.time, self.attended, self.told,
                     decided=self.store.asked_before,
-                    change=self.store.head.sequence)
+                    rules=self.rules, change=self.store.head.sequence,
+                    stop=self.store.stop_in_force)
 
     def told(self, request_id: str) -> str:
         """The mark of a request whose notices failed."""

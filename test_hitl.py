@@ -6955,6 +6955,29 @@ def test_what_was_said_before_is_said(desk):
     assert "the same call" not in cards["b-1"]["text"]
 
 
+def test_the_card_says_whose_rules_these_are():
+    """A checkpoint that the desk does not know, and one that differs from the
+    desk's, are marks; a file that differs elsewhere is told under "More"."""
+    own = hitl.Rules((hitl.Checkpoint("known", "x", "x", digest="a" * 64),),
+                     path=Path("x.toml"), digest="d" * 64)
+
+    def said(checkpoint_id: str, digest: str, file: str) -> list[str]:
+        request = hitl.ReviewRequest(
+            "r-1", "waiting", None, "", None, tool="t", received_at=
+            hitl.instant(0), timestamp=hitl.instant(0), config_digest=file,
+            checkpoint_id=checkpoint_id, checkpoint_digest=digest)
+        request = request._replace(digest=request.digest_with(None))
+        page = hitl.review_page(hitl.View(rules=own), request)
+        return re.findall("desk does not know|differ|class=.warn", page[
+            page.index("<main"):])
+    a, b, d = "a" * 64, "b" * 64, "d" * 64
+    assert said("known", a, d) == []
+    assert said("known", a, b) == ["differ"]
+    assert said("known", b, b) == ["class=\"warn", "differ", "differ"]
+    assert said("other", b, b) == ["class=\"warn", "desk does not know",
+                                   "differ"]
+
+
 def test_the_rule_to_paste_is_exactly_this_call(desk, make_rules):
     """The card has the rule under which exactly this call is not asked
     again."""
