@@ -6844,8 +6844,6 @@ def is_named(before: str, text: str, pair: bool) -> bool:
 # A function's parameters as the named arguments of a tool call, for the
 # decorator.
 
-REST, MORE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-
 
 class Binder:
     """A function's parameters, as the named arguments of a tool call.
@@ -6885,7 +6883,8 @@ class Binder:
         for name, value in bound.arguments.items():
             if name in self.hidden:
                 continue
-            if self.signature.parameters[name].kind is MORE:
+            kind = self.signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_KEYWORD:
                 rest, extra = name, value
             else:
                 named[name] = value
