@@ -371,6 +371,21 @@ def make_rules(tmp_path):
     return make
 
 
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory):
+    """A self-signed certificate for 127.0.0.1 with its key, in one file."""
+    if not shutil.which("openssl"):
+        pytest.skip("no openssl to make a certificate with")
+    path = tmp_path_factory.mktemp("tls") / "pair.pem"
+    done = command(
+        "req", "-x509", "-newkey", "ec", "-pkeyopt",
+        "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj",
+        "/CN=desk", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "-",
+        "-out", "-", argv=["openssl"])
+    path.write_text(done.stdout)
+    return path
+
+
 # ---- a browser: chromedriver speaks plain HTTP (W3C WebDriver) ----
 
 class Browser:
@@ -1401,7 +1416,7 @@ def test_check_alone_lints_the_file_and_the_installation(tmp_path, desk):
         f"warning: {path} can be written by its group"]
     for line, words in zip(said[7:10], (
             "\"b\": 'Bash(git push:*)' is looked", "\"c\": 'rm -rf' is looked",
-            'kind = "shell" is used without an allow list')):
+            'kind = "shell" is used without an allow list'), strict=True):
         assert line.startswith("warning: ") and words in line
     assert said[7].endswith('did you mean kind = "shell"?')
     assert said[10:] == [f"server {desk.url}: answers"]
@@ -1420,8 +1435,8 @@ def test_init_writes_four_rules_and_never_overwrites(tmp_path):
     tool, path = tmp_path / "tool", tmp_path / "tool" / "checkpoints.toml"
     tool.mkdir()
     shutil.copy(FILE, tool)
-    wrote = subprocess.run([sys.executable, str(tool / "hitl.py"), "init"],
-                           cwd=tmp_path, capture_output=True, text=True)
+    wrote = command("init", folder=tmp_path,
+                    argv=(sys.executable, str(tool / "hitl.py")))
     assert wrote.stdout == f"wrote {path}; next: python3 hitl.py serve\n"
     shipped = (HERE / "checkpoints.toml").read_text()
     assert path.read_text().replace(hitl.MONEY, "") == shipped
@@ -1511,7 +1526,7 @@ DANGEROUS = cases(r"""
 HARMLESS = cases(r"""
     ls -la@@git status --short && git diff --stat@@pytest -q@@cat a | grep b
     git log --oneline -5@@git rev-parse HEAD@@echo "built at $(date)"
-    git commit -m "$(cat <<'EOF'\nFix the parser\n\nCo-Authored-By: Claude <noreply@anthropic.com>\nEOF\n)"
+    git commit -m "$(cat <<'EOF'\nFix the parser\n\nSigned-off-by: A <a@example.com>\nEOF\n)"
     git commit -m 'fix: handle empty input'@@for f in *.py; do echo $f; done
     for i in 1 2 3; do curl -s localhost:8000/health; done
     grep -rn 'rm -rf' scripts/
@@ -3581,20 +3596,6 @@ class Mailbox:
         return sock
 
 
-@pytest.fixture(scope="session")
-def certificate(tmp_path_factory):
-    """A certificate for 127.0.0.1 and its key in one file, by openssl."""
-    if not shutil.which("openssl"):
-        pytest.skip("no openssl to make a certificate with")
-    path = tmp_path_factory.mktemp("tls") / "both.pem"
-    made = subprocess.run([
-        "openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days",
-        "2", "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1",
-        "-keyout", "-", "-out", "-"], capture_output=True, check=True)
-    path.write_bytes(made.stdout)
-    return path
-
-
 @pytest.mark.parametrize("scheme, refuse, told", [
     ("starttls", b"250 ok", "250"), ("tls", b"250 ok", "250"),
     ("plain", b"250 ok", "250"), ("plain", b"550 no", "550 SMTPRecipientsRefused"),
@@ -4515,21 +4516,6 @@ def test_a_database_that_is_gone(tmp_path, replaced):
 
 
 # ---- TLS ----
-
-@pytest.fixture(scope="session")
-def certificate(tmp_path_factory):
-    """A self-signed pair for 127.0.0.1, in one PEM file."""
-    if not shutil.which("openssl"):
-        pytest.skip("no openssl to make a certificate with")
-    path = tmp_path_factory.mktemp("tls") / "pair.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt",
-         "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj",
-         "/CN=desk", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", path,
-         "-out", f"{path}.crt"], check=True, capture_output=True)
-    path.write_text(path.read_text() + Path(f"{path}.crt").read_text())
-    return path
-
 
 @pytest.fixture
 def tls_desk(make_desk, certificate, monkeypatch):
