@@ -3641,6 +3641,7 @@ class Channel:
         # a url without a body is for machines: an event a request
         self.bundles = self.kind != "url" or entry["body"] is not None
         self.hanging: list[threading.Thread] = []
+        self.curious = False            # what does it say when all is well?
 
     # ---- filling in ----
 
@@ -3692,6 +3693,7 @@ class Channel:
 
     def sample(self, desk_url: str) -> Answer:
         """Send a text that is hard to send, once."""
+        self.curious = True
         now = instant(time.time())
         hard = '"quotes", a \\, an emoji \U0001f514'
         fields = notice_fields([Notice("test", "test", "test", "test", "", None,
@@ -3747,13 +3749,14 @@ class Channel:
             opener.add_handler(handler())
         with opener.open(urllib.request.Request(url, data, headers),
                          timeout=self.pace.patience) as reply:
-            again = reply.status in (408, 425, 429) or reply.status >= 500
-            answer = Answer(200 <= reply.status < 300, str(reply.status),
-                            again=again)
-            if again:
-                answer = answer._replace(
-                    after=retry_after(reply.headers["Retry-After"]))
+            status = reply.status
+            answer = Answer(200 <= status < 300, str(status))
+            if status in (408, 425, 429) or status >= 500:
+                answer = Answer(False, str(status), again=True, after=retry_after(
+                    reply.headers["Retry-After"]))
             answers.append(answer)
+            if answer.told and not self.curious:
+                return                  # and wait for no body that never ends
             with contextlib.suppress(OSError, http.client.HTTPException):
                 answers.append(answer._replace(text=self.shown(reply.read(4096))))
 
@@ -3785,9 +3788,9 @@ class Channel:
     def letter(self, fields: Mapping[str, Any], message_id: str) -> Any:
         from email.message import EmailMessage
         from email.utils import format_datetime
-        letter = EmailMessage()
+        entry, letter = self.entry, EmailMessage()
         letter["Subject"] = fields["title"]
-        letter["From"], letter["To"] = self.entry["from"], self.entry["to"]
+        letter["From"], letter["To"] = entry["from"], ", ".join(entry["to"])
         letter["Date"] = format_datetime(datetime.now(timezone.utc))
         letter["Message-ID"] = f"<{message_id}@hitl.invalid>"
         letter["Auto-Submitted"] = "auto-generated"
