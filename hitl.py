@@ -2533,6 +2533,8 @@ class Store:
         for owner in ((), (request.asked_by,),
                       (request.asked_by, request.agent)):
             self.counts[owner] += by
+            if not self.counts[owner]:
+                del self.counts[owner]      # agents make up names
 
     def attempt(self, change: Callable[..., T], *args: Any) -> T:
         """change(*args) inside a savepoint: all of one request's changes are
@@ -2861,9 +2863,9 @@ class Store:
 
     def let_stand(self, request: ReviewRequest, bounds: Bounds) -> Standing:
         """A decision that was just made, standing for the same call again."""
-        return self.keep(Standing(
-            self.next_number(), request.status, request.decided_by or "",
-            self.now, instant(self.time + bounds.seconds), bounds.uses,
+        return self.keep("stands", Standing(
+            0, request.status, request.decided_by or "", self.now,
+            instant(self.time + bounds.seconds), bounds.uses,
             request.request_id, request.reason, request.signed_in,
             request.digest, request.checkpoint_id, request.checkpoint_digest,
             self.desk_digest(request), request.session, request.asked_by))
@@ -2872,20 +2874,17 @@ class Store:
              signed_in: str | None = None) -> Standing:
         """Everything is refused until this is lifted; a stop that is in force
         already is met."""
-        return self.stop_in_force or self.keep(Standing(
-            self.next_number(), "stopped", by, self.now, reason=reason,
-            signed_in=signed_in))
+        return self.stop_in_force or self.keep("stopped", Standing(
+            0, "stopped", by, self.now, reason=reason, signed_in=signed_in))
 
-    def next_number(self) -> int:
-        return int(self.db.execute(
-            "SELECT coalesce(max(number), 0) + 1 FROM standing_decisions"
-            ).fetchone()[0])
-
-    def keep(self, standing: Standing) -> Standing:
+    def keep(self, event: str, standing: Standing) -> Standing:
+        """A new row of standing_decisions, with the next number."""
+        last, = self.db.execute("SELECT coalesce(max(number), 0) FROM "
+                                "standing_decisions").fetchone()
+        standing = standing._replace(number=last + 1)
         self.db.execute(f"INSERT INTO standing_decisions ({STANDING}) VALUES "
                         f"({', '.join('?' * len(standing))})", standing)
-        self.audit_standing(standing, "stopped" if standing.decision ==
-                            "stopped" else "stands", standing.made_by)
+        self.audit_standing(standing, event, standing.made_by)
         return standing
 
     def lift(self, number: int, by: str) -> Standing:

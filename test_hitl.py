@@ -2280,6 +2280,58 @@ def test_a_stop_rejects_what_waits_in_turns(store):
     assert chain_faults(store.path) == []
 
 
+def test_in_any_order_nothing_runs_that_nobody_agreed_to(store):
+    """Calls, decisions that stand, stops, lifts, claims and the clock in any
+    order: the log, read alone, has a person and a bound for each call."""
+    chance, digest = random.Random(5), asking(store).digest
+    for n in range(1500):
+        name, old = f"r-{n}", f"r-{chance.randrange(max(0, n - 9), n + 1)}"
+        bounds = chance.choice([None, hitl.Bounds(
+            chance.choice([5, 60]), chance.randrange(1, 4))])
+        turn(store, *chance.choices([
+            lambda: put(store, name), lambda: put(store, old),
+            lambda: store.submit(asking(store, name), attach=True),
+            lambda: store.decide(old, hitl.Status.APPROVED, "reviewer:ana",
+                                 remember=bounds),
+            lambda: store.decide(old, hitl.Status.REJECTED, "reviewer:ana",
+                                 remember=bounds),
+            lambda: store.claim(old, digest, name, "agent:a"),
+            lambda: store.stop("reviewer:ana", None),
+            lambda: store.stop_in_force and store.lift(
+                store.stop_in_force.number, "reviewer:ben"),
+            lambda: store.lift(chance.randrange(1, 20), "reviewer:ben"),
+            lambda: [*map(store.close_overdue, store.overdue())]],
+            (40, 5, 5, 20, 5, 20, 1, 20, 4, 9)))
+        store.clock.time += chance.choice([0, 0, 1])
+    stands, stopped, agreed, seen = {}, set(), set(), hitl.Counter()
+    for _, at, event, subject, actor, detail, *_ in hitl.audit_rows(store.db):
+        told, number = json.loads(detail), subject.partition(":")[2]
+        by = told.get("standing")
+        seen[event, by is not None] += 1
+        if event in ("submitted", "approved", "claimed"):
+            assert not stopped
+        if event == "stopped":
+            stopped.add(number)
+        elif event == "lifted":
+            stopped.discard(number)
+            stands.pop(number, None)
+        elif event == "stands":
+            stands[number] = [told["decision"], told["until"],
+                              told.get("uses") or 9999]
+        elif by is not None and str(by) not in stopped:
+            stands[str(by)][2] -= 1
+            assert stands[str(by)][0] == event
+            assert stands[str(by)][1] > at and stands[str(by)][2] >= 0
+        if event == "approved":
+            assert actor == "reviewer:ana"
+            agreed.add(subject)
+        elif event == "claimed":
+            agreed.remove(subject)              # once
+    assert min(seen["approved", True], seen["rejected", True],
+               seen["claimed", False], seen["lifted", False]) > 5, seen
+    assert chain_faults(store.path) == []
+
+
 def test_what_stands_is_remembered_after_a_failure_and_a_start(every):
     """What is in force is read from the database again after a turn that
     failed, and at the next start, which refuses an edited one."""
