@@ -1851,7 +1851,7 @@ def command_value(value: Any) -> list[str]:
     return value
 
 
-def listed(words: str, test: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def list_of(words: str, test: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """A check of a list, not empty, whose every item passes the test."""
     return check_that(words, lambda value: isinstance(value, list) and value and
                       all(isinstance(item, str) and test(item) for item in value))
@@ -1950,15 +1950,15 @@ KEYS: dict[str, dict[str, tuple[Callable[[Any], Any], Any]]] = {
         "password": (text_value, None),
         "from": (check_that("an address, like hitl@example.org", lambda v:
                             re.fullmatch(MAIL_ADDRESS, str(v))), None),
-        "to": (listed('like ["oncall@example.org"]', lambda v: re.fullmatch(
+        "to": (list_of('like ["oncall@example.org"]', lambda v: re.fullmatch(
             MAIL_ADDRESS, v)), None),
         "command": (command_value, None),
         "after_seconds": (check_that(
             "a number of seconds, 0 to 604800 (a week)", lambda v: type(v) in (
                 int, float) and 0 <= v <= 604800), 0),
-        "category": (listed(f"a list of {', '.join(CATEGORIES)}",
+        "category": (list_of(f"a list of {', '.join(CATEGORIES)}",
                             lambda v: v in CATEGORIES), ()),
-        "checkpoint": (listed("a list of checkpoint_ids",
+        "checkpoint": (list_of("a list of checkpoint_ids",
                               REQUEST_ID.fullmatch), ()),
         "details": (boolean_value, False),
     },
