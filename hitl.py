@@ -159,7 +159,6 @@ import functools
 import hashlib
 import itertools
 import json
-import logging
 import math
 import operator
 import re
@@ -177,6 +176,7 @@ from typing import (TYPE_CHECKING, Any, AnyStr, NamedTuple, NoReturn,
 if TYPE_CHECKING:
     import asyncio
     import inspect
+    import logging
 
 
 class Later:
@@ -191,8 +191,9 @@ class Later:
         return value
 
 
-if not TYPE_CHECKING:           # it would be another fifth
+if not TYPE_CHECKING:           # they would be another third
     inspect = Later(lambda: __import__("inspect"))
+    logging = Later(lambda: __import__("logging"))
 
 __version__ = "2.0.0"
 __all__ = [
@@ -200,7 +201,7 @@ __all__ = [
     "UnreachableError", "ChangedError", "AlreadyClaimedError",
     "ReviewTimeoutError",
 ]
-log = logging.getLogger("hitl")
+log: Any = Later(lambda: logging.getLogger("hitl"))
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
@@ -8803,12 +8804,12 @@ def decide_next(me: Client, decision: str) -> bool:
 
 # ---- verify ----
 
-class Notebook(logging.Handler):
+class Notebook:
     """What was expected and observed, and the lines of the log."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
-        super().__init__()
-        self.say = say
+        self.handler, self.say = logging.Handler(), say
+        self.handler.emit = self.emit       # type: ignore[method-assign]
         self.findings: list[dict[str, Any]] = []
         self.log_lines: list[str] = []
 
@@ -8876,7 +8877,7 @@ def verify(model: str, timeout: float, say: Callable[[str], None]
     """The guide's verification -> the evidence: state, configuration, what
     was expected and observed. It leaves nothing of it on the disk."""
     book = Notebook(say)
-    log.addHandler(book)
+    log.addHandler(book.handler)
     propagate, log.propagate = log.propagate, False
     try:
         with Workshop(timeout) as shop:
@@ -8890,7 +8891,7 @@ def verify(model: str, timeout: float, say: Callable[[str], None]
             verification(shop, book, timeout)
     finally:
         log.propagate = propagate
-        log.removeHandler(book)
+        log.removeHandler(book.handler)
     return {**state, "configuration": rules, "findings": book.findings,
             "log": book.log_lines,
             "verified": all(finding["holds"] for finding in book.findings)}
