@@ -7885,8 +7885,10 @@ DIALECTS = {
 }
 
 
-def dialect_of(call: Mapping[str, Any]) -> str:
+def dialect_of(call: Any) -> str:
     """Which dialect a hook's input is; HitlError if it is none."""
+    if not isinstance(call, dict):
+        raise HitlError("the input is not a JSON object", reason="bad-hook")
     event = call.get("hook_event_name", "")
     if "clineVersion" in call or "tool_call" in call or "preToolUse" in call:
         return "cline"
@@ -7982,21 +7984,13 @@ def hook_agent(name: str, call: Mapping[str, Any]) -> str:
     return cut(" ".join(str(part) for part in parts if part), MAX_NAME)
 
 
+def exit_by_signal(number: int, frame: Any) -> NoReturn:
+    sys.exit(128 + number)
+
+
 def write_whole(file: int, data: bytes) -> None:
     while data:
         data = data[os.write(file, data):]
-
-
-def read_whole(file: int, limit: int) -> bytes:
-    """All of a file descriptor; HitlError beyond the limit."""
-    parts, size = [], 0
-    while part := os.read(file, 1 << 20):
-        parts.append(part)
-        size += len(part)
-        if size > limit:
-            raise HitlError(f"the input is over {limit} bytes",
-                            reason="too-large")
-    return b"".join(parts)
 
 
 class Hook:
@@ -8008,35 +8002,25 @@ class Hook:
     """
 
     def __init__(self, config: Path | None, deadline: float | None) -> None:
-        self.config, self.deadline = config, deadline or math.inf
+        self.config, self.deadline = config, deadline
         self.began, self.parent = time.monotonic(), os.getppid()
-        self.ends_at = math.inf
-        self.name = ""                  # of the dialect, once it is known
-        self.dialect: Dialect | None = None
-        self.ended = False
+        self.ends_at, self.ended = math.inf, False
+        self.dialect = ""               # until it is known
 
     def run(self) -> NoReturn:
         """Answer what is on stdin, and exit."""
-        self.check_streams()
-        self.watch(min(self.deadline, 25))      # before the dialect is known
         try:
-            answer = self.answer(read_whole(0, MAX_HOOK_INPUT))
-        except BaseException as fault:          # a signal, or a fault of ours
+            os.fstat(1)                 # or a file opened later would be it
+        except OSError:
+            os._exit(2)
+        # with exit status 2 a model reads stderr: no hints for operators
+        log.disabled = not (sys.stderr and sys.stderr.isatty())
+        self.watch(min(self.deadline or 25, 25))
+        try:
+            answer = self.answer(sys.stdin.buffer.read(MAX_HOOK_INPUT))
+        except BaseException as fault:  # a signal, or a fault of ours
             self.refuse(fault)
         self.end(answer, 0)
-
-    def check_streams(self) -> None:
-        """A file opened later must not take the place of a closed stream."""
-        try:
-            os.fstat(1)
-        except OSError:
-            os._exit(2)                         # nobody could read an answer
-        for file in (0, 2):
-            try:
-                os.fstat(file)
-            except OSError:
-                os.open(os.devnull, os.O_RDWR)
-        log.disabled = not os.isatty(2)         # a model may read stderr
 
     def watch(self, seconds: float) -> None:
         """Answer by then, whatever happens."""
@@ -8061,37 +8045,30 @@ class Hook:
     def answer(self, data: bytes) -> Json:
         """What to print if the call may go on; raises if it may not."""
         try:
-            call, why = parse_json(data), "it is not an object"
+            call = parse_json(data)
         except ValueError as error:
-            call, why = read_loosely(data), str(error)
-            self.learn(call)
-            call = None
-        if not isinstance(call, dict):
-            raise HitlError(f"the input is not a coding agent's JSON: {why}",
-                            reason="bad-hook")
+            self.learn(read_loosely(data))
+            raise HitlError("the input is not a coding agent's JSON: "
+                            f"{error}", reason="bad-hook") from None
         self.learn(call)
-        tool, arguments = proposed(self.name or dialect_of(call), call)
+        tool, arguments = proposed(self.dialect or dialect_of(call), call)
         gate = Gate(find_configuration(self.config, local=False),
-                    context=call, agent=hook_agent(self.name, call))
+                    context=call, agent=hook_agent(self.dialect, call))
         if is_self_test(arguments):
             raise CollaborationError("the hook works: this call was refused "
                                      "as a test", reason="self-test")
         who = self.hold(gate, tool, arguments, call)
         if who is None:
             return {}                   # no opinion: its own flow goes on
-        answer: Json = filled(DIALECTS[self.name].approved,
-                              why=f"approved by {who}")
-        return answer
+        approved = DIALECTS[self.dialect].approved
+        return filled(approved, why=f"approved by {who}")  # type: ignore
 
     def learn(self, call: Any) -> None:
         """Note the dialect, so that even an error is answered in it."""
         with contextlib.suppress(HitlError):
-            if isinstance(call, dict):
-                self.name = dialect_of(call)
-                self.dialect = DIALECTS[self.name]
-                self.watch(min(self.deadline if self.deadline < math.inf
-                               else self.dialect.seconds,
-                               self.dialect.longest))
+            self.dialect = dialect_of(call)
+            agent = DIALECTS[self.dialect]
+            self.watch(min(self.deadline or agent.seconds, agent.longest))
 
     def hold(self, gate: Gate, tool: str, arguments: Json,
              call: Mapping[str, Any]) -> str | None:
@@ -8112,7 +8089,7 @@ class Hook:
         try:
             held = gate.hold(
                 tool, arguments, cwd=where, attach=True,
-                session=session_key(self.name, call), tick=self.check_parent,
+                session=session_key(self.dialect, call), tick=self.check_parent,
                 timeout_seconds=limit,
                 lifetime_seconds=max(lifetime, limit + 1))
         except AlreadyClaimedError:     # by the same call beside this one
@@ -8139,14 +8116,15 @@ class Hook:
 
     def refuse(self, fault: BaseException) -> NoReturn:
         """The dialect's refusal. A person's decision is an answer; an error
-        is one only where the agent shows it. No hint: a model reads it."""
-        dialect, why = self.dialect, refusal_text(fault)
-        said = type(fault) in (CollaborationError, DeniedError,
-                               ReviewTimeoutError)
-        if dialect and said:
-            self.end(filled(dialect.rejected, why=why), 0)
-        if dialect and dialect.status is not None:
-            self.end(filled(dialect.rejected, why=why), dialect.status, why)
+        is one only where the agent shows it."""
+        why, agent = refusal_text(fault), DIALECTS.get(self.dialect)
+        if agent is None:
+            self.end(None, 2, why)
+        answer = filled(agent.rejected, why=why)
+        if is_decision(fault):
+            self.end(answer, 0)
+        if agent.status is not None:
+            self.end(answer, agent.status, why)
         self.end(None, 2, why)
 
     def end(self, answer: Json | None, status: int, words: str = ""
@@ -8154,14 +8132,19 @@ class Hook:
         """The one answer, whole, and the end of this process; exit status 2
         if it cannot be written."""
         self.ended = True               # an alarm comes too late now
-        with contextlib.suppress(OSError):
-            write_whole(2, f"{words}\n".encode() if words else b"")
         try:
             if answer is not None:
                 write_whole(1, json.dumps(answer).encode() + b"\n")
+            if words and sys.stderr:
+                write_whole(2, f"{words}\n".encode(errors="backslashreplace"))
         except OSError:
             status = 2
         os._exit(status)
+
+
+def is_decision(fault: BaseException) -> bool:
+    """Whether a person, a rule or the deadline said no, rather than a fault."""
+    return type(fault) in (CollaborationError, DeniedError, ReviewTimeoutError)
 
 
 def is_self_test(arguments: Json) -> bool:
@@ -8179,9 +8162,7 @@ def refusal_text(fault: BaseException) -> str:
         said = fault.message.partition("; the request")[0]
         return (f"{said}; the call did not run, and its request still waits. "
                 "Repeat this very call later to pick up the decision.")
-    person = isinstance(fault, ReviewTimeoutError) or type(fault) in (
-        CollaborationError, DeniedError)
-    return fault.told if person else f"hitl: refused: {fault.told}"
+    return fault.told if is_decision(fault) else f"hitl: refused: {fault.told}"
 
 
 # ---- the hook: what to install, and where ----
@@ -8595,8 +8576,9 @@ class Proxy:
         free = [name for name in names if name not in waits]
         for words, group in (("wait for a person", waits),
                              ("run unasked", free)):
-            print(f"hitl: {self.name}: {len(group)} tools {words}: "
-                  + visible(", ".join(group)), file=sys.stderr, flush=True)
+            print(f"hitl: {self.name}: {words}: "
+                  + visible(", ".join(group) or "none of its tools"),
+                  file=sys.stderr, flush=True)
 
 
 def child_environment() -> dict[str, str]:
@@ -10066,10 +10048,6 @@ def cmd_verify(args: Any) -> int:
     say(f"\n{'verified' if evidence['verified'] else 'NOT VERIFIED'}; the "
         f"evidence is in {output}")
     return 0 if evidence["verified"] else 1
-
-
-def exit_by_signal(number: int, frame: Any) -> NoReturn:
-    sys.exit(128 + number)
 
 
 # ---- what may be typed ----

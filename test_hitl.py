@@ -6631,8 +6631,8 @@ def test_proxy_says_what_waits(mcp):
     names = mcp.answer(3)["result"]["names"]
     assert "HITL_REVIEWER_TOKEN" not in names and "HITL_SERVER_URL" in names
     assert mcp.close() == 0
-    assert mcp.said.count("1 tools wait for a person: delete_file") == 1
-    assert mcp.said.count("1 tools run unasked: read_file") == 1
+    assert mcp.said.count("fs: wait for a person: delete_file\n") == 1
+    assert mcp.said.count("fs: run unasked: read_file\n") == 1
 
 
 def test_proxy_child_dies(mcp):
