@@ -1526,7 +1526,7 @@ DANGEROUS = cases(r"""
 HARMLESS = cases(r"""
     ls -la@@git status --short && git diff --stat@@pytest -q@@cat a | grep b
     git log --oneline -5@@git rev-parse HEAD@@echo "built at $(date)"
-    git commit -m "$(cat <<'EOF'\nFix the parser\n\nSigned-off-by: A <a@example.com>\nEOF\n)"
+    git commit -m "$(cat <<'EOF'\nFix the parser\n\nBy: A <a@b.c>\nEOF\n)"
     git commit -m 'fix: handle empty input'@@for f in *.py; do echo $f; done
     for i in 1 2 3; do curl -s localhost:8000/health; done
     grep -rn 'rm -rf' scripts/
