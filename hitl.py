@@ -2368,10 +2368,18 @@ WITHOUT_CONTEXT = WHOLE.replace("agent_context", "'null'")
 CUT = {"arguments": "NULL", "approved_arguments": "NULL",
        "agent_context": "'null'", "action_description":
        "substr(action_description, 1, 200) || ' ...'"}
-BRIEF = ", ".join(              # a desk full of large ones must fit into memory
-    f"CASE WHEN size > {LARGE_BYTES} AND length({name}) > 200 THEN "
-    f"{CUT[name]} ELSE {name} END" if name in CUT else name
-    for name in ReviewRequest._fields)
+
+
+def cut_if_large(name: str) -> str:
+    """A column as a list shows it: a desk full of large requests must fit
+    into memory."""
+    if name not in CUT:
+        return name
+    return (f"CASE WHEN size > {LARGE_BYTES} AND length({name}) > 200 THEN "
+            f"{CUT[name]} ELSE {name} END")
+
+
+BRIEF = ", ".join(map(cut_if_large, ReviewRequest._fields))
 SUMMARY = ", ".join(Summary._fields)
 STANDING = ", ".join(Standing._fields)
 # what was asked: asked_sha256 covers these columns, and a seal the others
@@ -2556,12 +2564,13 @@ class Store:
             self.db.execute("RELEASE request")
             return result
         except BaseException as error:
-            self.spoilt = not self.db.in_transaction or isinstance(
-                error, sqlite3.OperationalError)
-            if not self.spoilt:
+            self.spoilt = True          # unless this much can be undone
+            if self.db.in_transaction and not isinstance(
+                    error, sqlite3.OperationalError):
                 self.db.execute("ROLLBACK TO request")
                 self.db.execute("RELEASE request")
                 self.reread()
+                self.spoilt = False
             raise
 
     def commit(self) -> list[Change] | None:

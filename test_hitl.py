@@ -570,8 +570,8 @@ def some_json(rng, depth: int = 4):
     ('{"\\uDC00\\ud800": 1}', "a lone surrogate is not text"),
     ('"\ud800"', "a lone surrogate is not text"), (b'"\xc0\xaf"', "utf-8"),
     (b"\xef\xbb\xbf{}", "Expecting value"), ("{}".encode("utf-16"), "utf-8"),
-    ("{} {}", "something stands behind"), ("01", "something stands behind"),
-    (b"{}\0", "something stands behind"), ("", "Expecting value"),
+    ("{} {}", "unexpected text after"), ("01", "unexpected text after"),
+    (b"{}\0", "unexpected text after"), ("", "Expecting value"),
     *((bad, "") for bad in ("[1,]", "\xa01", "+1", ".5", "'a'", "{a: 1}",
                             '"\t"', '"a', "\u0661", "True")),
     *((levels, "nested deeper than 32") for levels in (
@@ -2446,8 +2446,8 @@ def test_a_turn_that_fails_stores_nothing(store):
         with no_room(store.path):
             for n in range(20):
                 try:
-                    store.attempt(put, store, f"r-{n}", "", "a",
-                                  '"%s"' % ("x" * 50_000))
+                    store.attempt(store.submit, asking(
+                        store, f"r-{n}", agent_context='"%s"' % ("x" * 50_000)))
                 except sqlite3.Error as error:
                     failed.append((n, str(error)))
             assert store.commit() is None
