@@ -4186,6 +4186,7 @@ select { font: inherit; padding: 4px 8px; border-radius: 6px; }
 main > form input { flex: 1 1 200px !important; }
 @media (max-width: 640px) {
   body { padding: 0 8px 32px; }
+  header form { display: none; }
   .card > summary, .many > .card > summary { flex-wrap: wrap;
     padding-block: 7px; line-height: 1.4; }
   .headline { order: 1; flex: 1 0 100%; }
@@ -4660,7 +4661,8 @@ FORM_TEMPLATE = """<form method="post" action="/approve/{request_id}">
   </form>"""
 
 LARGE = """<p>This request is large, {size}. <a
-  href="/review/{request_id}">Read all of it and decide</a>.</p>"""
+  href="/review/{request_id}">Read all of it and decide</a>.</p>
+  <p class="who live">{who}</p>"""
 
 ROW = """<li class="{status}">
   <span class="status">{status}</span>
@@ -4741,7 +4743,7 @@ def review_page(view: View, request: ReviewRequest, reason: str = "",
     """One request with everything about it, the buttons after it all."""
     return page(f"{request.status}: {request.request_id}",
                 safe_card(view, request, True, True, reason, said), view,
-                request.status == Status.WAITING)
+                int(request.status == Status.WAITING))
 
 
 def problem_page(status: int, refusal: Refusal,
@@ -4829,9 +4831,11 @@ def card(view: View, request: ReviewRequest, opened: bool, whole: bool,
     told = request.tool and not headline.startswith(request.tool)
     known = request.category in CATEGORIES
     large = request.size > LARGE_BYTES and not whole
-    body = fill(LARGE, size=readable_size(request.size),
-                request_id=request.request_id) if large else card_body(
-        view, request, reason, said)
+    if large:
+        body = fill(LARGE, size=readable_size(request.size), who=who_line(
+            view, request), request_id=request.request_id)
+    else:
+        body = card_body(view, request, reason, said)
     until = fill(' data-until="{at}"', at=request.deadline)
     return fill(
         CARD, status=request.status, request_id=request.request_id,
@@ -4981,7 +4985,7 @@ def exact_pattern(text: str) -> str:
     def escaped(c: str) -> str:
         if " " <= c <= "~" and c != "'":
             return "\\" + c if c in r".^$*+?{}[]\|()" else c
-        return f"\\U{ord(c):08x}"
+        return f"\\x{ord(c):02x}" if c < "\x80" else f"\\U{ord(c):08x}"
     return "".join(map(escaped, text))
 
 

@@ -7275,6 +7275,7 @@ def test_a_new_card_appears_at_once(desk, look):
     """A new card is on an open page within 200 ms of its 201, below the
     others; it clears no reason being typed and moves no card being read."""
     desk.post("b-1", agent="b")
+    desk.post("b-2", agent="b", arguments={"large": "x" * 9000})
     page = look()
     page.type("#request-b-1 textarea", "half a rea")
     before = top(page, "b-1")
@@ -7293,7 +7294,7 @@ def test_a_new_card_appears_at_once(desk, look):
     assert page.run("const e = document.activeElement; return [e.name, "
                     "e.value]") == ["reason", "half a reason"]
     assert top(page, "b-1") == before
-    assert page.run("return document.title") == "(6) Review desk"
+    assert page.run("return document.title") == "(7) Review desk"
 
 
 @needs_browser
