@@ -6946,7 +6946,8 @@ def check_guardable(function: Any) -> None:
         inner = inner.func
     made = hasattr(inner, "name") and not hasattr(inner, "__name__")
     kinds = (type, staticmethod, classmethod)
-    generates = any(test(f) for f in (inner, getattr(inner, "__call__", inner))
+    called = inner.__call__ if callable(inner) else inner
+    generates = any(test(f) for f in (inner, called)
                     for test in (inspect.isgeneratorfunction,
                                  inspect.isasyncgenfunction))
     if made or generates or not callable(inner) or isinstance(inner, kinds):
@@ -6981,7 +6982,7 @@ def signature_of(function: Any) -> inspect.Signature:
 
 def is_async(function: Any) -> bool:
     return inspect.iscoroutinefunction(function) or (
-        inspect.iscoroutinefunction(getattr(function, "__call__", None)))
+        callable(function) and inspect.iscoroutinefunction(function.__call__))
 
 
 # =================================== Gate ==================================
@@ -7200,7 +7201,8 @@ class Gate:
                 return None
             return self._obtain(asked, handed_over=True)
         except HitlError as error:
-            raise logged(error)
+            logged(error)
+            raise
 
     async def ahold(self, tool: str, arguments: Mapping[str, Any],
                     **how: Unpack[How]) -> Held | None:
@@ -7211,7 +7213,8 @@ class Gate:
                 return None
             return await self._aobtain(asked, handed_over=True)
         except HitlError as error:
-            raise logged(error)
+            logged(error)
+            raise
 
     def require(self, tool: str, arguments: Mapping[str, Any],
                 **how: Unpack[How]) -> dict[str, Any]:
