@@ -9152,7 +9152,8 @@ EXAMPLE = HEAD + MISSION + MONEY + TRIPWIRES
 # What a coding agent may run unasked: commands that only read, to the letter.
 # Quotes are in the patterns because what is matched is the text as written.
 READ_ONLY = (
-    r"pwd|whoami|date|nproc|man [a-z][\w-]*|uname( -[a-z])?|true|false|echo( .*)?|grep( .*)?",
+    r"pwd|whoami|date|nproc|man [a-z][\w-]*|uname( -[a-z])?|true|false"
+    r"|echo( .*)?|grep( .*)?",
     r"(ls|cat|head|tail|wc|stat|du|df|realpath|basename|dirname|which|cut)"
     r"( [\w./:=@%+,-]+)*",
     r"test -[defrsx] [\w./-]+|sort( -[bdfghnruV]+)*|uniq( -[cdu]+)?",
