@@ -795,7 +795,7 @@ class Checkpoint(NamedTuple):
         names that count as one) review and deny match, and allow does not."""
         if call.ambiguous:
             return self.effect != "allow" and (
-                self.kind == "tool" or call.texts(self.kind) is not None)
+                self.kind == "tool" or call.texts(self.kind) != [])
         return all(
             self.argument_matches(pattern, argument(call.arguments, name))
             for name, pattern in self.arguments.items()
@@ -808,16 +808,13 @@ class Checkpoint(NamedTuple):
         if self.kind == "tool":
             return True
         if self.effect == "allow":
-            plain = call.left_shut(self.kind)
-            if plain is None:
-                return False
-            plain[:] = [text for text in plain
-                        if not self.finds(self.action_pattern, text)]
-            return not plain
-        texts = call.texts(self.kind)
-        return texts is not None and any(
-            text is None or self.finds(self.action_pattern, text)
-            for text in texts)
+            shut = call.shut(self.kind)
+            opened = [text for text in shut
+                      if self.finds(self.action_pattern, text)]
+            shut[:] = [text for text in shut if text not in opened]
+            return opened != [] and not shut
+        return any(text is None or self.finds(self.action_pattern, text)
+                   for text in call.texts(self.kind))
 
     def argument_matches(self, pattern: str, value: Any) -> bool:
         """Whether a pattern finds an argument. One that is missing or not a
@@ -924,18 +921,17 @@ UNMATCHED = {
 # ---- how long a pattern may take ----
 
 class Steps(NamedTuple):
-    """What a pattern costs: how many open repeats can meet, each inside the
-    choices of the one before; the product of its bounded choices; whether
-    each place where it could begin means another run."""
+    """What a pattern costs: its open repeats, each of which may run inside the
+    choices of the one before, and the product of its bounded choices."""
 
     loops: int
     ways: int
-    restarts: bool
 
     @property
     def reach(self) -> int:
-        """Characters that it takes in MAX_STEPS."""
-        power = max(self.loops + self.restarts, 1)
+        """Characters that it takes in MAX_STEPS, with one more power of them
+        for where it begins."""
+        power = self.loops + 1
         steps = MAX_STEPS * math.factorial(power) // self.ways
         return min(MAX_MATCHED, int(steps ** (1 / power)))
 
@@ -944,122 +940,54 @@ class Steps(NamedTuple):
 def steps_of(pattern: str) -> Steps:
     """ValueError where it repeats a repeat: nothing bounds that."""
     from re import _parser  # type: ignore[attr-defined]
-    return count_steps(_parser.parse(pattern, re.IGNORECASE | re.DOTALL))
+    return count_steps(_parser.parse(pattern, re.IGNORECASE | re.DOTALL), False)
 
 
-def count_steps(tree: Any, repeated: bool = False) -> Steps:
-    """What a parsed pattern costs; `repeated`, each choice between
-    alternatives counts, since it is made again and again."""
-    from re import _constants as op  # type: ignore[attr-defined]
+def count_steps(tree: Any, again: bool) -> Steps:
+    """What a parsed pattern costs; `again`: it is repeated, so that each
+    choice between alternatives counts."""
+    from re import _compiler, _constants as op  # type: ignore[attr-defined]
     most = loops = 0
-    ways, restarts = 1, False
-    last: frozenset[str] = frozenset()      # what the last open repeat takes
-    before = ANYTHING                       # and what must come before it
-    for item in flat(tree):
-        kind, value = item
+    ways, last = 1, None                # the last open repeat, of one character
+    for kind, value in tree:
         low, high = 1, 1
         if kind in (op.MAX_REPEAT, op.MIN_REPEAT, op.POSSESSIVE_REPEAT):
             low, high, value = value
-        again = repeated or high > 1
-        inner = [count_steps(part, again) for part in parts_in(value)]
-        inside = max((steps.loops for steps in inner), default=0)
-        choices = max((steps.ways for steps in inner), default=1)
+        inner = [count_steps(part, again or high > 1)
+                 for part in parts_of_pattern(value)] or [Steps(0, 1)]
+        inside, choices = map(max, zip(*inner, strict=True))
         if kind is op.BRANCH and again and not are_apart(value[1]):
             choices = sum(steps.ways for steps in inner)
-        delimited = (high > 1 and inside > 0 and choices == 1
-                     and is_delimited(value))
-        if delimited:
-            inside = 0
         if high > 64 and (inside or choices > 1):
             raise ValueError("repeats a repeat")
-        ways *= (high - low + 1 if high < op.MAXREPEAT else 1) * (
-            choices ** high if choices > 1 else 1)
-        takes = ANYTHING
-        if low and not inside and kind is not op.AT:
-            takes = taken(tree, item)
-        if last and last.isdisjoint(takes):     # it ends there: no choice
-            most, loops, last = max(most, loops), loops - 1, frozenset()
-        if high == op.MAXREPEAT or inside or delimited:
-            loops += inside * high or 1
-            last = ANYTHING
-            if not inside and value.getwidth() == (1, 1):
-                last = taken_first(value)
-            restarts = restarts or not last.isdisjoint(before)
-        if low and kind is not op.AT:
-            before = takes
-    return Steps(max(most, loops), ways, restarts)
+        if choices > 1 or high < op.MAXREPEAT:
+            ways *= (high - low + 1) * choices ** high
+        if kind is op.LITERAL and last and not last.match(chr(value)):
+            most, loops, last = max(most, loops), loops - 1, None   # ends there
+        loops += inside * high if inside else high == op.MAXREPEAT
+        loops += kind is op.GROUPREF
+        if inside or high == op.MAXREPEAT:
+            one = not inside and value.getwidth() == (1, 1)
+            last = _compiler.compile(value, re.IGNORECASE) if one else None
+    return Steps(max(most, loops), ways)
 
 
-ANYTHING = frozenset(map(chr, range(129)))      # ASCII and one that is not
-
-
-def flat(tree: Any) -> Iterator[Any]:
-    """The items of a parsed pattern, groups opened."""
-    from re import _constants as op  # type: ignore[attr-defined]
-    for kind, value in tree:
-        if kind is op.SUBPATTERN:
-            yield from flat(value[3])
-        elif kind is op.ATOMIC_GROUP:
-            yield from flat(value)
-        else:
-            yield kind, value
-
-
-def parts_in(value: Any) -> Iterator[Any]:
+def parts_of_pattern(value: Any) -> Iterator[Any]:
     """The patterns inside an item of a parsed pattern."""
     from re import _parser  # type: ignore[attr-defined]
     if isinstance(value, _parser.SubPattern):
         yield value
     elif isinstance(value, (tuple, list)):
         for part in value:
-            yield from parts_in(part)
-
-
-def taken(tree: Any, item: Any) -> frozenset[str]:
-    """The characters that an item can begin with; ANYTHING where that is
-    unclear, or it can be empty."""
-    from re import _compiler, _constants as op, _parser  # type: ignore
-    kind, value = item
-    if kind is op.BRANCH:
-        return frozenset().union(*(taken_first(part) for part in value[1]))
-    if kind in (op.MAX_REPEAT, op.MIN_REPEAT, op.POSSESSIVE_REPEAT):
-        return taken_first(value[2]) if value[0] else ANYTHING
-    try:
-        one = _compiler.compile(_parser.SubPattern(tree.state, [item]),
-                                re.IGNORECASE | re.DOTALL)
-        return frozenset(filter(one.match, ANYTHING)) or ANYTHING
-    except (re.error, IndexError, ValueError):
-        return ANYTHING
-
-
-def taken_first(tree: Any) -> frozenset[str]:
-    return next((taken(tree, item) for item in flat(tree)), ANYTHING)
+            yield from parts_of_pattern(part)
 
 
 def are_apart(branches: list[Any]) -> bool:
-    """Whether the first character tells alternatives apart."""
-    firsts = [taken_first(branch) for branch in branches]
-    return sum(map(len, firsts)) == len(frozenset().union(*firsts))
-
-
-def is_delimited(tree: Any) -> bool:
-    """Whether what is repeated begins with a character that nothing else in
-    it takes, as in `( [^ ]+)*`: then there is one way to read a text."""
-    first, *rest = single_items(tree)
-    if next(flat(tree)) != first:
-        return False
-    takes = taken(tree, first)
-    return all(takes.isdisjoint(taken(tree, item)) for item in rest)
-
-
-def single_items(tree: Any) -> Iterator[Any]:
-    """The items of a parsed pattern that take a character each."""
-    for kind, value in flat(tree):
-        inner = list(parts_in(value))
-        if not inner:
-            yield kind, value
-        for part in inner:
-            yield from single_items(part)
+    """Whether the first letter tells alternatives apart."""
+    from re import _constants as op  # type: ignore[attr-defined]
+    firsts = {chr(branch[0][1]).casefold() for branch in branches
+              if len(branch) and branch[0][0] is op.LITERAL}
+    return len(firsts) == len(branches)
 
 
 def split_pattern(pattern: str, joint: str) -> list[str]:
@@ -1079,38 +1007,36 @@ def split_pattern(pattern: str, joint: str) -> list[str]:
 
 
 @functools.cache
-def searches(pattern: str) -> tuple[tuple[tuple[re.Pattern[str], int], ...], ...]:
+def searches(pattern: str) -> list[list[tuple[re.Pattern[str], int]]]:
     """A pattern as its alternatives, each as the pieces between its `.*` with
     their least widths; whole where a piece would depend on another."""
     from re import _parser  # type: ignore[attr-defined]
     whole = re.search(r"\\[1-9]|\(\?P=|\(\?\(|\(\?[a-zA-Z]+\)", pattern)
-    return tuple(
-        tuple((re.compile(piece, re.IGNORECASE | re.DOTALL),
-               _parser.parse(piece).getwidth()[0])
-              for piece in ([one] if whole else split_pattern(one, ".*")))
-        for one in ([pattern] if whole else split_pattern(pattern, "|")))
+    return [[(re.compile(piece, re.IGNORECASE | re.DOTALL),
+              _parser.parse(piece).getwidth()[0])
+             for piece in ([one] if whole else split_pattern(one, ".*"))]
+            for one in ([pattern] if whole else split_pattern(pattern, "|"))]
 
 
 @functools.cache
 def reach(pattern: str) -> int:
     """How many characters a search may look at."""
     pieces = [piece.pattern for one in searches(pattern) for piece, _ in one]
-    return min(steps_of(piece)._replace(
-        ways=steps_of(piece).ways * len(pieces)).reach for piece in pieces)
+    return min(Steps(steps_of(piece).loops, steps_of(piece).ways * len(pieces)
+                     ).reach for piece in pieces)
 
 
 def is_found(pattern: str, text: str) -> bool:
     """Whether one alternative is found, piece after piece: one pass where
     `re` would try every start with every `.*`."""
-    def in_order(pieces: Iterable[tuple[re.Pattern[str], int]]) -> bool:
-        at = 0
+    for pieces in searches(pattern):
+        at: int | None = 0
         for piece, width in pieces:
-            found = piece.search(text, at)
-            if not found:
-                return False
-            at = found.start() + width
-        return True
-    return any(map(in_order, searches(pattern)))
+            found = piece.search(text, at) if at is not None else None
+            at = found.start() + width if found else None
+        if at is not None:
+            return True
+    return False
 
 
 # ---- the tool's name ----
@@ -1146,7 +1072,7 @@ def name_match(checkpoint: Checkpoint, tool: str) -> str:
     """Why a checkpoint's pattern finds this name, or ""; for kinds, why the
     name can be one of its kind."""
     if checkpoint.kind != "tool":
-        could_be = words_of(checkpoint.kind, tool)
+        could_be = may_be(checkpoint.kind, tool)
         return (f'kind = "{checkpoint.kind}" and action_pattern '
                 f"{checkpoint.action_pattern!r}") if could_be else ""
     ways = views(tool)[:1] if checkpoint.effect == "allow" else views(tool)
@@ -1206,34 +1132,34 @@ def both_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 LENIENT = json.JSONDecoder(object_pairs_hook=both_members, strict=False)
 
 
-def parts_of(item: Any, texts: bool) -> list[Any]:
-    """The values inside a list, an object or, with `texts`, a JSON text."""
-    if isinstance(item, Mapping):
-        return list(item.values())
-    if isinstance(item, (list, tuple)):
-        return list(item)
-    if texts and isinstance(item, str) and JSON_START.match(item):
-        with contextlib.suppress(ValueError):
-            return [LENIENT.decode(item)]
-    return []
-
-
 def objects_in(value: Any, texts: bool = False) -> Iterator[Mapping[str, Any]]:
-    """Every JSON object in a value, at any depth; ValueError where that is
-    more than anybody could look through."""
+    """Every JSON object in a value: at any depth, in lists and, with `texts`,
+    in texts that are JSON; ValueError where that is too much to look at."""
     todo, count = [(value, 0)], 0
     while todo:
         item, depth = todo.pop()
+        parts: Iterable[Any] = ()
         if isinstance(item, Mapping):
             yield item
-        try:
-            parts = parts_of(item, texts)
-        except RecursionError:
-            raise ValueError("the arguments nest too deep") from None
-        count += len(parts)
-        if depth > MAX_DEPTH or count > MAX_MEMBERS:
-            raise ValueError("the arguments are too large to look through")
+            parts = item.values()
+        elif isinstance(item, (list, tuple)):
+            parts = item
+        elif texts and isinstance(item, str) and JSON_START.match(item):
+            parts = read_json(item)
         todo += ((part, depth + 1) for part in parts)
+        count += 1
+        if depth > MAX_DEPTH or count + len(todo) > MAX_MEMBERS:
+            raise ValueError("the arguments are too large to look through")
+
+
+def read_json(text: str) -> list[Any]:
+    """The value of a JSON text in a list, which is empty if it is not one."""
+    try:
+        return [LENIENT.decode(text)]
+    except RecursionError:
+        raise ValueError("the arguments nest too deep") from None
+    except ValueError:
+        return []
 
 
 def inner_calls(arguments: Mapping[str, Any]
@@ -1255,8 +1181,8 @@ def inner_calls(arguments: Mapping[str, Any]
 
 
 def inner_arguments(value: Any) -> Mapping[str, Any]:
-    if isinstance(value, str):
-        value = next(iter(parts_of(value, True)), value)
+    if isinstance(value, str) and JSON_START.match(value):
+        value = (read_json(value) or [value])[0]
     return value if isinstance(value, Mapping) else {"input": value}
 
 
@@ -1294,12 +1220,8 @@ def argument(arguments: Mapping[str, Any], name: str) -> Any:
 SHELL_WORDS = regex(
     "bash|shell|pwsh|zsh|ksh|fish|terminal|console|command|cmd|exec|process|"
     "stdin|script|ssh|tty|run|eval|invoke|spawn|launch|system|monitor|sandbox|"
-    "container|remote|tmux|iterm|"
-    "(?<![a-z])(?:sh|start|job|task|batch|cli|repl|host|wsl|sudo)(?![a-z])",
-    re.IGNORECASE)
-TERMINAL_WORDS = regex(
-    "bash|shell|pwsh|zsh|terminal|console|process|stdin|tmux|iterm|"
-    "(?<![a-z])(?:sh|cmd|ssh|tty|pty|repl)(?![a-z])", re.IGNORECASE)
+    "container|remote|tmux|(?<![a-z])(?:sh|start|job|task|batch|cli|repl|host|"
+    "wsl|sudo)(?![a-z])", re.IGNORECASE)
 EDIT_WORDS = regex(
     "write|edit|patch|replace|create|update|insert|append|delete|remove|"
     "rename|modify|notebook|refactor|restore|revert|truncate|"
@@ -1309,9 +1231,8 @@ EDIT_WORDS = regex(
 HUMP = regex("(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 COMMANDS = frozenset((
     "command", "commands", "cmd", "cmds", "script", "argv", "commandline",
-    "cmdline", "shellcommand", "bashcommand", "code"))
-TYPED = frozenset((                                 # into a terminal
-    "input", "chars", "keys", "keystrokes", "text", "line", "lines", "data"))
+    "cmdline", "shellcommand", "bashcommand", "code", "input", "chars", "keys",
+    "keystrokes"))
 PATHS = frozenset((
     "path", "paths", "filepath", "filepaths", "file", "files", "filename",
     "targetfile", "targetpath", "notebookpath", "absolutepath", "uri",
@@ -1327,18 +1248,17 @@ PATCH_CONTENT = regex(
     r"^[-+ ](?![ \t]*(?:\*\*\*|--|\+\+)).*$", re.MULTILINE)
 
 
-def spaced(tool: str) -> str:
-    """A tool's name with its words apart: runCommand as run_Command."""
-    return HUMP.sub("_", unicodedata.normalize("NFKC", tool))
+def has_word(words: re.Pattern[str], tool: str) -> bool:
+    """Whether a tool's name has one of these words: runCommand, run_command."""
+    name = HUMP.sub("_", unicodedata.normalize("NFKC", tool))
+    return words.search(name) is not None
 
 
-def words_of(kind: str, tool: str) -> bool:
-    """Whether a tool's name has a word for this kind. A shell's name counts
-    for edits too: Codex sends `apply_patch <<EOF` as a shell command."""
-    name = spaced(tool)
-    if SHELL_WORDS.search(name):
-        return True
-    return kind == "edit" and EDIT_WORDS.search(name) is not None
+def may_be(kind: str, tool: str) -> bool:
+    """Whether a tool of this name can be of this kind. A shell can hold an
+    edit, too: Codex sends `apply_patch <<EOF` as a shell command."""
+    return has_word(SHELL_WORDS, tool) or (
+        kind == "edit" and has_word(EDIT_WORDS, tool))
 
 
 class Call:
@@ -1347,8 +1267,6 @@ class Call:
     def __init__(self, tool: str, arguments: Mapping[str, Any],
                  cwd: str | None = None) -> None:
         self.tool, self.arguments, self.cwd = tool, arguments, cwd
-        self.known: dict[str, list[str | None] | None] = {}
-        self.shut: dict[str, list[str] | None] = {}
 
     @functools.cached_property
     def ambiguous(self) -> bool:
@@ -1359,43 +1277,40 @@ class Call:
         except ValueError:
             return True
 
-    def texts(self, kind: str) -> list[str | None] | None:
+    def texts(self, kind: str) -> list[str | None]:
         """What a call of this kind would do: the texts that a pattern looks
-        at, None for one that cannot be read; None if it is of another kind."""
-        if kind not in self.known:
-            look = self.shell_texts if kind == "shell" else self.edit_texts
-            try:
-                self.known[kind] = look() or None
-            except ValueError:
-                self.known[kind] = [None]
-        return self.known[kind]
+        at, None for one that cannot be read; empty if it is of another."""
+        try:
+            return self.commands if kind == "shell" else self.edits
+        except ValueError:
+            return [None]
 
-    def shell_texts(self) -> list[str | None]:
+    def shut(self, kind: str) -> list[str]:
+        """What no allow rule has opened so far: every simple command, or
+        every path, of a call that says nothing else; empty where anything is
+        in doubt, which no rule opens."""
+        return self.shut_commands if kind == "shell" else self.shut_paths
+
+    @functools.cached_property
+    def commands(self) -> list[str | None]:
         """The commands in three views: as they are; without quotes,
         backslashes and line continuations; and then with $IFS as a blank."""
-        name = spaced(self.tool)
-        if not SHELL_WORDS.search(name):
-            return []
-        names = COMMANDS | TYPED if TERMINAL_WORDS.search(name) else COMMANDS
-        texts: list[str | None] = []
-        for value in self.values_of(names):
-            text = one_text(value)
-            if text is None:
-                return [None]
-            bare = re.sub(r"\\\r?\n|[\\'\"`^]", "", text)
-            blank = re.sub(r"\$\{?IFS[^}\s]{0,9}\}?", " ", bare)
-            texts += dict.fromkeys((text, bare, blank))
-        return texts
+        views: list[str | None] = []
+        if has_word(SHELL_WORDS, self.tool):
+            for text in map(one_text, self.values_of(COMMANDS)):
+                bare = re.sub(r"\\\r?\n|[\\'\"`^]", "", text or "")
+                blank = re.sub(r"\$\{?IFS[^}\s]{0,9}\}?", " ", bare)
+                views += dict.fromkeys((text, bare, blank))
+        return views
 
-    def edit_texts(self) -> list[str | None]:
-        """The files an edit would touch: as written, without disguise, and
-        where they really are. A patch is looked at too, in a shell text too."""
-        name = spaced(self.tool)
+    @functools.cached_property
+    def edits(self) -> list[str | None]:
+        """The files that an edit, or a patch in a shell text, would touch."""
         texts: list[str | None] = []
-        for text in self.texts("shell") or []:
+        for text in self.texts("shell"):
             if text and ("apply_patch" in text or PATCH_PATH.search(text)):
                 texts += self.patched(text)
-        if EDIT_WORDS.search(name):
+        if has_word(EDIT_WORDS, self.tool):
             for path in self.items_of(PATHS):
                 texts += self.landings(path)
             for text in self.items_of(PATCHES):
@@ -1410,106 +1325,87 @@ class Call:
                     yield value
 
     def items_of(self, names: frozenset[str]) -> Iterator[str]:
-        """The texts among them, in lists too; objects are looked into by
-        values_of itself."""
+        """The texts among them, in lists too; values_of itself looks into
+        objects."""
         for value in self.values_of(names):
             for item in value if isinstance(value, (list, tuple)) else [value]:
                 if isinstance(item, str):
                     yield item
 
-    def patched(self, text: str) -> list[str | None]:
+    def patched(self, text: str) -> Iterator[str | None]:
         """What a patch says of files: its lines but for content, and the
         files it names."""
         paths = [path.strip() for path in PATCH_PATH.findall(text)]
+        yield PATCH_CONTENT.sub("", text) if paths else text
+        for path in paths[:MAX_INNER]:
+            yield from self.landings(path)
         if len(paths) > MAX_INNER:
-            return [None]
-        content = PATCH_CONTENT if paths else re.compile(r"(?!)")
-        return [content.sub("", text), *(
-            one for path in paths for one in self.landings(path))]
+            yield None
 
-    def landings(self, path: str) -> list[str | None]:
-        """A path as written, without disguise, and where it really is."""
+    def landings(self, path: str) -> Iterator[str | None]:
+        """A path as written, without disguise, and where each really is."""
         plain = re.sub("%([0-9A-Fa-f]{2})", lambda c: chr(int(c[1], 16)),
                        unicodedata.normalize("NFKC", path))
         plain = plain.replace("\\", "/").removeprefix("file://")
-        return list(dict.fromkeys((path, plain, *map(
-            self.resolved, dict.fromkeys((path, plain))))))
+        for way in dict.fromkeys((path, plain)):
+            yield way
+            yield self.resolved(way)
 
     def resolved(self, path: str) -> str | None:
         """Where a path leads from the call's working directory, links
         followed; None if that cannot be said."""
-        if len(path) > MAX_PATH:
-            return None
         try:
             return os.path.realpath(os.path.join(
-                self.cwd or os.getcwd(), os.path.expanduser(path)))
+                self.cwd or os.getcwd(), os.path.expanduser(path)
+            )) if len(path) <= MAX_PATH else None
         except (OSError, ValueError):
             return None
 
-    def left_shut(self, kind: str) -> list[str] | None:
-        """What no allow rule has opened so far: every simple command, or
-        every path, of a call that says nothing else; None where anything is
-        in doubt, which no rule opens."""
-        if kind not in self.shut:
-            plain = None
-            if (os.name != "nt" and OWN_TOOL.fullmatch(self.tool)
-                    and self.texts(kind) is not None):
-                plain = (self.plain_commands() if kind == "shell"
-                         else self.plain_paths())
-            self.shut[kind] = plain or None
-        return self.shut[kind]
-
-    def plain_commands(self) -> list[str] | None:
-        found = None
+    @functools.cached_property
+    def shut_commands(self) -> list[str]:
+        if not self.is_plain("shell"):
+            return []
+        texts: Any = None
         for name, value in self.arguments.items():
             key = bare_name(name)
-            if key in COMMANDS and found is None:
-                found = value if key == "commands" else [value]
+            if key in COMMANDS and texts is None:
+                texts = value if key == "commands" else [value]
             elif not self.is_beside(key, value):
-                return None
-        if isinstance(found, list) and found and isinstance(found[0], list):
-            argv = found[0]             # one command, never shell text
-            plain = argv and all(isinstance(word, str) and PLAIN_WORD.fullmatch(
-                word) for word in argv)
-            return [" ".join(argv)] if plain else None
-        commands: list[str] = []
-        for text in found if isinstance(found, list) else ():
-            simple = simple_commands(text) if isinstance(text, str) else None
-            if simple is None:
-                return None
-            commands += simple
-        return commands
+                return []
+        if not isinstance(texts, list):
+            return []
+        read = [simple_commands(text) for text in texts]
+        return [command for commands in read for command in commands
+                ] if all(read) else []
+
+    @functools.cached_property
+    def shut_paths(self) -> list[str]:
+        """The paths of an edit that end where they say, without `..`."""
+        paths, base = list(self.items_of(PATHS)), self.resolved(".")
+        plain = self.is_plain("edit") and base and all(
+            path.isascii() and path.isprintable() and ".." not in path.split("/")
+            and os.path.normpath(os.path.join(base, path)) == self.resolved(path)
+            for path in paths)
+        return paths if plain and not any(self.values_of(PATCHES)) else []
+
+    def is_plain(self, kind: str) -> bool:
+        """Whether anything may open: the agent's own tool, not on Windows."""
+        return (os.name != "nt" and OWN_TOOL.fullmatch(self.tool) is not None
+                and None not in self.texts(kind))
 
     def is_beside(self, key: str, value: Any) -> bool:
         """Whether an argument beside the command changes nothing of it."""
-        if key in NOTES:
-            return value is None or isinstance(value, str)
-        if key in TIMES:
-            return value is None or type(value) in (int, float)
-        if key in FLAGS:
-            return value is None or isinstance(value, bool)
-        return key in FOLDERS and (value is None or isinstance(value, str)
-            and self.resolved(value) == self.resolved(".") is not None)
-
-    def plain_paths(self) -> list[str] | None:
-        """The paths of an edit that end where they say, without `..`."""
-        paths = list(self.items_of(PATHS))
-        patches = list(self.values_of(PATCHES))
-        base = self.resolved(".")
-        if patches or base is None or not all(
-                path and path.isascii() and path.isprintable()
-                and ".." not in path.split("/")
-                and os.path.normpath(os.path.join(base, path))
-                == self.resolved(path) for path in paths):
-            return None
-        return paths
+        if key in BESIDE:
+            return value is None or isinstance(value, BESIDE[key])
+        return key in FOLDERS and isinstance(value, str) and (
+            self.resolved(value) == self.resolved(".") is not None)
 
 
 def arguments_limit(tool: str | None, arguments: Mapping[str, Any]) -> int:
     """How many bytes of arguments a call may have: an edit, which holds a
     file's new text, more than another action."""
     call = Call(tool or "", arguments)
-    edits = EDIT_WORDS.search(spaced(call.tool)) and any(
+    edits = has_word(EDIT_WORDS, call.tool) and any(
         call.items_of(PATHS | PATCHES))
     patches = any("apply_patch" in text for text in call.items_of(COMMANDS))
     return MAX_EDITED if edits or patches else MAX_ARGUMENTS
@@ -1519,23 +1415,24 @@ def one_text(value: Any) -> str | None:
     """A command as one text: a list of words (an argv, some commands) is
     joined, also where it comes as JSON; None for what is not text."""
     if isinstance(value, str) and value.lstrip()[:1] == "[":
-        value = next(iter(parts_of(value, True)), value)
+        value = (read_json(value) or [value])[0]
     if isinstance(value, (list, tuple)) and all(
             isinstance(item, str) for item in value):
         return " ".join(value)
     return value if isinstance(value, str) else None
 
 
-# An allow list opens for what every shell reads alike, token by token:
-# quotes that hold no escape, and nothing that expands. (`"!!"` interactively,
-# `'a\''` in fish, curly quotes in PowerShell, `&` in cmd: each is read
-# otherwise than POSIX says.)
-OWN_TOOL = regex("(?!mcp)[A-Za-z0-9]+(?:[_-][A-Za-z0-9]+)*")
-NOTES = frozenset(("description", "explanation"))
-TIMES = frozenset(("timeout", "timeoutms", "timeoutseconds", "timeoutsec"))
-FLAGS = frozenset(("runinbackground", "background", "isbackground"))
+# An allow list opens for what every shell reads alike, token by token: quotes
+# without escapes, and nothing that expands. (`"!!"` interactively, `'a\''` in
+# fish, curly quotes in PowerShell, `&` in cmd: each is read otherwise than
+# POSIX says.) Beside the command may be only:
+BESIDE: dict[str, type | tuple[type, ...]] = {
+    "description": str, "explanation": str, "timeout": (int, float),
+    "timeoutms": (int, float), "timeoutseconds": (int, float),
+    "runinbackground": bool, "background": bool, "isbackground": bool}
 FOLDERS = frozenset(("cwd", "workdir", "workingdirectory", "workingdir",
                      "directory", "dir", "dirpath", "folder"))
+OWN_TOOL = regex("(?!mcp)[A-Za-z0-9]+(?:[_-][A-Za-z0-9]+)*")
 PLAIN_WORD = regex("[A-Za-z0-9_./:=@%+,-]+")
 TOKEN = regex(r"""
     (?P<redirection> (?: 2>&1 | 2?>/dev/null ) (?= [ ;|&\n] | \Z ) )
@@ -1544,24 +1441,28 @@ TOKEN = regex(r"""
   | (?P<blank> [ ]+ )""", re.VERBOSE)
 
 
-def simple_commands(text: str) -> list[str] | None:
+def simple_commands(text: Any) -> list[str]:
     """The simple commands of a shell text, to the letter but for blanks and
-    redirections; None unless it is plain from end to end."""
-    if re.search(r"[^\n -~]|--%", text):
-        return None
+    redirections; none unless it is plain from end to end. An argv is one
+    command, and never shell text."""
+    if isinstance(text, list):
+        plain = all(isinstance(word, str) and PLAIN_WORD.fullmatch(word)
+                    for word in text)
+        return [" ".join(text)] if plain and text else []
+    if not isinstance(text, str) or re.search(r"[^\n -~]|--%", text):
+        return []
     commands: list[list[str]] = [[]]
     at, last = 0, ""
     while at < len(text):
         token = TOKEN.match(text, at)
-        glued = {"word", "redirection"}
-        if not token or {last, token.lastgroup} <= glued:
-            return None                 # a word ends at a blank or a joint
+        if not token or {last, token.lastgroup} <= {"word", "redirection"}:
+            return []                   # a word ends at a blank or a joint
         at, last = token.end(), str(token.lastgroup)
         if last == "word":
             commands[-1].append(token[0])
         elif last == "joint":
             commands.append([])
-    return [" ".join(words) for words in commands] if all(commands) else None
+    return [" ".join(words) for words in commands] if all(commands) else []
 
 
 def describe(checkpoint: Checkpoint, tool: str,
@@ -1591,7 +1492,7 @@ def describe(checkpoint: Checkpoint, tool: str,
 def kind_arguments(kind: str, tool: str, arguments: Mapping[str, Any]
                    ) -> dict[str, str]:
     """What a template of this kind can name, where the call has it."""
-    name, names = {"shell": ("command", COMMANDS | TYPED),
+    name, names = {"shell": ("command", COMMANDS),
                    "edit": ("file_path", PATHS)}.get(kind, ("", frozenset()))
     texts = map(one_text, Call(tool, arguments).values_of(names))
     text = "\n".join(filter(None, texts))
@@ -9152,23 +9053,19 @@ EXAMPLE = HEAD + MISSION + MONEY + TRIPWIRES
 # What a coding agent may run unasked: commands that only read, to the letter.
 # Quotes are in the patterns because what is matched is the text as written.
 READ_ONLY = (
-    r"pwd|whoami|date|nproc|man [a-z][\w-]*|uname( -[a-z])?|true|false"
-    r"|echo( .*)?|grep( .*)?",
-    r"(ls|cat|head|tail|wc|stat|du|df|realpath|basename|dirname|which|cut)"
-    r"( [\w./:=@%+,-]+)*",
-    r"test -[defrsx] [\w./-]+|sort( -[bdfghnruV]+)*|uniq( -[cdu]+)?",
-    r"find( ([\w./]['\w.*/-]*|'[\w.*/][\w.*/-]*'"
-    r"|-(n(ame|ot|ewer)|iname|p(ath|rint)|type|m(axdepth|indepth|time)|size)))*",
-    r"sed -n '[0-9,$]+p'( [\w./][\w./-]*)*",
-    r"awk '\{print \$[0-9]+\}'( [\w./][\w./-]*)*",
+    r"pwd|whoami|date|nproc|uname( -[a-z])?|true|false|man [a-z][\w-]*",
+    r"(ls|cat|head|tail|wc|stat|du|df|realpath|which|cut)( [\w ./:=@%+,-]*)?",
+    r"echo( .*)?|grep( .*)?|sort( -[bdfghnruV]+)?|uniq( -[cdu]+)?",
+    r"test -[defrsx] [\w./-]+|sed -n '[0-9,$]{1,9}p'( [\w./][\w./-]*)?",
+    r"awk '\{print \$[0-9]+\}'( [\w./][\w./-]*)?",
+    r"find(?!.*(''|\w'\w|'-|-'| -(exec|ok|del|fpr|fls)))( [\w ./*'-]*)?",
     r"git (status|diff|log|show|rev-parse|ls-files|blame|shortlog)"
     r"(?!.* --(ou|ext))( [\w ./:=@%+,-]*)?",
     r"git (branch( -[av]+| --show-current)?|remote( -v)?|stash list)",
 )
 BUILDS = (
-    r"(pytest|python3? -m pytest|make|ruff|mypy|npx tsc|eslint)"
-    r"( [\w./:=@%+,-]+)*",
-    r"(go|cargo) (build|test|vet|check|clippy)( [\w./:=@%+,-]+)*",
+    r"(pytest|python3? -m pytest|make|ruff|mypy|npx tsc)( [\w ./:=@%+,-]*)?",
+    r"(go|cargo) (build|test|vet|check|clippy)( [\w ./:=@%+,-]*)?",
     r"npm (test|run (build|lint|test))",
 )
 CODING_HEAD = r'''
@@ -9804,17 +9701,17 @@ action_pattern = {json.dumps(pattern)}
 description_template = "Edit what holds this agent: {{file_path}}"
 effect = "deny"
 """)
-    parts += [listed(f"read-{n}", pattern)
+    parts += [list_rule(f"read-{n}", pattern)
               for n, pattern in enumerate(READ_ONLY, 1)]
     parts.append("\n# Builds and tests: these run what the agent wrote; with "
                  "them this is no boundary.\n")
     for n, pattern in enumerate(BUILDS, 1):
-        parts.append(listed(f"build-{n}", pattern).replace("\n", "\n# ")
+        parts.append(list_rule(f"build-{n}", pattern).replace("\n", "\n# ")
                      .replace("# \n", "\n").removesuffix("# "))
     return "".join([*parts, CODING_TAIL])
 
 
-def listed(checkpoint_id: str, pattern: str) -> str:
+def list_rule(checkpoint_id: str, pattern: str) -> str:
     return f"""
 [[checkpoint]]
 checkpoint_id = "{checkpoint_id}"
