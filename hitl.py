@@ -6674,7 +6674,7 @@ def names_secret(name: Any) -> bool:
                                               name)))
 
 
-def plain(value: Any, path: tuple[int, ...] = (),
+def plain_json(value: Any, path: tuple[int, ...] = (),
           left: list[int] | None = None) -> Any:
     """A value as JSON: a dataclass as its fields, another object as its
     repr(); what contains itself, lies very deep or far, as words."""
@@ -6698,13 +6698,13 @@ def plain(value: Any, path: tuple[int, ...] = (),
         return "[more]"
     path += (id(value),)
     if isinstance(value, Mapping):
-        return {str(k): plain(v, path, left) for k, v in value.items()}
-    return [plain(v, path, left) for v in value]
+        return {str(k): plain_json(v, path, left) for k, v in value.items()}
+    return [plain_json(v, path, left) for v in value]
 
 
 def masked(value: Any, own: str = "") -> Any:
     """A value as plain JSON, what looks like a secret masked."""
-    return masked_json(plain(value), own)
+    return masked_json(plain_json(value), own)
 
 
 def masked_json(value: Any, own: str) -> Any:
@@ -6882,6 +6882,8 @@ def signature_of(function: Any) -> inspect.Signature:
 
 
 def is_async(function: Any) -> bool:
+    while isinstance(function, functools.partial):
+        function = function.func
     return inspect.iscoroutinefunction(function) or (
         callable(function) and inspect.iscoroutinefunction(function.__call__))
 
@@ -7016,12 +7018,10 @@ class Gate:
             raise TypeError(f"{visible(str(tool))} is async: await "
                             "gate.acall(...), or nothing would run in here")
         try:
-            asked = self._match(tool, arguments, **how)             # 1 match
-            if asked is not None:
-                held = self._obtain(asked)                          # 2, 3, 4
+            held = self._hold(tool, arguments, how)                 # 1 to 4
         except HitlError as error:
             return self._refusal(error)  # type: ignore[no-any-return]
-        if asked is None:
+        if held is None:
             return execute(**arguments)
         try:
             result = execute(**held.arguments)                      # 5 run
@@ -7031,8 +7031,13 @@ class Gate:
         held.report()                                               # 6 report
         return result
 
-    def _obtain(self, asked: Asked, handed_over: bool = False) -> Held:
-        """The call, approved and claimed; nothing else comes back."""
+    def _hold(self, tool: str, arguments: Mapping[str, Any], how: How,
+              handed_over: bool = False) -> Held | None:
+        """The call, approved and claimed, or None where nothing holds it."""
+        asked = self._match(tool, arguments, **how)                 # 1 match
+        return None if asked is None else self._obtain(asked, handed_over)
+
+    def _obtain(self, asked: Asked, handed_over: bool) -> Held:
         try:
             state = self._ask(asked)                                # 2 ask
             state = self._wait(asked, state)                        # 3 wait
@@ -7061,12 +7066,10 @@ class Gate:
         if self._is_free(tool, arguments) and not how.get("checkpoint"):
             return await awaited(execute(**arguments))
         try:
-            asked = self._match(tool, arguments, **how)
-            if asked is not None:
-                held = await self._aobtain(asked)
+            held = await self._ahold(tool, arguments, how)
         except HitlError as error:
             return self._refusal(error)
-        if asked is None:
+        if held is None:
             return await awaited(execute(**arguments))
         try:
             result = await awaited(execute(**held.arguments))
@@ -7076,8 +7079,12 @@ class Gate:
         await held.areport()
         return result
 
-    async def _aobtain(self, asked: Asked, handed_over: bool = False) -> Held:
+    async def _ahold(self, tool: str, arguments: Mapping[str, Any], how: How,
+                     handed_over: bool = False) -> Held | None:
         import asyncio
+        asked = self._match(tool, arguments, **how)
+        if asked is None:
+            return None
         work = in_thread(self._obtain, asked, handed_over)
         try:
             return await asyncio.shield(work)
@@ -7097,10 +7104,7 @@ class Gate:
         whatever on_reject says. Until it is reported it is recorded as
         handed over."""
         try:
-            asked = self._match(tool, arguments, **how)
-            if asked is None:
-                return None
-            return self._obtain(asked, handed_over=True)
+            return self._hold(tool, arguments, how, handed_over=True)
         except HitlError as error:
             logged(error)
             raise
@@ -7109,10 +7113,7 @@ class Gate:
                     **how: Unpack[How]) -> Held | None:
         """hold() for asyncio."""
         try:
-            asked = self._match(tool, arguments, **how)
-            if asked is None:
-                return None
-            return await self._aobtain(asked, handed_over=True)
+            return await self._ahold(tool, arguments, how, handed_over=True)
         except HitlError as error:
             logged(error)
             raise
@@ -7211,7 +7212,8 @@ class Gate:
         body = {
             "action_description": description, "tool": tool,
             "arguments": ordered, "digest": digest,
-            "agent_context": plain(given() if callable(given) else given),
+            "agent_context": plain_json(
+                given() if callable(given) else given),
             "timestamp": instant(time.time()),
             "checkpoint_id": rule.checkpoint_id, "category": rule.category,
             "checkpoint_digest": rule.digest,
@@ -7383,9 +7385,11 @@ class Gate:
         withdrawn, and the answer decides: a reviewer may have been faster."""
         outlives = asked.lifetime_seconds > asked.timeout_seconds
         if outlives and not asked.cancelled:
-            raise self._nobody(asked, "; the request still waits, and the "
-                               "same call with request_id "
-                               f'"{asked.request_id}" picks up its decision')
+            same = "the same call asked again"
+            if not asked.body.get("attach"):
+                same = f'the same call with request_id "{asked.request_id}"'
+            raise self._nobody(asked, "; the request still waits, and "
+                               f"{same} picks up its decision")
         state = self._withdraw(asked, "cancelled" if asked.cancelled
                                else "timeout")
         if state is None or state.status in (Status.WAITING, Status.EXPIRED):
@@ -7456,12 +7460,12 @@ class Gate:
             ended = state.outcome or state.status
             raise ReviewTimeoutError(
                 f'"{visible(asked.description)}" is {visible(ended)}; nothing '
-                "ran", "ask anew with another request_id", reason=ended,
+                "ran", "ask again with another request_id", reason=ended,
                 request_id=asked.request_id)
         if state.outcome is not None:
             raise AlreadyClaimedError(
                 f"this approval was used already: the call is {state.outcome}",
-                "ask anew with another request_id",
+                "ask again with another request_id",
                 request_id=asked.request_id)
 
     def _approved(self, asked: Asked, reply: Reply) -> dict[str, Any]:

@@ -5259,7 +5259,7 @@ def test_attach(make_gate, make_desk):
             ("approved", hitl.AlreadyClaimedError, "another request_id"),
             ("rejected", hitl.CollaborationError, "^rejected by ana: no$"),
             *((name, hitl.ReviewTimeoutError, f"is {name}; nothing ran .ask "
-               "anew with another") for name in ("withdrawn", "expired",
+               "again with another") for name in ("withdrawn", "expired",
                                                  "lapsed"))):
         for _ in range(2):
             with pytest.raises(error, match=words):
@@ -5811,7 +5811,7 @@ def test_a_large_context(make_gate, desk, monkeypatch):
     value = ["x"]
     for _ in range(20):
         value = [value, value]
-    assert json.dumps(hitl.plain(value)).count("x") < 1000
+    assert json.dumps(hitl.plain_json(value)).count("x") < 1000
     with pytest.raises(KeyError):
         gate.call("delete_records", CALL, dict, context=lambda: {}["no"])
     assert len(desk.rows("SELECT 1 FROM pending_reviews")) == 1
