@@ -302,6 +302,7 @@ MAX_EDITED = 256 * 1024         # the same of an edit, which holds a file
 MAX_DESCRIPTION = 64 * 1024     # bytes: a sentence with arguments filled in
 MAX_CONTEXT = 512 * 1024        # bytes: beyond it a gate sends both ends
 MAX_DEPTH = 32                  # levels of JSON: nobody reads deeper
+MAX_PARTS = 100_000             # lists and objects: more take too long to make
 MAX_NAME = 256                  # bytes of a tool's or an agent's name
 MAX_SESSION = 128               # bytes of a session's name
 MAX_WHY = 4096                  # bytes of a reason or an explanation
@@ -510,7 +511,10 @@ def parse_json(data: bytes | str) -> Any:
     """
     text = data.decode("utf-8") if isinstance(data, bytes) else data
     text = text.strip(" \t\r\n")
-    if text.count("[") + text.count("{") > MAX_DEPTH:
+    parts = text.count("[") + text.count("{")
+    if parts > MAX_PARTS:
+        raise ValueError(f"more than {MAX_PARTS} lists and objects")
+    if parts > MAX_DEPTH:
         check_depth(text)
     try:
         value, end = STRICT.raw_decode(text)

@@ -4517,7 +4517,7 @@ NESTED = "[" * 26 + "1" + "]" * 26
 def test_reviewers_come_first_in_a_bounded_turn(desk):
     """A turn that is 50 ms old dispatches nothing more, and the next begins
     with the reviewers: bodies of deep JSON hold nobody up."""
-    context = "[" + ",".join([NESTED] * 18_000) + "]"
+    context = "[" + ",".join([NESTED] * 3_800) + "]"
     with contextlib.ExitStack() as stack:
         socks = [stack.enter_context(knock(desk, http_post(json.dumps(
             four(f"deep-{n}") | {"agent_context": 0}).replace(
