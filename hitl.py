@@ -5332,7 +5332,8 @@ def asked_from(body: dict[str, Any], by: Principal, at: float,
             raise Refusal(
                 "too-large", f"arguments over {limit} bytes",
                 "pass a reference, such as a file's name and SHA-256")
-    if not re.fullmatch("[0-9a-f]{64}", texts["checkpoint_digest"] or "0" * 64):
+    checkpoint_digest = texts["checkpoint_digest"]
+    if checkpoint_digest and not re.fullmatch("[0-9a-f]{64}", checkpoint_digest):
         raise Refusal("bad-field", '"checkpoint_digest" must be a SHA-256',
                       "64 digits of 0-9 a-f")
     digest = digest_of(description or "", arguments, texts["tool"])
