@@ -2066,7 +2066,7 @@ BUSY_SECONDS = 0.1              # another writer costs a 503, not a stop
 SEARCH_SECONDS = 0.03           # for one look back: the loop waits meanwhile
 MAX_STANDING_SECONDS = 8 * 3600     # an approval stands for a working day ...
 MAX_STANDING_USES = 50              # ... and for what a person can recall
-STOPPED_A_TURN = 200            # rejected in one turn once all is stopped
+CLOSED_A_TURN = 200             # by the clock or a stop: about 15 ms
 
 SCHEMA = """
 CREATE TABLE pending_reviews (
@@ -2332,7 +2332,29 @@ class Bounds(NamedTuple):
     both bounds, a rejection a time only."""
 
     seconds: float
-    uses: int | None
+    uses: int | None = None
+
+
+REJECTION_STANDS = Bounds(600)      # by itself: a model asks up to six times
+
+
+def bounds_from(value: Any, decision: Status) -> Bounds:
+    """What `remember` asks for: `{"seconds": N, "uses": N}`, a rejection
+    without uses; Refusal where it is malformed or wider than may be."""
+    approved = decision == Status.APPROVED
+    longest = MAX_STANDING_SECONDS if approved else MAX_YEARS * 31_557_600
+    asked: dict[str, Any] = value if isinstance(value, dict) else {}
+    seconds, uses = asked.get("seconds"), asked.get("uses")
+    uses_fit = uses is None
+    if approved:
+        uses_fit = type(uses) is int and 1 <= uses <= MAX_STANDING_USES
+    if asked.keys() <= {"seconds", "uses"} and uses_fit and (
+            type(seconds) in (int, float) and 0 < seconds <= longest):
+        return Bounds(seconds, uses)
+    raise Refusal(
+        "bad-field", '"remember" must be {"seconds": N, "uses": N}, of a '
+        'rejection {"seconds": N}', "an approval stands for at most "
+        f"{MAX_STANDING_SECONDS} seconds and {MAX_STANDING_USES} uses")
 
 
 class Page(NamedTuple):
@@ -2714,13 +2736,14 @@ class Store:
     def overdue(self) -> list[ReviewRequest]:
         """Requests past their deadline, approvals nobody claimed, and after
         a stop whatever waits, for close_overdue()."""
-        found = self.select(
-            "WHERE status = 'waiting' AND deadline <= ? LIMIT 500", self.now
-            ) + self.select("WHERE status = 'approved' AND outcome IS NULL "
-                            "AND lapses_at <= ? LIMIT 500", self.now)
+        found = self.select("WHERE status = 'waiting' AND deadline <= ? "
+                            "LIMIT ?", self.now, CLOSED_A_TURN)
+        found += self.select("WHERE status = 'approved' AND outcome IS NULL "
+                             "AND lapses_at <= ? LIMIT ?", self.now,
+                             CLOSED_A_TURN)
         if self.stop_in_force and not found:
-            found = self.select(f"WHERE status = 'waiting' LIMIT "
-                                f"{STOPPED_A_TURN}")
+            found = self.select("WHERE status = 'waiting' LIMIT ?",
+                                CLOSED_A_TURN)
         return found
 
     def close_overdue(self, request: ReviewRequest) -> ReviewRequest:

@@ -2163,6 +2163,28 @@ def test_the_order_in_which_a_call_is_answered(store):
     assert same(store, "a-6", attach=True, tool="other") == "stopped"
 
 
+@pytest.mark.parametrize("decision", ["approved", "rejected"])
+def test_how_long_a_decision_may_stand(decision):
+    """An approval has both bounds, at most 8 hours and 50 uses; a rejection
+    has a time only; anything else is malformed."""
+    approved = decision == "approved"
+    for seconds, uses, right in (
+            (0.5, 1, approved), (28800, 50, approved), (28801, 50, False),
+            (60, 51, False), (60, 0, False), (60, True, False), (60, 1.5, False),
+            (60, None, not approved), (86400, None, not approved),
+            (0, 1, False), (True, 1, False), ("60", 1, False), (1e99, None, False)):
+        value = {"seconds": seconds, "uses": uses}
+        if right:
+            assert hitl.bounds_from(value, decision) == (seconds, uses)
+            continue
+        with pytest.raises(hitl.Refusal, match="remember"):
+            hitl.bounds_from(value, decision)
+    for value in (None, True, [], {}, {"uses": 1}, "60",
+                  {"seconds": 1, "uses": 1, "tool": "*"}):
+        with pytest.raises(hitl.Refusal, match="remember"):
+            hitl.bounds_from(value, decision)
+
+
 def test_what_cannot_stand(store):
     """No decision stands for a call without a session, nor for one that was
     changed; then nothing is decided."""
