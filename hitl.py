@@ -2344,7 +2344,8 @@ def bounds_from(value: Any, decision: Status) -> Bounds:
     approved = decision == Status.APPROVED
     longest = MAX_STANDING_SECONDS if approved else MAX_YEARS * 31_557_600
     asked: dict[str, Any] = value if isinstance(value, dict) else {}
-    seconds, uses = asked.get("seconds"), asked.get("uses")
+    seconds: Any = asked.get("seconds")
+    uses: Any = asked.get("uses")
     uses_fit = uses is None
     if approved:
         uses_fit = type(uses) is int and 1 <= uses <= MAX_STANDING_USES
