@@ -660,8 +660,7 @@ def visible(text: str) -> str:
 def editable_text(text: str) -> bool:
     """Whether all of a text is seen as it is, so that a person can change it
     without changing what they do not see."""
-    return text.isascii() and text.replace("\n", "").isprintable() or all(
-        kind_of(c) != "c" for c in text)
+    return all(" " <= c <= "~" or kind_of(c) != "c" for c in text)
 
 
 def visible_lines(text: str) -> str:
@@ -4086,7 +4085,9 @@ bdi { background: var(--other-bg); color: var(--other); border-radius: 3px;
 /* deciding: buttons that have just appeared are dead */
 form { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; }
 .body > form { margin-top: 6px; }
-textarea, input:not([type=hidden]) { flex: 1 1 220px; min-width: 0;
+label { flex: 1 1 100%; color: var(--soft); font-size: 13.5px; }
+label textarea { display: block; width: 100%; height: auto; }
+textarea, input:not([type=hidden], [type=checkbox]) { flex: 1 1 220px; min-width: 0;
   padding: 8px 10px; font: inherit; font-size: 15px; line-height: 1.3;
   color: inherit; background: var(--sunk); border: 1px solid var(--soft);
   border-radius: 6px; }
@@ -4103,6 +4104,7 @@ header button { min-height: 0; padding: 3px 10px; font-weight: 400; }
 @keyframes appear { 0%, 99% { opacity: .45; pointer-events: none; } }
 .card[open] form button { animation: appear .6s; }
 :focus-visible { outline: 3px solid var(--other); outline-offset: 1px; }
+#stopped .note { background: var(--red-bg); margin-bottom: 8px; }
 #lost { position: fixed; bottom: 0; left: 16px; right: 16px; margin: 0;
   --tone: var(--red); z-index: 1; }
 [hidden] { display: none !important; }
@@ -4167,7 +4169,7 @@ function prepare(root) {                        // of a page that was just read
   }
   for (const card of every(".waiting", root)) {
     if (card.open) since.set(card, performance.now());
-    const reason = first("textarea", card);
+    const reason = first("[name=reason]", card);
     if (reason) reason.value ||= sessionStorage[card.id] || "";
   }
 }
@@ -4177,7 +4179,8 @@ const height = element => element.getBoundingClientRect().height + "px";
 
 // The card stays as tall as it was: nothing moves under a finger.
 function settle(card, state, title = "") {
-  const form = first("form", card), typed = first("textarea", card)?.value;
+  const [form, ...others] = every("form", card);
+  const typed = first("[name=reason]", card)?.value;
   const by = (state.decided_by || "").split(":").slice(1).join(":");
   const said = document.createElement("p");
   said.className = "said";
@@ -4192,6 +4195,7 @@ function settle(card, state, title = "") {
   first(".status", card).textContent = state.status;
   first(".left", card).textContent = "";
   form ? form.replaceWith(said) : card.append(said);
+  for (const other of others) (other.closest(".body > details") || other).remove();
   if (active) first("summary", card).focus({preventScroll: true});
   delete sessionStorage[card.id];
 }
@@ -4206,6 +4210,7 @@ document.addEventListener("submit", async event => {
   if (!(performance.now() - since.get(card) >= DEAD))
     return tell(form, "Too fast: look at it first.");
   const body = new URLSearchParams(new FormData(form, event.submitter));
+  body.set("reason", first("[name=reason]", card).value);
   form.dataset.busy = "yes";
   try {
     const reply = await fetch(at(new URL(form.action).pathname),
@@ -4223,7 +4228,7 @@ document.addEventListener("submit", async event => {
 });
 document.addEventListener("input", event => {
   const card = event.target.closest(".card");
-  if (card) sessionStorage[card.id] = event.target.value;
+  if (event.target.name === "reason") sessionStorage[card.id] = event.target.value;
 });
 document.addEventListener("toggle", event => {
   const card = event.target;
@@ -4312,7 +4317,7 @@ const current = () => document.activeElement.closest(".card")
   || first(".card.waiting") || first(".card");
 const KEYS = {
   j: () => go(1), k: () => go(-1),
-  a: () => focusIn(".approve"), r: () => focusIn("textarea"),
+  a: () => focusIn(".approve"), r: () => focusIn("[name=reason]"),
   "/": () => first("#q").focus(),
   "?": () => { first("#keys").open = !first("#keys").open; },
 };
@@ -4378,11 +4383,17 @@ def marked(text: str) -> Html:
     """Visible text as inert markup: its codes are marks, its words of other
     scripts keep the order of the text, and their brackets where they touch a
     Latin letter or a digit."""
+    text = escaped(text)
+    return Html(IN_BRACKETS.sub(marked_part, text)
+                if BRACKETS[0] in text else text)
+
+
+def escaped(text: str) -> Html:
+    """Text as inert markup, as it is."""
     for sign, name in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"),
                        ('"', "&quot;"), ("'", "&#x27;")):
         text = text.replace(sign, name)
-    return Html(IN_BRACKETS.sub(marked_part, text)
-                if BRACKETS[0] in text else text)
+    return Html(text)
 
 
 def marked_part(found: re.Match[str]) -> str:
@@ -4518,10 +4529,12 @@ PAGE = """<!doctype html>
 <main>
 <p id="lost" class="note" role="status" hidden>The server does not answer;
 this page may be old. If it stays so, reload to sign in again.</p>
+<section id="stopped">{stop}</section>
 {main}
 </main>
-<footer>
-<details id="keys" class="soft"><summary>Keys</summary>
+<footer class="soft">
+{standing}
+<details id="keys"><summary>Keys</summary>
 <p><kbd>j</kbd> <kbd>k</kbd> move, <kbd>Enter</kbd> opens, <kbd>a</kbd> then
 <kbd>Enter</kbd> approves, <kbd>r</kbd> goes to the reason and
 <kbd>Enter</kbd> rejects, <kbd>/</kbd> searches, <kbd>?</kbd> shows this.</p>
@@ -4530,6 +4543,30 @@ this page may be old. If it stays so, reload to sign in again.</p>
 <script>{script}</script>
 </body>
 </html>
+"""
+
+STANDING_LINKS = """<p><a href="/standing">Standing decisions</a></p>
+<details><summary>Stop everything</summary>
+<form method="post" action="/stop">
+  <input name="reason" required maxlength="1000" aria-label="Why stop"
+    placeholder="Why">
+  <button class="reject">Stop: reject what waits, refuse what comes</button>
+</form>
+</details>"""
+
+BANNER = """<div class="note rejected"><h3>{who} stopped everything: {reason}</h3>
+<p>Since {since}. What waited is rejected; nothing is asked, approved or run.
+Calls that run already, and those that no checkpoint names, go on.</p>
+<form method="post" action="/lift/{number}"><button>Lift the stop</button>
+</form></div>"""
+
+STANDING_ROW = """<li class="{status}">
+  <span class="status">{decision}</span>
+  <span class="headline">{what}</span>
+  {until}
+  <form method="post" action="/lift/{number}"><button>Lift</button></form>
+  <span class="soft">{how}</span>
+</li>
 """
 
 ICON = ("%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E"
@@ -4583,8 +4620,7 @@ BLOCK = """<div class="block"><dt>{name}: {size}</dt>
     """
 
 FORM_TEMPLATE = """<form method="post" action="/approve/{request_id}">
-    <input type="hidden" name="shown_at" value="{shown_at}">
-    <input type="hidden" name="digest" value="{digest}">
+    {about}
     <textarea name="reason" rows="1" maxlength="1000" placeholder="Reason"
       aria-label="Reason (optional)" aria-describedby="headline-{request_id}"
       >{reason}</textarea>
@@ -4592,8 +4628,41 @@ FORM_TEMPLATE = """<form method="post" action="/approve/{request_id}">
       aria-describedby="headline-{request_id}">Approve</button>
     <button class="reject" name="decision" value="rejected"
       aria-describedby="headline-{request_id}">Reject</button>
-    <p class="said" role="status">{said}</p>
+    {once}
+    <p class="said" role="status"></p>
+  </form>
+  {more}"""
+
+ABOUT = """<input type="hidden" name="shown_at" value="{shown_at}">
+    <input type="hidden" name="digest" value="{digest}">"""
+
+ASK_AGAIN = """<label><input type="checkbox" name="remember_seconds"
+      value="0"> ask me next time: a rejection answers the same call for ten
+      minutes</label>"""
+
+REMEMBER = """<form method="post" action="/approve/{request_id}">
+    {about}
+    <input type="hidden" name="remember_seconds" value="3600">
+    <input type="hidden" name="remember_uses" value="10">
+    <button name="decision" value="approved"
+      aria-describedby="headline-{request_id}">Approve, and the same call for 1
+      hour, at most 10 times{files}</button>
+    <p class="said" role="status"></p>
   </form>"""
+
+EDIT = """<details><summary>Change the arguments</summary>
+  <form method="post" action="/approve/{request_id}">
+    {about}
+    {fields}
+    <button class="approve" name="decision" value="approved"
+      aria-describedby="headline-{request_id}">Approve as changed</button>
+    <p class="said" role="status"></p>
+  </form></details>"""
+
+FIELD_TEMPLATE = """<label>{name}
+      <textarea name="argument:{field}" rows="{rows}">
+{value}</textarea></label>
+    """
 
 LARGE = """<p>This request is large, {size}. <a
   href="/review/{request_id}">Read all of it and decide</a>.</p>
@@ -4615,6 +4684,7 @@ class Offers(NamedTuple):
 
     decidable: bool = True              # by this reviewer
     remember: bool = False              # the decision stands for the same call
+    files: bool = False                 # ... whose files may differ by then
     editable: bool = False              # the arguments can be changed
 
 
@@ -4629,8 +4699,9 @@ class View(NamedTuple):
         lambda request: None)           # the last decision of the same call
     rules: Rules | None = None          # the desk's own
     change: int | str = ""              # what GET /changes counts; "": not live
-    stop: Standing | None = None        # what stopped everything
     offers: Callable[[ReviewRequest], Offers] = lambda request: Offers()
+    stands: bool = False                # GET /standing and POST /stop are there
+    stop: Standing | None = None        # what stopped everything
 
 
 def page(title: str, main: Html, view: View, waits: int = 0,
@@ -4638,7 +4709,8 @@ def page(title: str, main: Html, view: View, waits: int = 0,
     return fill(
         PAGE, title=title, main=main, style=Html(STYLE), script=Html(SCRIPT),
         icon=Html(ICON.replace("{colour}", "f2a100" if waits else "888")),
-        change=view.change, at=instant(view.at), q=q,
+        change=view.change, at=instant(view.at), q=escaped(q), stop=banner(view),
+        standing=Html(STANDING_LINKS if view.stands else ""),
         count=f"{waits} waiting" if waits else "",
         who=tag(view.who and f"signed in as {view.who}", "span",
                 ' class="soft"'))
@@ -4673,11 +4745,10 @@ def other_pages(start: int, shown: int, count: int) -> Html:
     return tag(joined(links, ", "), "p", ' class="note waiting"')
 
 
-def review_page(view: View, request: ReviewRequest, reason: str = "",
-                said: str = "") -> Html:
+def review_page(view: View, request: ReviewRequest) -> Html:
     """One request with everything about it, the buttons after it all."""
     return page(f"{request.status}: {request.request_id}",
-                safe_card(view, request, True, True, reason, said), view,
+                safe_card(view, request, True, True), view,
                 int(request.status == Status.WAITING))
 
 
@@ -4719,8 +4790,43 @@ def history_page(view: View, found: Page, asks: Mapping[str, str]) -> Html:
             url_query(q=q, status=status, before=f"{at}_{number}")))
     rows = joined(map(reviewed_row, found.rows)) or Html(
         '<li class="expired">Nothing was found.</li>')
-    return page("History", fill(HISTORY, q=q, choices=choices, rows=rows,
+    return page("History", fill(HISTORY, q=escaped(q), choices=choices, rows=rows,
                                 back=back, older=older), view, q=q)
+
+
+def banner(view: View) -> Html:
+    """That everything is stopped, where it is."""
+    if view.stop is None:
+        return Html("")
+    return fill(BANNER, who=view.stop.made_by.partition(":")[2],
+                reason=view.stop.reason or "no reason given",
+                since=clock_time(view.stop.made_at), number=view.stop.number)
+
+
+def standing_page(view: View, rows: list[tuple[Standing, int]]) -> Html:
+    """The decisions that answer the next calls too, each with its use."""
+    found = joined(standing_row(*row) for row in rows) or Html(
+        '<li class="expired">No decision stands.</li>')
+    return page("Standing decisions", fill(
+        "<h2>Standing decisions</h2>\n<ol>\n{rows}</ol>", rows=found), view)
+
+
+def standing_row(standing: Standing, used: int) -> Html:
+    what, until = Html("every call"), Html("until it is lifted")
+    if standing.request_id is not None:
+        what = fill('the same call as <a href="/review/{id}">{id}</a>',
+                    id=standing.request_id)
+    if standing.until is not None:
+        until = fill("until {at}", at=clock_time(standing.until))
+    uses = "" if standing.uses is None else f" of {standing.uses}"
+    how = [f"by {standing.made_by.partition(':')[2]}",
+           f"used {used}{uses} times"]
+    if standing.reason:
+        how.append(f"reason: {standing.reason}")
+    status = standing.decision
+    return fill(STANDING_ROW, number=standing.number, what=what, until=until,
+                status="rejected" if status == "stopped" else status,
+                decision=status, how=joined(map(as_html, how), " \u00b7 "))
 
 
 def url_query(**fields: str) -> str:
@@ -4746,10 +4852,10 @@ HISTORY = """<h2>History</h2>
 # ---- a request ----
 
 def safe_card(view: View, request: ReviewRequest, opened: bool = False,
-              whole: bool = False, reason: str = "", said: str = "") -> Html:
+              whole: bool = False, reason: str = "") -> Html:
     """A card, whatever is in its row: one bad row never hides the others."""
     try:
-        return card(view, request, opened, whole, reason, said)
+        return card(view, request, opened, whole, reason)
     except Exception:
         log.exception("a card cannot be shown")
         return fill('<article class="card rejected" id="request-{id}"><p>This '
@@ -4758,7 +4864,7 @@ def safe_card(view: View, request: ReviewRequest, opened: bool = False,
 
 
 def card(view: View, request: ReviewRequest, opened: bool, whole: bool,
-         reason: str = "", said: str = "") -> Html:
+         reason: str) -> Html:
     """A request: its line, what will run, who asks and why, the buttons."""
     waits = request.status == Status.WAITING
     headline = one_line(request.action_description)
@@ -4770,7 +4876,7 @@ def card(view: View, request: ReviewRequest, opened: bool, whole: bool,
         body = fill(LARGE, size=readable_size(request.size), who=who_line(
             view, request), request_id=request.request_id)
     else:
-        body = card_body(view, request, reason, said)
+        body = card_body(view, request, reason)
     until = fill(' data-until="{at}"', at=request.deadline)
     return fill(
         CARD, status=request.status, request_id=request.request_id,
@@ -4798,9 +4904,9 @@ def full_description(request: ReviewRequest) -> str:
     return visible_lines(text)
 
 
-def card_body(view: View, request: ReviewRequest, reason: str,
-              said: str) -> Html:
-    decidable = request.status == Status.WAITING and request.intact
+def card_body(view: View, request: ReviewRequest, reason: str) -> Html:
+    decidable = (request.status == Status.WAITING and request.intact
+                 and view.offers(request).decidable)
     context = visible_lines(layout(stored_json(request.agent_context)))
     size = readable_size(len(request.agent_context.encode()))
     first_line = f"Context, {size}: {context.partition(chr(10))[0]}"
@@ -4810,9 +4916,35 @@ def card_body(view: View, request: ReviewRequest, reason: str,
         BODY, exact=exact_call(request), who=who_line(view, request),
         context_line=marked(first_line), context=marked(context),
         facts=definitions(facts(view, request)), rule=allow_rule(request),
-        form=fill(FORM_TEMPLATE, request_id=request.request_id,
-                  digest=request.digest, shown_at=instant(view.at),
-                  reason=reason, said=said) if decidable else Html(""))
+        form=decision_form(view, request, reason) if decidable else Html(""))
+
+
+def decision_form(view: View, request: ReviewRequest, reason: str) -> Html:
+    """The buttons, and folded or below them what else may be decided."""
+    offers, name = view.offers(request), request.request_id
+    about = fill(ABOUT, shown_at=instant(view.at), digest=request.digest)
+    more = []
+    if offers.remember:
+        files = ", whatever its files contain by then" if offers.files else ""
+        more.append(fill(REMEMBER, request_id=name, about=about, files=files))
+    if offers.editable:
+        more.append(fill(EDIT, request_id=name, about=about, fields=joined(
+            edit_fields(stored_json(request.arguments)))))
+    return fill(FORM_TEMPLATE, request_id=name, about=about,
+                reason=escaped(reason),
+                once=Html(ASK_AGAIN if offers.remember else ""),
+                more=joined(more, "\n  "))
+
+
+def edit_fields(arguments: dict[str, Any]) -> Iterator[Html]:
+    """A field for each argument, a text as it is and others as JSON, where
+    nothing in them is unseen."""
+    for name, value in arguments.items():
+        text = value if isinstance(value, str) else READABLE.encode(value)
+        if editable_text(name) and editable_text(text):
+            yield fill(FIELD_TEMPLATE, name=name, field=escaped(name),
+                       value=escaped(text), rows=min(
+                           12, text.count("\n") + 1 + len(text) // 80))
 
 
 def notes(view: View, request: ReviewRequest) -> Iterator[str]:
@@ -4917,11 +5049,11 @@ def allow_rule(request: ReviewRequest) -> Html:
 def exact_pattern(text: str) -> str:
     """A regular expression that matches this text alone, as plain ASCII that
     fits into TOML's 'single quotes'."""
-    def escaped(c: str) -> str:
+    def one(c: str) -> str:
         if " " <= c <= "~" and c != "'":
             return "\\" + c if c in r".^$*+?{}[]\|()" else c
         return f"\\x{ord(c):02x}" if c < "\x80" else f"\\U{ord(c):08x}"
-    return "".join(map(escaped, text))
+    return "".join(map(one, text))
 
 
 def unix_time(text: str) -> float:

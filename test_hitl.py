@@ -7048,6 +7048,52 @@ def test_the_card_says_whose_rules_these_are():
                                    "differ"]
 
 
+def test_a_card_offers_what_the_rules_allow(desk, monkeypatch):
+    """A decision that stands and changed arguments are offered where they
+    may be; the button says the rule it stores; a text with characters that
+    cannot be seen has no field; who may not decide has no buttons."""
+    desk.post(tool="send", arguments={"to": "ana", "n": 3, "x": "a\u200b",
+                                      "text": "\n<b>\n\u0444"})
+
+    def shown(**offers) -> tuple[Page, str]:
+        view = hitl.View(offers=lambda request: hitl.Offers(**offers))
+        text = hitl.review_page(view, desk.store.whole("r-1"))
+        return Page(text), text
+    page, text = shown()
+    assert page.cards["r-1"]["buttons"] == BOTH and "<label>" not in text
+    page, text = shown(remember=True, editable=True, files=True)
+    assert page.cards["r-1"]["buttons"] == [*BOTH, "approved", "approved"]
+    assert ("Approve, and the same call for 1 hour, at most 10 times, whatever "
+            "its files contain by then" in " ".join(page.text.split()))
+    assert re.findall(r'name="(remember_\w+)"\s+value="(\d+)"', text) == [
+        ("remember_seconds", "0"), ("remember_seconds", "3600"),
+        ("remember_uses", "10")]
+    assert re.findall(r'name="argument:(\w+)" rows="\d+">\n([^<]*)<', text) == [
+        ("to", "ana"), ("n", "3"), ("text", "\n&lt;b&gt;\n\u0444")]
+    assert text.count('name="digest"') == text.count("<form method=") == 3
+    page, text = shown(decidable=False)
+    assert page.cards["r-1"]["buttons"] == []
+    assert "only the reviewers of its checkpoint can decide it" in text
+
+
+def test_what_stands_is_listed(desk):
+    """Each standing decision with its maker, its bounds, its use and a button
+    that lifts it; a stop is a banner on every page."""
+    stop = hitl.Standing(7, "stopped", "reviewer:<ana>", hitl.instant(0),
+                         reason="<wrong> plan")
+    yes = hitl.Standing(3, "approved", "reviewer:ben", hitl.instant(0),
+                        hitl.instant(3600), 10, "r-1")
+    text = hitl.standing_page(hitl.View("ben", stands=True, stop=stop),
+                              [(stop, 0), (yes, 2)])
+    page = Page(text)
+    for words in ("<ana> stopped everything: <wrong> plan", "used 2 of 10",
+                  "by ben", "those that no checkpoint names, go on"):
+        assert words in " ".join(page.text.split()), words
+    assert re.findall('action="/(lift/.|stop)"', text) == [
+        "lift/7", "lift/7", "lift/3", "stop"]
+    assert "/stop" not in hitl.desk_page(hitl.View("ben"), [], 0, [])
+
+
 def test_the_rule_to_paste_is_exactly_this_call(desk, make_rules):
     """The card has the rule under which exactly this call is not asked
     again."""
@@ -7091,6 +7137,7 @@ def test_the_history_is_searched(desk):
     assert sorted(found(q="USERS ana")) == ["a-1", "b-1"]
     assert found(q="users", status="rejected") == ["b-1"]
     assert found(q="100%") == []
+    assert 'value="&lt;\u0444"' in desk.page("/history?q=%3C%D1%84")
 
 
 def test_a_second_click_is_told(desk):
@@ -7108,12 +7155,11 @@ def test_a_card_is_read_before_it_is_decided(desk):
     its page has the request, the buttons and the reason that was typed."""
     desk.post()
     for age in (0, 0.4, -5, None):
-        status, source = clicked(desk, "r-1", "approved", "ana", "so & <so>",
-                                 age)
+        status, source = clicked(desk, "r-1", "approved", "ana", "so & <so> \u2019\u0444", age)
         page = Page(source)
         assert status == 409 and "look at it first" in page.text, age
         assert page.cards["r-1"]["buttons"] == BOTH
-        assert "so & <so>" in page.cards["r-1"]["text"]
+        assert ">so &amp; &lt;so&gt; \u2019\u0444</textarea>" in source
     assert desk.state("r-1")["status"] == "waiting"
     assert clicked(desk, "r-1", "approved", age=0.61)[0] == 303
     assert "so, then" in clicked(desk, "r-1", "rejected", reason="so, then")[1]
