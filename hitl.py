@@ -6640,7 +6640,7 @@ def opener(tls: bool, tls_ca: str) -> Any:
 
     def timed(http_class: Any, end: float) -> Any:
         class Timed(http_class):  # type: ignore[misc]
-            response_class = functools.partial(Response, end=end)
+            response_class = staticmethod(functools.partial(Response, end=end))
 
             def connect(self) -> None:
                 super().connect()
