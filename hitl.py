@@ -703,13 +703,18 @@ def changed_in_words(request: ReviewRequest) -> str:
     "" where they changed nothing."""
     if request.approved_arguments is None or request.arguments is None:
         return ""
-    asked = json.loads(request.arguments)
+    who = (request.decided_by or "").partition(":")[2]
+    return changes_in_words(who, json.loads(request.arguments),
+                            json.loads(request.approved_arguments))
+
+
+def changes_in_words(who: str, asked: Mapping[str, Any],
+                     approved: Mapping[str, Any]) -> str:
     changes = ", ".join(
         f"{name}: {value_in_words(asked[name]) or '...'} -> "
         f"{value_in_words(value) or '...'}"
-        for name, value in json.loads(request.approved_arguments).items()
+        for name, value in approved.items()
         if canonical(asked[name]) != canonical(value))
-    who = (request.decided_by or "").partition(":")[2]
     return f"changed by {who}: {{{changes}}}"
 
 
@@ -5831,10 +5836,14 @@ class Desk:
 
     def post_claim(self, http: HttpRequest, body: bytes) -> bytes:
         asks = parse_object(body)
-        return self.about(http, self.store.claim(
+        request = self.store.claim(
             http.request_id, text_field(asks, "digest", 64, True) or "",
             text_field(asks, "claim", MAX_NAME, True) or "",
-            str(http.who), flag(asks, "handed_over")).summary)
+            str(http.who), flag(asks, "handed_over"))
+        if request.approved_arguments is None:
+            return self.about(http, request.summary)
+        return self.json(http, self.shape(request.summary) | {
+            "arguments": stored_json(request.approved_arguments)})
 
     def post_outcome(self, http: HttpRequest, body: bytes) -> bytes:
         asks = parse_object(body)
@@ -7077,6 +7086,7 @@ class How(TypedDict, total=False):
     checkpoint: the id of one that holds it, whatever the tool's name.
     session: who or what is served, where a gate serves several; "" for none.
     attach: meet the same call of the same session, if it still waits.
+    edits: the reviewer may change the arguments, and the model will be told.
     tick: called at each look at the status. cwd: what paths are relative to.
     """
 
@@ -7087,6 +7097,7 @@ class How(TypedDict, total=False):
     checkpoint: str | None
     session: str | None
     attach: bool
+    edits: bool
     tick: Callable[[], object] | None
     cwd: str | None
 
@@ -7096,6 +7107,7 @@ class Asked:
 
     claiming = False            # from here on the server may have claimed it
     cancelled = False
+    cwd: str | None = None
 
     def __init__(self, tool: str, arguments: str, description: str,
                  digest: str, request_id: str, timeout_seconds: float,
@@ -7118,6 +7130,7 @@ class Held(NamedTuple):
 
     arguments: dict[str, Any]
     approved_by: str
+    changed: str            # what the reviewer changed, for the model; or ""
     request_id: str
     claim: str
     gate: Gate
@@ -7184,6 +7197,7 @@ class Gate:
         if is_async(execute):
             raise TypeError(f"{visible(str(tool))} is async: await "
                             "gate.acall(...), or nothing would run in here")
+        how.setdefault("edits", self.on_reject == "return")
         try:
             held = self._hold(tool, arguments, how)                 # 1 to 4
         except HitlError as error:
@@ -7196,7 +7210,7 @@ class Gate:
             held.report(error)
             raise
         held.report()                                               # 6 report
-        return result
+        return told_of_changes(held, result)
 
     def _hold(self, tool: str, arguments: Mapping[str, Any], how: How,
               handed_over: bool = False) -> Held | None:
@@ -7232,6 +7246,7 @@ class Gate:
         has returned, its result is returned, whatever is cancelled."""
         if self._is_free(tool, arguments) and not how.get("checkpoint"):
             return await awaited(execute(**arguments))
+        how.setdefault("edits", self.on_reject == "return")
         try:
             held = await self._ahold(tool, arguments, how)
         except HitlError as error:
@@ -7244,7 +7259,7 @@ class Gate:
             await held.areport(error)
             raise
         await held.areport()
-        return result
+        return told_of_changes(held, result)
 
     async def _ahold(self, tool: str, arguments: Mapping[str, Any], how: How,
                      handed_over: bool = False) -> Held | None:
@@ -7342,14 +7357,16 @@ class Gate:
             raise DeniedError(
                 f'denied by checkpoint "{rule.checkpoint_id}"; nobody was '
                 "asked and nothing ran", f"{match.why}, in {self.rules.path}")
-        return self._asked(tool, arguments, match, request_id, **how)
+        asked = self._asked(tool, arguments, match, request_id, **how)
+        asked.cwd = cwd
+        return asked
 
     def _asked(self, tool: str, arguments: Mapping[str, Any], match: Match,
                request_id: str | None, *, context: Any = None,
                timeout_seconds: float | None = None,
                lifetime_seconds: float | None = None,
                session: str | None = None, attach: bool = False,
-               tick: Callable[[], object] | None = None) -> Asked:
+               edits: bool = False, tick: Callable[[], object] | None = None) -> Asked:
         """What is asked of the reviewer, and for how long."""
         rule, settings = match.checkpoint, self.configuration.gate
         text = argument_text(tool, arguments)
@@ -7376,6 +7393,8 @@ class Gate:
             session = self._own_session     # its request again has another
         if session:
             named["session"] = session
+        if edits and rule.editable:
+            named["edits"] = True
         body = {
             "action_description": description, "tool": tool,
             "arguments": ordered, "digest": digest,
@@ -7600,7 +7619,12 @@ class Gate:
         asked.claiming = not asked.cancelled
         if not asked.claiming:
             raise self._nobody(asked)
-        body = {"digest": asked.digest, "claim": asked.claim}
+        runs = state.approved_digest or asked.digest
+        if runs != asked.digest and not asked.body.get("edits"):
+            raise ChangedError("the arguments were changed, which this gate "
+                               "did not ask for; nothing ran",
+                               request_id=asked.request_id)
+        body = {"digest": runs, "claim": asked.claim}
         reply = self._insist(
             "POST", f"/claim/{asked.request_id}", asked,
             {**body, "handed_over": True} if handed_over else body,
@@ -7617,9 +7641,11 @@ class Gate:
         if asked.cancelled:
             self._report(asked.request_id, asked.claim, "cancelled")
             raise self._nobody(asked)
-        log.warning("%s approved by %s: runs now", visible(asked.tool), who)
-        return Held(self._approved(asked, reply), who, asked.request_id,
-                    asked.claim, self)
+        arguments, changed = self._approved(asked, reply, runs, who)
+        log.warning("%s approved by %s: runs now%s", visible(asked.tool), who,
+                    changed and f"; {visible(changed)}")
+        return Held(arguments, who, changed, asked.request_id, asked.claim,
+                    self)
 
     def _check_unspent(self, asked: Asked, state: Summary) -> None:
         """An error unless the request is approved and not yet claimed."""
@@ -7635,16 +7661,32 @@ class Gate:
                 "ask again with another request_id",
                 request_id=asked.request_id)
 
-    def _approved(self, asked: Asked, reply: Reply) -> dict[str, Any]:
-        """The arguments to run with, parsed from the bytes that were
-        digested, stored and shown: what runs is what was approved (promise
-        2). This gate does not ask for changed ones, and takes none."""
-        if reply.body.get("approved_digest") not in (None, asked.digest):
-            raise ChangedError("the arguments were changed, which this gate "
-                               "did not ask for; nothing ran",
-                               request_id=asked.request_id)
+    def _approved(self, asked: Asked, reply: Reply, runs: str, who: str
+                  ) -> tuple[dict[str, Any], str]:
+        """The arguments to run with, and what the reviewer changed in them.
+        They are parsed from the bytes that were digested, stored and shown,
+        or are those of the claim's reply, if they have the digest that was
+        approved and meet the same checkpoint (promise 2)."""
         arguments: dict[str, Any] = parse_json(asked.arguments)
-        return arguments
+        if runs == asked.digest:
+            return arguments, ""
+        changed = reply.body.get("arguments")
+        fault = ""
+        if (not isinstance(changed, dict) or changed.keys() != arguments.keys()
+                or reply.body.get("approved_digest") != runs or runs !=
+                digest_of(asked.description, canonical(changed), asked.tool)):
+            fault = "arguments-changed"
+        elif (self.rules.first_match(asked.tool, changed, asked.cwd).checkpoint
+              != self.rules.first_match(asked.tool, arguments, asked.cwd
+                                        ).checkpoint):
+            fault = "checkpoint-changed"
+        if fault:
+            self._report(asked.request_id, asked.claim, fault)
+            raise ChangedError(
+                "the changed arguments are not what was approved, or meet "
+                "another checkpoint; nothing ran", reason=fault,
+                request_id=asked.request_id)
+        return changed, changes_in_words(who, arguments, changed)
 
     # ---- 6 report ----
 
@@ -7790,6 +7832,14 @@ async def undisturbed(function: Callable[..., T], *args: Any) -> T:
     return work.result()
 
 
+def told_of_changes(held: Held, result: T) -> T:
+    """A tool's result; a text begins with what the reviewer changed, so that
+    a model does not ask for the original again."""
+    if held.changed and isinstance(result, str):
+        return f"{held.changed}\n{result}"  # type: ignore[return-value]
+    return result
+
+
 def error_text(error: BaseException | str | None) -> str:
     """An error as the log names it; some have no words, or none that can be
     had."""
@@ -7869,7 +7919,7 @@ def argument_text(tool: str, arguments: Mapping[str, Any]) -> str:
     """The arguments as canonical JSON, if reading that gives back an equal
     value of the same types; a tuple, an integer key or an enum would not."""
     wrong = {str(name): why for name, value in arguments.items()
-             if (why := "its name is no text" if type(name) is not str
+             if (why := "its name is not a string" if type(name) is not str
                  else not_json(name) or not_json(value))}
     if wrong:
         raise HitlError(

@@ -5131,6 +5131,58 @@ def test_hold(make_gate, desk):
                 reason="use the staging table")()
 
 
+EDITABLE = RULES + """editable = true
+arguments = { table = "users|orders" }
+
+[[checkpoint]]
+checkpoint_id = "no-secrets"
+action_pattern = "delete_*"
+description_template = "Delete secrets"
+arguments = { table = "secrets" }
+effect = "deny"
+"""
+
+
+@pytest.mark.parametrize("way", ["call", "acall", "hold"])
+def test_changed_before_approval(make_gate, make_desk, way, caplog):
+    """What runs is what was approved: where the reviewer changed the
+    arguments, those, and the model is told; a change into another checkpoint
+    is refused, and so is one that this gate did not ask for."""
+    desk = make_desk(rules=make_gate(rules=EDITABLE).rules)
+    gate = make_gate(desk, EDITABLE, on_reject="return")
+
+    def changed(table: str, **more):
+        result = calling(gate, lambda **a: f"deleted {a['table']}", way=way,
+                         request_id=f"{way}-{table}", **more)
+        card, = desk.waiting()
+        said = desk.decide(card["request_id"], digest=card["digest"],
+                           arguments=CALL | {"table": table})
+        return said, result
+    more = {"edits": True} if way == "hold" else {}
+    said, result = changed("orders", **more)
+    assert said.status == 200, said
+    words = 'changed by ana: {table: "users" -> "orders"}'
+    if way == "hold":
+        held = result()
+        assert (held.arguments, held.changed) == (
+            CALL | {"table": "orders"}, words)
+    else:
+        assert result() == f"{words}\ndeleted orders"
+    said, result = changed("secrets", **more)
+    assert said.status == 200, said
+    with pytest.raises(hitl.ChangedError, match="nothing ran"):
+        result()
+    assert newest(desk, "outcome, outcome_text") == (
+        "failed", "checkpoint-changed")
+    said, result = changed("pets", edits=False)
+    assert (said.status, said.reason) == (409, "not-editable")
+    desk.decide(f"{way}-pets", "rejected")
+    if way == "hold":
+        pytest.raises(hitl.CollaborationError, result)
+    else:
+        assert result().startswith("rejected by ana.")
+
+
 def test_sessions(make_gate, desk):
     """A gate's session is random; its own or the call's may be named; what is
     asked again by its request_id needs none."""
