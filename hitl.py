@@ -5896,10 +5896,15 @@ class Desk:
                           "read", "look at it first, then decide",
                           about=self.store.request(http.request_id))
         reason = text_field(asks, "reason", MAX_WHY)
+        arguments = asks.get("arguments")
+        if not (arguments is None or isinstance(arguments, dict)):
+            raise Refusal("bad-field", '"arguments" must be an object',
+                          'send "arguments": {"name": value, ...}')
         return self.store.decide(
             http.request_id, Status(asks["decision"]), str(http.who),
             reason=(reason or "").strip() or None,
-            signed_in=http.who.signed_in, shown_at=shown_at)
+            signed_in=http.who.signed_in, shown_at=shown_at,
+            digest=text_field(asks, "digest", 64), arguments=arguments)
 
     def was_seen(self, shown_at: str | None) -> bool:
         try:
@@ -7670,9 +7675,9 @@ class Gate:
         arguments: dict[str, Any] = parse_json(asked.arguments)
         if runs == asked.digest:
             return arguments, ""
-        changed = reply.body.get("arguments")
+        changed: dict[str, Any] = reply.body.get("arguments") or {}
         fault = ""
-        if (not isinstance(changed, dict) or changed.keys() != arguments.keys()
+        if (type(changed) is not dict or changed.keys() != arguments.keys()
                 or reply.body.get("approved_digest") != runs or runs !=
                 digest_of(asked.description, canonical(changed), asked.tool)):
             fault = "arguments-changed"
