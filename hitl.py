@@ -685,7 +685,12 @@ def readable_size(size: int) -> str:
 
 def call_in_words(tool: str, arguments: Mapping[str, Any]) -> str:
     """A call on one line, its short values first: `send_email to a@b.org,
-    subject "Refund", body (1.2 KB)`. It need not be complete."""
+    subject "Refund", body (1.2 KB)`; a command as a shell would quote it. It
+    need not be complete."""
+    argv = arguments.get("argv")
+    if isinstance(argv, list) and all(isinstance(word, str) for word in argv):
+        import shlex
+        return f"{tool} {shlex.join(argv)}"
     short, long = [], []
     for name, value in arguments.items():
         words = value_in_words(value)
@@ -10157,11 +10162,14 @@ def cmd_mcp(args: Any) -> int:
 
 def cmd_run(args: Any) -> int:
     """ask, then run exactly this command: -- CMD..."""
+    log.error = lambda *_: None         # it is printed below
     try:
         gate = Gate(find_configuration(args.config, local=False))
         return run_command(gate, args.tool_name, command_behind(args),
                            args.timeout)
     except (HitlError, OSError) as error:
+        if not sys.stderr.isatty() and isinstance(error, HitlError):
+            error.hint = ""             # a model may read it
         print_error(error)
         return 125                      # the command's own are its own
 

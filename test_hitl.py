@@ -6735,10 +6735,10 @@ def test_proxy_ends_its_server(mcp, desk):
 
 # ---- run ----
 
-def start_run(desk, folder, *words, stdin=""):
+def start_run(desk, folder, *words, stdin="", **environ):
     (folder / "rules.toml").write_text(SHELL)
     process = start(*HITL, "run", "--config", "rules.toml", *words,
-                    folder=folder, HITL_SERVER_URL=desk.url)
+                    folder=folder, HITL_SERVER_URL=desk.url, **environ)
     if stdin:
         process.stdin.write(stdin)
     return process
@@ -6746,20 +6746,25 @@ def start_run(desk, folder, *words, stdin=""):
 
 def test_run(desk, tmp_path):
     """`run` asks, then executes exactly the approved argv without a shell,
-    and passes stdin, stdout, stderr and the exit status through."""
-    script = "import sys; print(sys.argv[1], sys.stdin.read()); " \
+    and passes stdin, stdout, stderr and the exit status through; the headline
+    is the command as a shell would quote it. The reviewer's token stays out
+    of its environment, and ./checkpoints.toml is not read."""
+    script = "import os, sys; print(sys.argv[1], sys.stdin.read(), " \
+        "os.environ.get('HITL_REVIEWER_TOKEN')); " \
         "print('err', file=sys.stderr); sys.exit(3)"
+    (tmp_path / "checkpoints.toml").write_text("nonsense")
     process = start_run(desk, tmp_path, "--", sys.executable, "-c", script,
-                        "$(x); *", stdin="in")
-    there, = desk.waiting()
-    assert there["arguments"] == {
-        "argv": [sys.executable, "-c", script, "$(x); *"],
-        "cwd": str(tmp_path), "executable": sys.executable}
-    desk.decide(there["request_id"])
+                        "$(x); *", stdin="in", HITL_REVIEWER_TOKEN="x" * 20)
+    request, = desk.waiting()
+    argv = [sys.executable, "-c", script, "$(x); *"]
+    assert request["arguments"] == {
+        "argv": argv, "cwd": str(tmp_path), "executable": sys.executable}
+    assert shlex.join(argv) in request["action_description"]
+    desk.decide(request["request_id"])
     out, err = process.communicate(timeout=20)
-    assert (out, process.returncode) == ("$(x); * in\n", 3)
+    assert (out, process.returncode) == ("$(x); * in None\n", 3)
     assert err.endswith("err\n")
-    assert desk.state(there["request_id"])["outcome"] == "executed"
+    assert desk.state(request["request_id"])["outcome"] == "executed"
 
 
 def test_run_refuses(desk, tmp_path):
@@ -6776,6 +6781,7 @@ def test_run_refuses(desk, tmp_path):
         done = command("run", "--config", "rules.toml", *words,
                        folder=tmp_path, HITL_SERVER_URL=url)
         assert done.returncode == 125, done
+        assert "python3" not in done.stderr         # a model may read it
     assert not (tmp_path / "ran").exists()
 
 
