@@ -8990,15 +8990,24 @@ class Trial:
             f"{len(ids)} row after {took:.3f} s", len(ids) == 1 and took < 1)
         return ids[0] if ids else ""
 
+    def card(self) -> tuple[int, str]:
+        """The page's status, and the request's card on it."""
+        status, _, page = self.me.fetch("GET", "/", seconds=5,
+                                        Accept="text/html")
+        return status, card_on(page.decode(), self.request_id)
+
     def click(self, decision: str) -> tuple[int, float]:
-        """Press a button as a browser does -> status, and seconds until the
-        agent went on."""
+        """Read the card, then press a button as a browser does -> status, and
+        seconds until the agent went on."""
+        from urllib.parse import urlencode
+        form = hidden_fields(self.card()[1]) | {
+            "reason": "", "decision": decision}
+        time.sleep(SEEN_SECONDS)
         clicked = time.monotonic()
         status = self.me.fetch(
-            "POST", f"/approve/{self.request_id}",
-            f"reason=&decision={decision}".encode(), seconds=5,
-            Content_Type=FORM, Accept="text/html", Origin=self.me.server_url,
-            Sec_Fetch_Site="same-origin")[0]
+            "POST", f"/approve/{self.request_id}", urlencode(form).encode(),
+            seconds=5, Content_Type=FORM, Accept="text/html",
+            Origin=self.me.server_url, Sec_Fetch_Site="same-origin")[0]
         self.thread.join(10)
         return status, self.ended_at - clicked
 
@@ -9055,8 +9064,8 @@ def starting_state(model: str) -> dict[str, str]:
 def verify_approval(trial: Trial) -> None:
     """The card is on the page; after a click on Approve the tool runs."""
     note, left = trial.book.note, trial.shop.left
-    status, _, page = trial.me.fetch("GET", "/", seconds=5, Accept="text/html")
-    shown = card_on(page.decode(), trial.request_id)
+    status, card = trial.card()
+    shown = seen_on(card)
     expected = ["waiting", f"Delete users where {DELETE['condition']}",
                 f"/approve/{trial.request_id}", "approved", "rejected"]
     note("look at the page", f"200, a card with {', '.join(expected)}",
@@ -9100,18 +9109,28 @@ def verify_silence(trial: Trial, timeout: float) -> None:
          (409, "expired", "3 of 3 records left"))
 
 
-def card_on(page: str, request_id: str) -> list[str]:
-    """What a person sees of a request: its colour's class, its headline,
-    where the form goes, its buttons."""
+def card_on(page: str, request_id: str) -> str:
+    """A request's card, from its tag to the end of its form."""
+    card = re.search(rf'<details class="card \w+" id="request-{request_id}"'
+                     ".*?</form>", page, re.DOTALL)
+    return card[0] if card else ""
+
+
+def seen_on(card: str) -> list[str]:
+    """What a person sees of a card: its colour's class, its headline, where
+    the form goes, its buttons."""
     from html import unescape
-    start = re.search(rf'<details class="card (\w+)" id="request-{request_id}"',
-                      page)
-    if start is None:
-        return ["none"]
-    card = page[start.end():].partition("</form>")[0]
-    seen = re.findall(r'class="headline"[^>]*>(.*?)</span>|action="([^"]*)"|'
+    seen = re.findall(r'<details class="card (\w+)|'
+                      r'class="headline"[^>]*>(.*?)</span>|action="([^"]*)"|'
                       r'<button [^>]*value="([^"]*)"', card)
-    return [start[1], *(unescape("".join(found)) for found in seen)]
+    return [unescape("".join(found)) for found in seen]
+
+
+def hidden_fields(card: str) -> dict[str, str]:
+    """What the card's form sends besides what a person fills in."""
+    from html import unescape
+    return {name: unescape(value) for name, value in re.findall(
+        '<input type="hidden" name="([^"]*)" value="([^"]*)"', card)}
 
 
 # =============================== Command line ==============================
@@ -10195,7 +10214,7 @@ def cmd_verify(args: Any) -> int:
     except OSError as error:
         raise ConfigError(f"{output}: {error.strerror}",
                           "name another file by --output") from None
-    evidence = verify(args.model, first_of(args.timeout, 2.0), say)
+    evidence = verify(args.model, first_of(args.timeout, 3.0), say)
     output.write_text(json.dumps(evidence, indent=2) + "\n")
     say(f"\n{'verified' if evidence['verified'] else 'NOT VERIFIED'}; the "
         f"evidence is in {output}")

@@ -7626,11 +7626,11 @@ def test_the_readme_runs(readme):
     for name, words in (
             ("init", "next: python3 hitl.py serve"),
             ("check", "delete_users waits for a person"),
-            ("ask", '"status": "waiting"'), ("list", "approved   r-1 "),
+            ("ask", '"status": "waiting"'), ("list", "approved  r-1 "),
             ("approve", '"status": "approved"'), ("log", ": whole"),
             ("sqlite3", "r-1|approved|reviewer:reviewer"),
-            ("serve", "submitted r-1 by agent:unauthenticated"),
-            ("serve", "approved  r-1 by reviewer:reviewer")):
+            ("serve", "[r-1] by agent:unauthenticated"),
+            ("serve", "[r-1] by reviewer:reviewer")):
         assert words in said[name], said[name]
     assert sorted(p.name for p in folder.iterdir()) == [
         "checkpoints.toml", "hitl-evidence.json", "hitl.db", "hitl.db.lock",
@@ -7687,7 +7687,7 @@ def test_verify(readme):
         "trigger delete_records", "look at the page", "click Approve",
         "look at the records", "trigger delete_records", "click Reject",
         "read the log", "look at the records", "trigger delete_records",
-        "wait (time-out set to 2.0 s here)", "click too late",
+        "wait (time-out set to 3.0 s here)", "click too late",
         "check the audit log"]
     for finding in evidence["findings"]:
         assert finding["holds"] and finding["expected"]
