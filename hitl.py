@@ -769,6 +769,7 @@ CATEGORIES = ("high-impact", "data-risk", "destructive")
 EFFECTS = ("review", "allow", "deny")
 STRICTNESS = ("allow", "review", "deny")
 KINDS = ("tool", "shell", "edit")
+SEARCH = re.IGNORECASE | re.DOTALL      # how a pattern that gates is looked for
 MAX_TOOL_NAME = 200             # characters: a longer name always waits
 MAX_MATCHED = 64 * 1024         # characters that any pattern looks at
 MAX_STEPS = 20_000_000          # of `re` for one pattern: under half a second
@@ -959,7 +960,7 @@ class Steps(NamedTuple):
 def steps_of(pattern: str) -> Steps:
     """ValueError where it repeats a repeat: nothing bounds that."""
     from re import _parser  # type: ignore[attr-defined]
-    return count_steps(_parser.parse(pattern, re.IGNORECASE | re.DOTALL), False)
+    return count_steps(_parser.parse(pattern, SEARCH), False)
 
 
 def count_steps(tree: Any, again: bool) -> Steps:
@@ -1016,7 +1017,7 @@ def split_pattern(pattern: str, joint: str) -> list[str]:
     for part in pattern.split(joint):
         held += part
         try:
-            re.compile(held)
+            re.compile(held, SEARCH)
         except re.error:
             held += joint
         else:
@@ -1031,7 +1032,7 @@ def searches(pattern: str) -> list[list[tuple[re.Pattern[str], int]]]:
     their least widths; whole where a piece would depend on another."""
     from re import _parser  # type: ignore[attr-defined]
     whole = re.search(r"\\[1-9]|\(\?P=|\(\?\(|\(\?[a-zA-Z]+\)", pattern)
-    return [[(re.compile(piece, re.IGNORECASE | re.DOTALL),
+    return [[(re.compile(piece, SEARCH),
               _parser.parse(piece).getwidth()[0])
              for piece in ([one] if whole else split_pattern(one, ".*"))]
             for one in ([pattern] if whole else split_pattern(pattern, "|"))]
@@ -1104,8 +1105,7 @@ def name_match(checkpoint: Checkpoint, tool: str) -> str:
 
 
 def place_of(checkpoint: Checkpoint, text: str) -> str:
-    hit = re.search(checkpoint.action_pattern, text[:MAX_TOOL_NAME],
-                    re.IGNORECASE | re.DOTALL)
+    hit = re.search(checkpoint.action_pattern, text[:MAX_TOOL_NAME], SEARCH)
     return f'"{visible(hit[0])}" at {hit.start()} to {hit.end()}' if hit else (
         "the whole")
 
@@ -1162,10 +1162,11 @@ def objects_in(value: Any, texts: bool = False) -> Iterator[Mapping[str, Any]]:
             yield item
             parts = item.values()
         elif isinstance(item, (list, tuple)):
-            parts = item
+            parts = item                        # a million numbers hold nothing
         elif texts and isinstance(item, str) and JSON_START.match(item):
             parts = read_json(item)
-        todo += ((part, depth + 1) for part in parts)
+        todo += ((part, depth + 1) for part in parts
+                 if type(part) not in PLAIN_TYPES)
         count += 1
         if depth > MAX_DEPTH or count + len(todo) > MAX_MEMBERS:
             raise ValueError("the arguments are too large to look through")
@@ -1250,8 +1251,9 @@ EDIT_WORDS = regex(
 HUMP = regex("(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 COMMANDS = frozenset((
     "command", "commands", "cmd", "cmds", "script", "argv", "commandline",
-    "cmdline", "shellcommand", "bashcommand", "code", "input", "chars", "keys",
-    "keystrokes"))
+    "cmdline", "shellcommand", "bashcommand", "commandtext", "fullcommand",
+    "code", "program", "input", "stdin", "chars", "keys", "keystrokes", "text",
+    "line", "lines"))
 PATHS = frozenset((
     "path", "paths", "filepath", "filepaths", "file", "files", "filename",
     "targetfile", "targetpath", "notebookpath", "absolutepath", "uri",
@@ -1373,10 +1375,11 @@ class Call:
     def resolved(self, path: str) -> str | None:
         """Where a path leads from the call's working directory, links
         followed; None if that cannot be said."""
+        if len(path) > MAX_PATH:
+            return None
         try:
             return os.path.realpath(os.path.join(
-                self.cwd or os.getcwd(), os.path.expanduser(path)
-            )) if len(path) <= MAX_PATH else None
+                self.cwd or os.getcwd(), os.path.expanduser(path)))
         except (OSError, ValueError):
             return None
 
@@ -1391,11 +1394,11 @@ class Call:
                 texts = value if key == "commands" else [value]
             elif not self.is_beside(key, value):
                 return []
-        if not isinstance(texts, list):
+        read = [simple_commands(text) for text in (
+            texts if isinstance(texts, list) else ())]
+        if not all(read):
             return []
-        read = [simple_commands(text) for text in texts]
-        return [command for commands in read for command in commands
-                ] if all(read) else []
+        return [command for commands in read for command in commands]
 
     @functools.cached_property
     def shut_paths(self) -> list[str]:
@@ -1652,7 +1655,7 @@ def pattern_value(value: Any) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            re.compile(value)
+            re.compile(value, SEARCH)
         steps = steps_of(value)
     except (re.error, OverflowError, RecursionError, Warning) as error:
         raise ValueError(f"is not a regular expression: {error}") from None
@@ -1661,7 +1664,8 @@ def pattern_value(value: Any) -> str:
             f"{value!r} repeats a repeat, as (a+)+ does: on some texts it "
             "would not end, and Python's re cannot be interrupted; write it "
             "without the inner or the outer repeat") from None
-    if steps.loops > 2 or reach(value) < MAX_TOOL_NAME:
+    if steps.loops > 2 or MAX_TOOL_NAME > steps.reach and (
+            MAX_TOOL_NAME > reach(value)):
         raise ValueError(
             f"{value!r} has too many repeats that can meet, as .*a.*b.* has: "
             "on some texts it would take minutes, and Python's re cannot be "
@@ -9547,7 +9551,8 @@ def cmd_serve(args: Any) -> int:
     # 1. what was asked for, unless it is unsafe
     configuration = configuration_for(args, needed=False)
     server = configuration.server
-    warnings = file_warnings(configuration)
+    warnings = [*file_warnings(configuration), *rule_warnings(
+        configuration.rules)]
     check_file_owner(configuration)
     host = args.host or server["host"]
     with config_error("--port"):
@@ -9987,17 +9992,19 @@ def leash(path: Path, project: Path) -> list[str]:
     files += [".codex/config.toml", ".clinerules/hooks/", ".github/hooks/",
               ".opencode/plugin", "opencode.json", ".mcp.json"]
     stems = sorted({re.escape(file) for file in files})
+    folders = sorted({re.escape(file.partition("/")[0]) for file in files
+                      if "/" in file} - {re.escape(".github")})
     own = absolute(__file__)
     names = {"checkpoints.toml", "hitl.py", path.name, own.name}
     whole = {os.path.realpath(path), os.path.realpath(own),
              os.path.realpath(path.with_name("hitl.db"))}
     folder = os.path.realpath(own.parent)
     if not (os.path.realpath(project) + os.sep).startswith(folder + os.sep):
-        whole.add(folder + os.sep)
+        whole.add(folder)
     patterns = [
-        f"(^|/)({'|'.join(stems)})",
+        f"(^|/)({'|'.join(stems)})|(^|/)({'|'.join(folders)})/?$",
         f"(^|/)({'|'.join(sorted(map(re.escape, names)))}|hitl\\.db)",
-        f"^({'|'.join(sorted(map(re.escape, whole)))})",
+        f"^({'|'.join(sorted(map(re.escape, whole)))})(/|$|-)",
         r"(^|/)\.git(/|$)|(^|/)HEAD$|(^|/)\.gitconfig$|/\.config/git/",
         r"(^|/)\.(bash_?(rc|profile|login|aliases)|profile|zsh(rc|env)|zprofile)$"]
     return [pattern.replace("/", "[/\\\\]") if os.name == "nt" else pattern

@@ -1632,8 +1632,10 @@ def test_a_coding_agent_cannot_edit_its_leash(coding):
             .github/hooks/hitl.json .CLAUDE/settings.json hitl.py hitl.db
             checkpoints.toml hitl.db-wal ../tool/new.py notes.md lib/x .git
             .git/config sub/.git/hooks/x sub/HEAD ./x/../hitl.py /home/u/.bashrc
-            /home/u/.gitconfig %2egit/config""".split():
+            /home/u/.gitconfig %2egit/config .claude .codex/ ../tool lib
+            """.split():
         assert effect(path) == "deny", path
+        assert effect(path, "delete_file") == "deny", path
     for path in """src/a.py README.md .gitignore .github/workflows/ci.yml
             head.py .claude/commands/x.md settings.json""".split():
         for tool in ("Write", "Edit", "delete_file"):
