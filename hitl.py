@@ -4007,145 +4007,117 @@ MANY_CARDS = 12                 # from here on the lines are set closer
 WIDE = 76                       # characters of JSON that stay on one line
 
 STYLE = """
-:root { color-scheme: light dark; --paper: #f6f5f2; --card: #fff;
-  --ink: #1c1b19; --soft: #5d5a54; --line: #dedbd3; --sunk: #f4f2ed;
-  --amber: #8a4a00; --amber-bg: #ffe9b0; --amber-edge: #f2a100;
-  --green: #1a7340; --green-bg: #e0f4e6; --red: #b3261e; --red-bg: #fde7e4;
-  --grey: #66625b; --grey-bg: #eceae5; --other: #2f5fa8; --other-bg: #e6eefa;
-  --on: #fff; }
-@media (prefers-color-scheme: dark) { :root { --paper: #161513;
-  --card: #21201d; --ink: #eeebe4; --soft: #a8a297; --line: #3a3732;
-  --sunk: #191815; --amber: #ffb84d; --amber-bg: #3d2c0c; --green: #6fd195;
-  --green-bg: #12331f; --red: #ff8a7d; --red-bg: #431814; --grey: #b5afa4;
-  --grey-bg: #33312c; --other: #9cc0ff; --other-bg: #1c2a42; --on: #161513; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 0 16px 48px; max-width: 1080px;
-  background: var(--paper); color: var(--ink);
-  font: 15px/1.45 system-ui, sans-serif; }
-a { color: inherit; }
-body > header { display: flex; gap: 4px 18px; align-items: center;
-  flex-wrap: wrap; padding: 7px 0; font-size: 14px; }
-h1 { font-size: 19px; margin: 0 auto 0 0; white-space: nowrap; }
-h1 a { text-decoration: none; }
-h2 { font-size: 15px; margin: 10px 0 4px; }
-#reviewed h2 { margin-top: 22px; }
-h3 { font-size: 15px; margin: 8px 0; }
-h4 { font-size: 12.5px; color: var(--soft); margin: 0; font-weight: 600; }
-h4 code { color: var(--ink); font-weight: 600; }
-p { margin: 6px 0; }
-.soft, .who { color: var(--soft); font-size: 13.5px; }
-
-/* a request: one line, opened to everything about it */
-.card, .note { background: var(--card); border: 1px solid var(--line);
-  border-left: 5px solid var(--edge, var(--tone)); overflow-wrap: anywhere; }
-.card + .card { border-top: 0; }
-.note { padding: 8px 12px; border-radius: 6px; }
-.waiting { --tone: var(--amber); --tint: var(--amber-bg);
-  --edge: var(--amber-edge); }
+:root { color-scheme: light dark; --paper: #f6f5f2; --card: #fff; --ink: #1c1b19;
+  --soft: #5d5a54; --line: #dedbd3; --sunk: #f4f2ed; --on: #fff;
+  --amber: #8a4a00; --amber-bg: #ffe9b0; --green: #1a7340; --green-bg: #e0f4e6;
+  --red: #b3261e; --red-bg: #fde7e4; --grey: #66625b; --grey-bg: #eceae5;
+  --other: #2f5fa8; --other-bg: #e6eefa; }
+@media (prefers-color-scheme: dark) { :root { --paper: #161513; --card: #21201d;
+  --ink: #eeebe4; --soft: #a8a297; --line: #3a3732; --sunk: #191815; --on: #161513;
+  --amber: #ffb84d; --amber-bg: #3d2c0c; --green: #6fd195; --green-bg: #12331f;
+  --red: #ff8a7d; --red-bg: #431814; --grey: #b5afa4; --grey-bg: #33312c;
+  --other: #9cc0ff; --other-bg: #1c2a42; } }
+.waiting { --tone: var(--amber); --tint: var(--amber-bg); --edge: #f2a100; }
 .approved { --tone: var(--green); --tint: var(--green-bg); }
 .rejected { --tone: var(--red); --tint: var(--red-bg); }
 .expired, .withdrawn { --tone: var(--grey); --tint: var(--grey-bg); }
+
+* { box-sizing: border-box; overflow-wrap: anywhere; }
+body { margin: 0 auto; padding: 0 16px 48px; max-width: 1080px; color: var(--ink);
+  background: var(--paper); font: 15px/1.45 system-ui, sans-serif; }
+body > header { display: flex; gap: 4px 18px; align-items: center; flex-wrap: wrap;
+  padding: 7px 0; font-size: 14px; }
+h1 { font-size: 19px; margin: 0 auto 0 0; white-space: nowrap; }
+h1 a { text-decoration: none; }
+h2, h3 { font-size: 15px; margin: 10px 0 4px; }
+h4 { font-size: 12.5px; color: var(--soft); margin: 0; font-weight: 600; }
+p { margin: 6px 0; }
+a { color: inherit; }
+h4 code { color: var(--ink); }
+.soft, .who, .body summary, label { color: var(--soft); font-size: 13.5px; }
+:focus-visible { outline: 3px solid var(--other); outline-offset: 1px; }
+[hidden], .said:empty { display: none !important; }
+
+/* a request: one line, opened to everything about it */
+.card, .note, li { background: var(--card); border: 1px solid var(--line);
+  border-left: 5px solid var(--edge, var(--tone)); }
+.card + .card, li + li { border-top: 0; }
 .card > summary { display: flex; gap: 0 12px; align-items: baseline;
   padding: 5px 10px; cursor: pointer; list-style: none; font-size: 14px; }
-.many > .card > summary { padding-block: 0; font-size: 13px;
-  line-height: 17px; }
-.many summary code { font-size: 12px; line-height: 1; }
-.many .status, .many .tag { font-size: 11px; line-height: 15px; border: 0; }
+.many > .card > summary { padding-block: 0; font-size: 13px; line-height: 17px; }
+.many summary code { font-size: 12px; line-height: 16px; }
 .card > summary::-webkit-details-marker { display: none; }
 .status, .tag { font-size: 12px; font-weight: 600; border-radius: 99px;
-  padding: 0 8px; line-height: 17px; white-space: nowrap; min-width: 74px;
-  text-align: center; }
+  padding: 0 8px; line-height: 16px; min-width: 74px; text-align: center; }
 .status { color: var(--tone); background: var(--tint); }
-.tag { color: var(--soft); border: 1px solid var(--line); line-height: 15px; }
+.tag { color: var(--soft); box-shadow: inset 0 0 0 1px var(--line); }
 .headline { flex: 1 1 0; min-width: 0; font-weight: 600; }
 .tool, .agent { max-width: 12em; color: var(--soft); }
-.card:not([open]) > summary :is(.headline, .tool, .agent) { overflow: hidden;
-  text-overflow: ellipsis; white-space: nowrap; }
-.left { white-space: nowrap; min-width: 4.5em; text-align: right; }
+.status, .tag, .left, .card:not([open]) > summary > * { white-space: nowrap;
+  overflow: hidden; text-overflow: ellipsis; flex-shrink: 0; }
+.left { min-width: 4.5em; text-align: right; }
 .body { padding: 0 10px 10px; }
 .exact { background: var(--sunk); border: 1px solid var(--line);
   border-radius: 6px; padding: 7px 10px; }
-pre, code, .exact dd, .exact dt, .ids { margin: 0;
+pre, code, .exact dd, .exact dt { margin: 0;
   font: 13.5px/1.45 ui-monospace, Consolas, monospace; }
-pre, dd, h4 code, .full { white-space: break-spaces;
-  overflow-wrap: anywhere; unicode-bidi: isolate; }
+pre, dd, h4 code, .full { white-space: break-spaces; unicode-bidi: isolate; }
 dl { display: grid; grid-template-columns: fit-content(38%) minmax(0, 1fr);
-  gap: 1px 12px; margin: 0; }
-dt { color: var(--soft); overflow-wrap: anywhere; }
+  gap: 1px 12px; margin: 0; font-size: 13.5px; }
+dt { color: var(--soft); }
 dd { margin: 0; }
 .block { grid-column: 1 / -1; }
-.block pre, .more pre { background: var(--card); padding: 5px 8px;
-  border: 1px solid var(--line); border-left: 3px solid var(--soft); }
+pre { background: var(--card); padding: 5px 8px; border: 1px solid var(--line);
+  border-left: 3px solid var(--soft); }
 .end { color: var(--soft); font: 12px/1.5 system-ui, sans-serif; }
-.body summary { cursor: pointer; font-size: 13.5px; padding: 3px 0;
-  color: var(--soft); overflow-wrap: anywhere; }
+.body summary { cursor: pointer; padding: 3px 0; }
 .folds { display: flex; flex-wrap: wrap; gap: 0 18px; }
-.folds > details { flex: 0 0 auto; max-width: 100%; }
-.folds > [open] { flex: 1 1 100%; }
-.context pre { padding: 4px 10px; }
-.more dl { font-size: 13.5px; margin: 4px 0 8px; }
-.said { flex: 1 1 100%; margin: 4px 0 0; font-weight: 600;
-  white-space: pre-line; overflow: auto; }
-.over .said { margin: 0; line-height: 1.3; }
-.said:empty { display: none; }
-.warn { color: var(--red); background: var(--red-bg); padding: 2px 8px;
-  border-radius: 4px; font-size: 13.5px; }
-mark { background: var(--red-bg); color: var(--red); border-radius: 3px;
-  font-size: .85em; padding: 0 2px; }
-bdi { background: var(--other-bg); color: var(--other); border-radius: 3px;
-  text-decoration: underline; text-decoration-thickness: 1px;
-  text-underline-offset: 3px; }
+.folds > details { max-width: 100%; }
+.folds > [open] { flex-basis: 100%; }
+.said { flex: 1 1 100%; margin: 0; font-weight: 600; white-space: pre-line;
+  overflow: auto; line-height: 1.3; }
+.warn, .note { padding: 3px 10px; border-radius: 5px; }
+.warn, mark { color: var(--red); background: var(--red-bg); }
+mark, bdi { border-radius: 3px; padding: 0 1px; }
+mark { font-size: .85em; margin: 0 1px; }
+bdi { color: var(--other); background: var(--other-bg);
+  text-decoration: underline 1px; text-underline-offset: 3px; }
 
 /* deciding: buttons that have just appeared are dead */
 form { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; }
-.body > form { margin-top: 6px; }
-label { flex: 1 1 100%; color: var(--soft); font-size: 13.5px; }
+.body form { margin-top: 6px; }
+textarea, button, select, input { font: inherit; color: inherit; padding: 7px 10px;
+  border: 1px solid var(--soft); border-radius: 6px; background: var(--sunk); }
+textarea, main input[type=search] { flex: 1 1 220px; height: 40px; min-width: 0; }
+label { flex: 1 1 100%; }
 label textarea { display: block; width: 100%; height: auto; }
-textarea, input:not([type=hidden], [type=checkbox]) { flex: 1 1 220px; min-width: 0;
-  padding: 8px 10px; font: inherit; font-size: 15px; line-height: 1.3;
-  color: inherit; background: var(--sunk); border: 1px solid var(--soft);
-  border-radius: 6px; }
-textarea { min-height: 40px; height: 40px; }
-input[type=search] { flex: 0 1 170px; padding: 4px 8px; font-size: 14px; }
+header input, header button { padding: 3px 10px; max-width: 170px; }
 ::placeholder { color: var(--soft); opacity: 1; }
-button { font: inherit; font-weight: 600; min-height: 40px; cursor: pointer;
-  padding: 6px 22px; border-radius: 6px; border: 1px solid var(--soft);
-  background: transparent; color: inherit; }
-header button { min-height: 0; padding: 3px 10px; font-weight: 400; }
-.approve { background: var(--green); border-color: var(--green);
-  color: var(--on); }
+button { background: transparent; cursor: pointer; }
+main button { font-weight: 600; min-height: 40px; padding: 6px 22px; }
+.approve { background: var(--green); border-color: var(--green); color: var(--on); }
 .reject { color: var(--red); border-color: var(--red); }
 @keyframes appear { 0%, 99% { opacity: .45; pointer-events: none; } }
 .card[open] form button { animation: appear .6s; }
-:focus-visible { outline: 3px solid var(--other); outline-offset: 1px; }
 #stopped .note { background: var(--red-bg); margin-bottom: 8px; }
-#lost { position: fixed; bottom: 0; left: 16px; right: 16px; margin: 0;
-  --tone: var(--red); z-index: 1; }
-[hidden] { display: none !important; }
-#keys kbd { border: 1px solid var(--line); border-radius: 4px;
-  padding: 0 5px; background: var(--card); font-size: 13px; }
+#lost { position: fixed; bottom: 0; left: 16px; right: 16px; --tone: var(--red); }
 
 /* what was reviewed */
 ol { list-style: none; padding: 0; margin: 0; font-size: 14px; }
-li { background: var(--card); border: 1px solid var(--line); display: flex;
-  flex-wrap: wrap; gap: 0 12px; align-items: baseline; padding: 3px 10px;
-  border-left: 5px solid var(--tone); overflow-wrap: anywhere; }
-li + li { border-top: 0; }
-li a { flex: 1 1 20em; min-width: 0; }
+li { display: flex; flex-wrap: wrap; gap: 0 12px; align-items: baseline;
+  padding: 3px 10px; }
+li a { flex: 1 1 20em; }
 li .soft { flex: 1 1 100%; }
-select { font: inherit; padding: 4px 8px; border-radius: 6px; }
-main > form input { flex: 1 1 200px !important; }
 @media (max-width: 640px) {
   body { padding: 0 8px 32px; }
   header form { display: none; }
-  .card > summary, .many > .card > summary { flex-wrap: wrap;
-    padding-block: 7px; line-height: 1.4; }
-  .headline { order: 1; flex: 1 0 100%; }
+  .card > summary, .many > .card > summary { flex-wrap: wrap; padding-block: 7px;
+    line-height: 1.4; }
+  .headline, li a, li .soft { order: 1; flex: 1 0 100%; }
   .card:not([open]) > summary .headline { white-space: normal; }
   .tool, .agent { order: 2; }
   .left, li time { margin-left: auto; }
-  li a, li .soft { order: 1; flex: 1 0 100%; }
-  .body > form button { flex: 1 1 40%; min-height: 46px; }
+  .body form button { flex: 1 1 40%; min-height: 46px; }
   textarea { flex-basis: 100%; font-size: 16px; }
 }
 """
