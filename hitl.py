@@ -4387,9 +4387,8 @@ def escaped(text: str) -> Html:
 def marked_part(found: re.Match[str]) -> str:
     if found[1].isascii():
         return f"<mark>{found[1]}</mark>"
-    before = found.string[:found.start()][-1:]
-    after = found.string[found.end():][:1]
-    touches = before.isalnum() or after.isalnum()
+    text, start, end = found.string, found.start(), found.end()
+    touches = text[max(0, start - 1):start].isalnum() or text[end:end + 1].isalnum()
     return f"<bdi>{found[0] if touches else found[1]}</bdi>"
 
 
