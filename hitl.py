@@ -8219,8 +8219,8 @@ class Hook:
             return None
         seconds = self.ends_at - time.monotonic()
         rule = match.checkpoint
-        limit = min(seconds - min(1, seconds / 10),
-                    rule.timeout_seconds or math.inf)
+        limit = max(0.1, round(min(seconds - min(1, seconds / 10),
+                                   rule.timeout_seconds or math.inf), 1))
         lifetime = first_of(rule.lifetime_seconds,
                             gate.configuration.gate["lifetime_seconds"], DAY)
         try:
@@ -8296,7 +8296,7 @@ def refusal_text(fault: BaseException) -> str:
         return visible(f"hitl: refused: {type(fault).__name__}: {fault}. The "
                        "call did not run. Do not retry it; tell the user.")
     if fault.reason == "still-waiting":
-        said = fault.message.partition("; the request")[0]
+        said = fault.message.partition("; nothing ran")[0]
         return (f"{said}; the call did not run, and its request still waits. "
                 "Repeat this very call later to pick up the decision.")
     return fault.told if is_decision(fault) else f"hitl: refused: {fault.told}"

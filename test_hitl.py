@@ -6293,10 +6293,12 @@ def test_hook_deadline_and_repeat(desk, tmp_path):
     for more in ({"session_id": "other"}, {"cwd": "/other"}):
         assert ask(**more)[0] == "deny"                 # asks for itself
     assert len(desk.waiting()) == 3
+    asked = {row["request_id"] for row in desk.waiting(3)}
     desk.decide(request["request_id"])
     results = [in_background(ask) for _ in range(3)]
     said = sorted(result()[0] for result in results)
     assert said == ["allow", "deny", "deny"]            # claimed once
+    assert len({row["request_id"] for row in desk.waiting(3)} - asked) == 1
 
 
 def test_hook_ignores_the_working_directory(desk, tmp_path):
