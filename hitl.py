@@ -492,7 +492,7 @@ def no_constant(name: str) -> NoReturn:
 def finite(text: str) -> float:
     value = float(text)
     if math.isinf(value):
-        raise ValueError(f"{text[:40]} is no finite number")
+        raise ValueError(f"{text[:40]} is not a finite number")
     return value
 
 
@@ -997,9 +997,8 @@ def parts_of_pattern(value: Any) -> Iterator[Any]:
     from re import _parser  # type: ignore[attr-defined]
     if isinstance(value, _parser.SubPattern):
         yield value
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from parts_of_pattern(part)
+    for part in value if isinstance(value, (tuple, list)) else ():
+        yield from parts_of_pattern(part)
 
 
 def are_apart(branches: list[Any]) -> bool:
@@ -1157,23 +1156,28 @@ def objects_in(value: Any, texts: bool = False) -> Iterator[Mapping[str, Any]]:
     todo, count = [(value, 0)], 0
     while todo:
         item, depth = todo.pop()
-        parts: Iterable[Any] = ()
         if isinstance(item, Mapping):
             yield item
-            parts = item.values()
-        elif isinstance(item, (list, tuple)):
-            parts = item                        # a million numbers hold nothing
-        elif texts and isinstance(item, str) and JSON_START.match(item):
-            parts = read_json(item)
-        todo += ((part, depth + 1) for part in parts
+        todo += ((part, depth + 1) for part in parts_of(item, texts)
                  if type(part) not in PLAIN_TYPES)
         count += 1
         if depth > MAX_DEPTH or count + len(todo) > MAX_MEMBERS:
             raise ValueError("the arguments are too large to look through")
 
 
+def parts_of(item: Any, texts: bool) -> Iterable[Any]:
+    """The values in an object, a list or, with `texts`, a JSON text."""
+    if isinstance(item, Mapping):
+        return item.values()
+    if isinstance(item, (list, tuple)):
+        return item
+    return read_json(item) if texts and isinstance(item, str) else ()
+
+
 def read_json(text: str) -> list[Any]:
     """The value of a JSON text in a list, which is empty if it is not one."""
+    if not JSON_START.match(text):
+        return []
     try:
         return [LENIENT.decode(text)]
     except RecursionError:
@@ -1184,25 +1188,31 @@ def read_json(text: str) -> list[Any]:
 
 def inner_calls(arguments: Mapping[str, Any]
                 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The calls that a dispatcher's arguments name (Cline's use_mcp_tool):
-    a tool's name beside its arguments, or by itself where it is plain."""
+    """The calls that a dispatcher's arguments name (Cline's use_mcp_tool)."""
     count = 0
     for members in objects_in(arguments, texts=True):
-        keyed = [(bare_name(name), value) for name, value in members.items()]
-        given = [value for key, value in keyed if key in INNER_ARGUMENTS]
-        known = INNER_TOOLS if given else INNER_ALONE
-        for key, tool in keyed:
-            if key in known and isinstance(tool, str) and tool:
-                for value in given or [{}]:
-                    yield tool, inner_arguments(value)
-                    count += 1
+        for call in calls_named(members):
+            yield call
+            count += 1
         if count > MAX_INNER:
             raise ValueError(f"more than {MAX_INNER} calls are in it")
 
 
+def calls_named(members: Mapping[str, Any]
+                ) -> list[tuple[str, Mapping[str, Any]]]:
+    """The calls that an object names: a tool beside its arguments, or by
+    itself under a name that means nothing else."""
+    keyed = [(bare_name(name), value) for name, value in members.items()]
+    given = [value for key, value in keyed if key in INNER_ARGUMENTS]
+    known = INNER_TOOLS if given else INNER_ALONE
+    return [(tool, inner_arguments(value)) for key, tool in keyed
+            if key in known and isinstance(tool, str) and tool
+            for value in given or [{}]]
+
+
 def inner_arguments(value: Any) -> Mapping[str, Any]:
-    if isinstance(value, str) and JSON_START.match(value):
-        value = (read_json(value) or [value])[0]
+    if isinstance(value, str):
+        value = next(iter(read_json(value)), value)
     return value if isinstance(value, Mapping) else {"input": value}
 
 
@@ -1210,10 +1220,10 @@ def has_plain_values(arguments: Mapping[str, Any]) -> bool:
     """Whether no value could hold another call: numbers, and texts that
     are not JSON."""
     for value in arguments.values():
-        if type(value) is str:
-            if "{" in value or "[" in value or '"' in value:
+        if type(value) is not str:
+            if type(value) not in PLAIN_TYPES:
                 return False
-        elif type(value) not in PLAIN_TYPES:
+        elif "{" in value or "[" in value or '"' in value:
             return False
     return True
 
@@ -1437,7 +1447,7 @@ def one_text(value: Any) -> str | None:
     """A command as one text: a list of words (an argv, some commands) is
     joined, also where it comes as JSON; None for what is not text."""
     if isinstance(value, str) and value.lstrip()[:1] == "[":
-        value = (read_json(value) or [value])[0]
+        value = next(iter(read_json(value)), value)
     if isinstance(value, (list, tuple)) and all(
             isinstance(item, str) for item in value):
         return " ".join(value)
@@ -1530,7 +1540,7 @@ def template_parts(template: str) -> Iterator[str]:
         elif ("{" in text or "}" in text) and not (
                 TEMPLATE_NAME.fullmatch(text)):
             raise ValueError(
-                f'"{text}" is no argument\'s name: write {{tool}} or '
+                f'"{text}" is not the name of an argument: write {{tool}} or '
                 '{argument} or {argument.inner}, and {{ for a brace')
         else:
             yield text
@@ -2020,7 +2030,7 @@ def check_tables(path: Path, tables: dict[str, Any]) -> None:
             continue
         homes = [marks[table] for table in KEYS if name in KEYS[table]]
         if homes:
-            raise ConfigError(f'{path}: "{name}" stands outside any table',
+            raise ConfigError(f'{path}: "{name}" is outside of any table',
                               f"put {name} under {homes[0]}")
         near = did_you_mean(f"[[{name}]]", marks.values())
         raise ConfigError(f'{path}: unknown table or key "{name}"',
@@ -9861,58 +9871,70 @@ def raise_file_limit() -> None:
 def cmd_check(args: Any) -> int:
     """which checkpoint decides about a call; alone: is all well?"""
     configuration = load_configuration(find_configuration(args.config))
-    rules = configuration.rules
     if args.tool is None:
-        if args.json:
-            say(json.dumps({"path": str(rules.path), "checkpoints": [
-                {name: str(v) if v == math.inf else v
-                 for name, v in c._asdict().items()}
-                for c in rules.checkpoints]}))
-            return 0
-        warnings = [*file_warnings(configuration), *rule_warnings(
-            rules), *notice_warnings(
-            configuration, str(configuration.server["public_url"]))]
-        say(f"{rules.path}: {len(rules.checkpoints)} checkpoints, fine")
-        for c in rules.checkpoints:
-            kind = "" if c.kind == "tool" else f"{c.kind}: "
-            say(f"  {c.checkpoint_id:20} {c.effect:7} {kind}"
-                f"{c.action_pattern}")
-        say(f"  {'(what none matches)':20} {rules.unmatched}")
-        for warning in warnings:
-            say(f"warning: {warning}")
-        url = os.environ.get("HITL_SERVER_URL") or configuration.gate["server_url"]
-        try:
-            reply_of(Client(url), "GET", "/healthz")
-            say(f"server {url}: answers")
-        except HitlError as error:
-            say(f"server {url}: {error.message}")
+        lint(configuration, args.json)
         return 0
     with config_error("JSON of the arguments:"):
         arguments = parse_json(args.arguments)
         if not isinstance(arguments, dict):
             raise ValueError('it must be like {"table": "users"}')
-    match = rules.first_match(args.tool, arguments)
-    rule = match.checkpoint
-    answer = {"tool": args.tool, "effect": match.effect,
-              "checkpoint_id": rule.checkpoint_id, "why": match.why}
+    match = configuration.rules.first_match(args.tool, arguments)
     if args.json:
-        say(json.dumps(answer))
-        return 0
+        say(json.dumps({
+            "tool": args.tool, "effect": match.effect, "why": match.why,
+            "checkpoint_id": match.checkpoint.checkpoint_id}))
+    else:
+        explain(configuration, match, args.tool, arguments)
+    return 0
+
+
+def lint(configuration: Configuration, as_json: bool) -> None:
+    """Say what the file holds, what is doubtful in it, and whether the server
+    answers."""
+    rules = configuration.rules
+    if as_json:
+        say(json.dumps({"path": str(rules.path), "checkpoints": [
+            {name: str(value) if value == math.inf else value
+             for name, value in c._asdict().items()}
+            for c in rules.checkpoints]}))
+        return
+    warnings = [*file_warnings(configuration), *rule_warnings(rules),
+                *notice_warnings(configuration,
+                                 str(configuration.server["public_url"]))]
+    say(f"{rules.path}: {len(rules.checkpoints)} checkpoints, fine")
+    for c in rules.checkpoints:
+        kind = "" if c.kind == "tool" else f"{c.kind}: "
+        say(f"  {c.checkpoint_id:20} {c.effect:7} {kind}{c.action_pattern}")
+    say(f"  {'(what none matches)':20} {rules.unmatched}")
+    for warning in warnings:
+        say(f"warning: {warning}")
+    url = os.environ.get("HITL_SERVER_URL") or configuration.gate["server_url"]
+    try:
+        reply_of(Client(url), "GET", "/healthz")
+        say(f"server {url}: answers")
+    except HitlError as error:
+        say(f"server {url}: {error.message}")
+
+
+def explain(configuration: Configuration, match: Match, tool: str,
+            arguments: dict[str, Any]) -> None:
+    """Say what becomes of a call, and why."""
+    rules, rule = configuration.rules, match.checkpoint
     words = {"review": "waits for a person", "allow": "runs without review",
              "deny": "is denied"}[match.effect]
     named = rule in rules.checkpoints
-    say(f"{visible(args.tool)} {words}: " + (
-        f'checkpoint "{rule.checkpoint_id}" in ' if named else "by ")
-        + f"{rules.path}")
-    say(f"  because  {match.why}" + ("" if rule.checkpoint_id != "unmatched"
-        else f', and unmatched = "{rules.unmatched}"'))
-    if args.tool == "run" and not named:
+    source = f'checkpoint "{rule.checkpoint_id}" in' if named else "by"
+    say(f"{visible(tool)} {words}: {source} {rules.path}")
+    unmatched = rule.checkpoint_id == "unmatched"
+    why = f'{match.why}, and unmatched = "{rules.unmatched}"'
+    say(f"  because  {why if unmatched else match.why}")
+    if tool == "run" and not named:
         say("  but      `hitl.py run` always waits")
     if match.effect == "review":
-        say("  shown as " + visible(describe(rule, args.tool, arguments)))
-        seconds = first_of(rule.timeout_seconds, configuration.gate["timeout_seconds"])
+        say("  shown as " + visible(describe(rule, tool, arguments)))
+        seconds = first_of(rule.timeout_seconds,
+                           configuration.gate["timeout_seconds"])
         say(f"  waits    {seconds:g} s")
-    return 0
 
 
 def cmd_init(args: Any) -> int:

@@ -566,7 +566,7 @@ def some_json(rng, depth: int = 4):
 @pytest.mark.parametrize("data, why", [
     ('[{"a": 1, "\\u0061": 2}]', "a name appears twice in one JSON object"),
     ("NaN", "NaN is not JSON"), ('{"a": -Infinity}', "-Infinity is not JSON"),
-    ("[-1e999]", "-1e999 is no finite number"), ("9" * 5000, "digits"),
+    ("[-1e999]", "-1e999 is not a finite number"), ("9" * 5000, "digits"),
     ('{"\\uDC00\\ud800": 1}', "a lone surrogate is not text"),
     ('"\ud800"', "a lone surrogate is not text"), (b'"\xc0\xaf"', "utf-8"),
     (b"\xef\xbb\xbf{}", "Expecting value"), ("{}".encode("utf-16"), "utf-8"),
@@ -735,7 +735,7 @@ WRONG_FILES = [     # text before a rule, place in the message, its cure
     ("[[checkpoints]]\n", "unknown table or key", "mean [[checkpoint]]?"),
     ("[[gate]]\n", '"gate" is not written [gate]', "did you mean [gate]?"),
     ("[rules]\n", 'unknown table or key "rules"', "known: [gate], [server]"),
-    ("poll_seconds = 3\n", '"poll_seconds" stands outside any table',
+    ("poll_seconds = 3\n", '"poll_seconds" is outside of any table',
      "put poll_seconds under [gate]"),
     ("[server]\nunmatched = 3\n", '[server]: unknown key "unmatched"',
      "put unmatched under [gate]"),
@@ -770,7 +770,7 @@ WRONG_FILES = [     # text before a rule, place in the message, its cure
         ("description_template", ['" "', "7"], "in quotes, and not empty"),
         ("description_template", [f'"{bad}"' for bad in (
             "{", "}", "{0}", "{}", "{a!r}", "{a:>9}", "{a[0]}", "{a.}")],
-         "is no argument's name: write {tool} or {argument}"))
+         "is not the name of an argument: write {tool} or {argument}"))
       for value in values),
     *((rule(**{key: '"review"'}), f'{FIRST}unknown key "{key}"', cure)
       for key, cure in (("unmatched", "put unmatched under [gate]"),
