@@ -6739,16 +6739,20 @@ def snapshot(value: Any, own: str) -> Any:
 # A name of a secret, in any joining (DB_PASS, dbPass, X-Api-Key)...
 LONG_NAMES = (
     r"passw|pass[ _-]?phrase|passcode|secret(?!ar)|token|credential|cookie|jwt"
-    r"|authorization|bearer|session[_-]?id|(?:api|access|private|sign|signing"
+    r"|authorization|bearer|session[_-]?id|mnemonic|seed[ _-]?phrase"
+    r"|(?:verification|security|access|recovery|backup)[ _-]?code"
+    r"|(?:api|access|private|sign|signing"
     r"|encrypt|encryption|master|account|shared|ssh|auth|client|deploy|storage"
-    r"|service|license|hmac|webhook|admin|root|app|session|secret)[ _-]?key")
+    r"|service|license|hmac|webhook|admin|root|app|session|secret"
+    r"|fernet|subscription|functions)[ _-]?key")
 SHORT_NAMES = r"pass|pwd|pw|auth|pin|otp|creds?|sid|connect\.sid"
 SECRET_NAME = (rf"(?i)(?:{LONG_NAMES}|(?<![a-z])(?:{SHORT_NAMES})(?![a-z])"
                r"|pwd$|pass$(?<!bypass)(?<!compass))")
 # ... a quoted value, a word, the rest of a line ...
-QUOTED = (r"""\\"(?:[^"\\]|\\[^"])*+|"(?:[^"\\]|\\.)*+|'(?:[^'\\]|\\.)*+""")
+QUOTED = (r"""(?:\\"(?:[^"\\]|\\[^"])*+|"(?:[^"\\]|\\.)*+"""
+          r"""|'(?:[^'\\]|\\.|'')*+)""")
 NAMED = (rf"(?:{LONG_NAMES}|(?<![a-z])(?:{SHORT_NAMES})(?![a-z]))"
-         r"""[\w.-]{0,20}+[\\"'\]]{0,4}+""")
+         r"""[\w.-]{0,20}+(?: (?:for|of) [\w.@-]{1,40})?+[\\"'\]]{0,4}+""")
 START = (r"""^[ \t>|*+-]{0,40}+(?:(?:export|set|const|let|var) )?"""
          r"""["']?[\w.-]{0,40}?""")
 # ... and the beginnings by which vendors' tokens are known.
@@ -6776,21 +6780,33 @@ SECRETS = (
     r"""(?i)((?<!["'\\])(?:authorization|cookie): {0,4})[^\s"'\\][^\n]*+""",
     r"(?i)((?:authorization|cookie|x-[a-z-]{0,20}(?:key|token)): {0,4})"
     r"""[^\s"'\\][^\n"'\\]*+""",
-    rf"(?im)({START}{NAMED}(?:[:\t][ \t]{{0,40}}\r?\n?|[ \t]{{1,40}}=)"
-    r"""[ \t]{0,40})(?!["'\\{\[]|[|>]$)[^\r\n]++""",
+    rf"(?im)({START}{NAMED}:[ \t]{{0,8}}[|>][+-]?\r?\n)(?:[ \t]+[^\n]*\n?)++",
+    rf"(?im)({START}{NAMED}(?:[:\t][ \t]{{0,40}}+\r?\n?|[ \t]{{1,40}}+=)"
+    r"""[ \t]{0,40}+)(?!["'\\{\[]|[|>]$)[^\r\n]++""",
     rf"(?im)(^\|[^|\n]{{0,60}}?{NAMED}[^|\n]{{0,20}}\|[ ]{{0,40}})[^|\n]++",
-    # an assignment, JSON, a repr(), a query; then an option, XML, a sentence
+    # a call, a pair; an assignment, JSON, a repr(), a query
+    rf"(?i)(auth\s{{0,4}}\(\s{{0,4}}[\"'][^\"'\n]{{0,80}}[\"'],\s{{0,8}}){QUOTED}",
+    rf"(?i)((?:set_?|[\[(]\s{{0,8}}[\"'][\w.-]{{0,40}}?){NAMED}[(,]\s{{0,8}}){QUOTED}",
     rf"(?i)({NAMED}\s{{0,8}}(?:=>|:=|[:=])\s{{0,8}}"
-    rf"(?:[\[(]\s{{0,8}}[\"'][^\"'\n]{{0,80}}[\"'],\s{{0,8}})?)(?:{QUOTED}"
+    r"(?:[\[(]\s{0,8}(?:[\"'][^\"'\n]{0,80}[\"']|[\w.@-]{1,80}),\s{0,8})?)"
+    rf"(?:{QUOTED}"
     r"""|[^\s"'\\,;&(){}\[\]<>][^\s"'\\,;&)}\]<>]*+)""",
+    # an option, XML, a sentence
     rf"(?i)((?<!\S)--?[\w-]{{0,30}}?{NAMED}\s{{1,8}})(?:{QUOTED}|[^\s-]\S*+)",
-    rf"(?i)(<[\w:.-]{{0,40}}?{NAMED}[^<>]{{0,200}}+>)[^<]++",
+    rf"(?i)(<[\w:.-]{{0,40}}?{NAMED}[^<>]{{0,200}}+>(?:<!\[CDATA\[)?)[^<]++",
+    rf"(?i)((?:name|key)=[\"'][\w:.-]{{0,40}}?{NAMED}\s{{1,40}}value=){QUOTED}",
+    rf"(?i)((?:name|key)=[\"'][\w:.-]{{0,40}}?{NAMED}>)[^<]++",
     rf"(?i)(<key>[^<]{{0,40}}?{NAMED}</key>\s{{0,40}}<string>)[^<]++",
-    r"(?i)((?:passw\w{0,6}|passphrase|passcode|secret|token|pin|pwd|(?:api|"
-    r"access) key) (?:(?:is|was|to|now|be|as|set|called) ){1,3})"
+    r"(?i)((?:passw\w{0,6}|passphrase|passcode|secret|token|pin|pwd|pw|(?:api|"
+    r"access) key|(?:verification|security) code)"
+    r"(?: (?:for|of) \S{1,60})? "
+    r"(?:(?:is|was|to|now|be|as|set|called|changed|reset|->) ){1,3})"
     rf"(?:{QUOTED}|(?=\S{{0,60}}?(?:\d|(?-i:[a-z][A-Z])|\w[!#$%&*+/@^~]\w))\S++)",
     r"((?<!\S)(?:-[ua]|--(?:proxy-)?user|--auth)[ =]?[\"']?(?!\d{1,9}:\d)"
     r"[^\s:\"'/]{1,80}:)[^\s\"']++",
+    r"(?i)((?:passw\w{0,6}|passphrase|pwd?) )(?=\S{0,40}\d)(?=\S{0,40}[a-z])"
+    r"\S{8}\S*+",
+    r"((?<!\S)-b ?[\"'][\w.-]{1,40}=)[^\"'\n]++",
     r"((?<!\S)(?:-b|--cookie)[ =]?[\"']?[\w.-]{1,40}=)[^\s\"']++",
     r"((?:mysql|mariadb|sshpass|mongo|redis-cli|psql|ldap|zip|7z| login )"
     r"[^\n|;&]{0,160}?\s-[pPaw] ?)[^\s-]\S*+",
@@ -6798,9 +6814,10 @@ SECRETS = (
     r"(?m)(^[\w.*-]{1,80}:(?:\d{1,5}|\*):[^:\s]{1,60}:[^:\s]{1,60}:)\S++",
     r"()\$(?:apr1|2[abxy]|[156y]|argon2\w{1,2})\$[^\s:]{8}[^\s:]*+",
     # addresses
-    r"(://[^\s:/@\"']{0,100}:)(?!\d{1,5}(?:[/?#]|$))[^\s\"'<>]{1,160}(?=@)",
-    r"(://)[^\s:/@\"'<>]{8,160}(?=@)",
-    r"(?i)([?&#;][\w.-]{0,30}(?:key|sig|signature|code|auth|hash)=)[^\s&\"'#]{6}"
+    r"((?<!http)(?<!https)://[^\s:/@\"']{0,100}:)[^\s\"'<>]{1,120}(?=@)",
+    r"(://[^\s:/@\"']{0,100}:)(?!\d{1,5}(?:[/?#]|$))[^\s\"'<>]{1,120}(?=@)",
+    r"(://)[^\s:/@\"'<>]{8,120}(?=@)",
+    r"(?i)([?&#;][\w.-]{0,30}(?:key|sig|signature|code|auth|hash|ticket)=)[^\s&\"'#]{6}"
     r"[^\s&\"'#]*+",
     r"(hooks\.slack\.com/\w{1,20}/|/webhooks/\d{1,30}/)[\w/-]++",
     r"()(?<!\d)\d{8,10}:[\w-]{30}[\w-]*+",
@@ -6866,6 +6883,8 @@ def plain_json(value: Any, path: tuple[int, ...] = (),
     left[0] -= 1
     if value is None or type(value) in (bool, str):
         return value
+    if isinstance(value, (bytes, bytearray)):
+        return value.decode("utf-8", "backslashreplace")
     if type(value) in (int, float):
         return value if abs(value) < 1e300 else repr(float(value))
     if hasattr(type(value), "__dataclass_fields__"):
