@@ -1250,13 +1250,14 @@ def argument(arguments: Mapping[str, Any], name: str) -> Any:
 SHELL_WORDS = regex(
     "bash|shell|pwsh|zsh|ksh|fish|terminal|console|command|cmd|exec|process|"
     "stdin|script|ssh|tty|run|eval|invoke|spawn|launch|system|monitor|sandbox|"
-    "container|remote|tmux|(?<![a-z])(?:sh|start|job|task|batch|cli|repl|host|"
-    "wsl|sudo)(?![a-z])", re.IGNORECASE)
+    "container|remote|tmux|python|xonsh|(?<![a-z])(?:sh|start|job|task|batch|cli|"
+    "repl|host|wsl|sudo)(?![a-z])", re.IGNORECASE)
 EDIT_WORDS = regex(
     "write|edit|patch|replace|create|update|insert|append|delete|remove|"
-    "rename|modify|notebook|refactor|restore|revert|truncate|"
+    "rename|modify|notebook|refactor|restore|revert|truncate|upload|download|"
     "(?<![a-z])(?:save|move|copy|put|apply|add|set|mv|cp|rm|touch|link|"
-    "unlink|diff|change|make|new|fix|format|store|dump|undo)(?![a-z])",
+    "unlink|diff|change|make|new|fix|format|store|dump|undo|symlink|mkdir|chmod|"
+    "ln)(?![a-z])",
     re.IGNORECASE)
 HUMP = regex("(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 COMMANDS = frozenset((
