@@ -913,7 +913,8 @@ class Rules(NamedTuple):
 
     def _decides(self, call: Call) -> Match:
         return next(match for match in self._of_name(call.tool)
-                    if match.checkpoint.matches(call))
+                    if not match.checkpoint.action_pattern      # our own ids
+                    or match.checkpoint.matches(call))
 
     def _of_name(self, tool: str) -> Iterator[Match]:
         """The checkpoints that a tool's name lets match, and then what
@@ -1117,8 +1118,9 @@ def folded(name: str) -> str:
     if name.isascii() and name.isprintable():
         return name.lower()
     plain = unicodedata.normalize("NFKC", name).casefold()
-    return "".join(c for c in unicodedata.normalize("NFKC", plain)
+    seen = "".join(c for c in unicodedata.normalize("NFKC", plain)
                    if c.isprintable() and not SHAPELESS.match(c))
+    return unicodedata.normalize("NFKC", seen)
 
 
 def bare_name(name: str) -> str:
@@ -1134,7 +1136,7 @@ INNER_ARGUMENTS = frozenset((
     "arguments", "parameters", "input", "args", "params", "kwargs",
     "toolinput", "toolargs", "toolarguments", "toolparameters",
     "actioninput", "functionarguments"))
-JSON_START = regex(r'\s*[{\["]')
+JSON_STARTS = ("{", "[", '"', " ", "\t", "\r", "\n")
 PLAIN_TYPES = frozenset((int, float, bool, type(None)))
 
 
@@ -1159,7 +1161,7 @@ def objects_in(value: Any, texts: bool = False) -> Iterator[Mapping[str, Any]]:
         if isinstance(item, Mapping):
             yield item
         todo += ((part, depth + 1) for part in parts_of(item, texts)
-                 if type(part) not in PLAIN_TYPES)
+                 if may_hold_more(part, texts))
         count += 1
         if depth > MAX_DEPTH or count + len(todo) > MAX_MEMBERS:
             raise ValueError("the arguments are too large to look through")
@@ -1174,10 +1176,14 @@ def parts_of(item: Any, texts: bool) -> Iterable[Any]:
     return read_json(item) if texts and isinstance(item, str) else ()
 
 
+def may_hold_more(value: Any, texts: bool) -> bool:
+    if type(value) is str:
+        return texts and value.startswith(JSON_STARTS)
+    return type(value) not in PLAIN_TYPES
+
+
 def read_json(text: str) -> list[Any]:
     """The value of a JSON text in a list, which is empty if it is not one."""
-    if not JSON_START.match(text):
-        return []
     try:
         return [LENIENT.decode(text)]
     except RecursionError:
@@ -1263,8 +1269,7 @@ HUMP = regex("(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 COMMANDS = frozenset((
     "command", "commands", "cmd", "cmds", "script", "argv", "commandline",
     "cmdline", "shellcommand", "bashcommand", "commandtext", "fullcommand",
-    "code", "program", "input", "stdin", "chars", "keys", "keystrokes", "text",
-    "line", "lines"))
+    "code", "program", "input", "stdin", "chars", "keys", "keystrokes", "text"))
 PATHS = frozenset((
     "path", "paths", "filepath", "filepaths", "file", "files", "filename",
     "targetfile", "targetpath", "notebookpath", "absolutepath", "uri",

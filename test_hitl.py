@@ -1110,6 +1110,8 @@ def test_names_that_count_as_one_are_ambiguous(make_rules, arguments):
                 '{ environment = "prod|staging" }' if effect == "allow"
                 else '{ environment = "prod" }')))
         assert rules.first_match("deploy", arguments).effect == outcome
+        free = make_rules(rule()).first_match("deploy", arguments)
+        assert free.checkpoint.checkpoint_id == "unmatched"
         plain = rules.first_match("deploy", {"environment": "staging"})
         assert plain.effect == ("allow" if effect == "allow" else "review")
 
@@ -1147,6 +1149,22 @@ def test_a_dispatcher_is_looked_through(make_rules, make_gate, desk, tool,
     for harmless in ({"name": "delete_file"}, {"a": "delete_file"},
                      {"path": "x", "content": '{"name": "delete_x"}'}):
         assert rules.first_match(tool, harmless).effect == "allow"
+
+
+def test_large_arguments_are_looked_through_in_time(make_rules):
+    """A million numbers, long texts and documents hold no call up; what
+    nobody could look through waits."""
+    endless: dict = {"tool": "x"}
+    endless["inner"] = endless
+    rules = make_rules(rule())
+    for arguments, waits in (
+            ({"vectors": [1.5] * 1_000_000}, False), ({"a": endless}, True),
+            ({"names": ["x"] * 150_000}, False), ({"a": "{" * 10**6}, False),
+            ({"a": '"' + "x" * 10**6}, False), ({"a": '{"a":' * 9999}, True)):
+        start = time.thread_time()
+        match = rules.first_match("store", arguments)
+        assert time.thread_time() - start < 2
+        assert (match.effect == "review") == waits, match.why
 
 
 def test_a_long_name_waits_before_anything_is_cut(make_rules):
