@@ -229,7 +229,6 @@ class HitlError(RuntimeError):
                  reason: str = "", request_id: str = "") -> None:
         super().__init__(message)
         self.message, self.hint, self.request_id = message, hint, request_id
-        self.decided_at = ""            # of a rejection
         self.reason = reason or type(self).reason
 
     def __str__(self) -> str:
@@ -7109,7 +7108,6 @@ LAST_WORD_SECONDS = 2           # for a withdrawal or an outcome
 GRACE_SECONDS = 5               # of the network, beyond a poll's own wait
 PROGRESS_SECONDS = 15           # between lines that say what is waited for
 MAX_FREE = 10_000               # calls remembered as free: names can be made up
-CUT_BYTES = 160 * 1024          # of each end of a context that is too large
 
 
 class How(TypedDict, total=False):
@@ -7398,8 +7396,8 @@ class Gate:
                request_id: str | None, *, context: Any = None,
                timeout_seconds: float | None = None,
                lifetime_seconds: float | None = None,
-               session: str | None = None, attach: bool = False,
-               edits: bool = False, tick: Callable[[], object] | None = None) -> Asked:
+               tick: Callable[[], object] | None = None,
+               **more: Any) -> Asked:
         """What is asked of the reviewer, and for how long."""
         rule, settings = match.checkpoint, self.configuration.gate
         text = argument_text(tool, arguments)
@@ -7418,30 +7416,38 @@ class Gate:
                             f"{MAX_DESCRIPTION} bytes",
                             "name fewer arguments in description_template",
                             reason="too-large")
-        digest = digest_of(description, text, tool)
         given = self.context if context is None else context
-        named: dict[str, Any] = {"attach": True} if attach else {}
-        session = self.session if session is None else session
-        if session is None and request_id is None:  # a process that asks for
-            session = self._own_session     # its request again has another
-        if session:
-            named["session"] = session
-        if edits and rule.editable:
-            named["edits"] = True
         body = {
             "action_description": description, "tool": tool,
-            "arguments": ordered, "digest": digest,
-            "agent_context": plain_json(
-                given() if callable(given) else given),
+            "arguments": ordered,
+            "digest": digest_of(description, text, tool),
+            "agent_context": plain_json(given() if callable(given) else given),
             "timestamp": instant(time.time()),
-            "checkpoint_id": rule.checkpoint_id, "category": rule.category,
-            "checkpoint_digest": rule.digest,
-            "why": match.why[:MAX_WHY // 4],
             "agent": cut(self.agent or agent_name(), MAX_NAME),
-            "config_digest": self.rules.digest, **named}
-        return Asked(tool, text, description, digest,
+            **self._terms(match, request_id is None, **more)}
+        return Asked(tool, text, description, body["digest"],
                      request_id or os.urandom(16).hex(), timeout, lifetime,
                      body, tick)
+
+    def _terms(self, match: Match, fresh: bool, *, session: str | None = None,
+               attach: bool = False, edits: bool = False) -> dict[str, Any]:
+        """The fields of a request that say under which rules it is asked, and
+        what it may meet."""
+        rule = match.checkpoint
+        fields: dict[str, Any] = {
+            "checkpoint_id": rule.checkpoint_id, "category": rule.category,
+            "checkpoint_digest": rule.digest, "why": match.why[:MAX_WHY // 4],
+            "config_digest": self.rules.digest}
+        session = self.session if session is None else session
+        if session is None and fresh:   # a process that was started again, and
+            session = self._own_session     # asks for its request, has another
+        if session:
+            fields["session"] = session
+        if attach:
+            fields["attach"] = True
+        if edits and rule.editable:
+            fields["edits"] = True
+        return fields
 
     # ---- 2 ask ----
 
@@ -7450,8 +7456,9 @@ class Gate:
         the same was asked before."""
         give_up = time.monotonic() + min(UNREACHABLE_SECONDS,
                                          asked.timeout_seconds)
-        lifetime = None if asked.lifetime_seconds == math.inf else (
-            asked.lifetime_seconds)
+        lifetime: float | None = asked.lifetime_seconds
+        if lifetime == math.inf:
+            lifetime = None
         reply = self._insist("POST", "/pending", asked, {
             **asked.body, "request_id": asked.request_id,
             "agent_context": snapshot(asked.body["agent_context"], self.token),
@@ -7642,25 +7649,24 @@ class Gate:
         who = visible((state.decided_by or "").partition(":")[2])
         if state.status == Status.REJECTED:
             reason = f": {visible(state.reason)}" if state.reason else ""
-            error = CollaborationError(f"rejected by {who}{reason}",
-                                       request_id=asked.request_id)
-            error.decided_at = state.decided_at or ""
-            raise error
+            raise CollaborationError(f"rejected by {who}{ago(state)}{reason}",
+                                     request_id=asked.request_id)
         self._check_unspent(asked, state)
         if asked.tick:                  # a last look: is anybody still there?
             asked.tick()
-        asked.claiming = not asked.cancelled
-        if not asked.claiming:
-            raise self._nobody(asked)
         runs = state.approved_digest or asked.digest
         if runs != asked.digest and not asked.body.get("edits"):
             raise ChangedError("the arguments were changed, which this gate "
                                "did not ask for; nothing ran",
                                request_id=asked.request_id)
-        body = {"digest": runs, "claim": asked.claim}
+        asked.claiming = not asked.cancelled
+        if not asked.claiming:
+            raise self._nobody(asked)
+        body: dict[str, Any] = {"digest": runs, "claim": asked.claim}
+        if handed_over:
+            body["handed_over"] = True
         reply = self._insist(
-            "POST", f"/claim/{asked.request_id}", asked,
-            {**body, "handed_over": True} if handed_over else body,
+            "POST", f"/claim/{asked.request_id}", asked, body,
             time.monotonic() + CLAIM_RETRY_SECONDS)
         if reply.status != 200:
             raise self._refused(reply, asked.request_id)
@@ -7863,6 +7869,16 @@ async def undisturbed(function: Callable[..., T], *args: Any) -> T:
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.shield(work)
     return work.result()
+
+
+def ago(state: Summary) -> str:
+    """How long before this request a standing decision was made, by the
+    server's clock alone; "" for a decision about this request."""
+    if not state.said_at or not state.decided_at:
+        return ""
+    seconds = (datetime.fromisoformat(state.decided_at)
+               - datetime.fromisoformat(state.said_at)).total_seconds()
+    return f" {readable_seconds(max(0.0, seconds))} ago"
 
 
 def told_of_changes(held: Held, result: T) -> T:

@@ -5220,6 +5220,21 @@ def test_sessions(make_gate, desk):
             one.call("delete_records", CALL, dict, session=wrong)
 
 
+def test_rejected_again(make_gate):
+    """A rejection that stands is told with its age, by the server's clock
+    alone."""
+    impostor = Impostor()
+    impostor.lies["r-1"] = "pending", lambda g: [http_reply(g | {
+        "status": "rejected", "decided_by": "reviewer:ana", "reason": "no",
+        "said_at": "2001-01-01T12:00:00.000Z",
+        "decided_at": "2001-01-01T12:04:00.000Z"})]
+    with pytest.raises(hitl.CollaborationError,
+                       match="^rejected by ana 4 min ago: no$"):
+        make_gate(impostor).call("delete_records", CALL, dict,
+                                 request_id="r-1")
+    impostor.close()
+
+
 def test_attached(make_gate, desk):
     """With attach the same call of the same session meets the request that
     waits: one card, and of those who wait for it one runs."""
