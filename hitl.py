@@ -4237,7 +4237,17 @@ document.addEventListener("toggle", event => {
   const card = event.target;
   if (!card.matches(".card")) return;
   card.open ? since.set(card, performance.now()) : since.delete(card);
+  if (card.open) tidy(card);
 }, true);
+function tidy(card) {           // what is settled folds, once it is out of sight
+  const top = () => card.getBoundingClientRect().top, before = top();
+  for (const old of every(".over[open]")) {
+    if (old.getBoundingClientRect().bottom > 0) continue;
+    old.style.minHeight = "";
+    old.open = false;
+  }
+  scrollBy(0, top() - before);
+}
 
 // ---- live ----
 

@@ -7508,6 +7508,24 @@ def test_a_typed_reason_is_never_lost(tmp_path, chromium):
 
 
 @needs_browser
+def test_what_is_settled_folds_out_of_sight(desk, look):
+    """Once a settled card is out of sight it folds when another is opened,
+    and nothing that is seen moves."""
+    for n in range(3):
+        desk.post(f"r-{n}")
+    page = look()
+    page.decide(".approve")
+    assert until(lambda: page.text(".card .said"))
+    page.run("document.body.style.paddingBottom = '3000px'; scrollTo(0, "
+             "document.getElementById('request-r-1').offsetTop + 9)")
+    before = top(page, "r-2")
+    page.run("document.getElementById('request-r-2').open = true")
+    assert until(lambda: not page.run(
+        "return document.getElementById('request-r-0').open"))
+    assert abs(top(page, "r-2") - before) < 1
+
+
+@needs_browser
 def test_a_late_click_is_told_on_its_card(desk, look):
     """Where somebody was faster the card says what was decided."""
     desk.post("a-1")
