@@ -1090,23 +1090,20 @@ def odd_name(tool: str) -> str:
 def name_match(checkpoint: Checkpoint, tool: str) -> str:
     """Why a checkpoint's pattern finds this name, or ""; for kinds, why the
     name can be one of its kind."""
+    pattern = checkpoint.action_pattern
     if checkpoint.kind != "tool":
-        could_be = may_be(checkpoint.kind, tool)
-        return (f'kind = "{checkpoint.kind}" and action_pattern '
-                f"{checkpoint.action_pattern!r}") if could_be else ""
+        why = f'kind = "{checkpoint.kind}" and action_pattern {pattern!r}'
+        return why if may_be(checkpoint.kind, tool) else ""
     ways = views(tool)[:1] if checkpoint.effect == "allow" else views(tool)
     for way, text in ways:
-        if checkpoint.finds(checkpoint.action_pattern, text):
-            return (f"action_pattern {checkpoint.action_pattern!r} finds "
-                    f'{place_of(checkpoint, text)} of the {way} '
+        if checkpoint.finds(pattern, text):
+            hit = re.search(pattern, text[:MAX_TOOL_NAME], SEARCH)
+            place = "it"
+            if hit:
+                place = f'"{visible(hit[0])}" at {hit.start()} to {hit.end()}'
+            return (f"action_pattern {pattern!r} finds {place} of the {way} "
                     f'"{visible(text)}"')
     return ""
-
-
-def place_of(checkpoint: Checkpoint, text: str) -> str:
-    hit = re.search(checkpoint.action_pattern, text[:MAX_TOOL_NAME], SEARCH)
-    return f'"{visible(hit[0])}" at {hit.start()} to {hit.end()}' if hit else (
-        "the whole")
 
 
 # ---- names of arguments; calls inside a call ----
@@ -1241,8 +1238,8 @@ def argument(arguments: Mapping[str, Any], name: str) -> Any:
     there is none, or both and they differ: one would hide the other."""
     value: Any = arguments
     for part in name.split("."):
-        value = value.get(part, MISSING) if isinstance(
-            value, Mapping) else MISSING
+        inside = value if isinstance(value, Mapping) else {}
+        value = inside.get(part, MISSING)
     plain = arguments.get(name, value)
     return plain if value is MISSING or plain == value else MISSING
 
@@ -1373,10 +1370,8 @@ class Call:
         files it names."""
         paths = [path.strip() for path in PATCH_PATH.findall(text)]
         yield PATCH_CONTENT.sub("", text) if paths else text
-        for path in paths[:MAX_INNER]:
+        for path in paths:
             yield from self.landings(path)
-        if len(paths) > MAX_INNER:
-            yield None
 
     def landings(self, path: str) -> Iterator[str | None]:
         """A path as written, without disguise, and where each really is."""
@@ -1531,8 +1526,11 @@ def kind_arguments(kind: str, tool: str, arguments: Mapping[str, Any]
     """What a template of this kind can name, where the call has it."""
     name, names = {"shell": ("command", COMMANDS),
                    "edit": ("file_path", PATHS)}.get(kind, ("", frozenset()))
-    texts = map(one_text, Call(tool, arguments).values_of(names))
-    text = "\n".join(filter(None, texts))
+    try:
+        texts = map(one_text, Call(tool, arguments).values_of(names))
+        text = "\n".join(filter(None, texts))
+    except ValueError:                          # nests too deep to be read
+        text = ""
     return {name: text} if text else {}
 
 
@@ -1947,10 +1945,10 @@ def load_configuration(path: Path) -> Configuration:
         tables = tomllib.loads(data.decode("utf-8-sig"))
     except FileNotFoundError:
         beside = beside_this_file()     # an empty new one would gate nothing
-        there = beside != path and os.path.lexists(beside)
-        raise ConfigError(f"{path}: no such file", (
-            f"there is one beside hitl.py: {beside}; name that one" if there
-            else "`python3 hitl.py init` writes one")) from None
+        cure = "`python3 hitl.py init` writes one"
+        if beside != path and os.path.lexists(beside):
+            cure = f"there is one beside hitl.py: {beside}; name that one"
+        raise ConfigError(f"{path}: no such file", cure) from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -2022,8 +2020,9 @@ def refuse_strangers(path: Path, checkpoints: Iterable[Checkpoint],
 
 def check_tables(path: Path, tables: dict[str, Any]) -> None:
     """ConfigError for a table or a top-level key that does not belong."""
-    marks = {name: f"[[{name}]]" if REQUIRED in (d for _, d in keys.values())
-             else f"[{name}]" for name, keys in KEYS.items()}
+    marks = {name: f"[{name}]" for name in KEYS} | {
+        name: f"[[{name}]]" for name, keys in KEYS.items()
+        if REQUIRED in (default for _, default in keys.values())}
     for name, value in tables.items():
         mark = marks.get(name, "")
         rows = value if isinstance(value, list) else [value]
@@ -2052,10 +2051,10 @@ def checked(path: Path, place: str, kind: str,
     for key in table:
         if key not in known:
             home = next((t for t in KEYS if key in KEYS[t]), "")
-            raise ConfigError(
-                f'{path}: {place}: unknown key "{key}"',
-                f"put {key} under [{home}]" if home in ("gate", "server")
-                else f"known: {', '.join(known)}{did_you_mean(key, known)}")
+            cure = f"known: {', '.join(known)}{did_you_mean(key, known)}"
+            if home in ("gate", "server"):
+                cure = f"put {key} under [{home}]"
+            raise ConfigError(f'{path}: {place}: unknown key "{key}"', cure)
     values = {}
     for key, (check, default) in known.items():
         if default is REQUIRED and key not in table:

@@ -1312,6 +1312,19 @@ def test_an_allow_list_needs_to_know_every_argument(allow_rules, tmp_path,
     assert (match.effect == "allow") == opens
 
 
+@pytest.mark.parametrize("arguments, told", [
+    ({"command": ["bash", "-lc", "ls"]}, "Run bash -lc ls"),
+    ({"cmd": "ls"}, "Run ls"), ({"commands": ["ls", "pwd"]}, "Run ls pwd"),
+    ({"commands": '["ls"]'}, "Run ls"), ({"options": {"script": "a\nb"}},
+                                         "Run a\nb")], ids=rules_id)
+def test_a_command_is_told_whatever_it_is_called(make_rules, arguments, told):
+    """{command} in the template of a shell rule is the command's text."""
+    match = make_rules(kinds(pattern="'.*'")).first_match("Shell", arguments)
+    assert hitl.describe(match.checkpoint, "Shell", arguments) == told
+    deep = {"command": "[" * 99_999}
+    assert hitl.describe(match.checkpoint, "Shell", deep).startswith("Run [[")
+
+
 def test_an_edit_is_seen_where_it_lands(make_rules, tmp_path):
     """An edit rule looks at each path as written and as resolved, relative
     to the hook's cwd, and at a patch, in a shell text too."""
