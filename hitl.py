@@ -773,6 +773,7 @@ MAX_TOOL_NAME = 200             # characters: a longer name always waits
 MAX_MATCHED = 64 * 1024         # characters that any pattern looks at
 MAX_STEPS = 10_000_000          # of `re` for one pattern: a third of a second
 MAX_PATH = 4096                 # characters of a path that is looked up
+MAX_FILES = 1000                # that one edit touches; with more it matches
 MAX_INNER = 100                 # inner calls of one call; with more it waits
 MAX_MEMBERS = 200_000           # names and items in one call's arguments
 TEMPLATE_NAME = regex(r"\{([A-Za-z_]\w*(?:\.\w+)*)\}")
@@ -1300,6 +1301,7 @@ class Call:
     def __init__(self, tool: str, arguments: Mapping[str, Any],
                  cwd: str | None = None) -> None:
         self.tool, self.arguments, self.cwd = tool, arguments, cwd
+        self.files = 0                          # looked up on the disk
 
     @functools.cached_property
     def ambiguous(self) -> bool:
@@ -1374,7 +1376,11 @@ class Call:
             yield from self.landings(path)
 
     def landings(self, path: str) -> Iterator[str | None]:
-        """A path as written, without disguise, and where each really is."""
+        """A path as written, without disguise, and where each really is;
+        ValueError where they are too many to look up."""
+        self.files += 1
+        if self.files > MAX_FILES:
+            raise ValueError(f"more than {MAX_FILES} files")
         plain = re.sub("%([0-9A-Fa-f]{2})", lambda c: chr(int(c[1], 16)),
                        unicodedata.normalize("NFKC", path))
         plain = plain.replace("\\", "/").removeprefix("file://")

@@ -1345,6 +1345,8 @@ def test_an_edit_is_seen_where_it_lands(make_rules, tmp_path):
             ("Write", {"path": "a", "Path": "leash"}, True),
             ("Write", {"files": [{"path": "a"}, {"path": "leash"}]}, True),
             ("Write", {"paths": ["a", "leash"]}, True),
+            ("Write", {"paths": ["a"] * 1000}, False),
+            ("Write", {"paths": ["a"] * 1001}, True),
             ("Write", {"path": "a", "edits": [{"newText": "leash"}]}, False),
             ("Write", {"path": "a\0b"}, True), ("Write", {}, False),
             ("move_file", {"source": "x", "destination": "leash"}, True),
