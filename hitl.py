@@ -882,6 +882,20 @@ class Rules(NamedTuple):
             found.append(Match(ODD_NAME, str(error)))
         return max(found, key=lambda match: STRICTNESS.index(match.effect))
 
+    def all_holding(self, tool: str, arguments: Mapping[str, Any]
+                    ) -> list[Checkpoint]:
+        """Every checkpoint that matches a call, or one inside it; all there
+        are, where that cannot be told."""
+        try:
+            calls = [Call(tool, arguments), *(
+                Call(*inner) for inner in inner_calls(arguments))]
+        except ValueError:
+            return list(self.checkpoints)
+        return [match.checkpoint for call in calls
+                for match in self._of_name(call.tool)
+                if match.checkpoint in self.checkpoints
+                and match.checkpoint.matches(call)]
+
     def candidates(self, tool: str) -> tuple[Match, ...]:
         """Every checkpoint that could decide about a tool of this name, in
         file order, up to the first that asks nothing of the arguments."""
@@ -2679,9 +2693,7 @@ class Store:
             changed = changed_call(request, arguments)
             lapses_at = self.lapse_of(request)
         if remember and (changed or request.session is None):
-            raise Refusal("not-remembered", "this decision cannot stand for "
-                          "other calls", "only an unchanged call of a known "
-                          "session can; decide this one alone", about=request)
+            raise not_remembered(request)
         detail = {"reason": reason, "signed_in": signed_in,
                   "shown_at": shown_at}
         if changed:
@@ -3082,6 +3094,19 @@ def decided_already(request: ReviewRequest) -> Refusal:
         "nothing will run", about=request)
 
 
+def not_remembered(request: ReviewRequest) -> Refusal:
+    return Refusal("not-remembered", "this decision cannot stand for other "
+                   "calls", "only an unchanged call of a known session can, "
+                   "where its checkpoint allows it; decide this one alone",
+                   about=request)
+
+
+def not_editable(request: ReviewRequest) -> Refusal:
+    return Refusal("not-editable", "the arguments of this request cannot be "
+                   "changed", "approve it as it is, or reject it and say what "
+                   "should change", about=request)
+
+
 def changed_call(request: ReviewRequest,
                  arguments: dict[str, Any] | None) -> dict[str, Any]:
     """The columns that a reviewer's changed arguments become; none where
@@ -3089,9 +3114,7 @@ def changed_call(request: ReviewRequest,
     if arguments is None:
         return {}
     if not request.edits or request.arguments is None:
-        raise Refusal("not-editable", "the arguments of this request cannot "
-                      "be changed", "approve it as it is, or reject it and "
-                      "say what should change", about=request)
+        raise not_editable(request)
     text = as_sent(changed_value(parse_json(request.arguments), arguments,
                                  "arguments"))
     if text == request.arguments:
@@ -5140,6 +5163,7 @@ MAX_POLL_SECONDS = 60           # one long poll; proxies cut longer ones
 RECENT_SECONDS = 10             # a poll this recent: somebody waits
 LISTED = 500                    # waiting requests in one JSON answer
 SEEN_SECONDS = 0.6              # a card is read first: double clicks are shorter
+MAX_FORM_FIELDS = 256           # the arguments of a call, and a few
 PAGE_CARDS = 100                # waiting requests on the page at once
 REVIEWED_CARDS = 20             # reviewed ones below them
 
@@ -5183,6 +5207,9 @@ ROUTES = (
     Route("GET",  "/review/{request_id}",  "reviewer", "get_review"),
     Route("GET",  "/history",              "reviewer", "get_history"),
     Route("GET",  "/changes",              "reviewer", "get_changes"),
+    Route("GET",  "/standing",             "reviewer", "get_standing"),
+    Route("POST", "/lift/{number}",        "reviewer", "post_lift"),
+    Route("POST", "/stop",                 "reviewer", "post_stop"),
     Route("GET",  "/healthz",              "anyone",   "get_healthz"),
 )
 BY_PATH: dict[tuple[str, bool], dict[str, Route]] = {}
@@ -5423,7 +5450,7 @@ def parse_form(body: bytes) -> dict[str, str]:
     try:
         return unique_pairs(parse_qsl(
             body.decode("ascii"), keep_blank_values=True, strict_parsing=True,
-            errors="strict", max_num_fields=16))
+            errors="strict", max_num_fields=MAX_FORM_FIELDS))
     except ValueError:
         raise Refusal("bad-request", "the form cannot be read",
                       "send decision=approved or decision=rejected") from None
@@ -5524,6 +5551,46 @@ def asked_from(body: dict[str, Any], by: Principal, at: float,
             description, arguments, context, texts["why"])))
 
 
+def remember_from(asks: Mapping[str, Any], form: bool) -> Any:
+    """The `remember` of a decision; a form says it in two fields, of which
+    0 seconds are null."""
+    if not form or "remember_seconds" not in asks:
+        return asks.get("remember")
+    given = {name: asks.get(f"remember_{name}") or None
+             for name in ("seconds", "uses")}
+    if given["seconds"] in (None, "0"):
+        return None
+    return {name: int(text) if re.fullmatch("[0-9]{1,9}", text, re.ASCII)
+            else text for name, text in given.items() if text is not None}
+
+
+def changed_arguments(asks: Mapping[str, Any], form: bool,
+                      arguments: str | None) -> dict[str, Any] | None:
+    """The arguments that a reviewer wants instead, or None. A form has a field
+    for each, a text as it is and any other value as JSON."""
+    given = asks.get("arguments")
+    if form and any(name.startswith("argument:") for name in asks):
+        given = json.loads(arguments or "{}")
+        for field, text in asks.items():
+            name = field.removeprefix("argument:")
+            if field != name and isinstance(given.get(name), str):
+                given[name] = text.replace("\r\n", "\n")
+            elif field != name:
+                given[name] = field_value(name, text)
+    if given is None or isinstance(given, dict) and (form or "arguments" in asks):
+        return given
+    raise Refusal("bad-field", '"arguments" must be an object',
+                  'send "arguments": {"name": value, ...}')
+
+
+def field_value(name: str, text: str) -> Any:
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise Refusal("bad-field", f'"{visible(name[:200])}" is not JSON: {error}',
+                      "write it as it was: only its values change") from None
+
+
 def flag(body: Mapping[str, Any], name: str) -> bool:
     """A field that is true or false; false where it may be left out."""
     value = body.get(name, False)
@@ -5581,6 +5648,24 @@ def status_line(status: int) -> str:
     return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
 
 
+def asked_by_reviewer(http: HttpRequest, body: bytes) -> dict[str, Any]:
+    """The fields of a form, or of JSON."""
+    if content_type(http.headers) == FORM:
+        return dict(parse_form(body) if body else {})
+    return parse_object(body)
+
+
+def wants_page(http: HttpRequest) -> bool:
+    return "text/html" in http.headers["accept"]
+
+
+def standing_shape(row: Standing, used: int) -> dict[str, Any]:
+    return {"number": row.number, "decision": row.decision,
+            "made_by": row.made_by, "made_at": row.made_at, "until": row.until,
+            "uses": row.uses, "used": used, "request_id": row.request_id,
+            "reason": row.reason, "lifted_at": row.lifted_at}
+
+
 class Poll(NamedTuple):
     """An answer that waits until something changes."""
 
@@ -5602,6 +5687,7 @@ class Desk:
         self.admit = functools.lru_cache(maxsize=512)(self.judge)
         self.dated = (0, "")
         self.attended_until: dict[str, float] = {}  # request_id -> monotonic
+        self.rulings: dict[tuple[str | None, ...], list[Checkpoint]] = {}
 
     def attended(self, request_id: str) -> bool:
         """Whether somebody waits for this: a parked poll or a recent one."""
@@ -5624,15 +5710,18 @@ class Desk:
         except OSError:
             return True
 
-    def close_overdue(self) -> None:
-        """Close requests past their deadline, and approvals nobody claimed.
-        Raises what a failing database does."""
+    def close_overdue(self) -> bool:
+        """Close requests past their deadline, approvals nobody claimed, and
+        what a stop rejects -> whether there is more of it. Raises what a
+        failing database does."""
         now = time.monotonic()
         for request_id in [r for r, until in self.attended_until.items()
                            if until < now]:
             del self.attended_until[request_id]
-        for request in self.store.overdue():
+        overdue = self.store.overdue()
+        for request in overdue:
             self.store.attempt(self.store.close_overdue, request)
+        return len(overdue) >= CLOSED_A_TURN
 
     # ---- who may do what ----
 
@@ -5712,6 +5801,34 @@ class Desk:
                           CURES[route.who])
         return who
 
+    def ruling(self, request: ReviewRequest) -> list[Checkpoint]:
+        """The desk's own checkpoints for a request: the one that the agent
+        names, and all that match the call. The strictest counts: an agent
+        does not choose its rules by naming them."""
+        key = (request.digest, request.checkpoint_id)
+        if key not in self.rulings:
+            if len(self.rulings) >= 1000:
+                self.rulings.clear()
+            arguments = stored_json(request.arguments) or {}
+            self.rulings[key] = [
+                c for c in self.rules.checkpoints
+                if c.checkpoint_id == request.checkpoint_id
+                ] + self.rules.all_holding(request.tool or "", arguments)
+        return self.rulings[key]
+
+    def offers(self, request: ReviewRequest, name: str) -> Offers:
+        """What this reviewer may decide about a request."""
+        ruling = self.ruling(request)
+        shell = Call(request.tool or "", stored_json(request.arguments) or {}
+                     ).texts("shell")
+        return Offers(
+            decidable=all(not c.reviewers or name in c.reviewers for c in ruling),
+            remember=(request.session is not None
+                      and all(c.remember for c in ruling)),
+            files=bool(shell),
+            editable=(bool(request.edits and ruling)
+                      and all(c.editable for c in ruling)))
+
     # ---- answers ----
 
     def answer(self, http: HttpRequest, body: bytes) -> bytes | Poll:
@@ -5774,7 +5891,7 @@ class Desk:
         if status in (429, 503):
             headers += "Retry-After: 5\r\n"
         close = close or bool(http and http.close)
-        if http and "text/html" in http.headers["accept"]:
+        if http and wants_page(http):
             page = problem_page(status, refusal)
             return self.message(status, HTML, page.encode(), close, headers)
         body: dict[str, Any] = {
@@ -5878,12 +5995,12 @@ class Desk:
     def post_approve(self, http: HttpRequest, body: bytes) -> bytes:
         """A decision, as JSON or from a page's form, which leads home."""
         form = content_type(http.headers) == FORM
-        asks = parse_form(body) if form else parse_object(body)
+        asks = asked_by_reviewer(http, body)
         if asks.get("decision") not in ("approved", "rejected"):
             raise Refusal("bad-decision", '"decision" must be "approved" or '
                           '"rejected"', 'send {"decision": "approved"} or '
                           '{"decision": "rejected", "reason": "..."}')
-        page = form and "text/html" in http.headers["accept"]
+        page = form and wants_page(http)
         try:
             request = self.decided(http, asks, form)
         except Refusal as refusal:
@@ -5907,16 +6024,30 @@ class Desk:
             raise Refusal("too-fast", "this was decided before it could be "
                           "read", "look at it first, then decide",
                           about=self.store.request(http.request_id))
-        reason = text_field(asks, "reason", MAX_WHY)
-        arguments = asks.get("arguments")
-        if not (arguments is None or isinstance(arguments, dict)):
-            raise Refusal("bad-field", '"arguments" must be an object',
-                          'send "arguments": {"name": value, ...}')
+        request = self.store.request(http.request_id)
+        decision = Status(asks["decision"])
+        offers = self.offers(request, http.who.name)
+        if not offers.decidable:
+            raise Refusal("not-your-request", "this is for other reviewers",
+                          "its checkpoint names who may decide it",
+                          about=request)
+        arguments = changed_arguments(asks, form, request.arguments)
+        digest = text_field(asks, "digest", 64, required=offers.editable)
+        if arguments is not None and (not offers.editable
+                                      or decision == Status.REJECTED):
+            raise not_editable(request)
+        remember = remember_from(asks, form)
+        bounds = bounds_from(remember, decision) if remember is not None else None
+        if bounds and not offers.remember:
+            raise not_remembered(request)
+        by_itself = asks.keys().isdisjoint(("remember", "remember_seconds"))
+        if decision == Status.REJECTED and by_itself and offers.remember:
+            bounds = REJECTION_STANDS
         return self.store.decide(
-            http.request_id, Status(asks["decision"]), str(http.who),
-            reason=(reason or "").strip() or None,
-            signed_in=http.who.signed_in, shown_at=shown_at,
-            digest=text_field(asks, "digest", 64), arguments=arguments)
+            http.request_id, decision, str(http.who),
+            reason=(text_field(asks, "reason", MAX_WHY) or "").strip() or None,
+            signed_in=http.who.signed_in, shown_at=shown_at, digest=digest,
+            arguments=arguments, remember=bounds)
 
     def was_seen(self, shown_at: str | None) -> bool:
         try:
@@ -5939,6 +6070,38 @@ class Desk:
         if wait and after == self.store.head.sequence:
             return Poll("", wait)
         return self.message(200, JSON, self.change().encode(), http.close)
+
+    # ---- decisions that stand ----
+
+    def get_standing(self, http: HttpRequest) -> bytes:
+        rows = self.store.standing()
+        if "application/json" not in http.headers["accept"]:
+            return self.html(http, standing_page(self.view(http), rows))
+        return self.json(http, {"standing": [
+            standing_shape(*row) for row in rows]})
+
+    def post_stop(self, http: HttpRequest, body: bytes) -> bytes:
+        asks = asked_by_reviewer(http, body)
+        reason = (text_field(asks, "reason", MAX_WHY) or "").strip() or None
+        return self.stands(http, "/", self.store.stop(
+            str(http.who), reason, http.who.signed_in))
+
+    def post_lift(self, http: HttpRequest, body: bytes) -> bytes:
+        asked_by_reviewer(http, body)
+        if not re.fullmatch("[0-9]{1,15}", http.request_id, re.ASCII):
+            raise Refusal("unknown", "this is not a number",
+                          "`hitl.py standing` lists them")
+        return self.stands(http, "/standing", self.store.lift(
+            int(http.request_id), str(http.who)))
+
+    def stands(self, http: HttpRequest, home: str, row: Standing) -> bytes:
+        """The answer about a standing decision; to a form it leads home."""
+        if content_type(http.headers) == FORM and wants_page(http):
+            return self.message(303, HTML, b"", http.close,
+                                f"Location: {home}\r\n")
+        return self.json(http, standing_shape(row, self.store.used(row)))
+
+    # ---- reading ----
 
     def listed(self, request: ReviewRequest) -> dict[str, Any]:
         return self.shape(request.summary) | {
@@ -5990,7 +6153,8 @@ class Desk:
         return View(http.who.name, self.store.time, self.attended, self.told,
                     decided=self.store.asked_before,
                     rules=self.rules, change=self.store.head.sequence,
-                    stop=self.store.stop_in_force)
+                    offers=lambda request: self.offers(request, http.who.name),
+                    stands=True, stop=self.store.stop_in_force)
 
     def told(self, request_id: str) -> str:
         """The mark of a request whose notices failed."""
@@ -6382,8 +6546,7 @@ class Loop:
     def sweep(self) -> None:
         """What is past its time: connections, polls, requests."""
         import sqlite3
-        self.asyncio_loop.call_later(self.limits.sweep_seconds, self.sweep)
-        now = self.clock()
+        now, more = self.clock(), False
         for connection in self.everybody():
             if connection.until <= now and connection.waits_for is None:
                 self.drop(connection)
@@ -6398,13 +6561,15 @@ class Loop:
             self.stop()
         self.desk.store.tick()
         try:
-            self.desk.close_overdue()
+            more = self.desk.close_overdue()
             self.failing = False
-        except (sqlite3.Error, ValueError, TypeError) as error:
+        except (sqlite3.Error, Refusal, ValueError, TypeError) as error:
             if not self.failing:            # once, not four times a second
                 log.error("the database fails: %s", error)
             self.failing = True
         self.commit([])
+        pause = 0.01 if more else self.limits.sweep_seconds
+        self.asyncio_loop.call_later(pause, self.sweep)
 
     # ---- connections ----
 
@@ -10125,10 +10290,56 @@ def decide_as(args: Any, decision: str) -> int:
             return 1
     request = reply_of(
         client, "POST", f"/approve/{request['request_id']}",
-        {"decision": decision, "reason": args.reason or ""})
+        {"decision": decision, "reason": args.reason or "",
+         "digest": request["digest"]})
     say(json.dumps(request) if args.json else
         f"{request['status']} {request['request_id']}")
     return 0
+
+
+def cmd_stop(args: Any) -> int:
+    """stop everything: reject what waits, refuse what comes, until lifted"""
+    stop = reply_of(reviewer_client(args), "POST", "/stop",
+                    {"reason": args.reason or ""})
+    say(json.dumps(stop) if args.json else
+        f"{standing_line(stop)}\ncalls that run already go on; to end it: "
+        f"hitl.py lift {stop['number']}")
+    return 0
+
+
+def cmd_standing(args: Any) -> int:
+    """the decisions that answer the next calls too"""
+    rows = reply_of(reviewer_client(args), "GET", "/standing")["standing"]
+    if args.json:
+        say(json.dumps(rows, indent=2))
+        return 0
+    for row in rows:
+        say(standing_line(row))
+    if not rows:
+        say("no decision stands")
+    return 0
+
+
+def cmd_lift(args: Any) -> int:
+    """end a standing decision, or a stop"""
+    row = reply_of(reviewer_client(args), "POST", f"/lift/{args.number}", {})
+    say(json.dumps(row) if args.json else f"lifted: {standing_line(row)}")
+    return 0
+
+
+def standing_line(row: dict[str, Any]) -> str:
+    what = f"the same call as {row['request_id']}"
+    if row["request_id"] is None:
+        what = "everything"
+    line = (f"{row['number']} {row['decision']}: {what}, by "
+            f"{row['made_by'].partition(':')[2]} since {row['made_at']}")
+    if row["until"]:
+        line += f" until {row['until']}"
+    if row["uses"]:
+        line += f", {row['used']} of {row['uses']} uses"
+    if row["reason"]:
+        line += f": {row['reason']}"
+    return visible(line)
 
 
 def cmd_notify(args: Any) -> int:
@@ -10346,6 +10557,11 @@ def command_line() -> Any:
     add = command(cmd_notify, "notify --test phone", "--config")
     add("--test", metavar="NAME", nargs="?", const="", required=True,
         help="send a sample, by this entry or by all")
+    command(cmd_stop, 'stop --reason "it deletes the wrong rows"',
+            "--reason --json --config --server-url")
+    command(cmd_standing, "standing", "--json --config --server-url")
+    add = command(cmd_lift, "lift 7", "--json --config --server-url")
+    add("number", type=int, help="as `standing` lists it")
     add = command(cmd_log, "log --verify", "--json --config --database")
     add("--verify", action="store_true", help="check the whole chain")
     add("--head", metavar="HASH", default="",
