@@ -4676,6 +4676,7 @@ FORM_TEMPLATE = """<form method="post" action="/approve/{request_id}">
 ABOUT = """<input type="hidden" name="shown_at" value="{shown_at}">
     <input type="hidden" name="digest" value="{digest}">"""
 
+# `remember_seconds` 0: this decision does not stand for other calls.
 ASK_AGAIN = """<label><input type="checkbox" name="remember_seconds"
       value="0"> ask me next time: a rejection answers the same call for ten
       minutes</label>"""
@@ -4699,6 +4700,8 @@ EDIT = """<details><summary>Change the arguments</summary>
     <p class="said" role="status"></p>
   </form></details>"""
 
+# `argument:NAME` is a text as it is, and JSON for any other argument; those
+# that have no field stay as they are. Browsers send line breaks as CR LF.
 FIELD_TEMPLATE = """<label>{name}
       <textarea name="argument:{field}" rows="{rows}">
 {value}</textarea></label>
@@ -9718,15 +9721,24 @@ def cut_line(text: str, width: int) -> str:
     return text[:fitting(text, width - 1)] + "\u2026"
 
 
-def say_row(name: str, text: str) -> None:
-    """A row; where the terminal is too narrow it goes on behind a bar, so
-    that nothing can look like another row."""
-    line, width = f"    {name:12} {text}", terminal_width()
+def say_wrapped(line: str) -> None:
+    """A line; where the terminal is too narrow it goes on behind a plus, so
+    that nothing can look like another line."""
+    width = terminal_width()
     size = fitting(line, width)
     say(line[:size])
     while line := line[size:]:
         size = fitting(line, width - 6)
-        say("    | " + line[:size])
+        say("    + " + line[:size])
+
+
+def say_row(name: str, text: str) -> None:
+    say_wrapped(f"    {name:12} {text}")
+
+
+def say_block(text: str) -> None:
+    for line in text.split("\n"):
+        say_wrapped("    | " + line)
 
 
 def print_request(request: dict[str, Any]) -> None:
@@ -9739,10 +9751,9 @@ def print_request(request: dict[str, Any]) -> None:
         if not size:
             say_row(visible(name), text)
             continue
-        say_row(f"{visible(name)}: {size}", "")
-        for line in text.split("\n"):
-            say_row("|", line)
-        say_row(f"end of {visible(name)}", "")
+        say_wrapped(f"    {visible(name)}: {size}")
+        say_block(text)
+        say_wrapped(f"    end of {visible(name)}")
     say("  who asks, and what is known:")
     for name in ("agent", "asked_by", "checkpoint_id", "why", "received_at",
                  "deadline", "decided_by", "decided_at", "reason", "outcome",
@@ -9750,8 +9761,7 @@ def print_request(request: dict[str, Any]) -> None:
         if request.get(name):
             say_row(name, visible(str(request[name])))
     say("  context:")
-    for line in visible_lines(layout(request["agent_context"])).split("\n"):
-        say_row("|", line)
+    say_block(visible_lines(layout(request["agent_context"])))
     if request["status"] == Status.WAITING:
         say("  " + ("an agent waits for it" if request["attended"] else
                     "nobody waits for it now"))

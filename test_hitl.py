@@ -8078,7 +8078,7 @@ def test_list_show_approve_reject(desk):
     for words in ("waiting   Delete users where id = 3\n",
                   "runs exactly this: delete_records\n",
                   '    table        "users"\n', " agent:unauthenticated\n",
-                  '    |            {"task": "clean up"}\n',
+                  '    | {"task": "clean up"}\n',
                   "nobody waits for it now"):
         assert words in shown
     there = json.loads(typed(desk, "show", "abc-1", "--json").out)
