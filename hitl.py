@@ -1688,8 +1688,9 @@ def pattern_value(value: Any) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            re.compile(value, SEARCH)
-        steps = steps_of(value)
+            steps = steps_of(value)
+            if "(?<" in value:          # that its width is fixed, the parser
+                re.compile(value, SEARCH)       # leaves to the compiler
     except (re.error, OverflowError, RecursionError, Warning) as error:
         raise ValueError(f"is not a regular expression: {error}") from None
     except ValueError:
