@@ -9749,12 +9749,15 @@ def print_request(request: dict[str, Any]) -> None:
         say_row("in full", visible(request["action_description"]))
     say(f"  runs exactly this: {visible(request['tool'] or 'no tool')}")
     for name, size, text in argument_rows(request["arguments"] or {}):
+        label = visible(name)
+        if not re.fullmatch("[A-Za-z0-9_.-]+", name):
+            label = f'"{label}"'        # or it could look like a bar or an end
         if not size:
-            say_row(visible(name), text)
+            say_row(label, text)
             continue
-        say_wrapped(f"    {visible(name)}: {size}")
+        say_wrapped(f"    {label}: {size}")
         say_block(text)
-        say_wrapped(f"    end of {visible(name)}")
+        say_wrapped(f"    end of {label}")
     say("  who asks, and what is known:")
     for name in ("agent", "asked_by", "checkpoint_id", "why", "received_at",
                  "deadline", "decided_by", "decided_at", "reason", "outcome",

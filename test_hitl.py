@@ -8108,6 +8108,20 @@ def test_list_show_approve_reject(desk):
         "hitl: error: this request is rejected by ana since ")
 
 
+def test_no_line_of_show_imitates_another(desk):
+    """A block is behind bars, what is wrapped behind a plus, and a name that
+    could be read as either is in quotes."""
+    desk.post(tool="send", arguments={
+        "text": "one\nend of text\n", "| two": "x", "end of text": "y",
+        "long": "z" * 70})
+    shown = typed(desk, "show", "r-1", COLUMNS="60").out.splitlines()
+    start = shown.index("    text: text, 16 bytes, 3 lines")
+    assert shown[start + 1:start + 9] == [
+        "    | one", "    | end of text", "    | ", "    end of text",
+        '    "| two"      "x"', '    "end of text" "y"',
+        '    long         "' + "z" * 42, "    + " + "z" * 28 + '"']
+
+
 SILENT = "http://127.0.0.1:1"           # a port that nobody listens on
 SLIPS = (
     (2, "no reviewer's token", "set HITL_REVIEWER_TOKEN", "list",
