@@ -9413,7 +9413,6 @@ category = "destructive"
 # timeout_seconds = 900         # over [gate]'s, for this one
 # effect = "deny"               # "review" (default), "allow": runs at once if
                                 # the whole name matches to the letter, "deny"
-# reviewers = ["ana"]           # only these [[reviewer]]s may decide it
 # remember = false              # no decision stands for the same call again
 # editable = true               # the reviewer may change its arguments
 '''
