@@ -176,6 +176,7 @@ from collections.abc import (
     Awaitable, Callable, Container, Coroutine, Iterable, Iterator, Mapping)
 from datetime import datetime, timezone
 from pathlib import Path
+from re import _compiler, _constants as op, _parser  # type: ignore[attr-defined]
 from typing import (TYPE_CHECKING, Any, AnyStr, NamedTuple, NoReturn,
                     ParamSpec, TypedDict, TypeVar, Unpack, overload)
 
@@ -954,6 +955,8 @@ UNMATCHED = {
 
 
 # ---- how long a pattern may take ----
+# The parser of `re` is private to Python, and the same since 3.11; it gives a
+# list of (operation, argument).
 
 class Steps(NamedTuple):
     """What a pattern costs: its open repeats, each of which may run inside the
@@ -974,17 +977,17 @@ class Steps(NamedTuple):
 @functools.cache
 def steps_of(pattern: str) -> Steps:
     """ValueError where it repeats a repeat: nothing bounds that."""
-    from re import _parser  # type: ignore[attr-defined]
     return count_steps(_parser.parse(pattern, SEARCH), False)
 
 
 def count_steps(tree: Any, again: bool) -> Steps:
     """What a parsed pattern costs; `again`: it is repeated, so that each
     choice between alternatives counts."""
-    from re import _compiler, _constants as op  # type: ignore[attr-defined]
     most = loops = 0
     ways, last = 1, None                # the last open repeat, of one character
     for kind, value in tree:
+        if kind is op.LITERAL and last is None:
+            continue                    # most of a pattern, and no choice
         low, high = 1, 1
         if kind in (op.MAX_REPEAT, op.MIN_REPEAT, op.POSSESSIVE_REPEAT):
             low, high, value = value
@@ -1009,16 +1012,15 @@ def count_steps(tree: Any, again: bool) -> Steps:
 
 def parts_of_pattern(value: Any) -> Iterator[Any]:
     """The patterns inside an item of a parsed pattern."""
-    from re import _parser  # type: ignore[attr-defined]
     if isinstance(value, _parser.SubPattern):
         yield value
     for part in value if isinstance(value, (tuple, list)) else ():
-        yield from parts_of_pattern(part)
+        if not isinstance(part, int):
+            yield from parts_of_pattern(part)
 
 
 def are_apart(branches: list[Any]) -> bool:
     """Whether the first letter tells alternatives apart."""
-    from re import _constants as op  # type: ignore[attr-defined]
     firsts = {chr(branch[0][1]).casefold() for branch in branches
               if len(branch) and branch[0][0] is op.LITERAL}
     return len(firsts) == len(branches)
@@ -1044,7 +1046,6 @@ def split_pattern(pattern: str, joint: str) -> list[str]:
 def searches(pattern: str) -> list[list[tuple[re.Pattern[str], int]]]:
     """A pattern as its alternatives, each as the pieces between its `.*` with
     their least widths; whole where a piece would depend on another."""
-    from re import _parser  # type: ignore[attr-defined]
     whole = re.search(r"\\[1-9]|\(\?P=|\(\?\(|\(\?[a-zA-Z]+\)", pattern)
     return [[(re.compile(piece, SEARCH),
               _parser.parse(piece).getwidth()[0])
