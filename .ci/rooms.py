@@ -90,7 +90,8 @@ def main() -> int:
         print(f"hitl.py:{line}: a conditional expression inside another")
     unreached = [line for line in sorted(gaps) if rooms[line] in PATH]
     for line in unreached:
-        print(f"hitl.py:{line}: {gaps[line]}: {texts[line - 1].strip()}")
+        if gaps.get(line - 1) != gaps[line]:        # the first of its lines
+            print(f"hitl.py:{line}: {gaps[line]}: {texts[line - 1].strip()}")
     if gaps:
         print(f"{len(unreached)} lines of the path of a call are open")
     return 1 if nested(tree) else 0
