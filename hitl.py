@@ -9310,10 +9310,10 @@ def verify_rejection(trial: Trial) -> None:
     note("click Reject", "CollaborationError reaches the caller",
          f"{type(trial.raised).__name__}: {trial.raised}",
          type(trial.raised) is CollaborationError)
-    logged = [line for line in trial.book.log_lines
-              if "CollaborationError: rejected" in line]
+    lines = [line for line in trial.book.log_lines
+             if "CollaborationError: rejected" in line]
     note("read the log", "a line with CollaborationError: rejected",
-         " / ".join(logged) or "none", bool(logged))
+         " / ".join(lines) or "none", bool(lines))
     note("look at the records", "nothing ran, 3 of 3 records left", left(),
          left() == "3 of 3 records left")
 
