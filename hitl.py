@@ -9182,8 +9182,11 @@ class Notebook:
 class Trial:
     """One call of delete_records in a thread, and what became of it."""
 
-    def __init__(self, shop: Workshop, gate: Gate, book: Notebook) -> None:
-        self.shop, self.gate, self.book = shop, gate, book
+    def __init__(self, shop: Workshop, book: Notebook) -> None:
+        self.shop, self.book = shop, book
+        # a gate of its own: in one session a rejection answers the next call
+        self.gate = shop.gate("verification", {"plan": ["read", "delete"],
+                                               "step": 2})
         self.me = shop.reviewer("verifier")
         self.returned: Any = None
         self.raised: HitlError | None = None
@@ -9263,10 +9266,9 @@ def verify(model: str, timeout: float, say: Callable[[str], None]
 
 def verification(shop: Workshop, book: Notebook, timeout: float) -> None:
     """Trigger, approve; trigger, reject; trigger, and nobody decides."""
-    gate = shop.gate("verification", {"plan": ["read", "delete"], "step": 2})
-    verify_approval(Trial(shop, gate, book))
-    verify_rejection(Trial(shop, gate, book))
-    verify_silence(Trial(shop, gate, book), timeout)
+    verify_approval(Trial(shop, book))
+    verify_rejection(Trial(shop, book))
+    verify_silence(Trial(shop, book), timeout)
     with contextlib.closing(open_for_reading(shop.database)) as db:
         faults = "; ".join(audit_faults(db)) or "whole"
     book.note("check the audit log", "whole", faults, faults == "whole")
