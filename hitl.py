@@ -10194,33 +10194,28 @@ def cmd_init(args: Any) -> int:
 def coding_rules(path: Path, project: Path) -> str:
     """The checkpoints.toml of a coding agent that works in `project`."""
     parts = [HEAD, CODING_HEAD.replace("{project}", visible(str(project)))]
-    for n, pattern in enumerate(leash(path, project), 1):
-        parts.append(f"""
-[[checkpoint]]                  # the agent's leash
-checkpoint_id = "leash-{n}"
-kind = "edit"
-action_pattern = {json.dumps(pattern)}
-description_template = "Edit what holds this agent: {{file_path}}"
-effect = "deny"
-""")
-    parts += [list_rule(f"read-{n}", pattern)
+    parts += [rule_text(f"leash-{n}", pattern, "edit", "deny",
+                         "Edit what holds this agent: {file_path}")
+              for n, pattern in enumerate(leash(path, project), 1)]
+    parts += [rule_text(f"read-{n}", pattern)
               for n, pattern in enumerate(READ_ONLY, 1)]
     parts.append("\n# Builds and tests: these run what the agent wrote; with "
                  "them this is no boundary.\n")
     for n, pattern in enumerate(BUILDS, 1):
-        parts.append(list_rule(f"build-{n}", pattern).replace("\n", "\n# ")
-                     .replace("# \n", "\n").removesuffix("# "))
+        lines = rule_text(f"build-{n}", pattern).splitlines()
+        parts += [f"# {line}\n" if line else "\n" for line in lines]
     return "".join([*parts, CODING_TAIL])
 
 
-def list_rule(checkpoint_id: str, pattern: str) -> str:
+def rule_text(checkpoint_id: str, pattern: str, kind: str = "shell",
+               effect: str = "allow", template: str = "Run {command}") -> str:
     return f"""
 [[checkpoint]]
 checkpoint_id = "{checkpoint_id}"
-kind = "shell"
-action_pattern = {json.dumps(pattern)}
-description_template = "Run {{command}}"
-effect = "allow"
+kind = "{kind}"
+action_pattern = {json.dumps(pattern, ensure_ascii=False)}
+description_template = "{template}"
+effect = "{effect}"
 """
 
 
