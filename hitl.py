@@ -6984,8 +6984,8 @@ SECRETS = (
     # an option, XML, a sentence
     rf"(?i)((?<!\S)--?[\w-]{{0,30}}?{NAMED}\s{{1,8}})(?:{QUOTED}|[^\s-]\S*+)",
     rf"(?i)(<[\w:.-]{{0,40}}?{NAMED}[^<>]{{0,200}}+>(?:<!\[CDATA\[)?)[^<]++",
-    rf"(?i)((?:name|key)=[\"'][\w:.-]{{0,40}}?{NAMED}\s{{1,40}}value=){QUOTED}",
-    rf"(?i)((?:name|key)=[\"'][\w:.-]{{0,40}}?{NAMED}>)[^<]++",
+    rf"(?i)((?:name|key)=[\"'][\w:.-]{{0,40}}?{NAMED}"
+    r"(?:>|\s{1,40}value=[\"']))[^<\"']++",
     rf"(?i)(<key>[^<]{{0,40}}?{NAMED}</key>\s{{0,40}}<string>)[^<]++",
     r"(?i)((?:passw\w{0,6}|passphrase|passcode|secret|token|pin|pwd|pw|(?:api|"
     r"access) key|(?:verification|security) code)"
@@ -6996,8 +6996,7 @@ SECRETS = (
     r"[^\s:\"'/]{1,80}:)[^\s\"']++",
     r"(?i)((?:passw\w{0,6}|passphrase|pwd?) )(?=\S{0,40}\d)(?=\S{0,40}[a-z])"
     r"\S{8}\S*+",
-    r"((?<!\S)-b ?[\"'][\w.-]{1,40}=)[^\"'\n]++",
-    r"((?<!\S)(?:-b|--cookie)[ =]?[\"']?[\w.-]{1,40}=)[^\s\"']++",
+    r"((?<!\S)(?:-b|--cookie)[ =]?[\"']?[\w.-]{1,40}=)[^\s\"';]++(?:;[^\"'\n]*+)?",
     r"((?:mysql|mariadb|sshpass|mongo|redis-cli|psql|ldap|zip|7z| login )"
     r"[^\n|;&]{0,160}?\s-[pPaw] ?)[^\s-]\S*+",
     r"(?i)(\blogin \S{1,80}\s{1,8}password\s{1,8})\S++",
