@@ -4531,9 +4531,9 @@ def exact_call(request: ReviewRequest) -> Html:
     if request.status == Status.WAITING:
         title = "Runs exactly this:"
     rows = Html("<p><em>without arguments</em></p>")
-    if request.arguments is not None:
+    if request.runs is not None:
         rows = fill("<dl>{rows}</dl>", rows=joined(map(argument_row, (
-            argument_rows(stored_json(request.arguments))))) or "no arguments: {}")
+            argument_rows(stored_json(request.runs))))) or "no arguments: {}")
     return fill("<h4>{title} {tool}</h4>\n    {rows}", title=title, rows=rows,
                 tool=tag(request.tool, "code") or Html(
                     "<em>without a tool's name</em>"))
@@ -5128,13 +5128,16 @@ def decider(request: ReviewRequest) -> str:
 def endings(request: ReviewRequest) -> Iterator[str]:
     """Who decided, why, and what came of it."""
     if request.decided_by:
-        yield f"{request.status} by {decider(request)}"
+        standing = request.standing and f", standing decision {request.standing}"
+        yield f"{request.status} by {decider(request)}{standing or ''}"
     elif request.status == Status.EXPIRED:
         yield "nobody decided in time"
     else:
         yield "nobody waited any more"
     if request.reason:
         yield f"reason: {request.reason}"
+    if changed := changed_in_words(request):
+        yield changed
     if request.outcome:
         yield "outcome: " + ": ".join(filter(None, (
             request.outcome, request.outcome_text)))

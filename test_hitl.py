@@ -7795,6 +7795,63 @@ def test_what_is_settled_folds_out_of_sight(desk, look):
 
 
 @needs_browser
+@pytest.mark.parametrize("script", (True, False))
+def test_the_desk_decides_beyond_yes_and_no(make_desk, make_rules, chromium,
+                                            script):
+    """On the page: approve with changed arguments, let a decision stand, be
+    asked next time, lift, stop everything and lift that."""
+    desk = make_desk(rules=make_rules(
+        RULES.replace("[[checkpoint]]", "[[checkpoint]]\neditable = true")))
+    link = desk.url.replace("://", f"://ana:{REVIEWER_TOKEN}@")
+    call = FULL | {"session": "s", "edits": True, "arguments": {
+        "table": "users", "n": 3, "text": "a\nb"}}
+    cdp(chromium, "Emulation.setScriptExecutionDisabled", value=not script)
+
+    def press(button: str, path: str = "/") -> None:
+        shown_at = time.time()
+        chromium.open(link + path)
+        chromium.run("document.querySelectorAll('details').forEach(d => "
+                     "d.open = true)")
+        if path == "/review/r-1":
+            chromium.type("[name='argument:n']", "0")
+            chromium.type("[name='argument:text']", "\nc")
+        elif path == "/review/r-3":
+            chromium.click("[type=checkbox]")
+        elif button == "footer .reject":
+            chromium.type("footer [name=reason]", "wrong plan")
+        if path.startswith("/review") and script:
+            return chromium.decide(button)
+        assert until(lambda: time.time() > shown_at + 0.8)
+        chromium.click(button)
+
+    def standing() -> list[tuple]:
+        return [(row.decision, row.request_id) for row, _ in
+                desk.store.standing()]
+    for n, button in enumerate((".body > details .approve", "form + form button",
+                                ".reject", ".reject"), 1):
+        desk.post(f"r-{n}", **call | {"session": f"s{n}"})
+        press(button, f"/review/r-{n}")
+        assert until(lambda n=n: desk.state(f"r-{n}")["status"] != "waiting")
+    assert json.loads(desk.rows(
+        "SELECT approved_arguments FROM pending_reviews")[0][0]) == {
+        "table": "users", "n": 30, "text": "a\nb\nc"}
+    assert "changed by ana: {n: 3 -> 30, text: ... -> ...}" in Page(
+        desk.page("/review/r-1")).text
+    assert standing() == [("rejected", "r-4"), ("approved", "r-2")]
+    again = desk.post("r-5", **call | {"session": "s2"}).body
+    assert (again["status"], again["decided_by"]) == ("approved", "reviewer:ana")
+    assert "standing decision 1" in desk.page("/review/r-5")
+    press("li form button", "/standing")
+    assert until(lambda: standing() == [("approved", "r-2")])
+    press("footer .reject")
+    assert until(lambda: ("stopped", None) in standing())
+    assert "ana stopped everything: wrong plan" in desk.page()
+    press("#stopped button")
+    assert until(lambda: ("stopped", None) not in standing())
+    cdp(chromium, "Emulation.setScriptExecutionDisabled", value=False)
+
+
+@needs_browser
 def test_a_late_click_is_told_on_its_card(desk, look):
     """Where somebody was faster the card says what was decided."""
     desk.post("a-1")
