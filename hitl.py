@@ -8380,6 +8380,7 @@ class Hook:
         self.began, self.parent = time.monotonic(), os.getppid()
         self.ends_at, self.ended = math.inf, False
         self.dialect = ""               # until it is known
+        self.notes: list[str] = []      # warnings, for a person only
 
     def run(self) -> NoReturn:
         """Answer what is on stdin, and exit."""
@@ -8387,9 +8388,8 @@ class Hook:
             os.fstat(1)                 # or a file opened later would be it
         except OSError:
             os._exit(2)
-        # with exit status 2 a model reads stderr: no hints for operators
-        if not (sys.stderr and sys.stderr.isatty()):
-            log.warning = log.error = lambda *_: None
+        log.warning = lambda words, *rest: self.notes.append(words % rest)
+        log.error = lambda *_: None     # its hint is not for a model
         self.watch(min(self.deadline or 25, 25))
         try:
             answer = self.answer(sys.stdin.buffer.read(MAX_HOOK_INPUT))
@@ -8507,11 +8507,14 @@ class Hook:
         """The one answer, whole, and the end of this process; exit status 2
         if it cannot be written."""
         self.ended = True               # an alarm comes too late now
+        lines = [words] if words else []
+        if status == 0:                 # with 2 a model reads stderr
+            lines = self.notes + lines
         try:
             if answer is not None:
                 write_whole(1, json.dumps(answer).encode() + b"\n")
-            if words and sys.stderr:
-                write_whole(2, f"{words}\n".encode(errors="backslashreplace"))
+            for line in lines if sys.stderr else []:
+                write_whole(2, f"{line}\n".encode(errors="backslashreplace"))
         except OSError:
             status = 2
         os._exit(status)
@@ -8569,8 +8572,8 @@ SNIPPETS: dict[str, tuple[str, Any]] = {
     "cline": (".clinerules/hooks/PreToolUse", "#!/bin/sh\n{command}\n"),
 }
 ADVICE = {"codex": "trust it once with /hooks: untrusted hooks are skipped",
-             "cline": "make it executable",
-             "gemini": "timeout is in milliseconds"}
+          "cline": "make it executable",
+          "gemini": "timeout is in milliseconds"}
 
 
 def bytecode_folder() -> Path:

@@ -6473,9 +6473,10 @@ dialects = pytest.mark.parametrize("dialect", HOOKS)
 def test_hook_dialects(dialect, desk, tmp_path):
     """Each agent's own answer for approve, reject and unmatched."""
     call, approved, rejected = HOOKS[dialect]
-    url = {"HITL_SERVER_URL": desk.url}
-    out, status, _ = run_hook(call("ls -la"), folder=tmp_path, **url)
+    url = {"HITL_SERVER_URL": desk.url, "HITL_REVIEWER_TOKEN": "x" * 20}
+    out, status, err = run_hook(call("ls -la"), folder=tmp_path, **url)
     assert (out, status) == ("{}\n", 0)
+    assert err.count("HITL_REVIEWER_TOKEN") == err.count("\n") == 1
     assert desk.rows("SELECT * FROM pending_reviews") == []
     for decision, answer in (("approved", approved), ("rejected", rejected)):
         wait = in_background(lambda decision=decision: run_hook(
