@@ -1435,7 +1435,7 @@ class Call:
     def shut_paths(self) -> list[str]:
         """The paths of an edit that end where they say, without `..`."""
         paths, base = list(self.items_of(PATHS)), self.resolved(".")
-        plain = self.is_plain("edit") and base and all(
+        plain = self.is_plain("edit") and not self.texts("shell") and base and all(
             path.isascii() and path.isprintable() and ".." not in path.split("/")
             and os.path.normpath(os.path.join(base, path)) == self.resolved(path)
             for path in paths)
@@ -1443,8 +1443,9 @@ class Call:
 
     def is_plain(self, kind: str) -> bool:
         """Whether anything may open: the agent's own tool, not on Windows."""
+        texts = self.texts(kind)
         return (os.name != "nt" and OWN_TOOL.fullmatch(self.tool) is not None
-                and None not in self.texts(kind))
+                and texts != [] and None not in texts)
 
     def is_beside(self, key: str, value: Any) -> bool:
         """Whether an argument beside the command changes nothing of it."""
@@ -1482,10 +1483,11 @@ def one_text(value: Any) -> str | None:
 BESIDE: dict[str, type | tuple[type, ...]] = {
     "description": str, "explanation": str, "timeout": (int, float),
     "timeoutms": (int, float), "timeoutseconds": (int, float),
+    "timeoutsec": (int, float), "yieldtimems": (int, float),
     "runinbackground": bool, "background": bool, "isbackground": bool}
 FOLDERS = frozenset(("cwd", "workdir", "workingdirectory", "workingdir",
                      "directory", "dir", "dirpath", "folder"))
-OWN_TOOL = regex("(?!mcp)[A-Za-z0-9]+(?:[_-][A-Za-z0-9]+)*")
+OWN_TOOL = regex("(?!(?i:mcp))[A-Za-z0-9]+(?:[_-][A-Za-z0-9]+)*")
 PLAIN_WORD = regex("[A-Za-z0-9_./:=@%+,-]+")
 TOKEN = regex(r"""
     (?P<redirection> (?: 2>&1 | 2?>/dev/null ) (?= [ ;|&\n] | \Z ) )

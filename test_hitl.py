@@ -1379,6 +1379,9 @@ def test_an_allow_rule_for_edits_needs_a_plain_path(make_rules, tmp_path):
             ({"path": "src/a", "diff": "x"}, False), ({}, False)):
         match = rules.first_match("Write", arguments, str(tmp_path))
         assert (match.effect == "allow") == opens, arguments
+    for tool in ("Bash", "run_edit", "mcp__x__Write", "MCP_write", "x.Write"):
+        call = {"cmd": "rm x", "path": "src/a"}
+        assert rules.first_match(tool, call).effect == "review", tool
 
 
 # ---- templates, warnings ----
