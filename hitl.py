@@ -6819,13 +6819,13 @@ class Client:
 
 
 @functools.cache
-def opener(tls: bool, tls_ca: str) -> Any:
-    """urllib's opener, as above. A socket's own time-out is for each step,
-    and a server that sends a byte a second would hold a call for ever; so
-    every step gets only what is left of the whole."""
+def timely() -> Any:
+    """A function that gives http.client's connection with one end for all it
+    does. A socket's own time-out is for each step, and a server that sends a
+    byte a second would hold a call for ever; so every step gets only what is
+    left of the whole."""
     import http.client
     import io
-    import urllib.request
 
     class Bounded(io.RawIOBase):
         def __init__(self, sock: Any, file: Any, end: float) -> None:
@@ -6858,11 +6858,18 @@ def opener(tls: bool, tls_ca: str) -> Any:
                 super().connect()
                 self.sock.settimeout(max(0.001, end - time.monotonic()))
         return Timed
+    return timed
+
+
+@functools.cache
+def opener(tls: bool, tls_ca: str) -> Any:
+    """urllib's opener, as above."""
+    import urllib.request
 
     class Timely(urllib.request.AbstractHTTPHandler):
         def do_open(self, http_class: Any, req: Any, **more: Any) -> Any:
-            return super().do_open(
-                timed(http_class, time.monotonic() + req.timeout), req, **more)
+            end = time.monotonic() + req.timeout
+            return super().do_open(timely()(http_class, end), req, **more)
 
     class Plain(Timely, urllib.request.HTTPHandler):
         pass
@@ -7113,9 +7120,12 @@ def masked_json(value: Any, own: str) -> Any:
         return value
     named = any(names_secret(value.get(key)) for key in (
         "name", "key", "header", "Name", "Key"))        # of {"value": ...}
-    return {masked_text(key, own): mask(str(item))
-            if is_secret(key, item) or named and key.lower() == "value"
-            else masked_json(item, own) for key, item in value.items()}
+    made = {}
+    for key, item in value.items():
+        secret = is_secret(key, item) or named and key.lower() == "value"
+        shown = mask(str(item)) if secret else masked_json(item, own)
+        made[masked_text(key, own)] = shown
+    return made
 
 
 def is_secret(name: str, value: Any) -> bool:
@@ -7209,10 +7219,8 @@ class Binder:
         shown = {name: as_shown(value) for name, value in given.items()}
 
         def run(**approved: Any) -> Any:
-            values = {
-                name: value if approved[name] is shown[name]
-                else rebuilt(value, approved[name])
-                for name, value in given.items()}
+            values = {name: rebuilt(value, shown[name], approved[name])
+                      for name, value in given.items()}
             if rest:
                 bound.arguments[rest] = {name: values[name] for name in extra}
             bound.arguments |= {name: values[name] for name in named}
@@ -7227,8 +7235,11 @@ def as_shown(value: Any) -> Any:
     return list(value) if type(value) is tuple else value
 
 
-def rebuilt(given: Any, approved: Any) -> Any:
-    """An approved value as the enum or tuple that the function was given."""
+def rebuilt(given: Any, shown: Any, approved: Any) -> Any:
+    """An approved value as the enum or tuple that the function was given;
+    what was not even held is the very object."""
+    if approved is shown:
+        return given
     if isinstance(given, enum.Enum) or type(given) is tuple:
         return type(given)(approved)
     return approved
@@ -7296,6 +7307,11 @@ CLAIM_RETRY_SECONDS = 30        # for a claim whose reply was lost
 LAST_WORD_SECONDS = 2           # for a withdrawal or an outcome
 GRACE_SECONDS = 5               # of the network, beyond a poll's own wait
 PROGRESS_SECONDS = 15           # between lines that say what is waited for
+REFUSED_AS: dict[str, type[HitlError]] = {      # a reply's reason -> the error
+    "already-claimed": AlreadyClaimedError, "stopped": CollaborationError,
+    "lapsed": ReviewTimeoutError, "expired": ReviewTimeoutError,
+    "id-taken": ChangedError, "bad-digest": ChangedError,
+    "arguments-changed": ChangedError}
 MAX_FREE = 10_000               # calls remembered as free: names can be made up
 
 
@@ -7720,14 +7736,10 @@ class Gate:
                 "set HITL_AGENT_TOKEN, or Gate(token=...), to the agent token "
                 "that serve was started with", reason=reply.reason,
                 request_id=request_id)
-        kind: type[HitlError] = {
-            "already-claimed": AlreadyClaimedError,
-            "lapsed": ReviewTimeoutError, "expired": ReviewTimeoutError,
-            "stopped": CollaborationError,
-            "id-taken": ChangedError, "bad-digest": ChangedError,
-            "arguments-changed": ChangedError,
-        }.get(reply.reason, UnreachableError if reply.status in
-              (404, 421) or reply.status >= 500 else HitlError)
+        kind = REFUSED_AS.get(reply.reason, HitlError)
+        away = reply.status in (404, 421) or reply.status >= 500
+        if kind is HitlError and away:
+            kind = UnreachableError
         return kind(f"the server refused: "
                     f"{visible(str(reply.body.get('title', reply.status)))}",
                     visible(str(reply.body.get("detail") or "is server_url "
@@ -7805,8 +7817,8 @@ class Gate:
                 same = f'the same call with request_id "{asked.request_id}"'
             raise self._nobody(asked, "; the request still waits, and "
                                f"{same} picks up its decision")
-        state = self._withdraw(asked, "cancelled" if asked.cancelled
-                               else "timeout")
+        why = "cancelled" if asked.cancelled else "timeout"
+        state = self._withdraw(asked, why)
         if state is None or state.status in (Status.WAITING, Status.EXPIRED):
             raise self._nobody(asked)
         return state
@@ -7836,11 +7848,7 @@ class Gate:
     def _claim(self, asked: Asked, state: Summary, handed_over: bool) -> Held:
         """The call, if this one, and no other, may run now (promise 3)."""
         who = visible((state.decided_by or "").partition(":")[2])
-        if state.status == Status.REJECTED:
-            reason = f": {visible(state.reason)}" if state.reason else ""
-            raise CollaborationError(f"rejected by {who}{ago(state)}{reason}",
-                                     request_id=asked.request_id)
-        self._check_unspent(asked, state)
+        self._check_approved(asked, state, who)
         if asked.tick:                  # a last look: is anybody still there?
             asked.tick()
         runs = state.approved_digest or asked.digest
@@ -7875,8 +7883,12 @@ class Gate:
         return Held(arguments, who, changed, asked.request_id, asked.claim,
                     self)
 
-    def _check_unspent(self, asked: Asked, state: Summary) -> None:
+    def _check_approved(self, asked: Asked, state: Summary, who: str) -> None:
         """An error unless the request is approved and not yet claimed."""
+        if state.status == Status.REJECTED:
+            reason = f": {visible(state.reason)}" if state.reason else ""
+            raise CollaborationError(f"rejected by {who}{ago(state)}{reason}",
+                                     request_id=asked.request_id)
         if state.status != Status.APPROVED or state.outcome == Outcome.LAPSED:
             ended = state.outcome or state.status
             raise ReviewTimeoutError(
@@ -8156,9 +8168,13 @@ def first_of(*values: T | None) -> T:
 def argument_text(tool: str, arguments: Mapping[str, Any]) -> str:
     """The arguments as canonical JSON, if reading that gives back an equal
     value of the same types; a tuple, an integer key or an enum would not."""
-    wrong = {str(name): why for name, value in arguments.items()
-             if (why := "its name is not a string" if type(name) is not str
-                 else not_json(name) or not_json(value))}
+    wrong = {}
+    for name, value in arguments.items():
+        why = not_json(name) or not_json(value)
+        if type(name) is not str:
+            why = "its name is not a string"
+        if why:
+            wrong[str(name)] = why
     if wrong:
         raise HitlError(
             f"{visible(tool)}: the arguments are not plain JSON: " + "; ".join(
@@ -8184,8 +8200,9 @@ def not_json(value: Any) -> str:
         back = parse_json(PLAIN.encode([[value]]))[0][0]
     except (TypeError, ValueError, RecursionError) as error:
         return str(error)
-    return "" if repr(value) == repr(back) else (
-        f"a {type(value).__name__} changes on the way through JSON")
+    if repr(value) == repr(back):
+        return ""
+    return f"a {type(value).__name__} changes on the way through JSON"
 
 
 # ================================= Adapters ================================
