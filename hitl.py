@@ -5272,6 +5272,11 @@ def bad_head(what: str) -> Refusal:
     return Refusal("bad-request", what, "send plain HTTP/1.1, as curl does")
 
 
+def bad_field(name: str, must: str, cure: str = "") -> Refusal:
+    return Refusal("bad-field", f'"{visible(name[:80])}" must be {must}',
+                   cure or f'send "{name}": ...')
+
+
 def parse_head(head: bytes) -> HttpRequest:
     """A request's head, strictly (RFC 9112): what is ambiguous is refused,
     never repaired, because two parsers that repair differently see two
@@ -5434,39 +5439,24 @@ def parse_query(query: str) -> Mapping[str, str]:
         raise bad_head("the query cannot be read") from None
 
 
+def number_in(query: str, name: str, pattern: str = "[0-9]{1,15}") -> float:
+    """A number of the query; 0 where it is left out."""
+    text = parse_query(query).get(name, "0")
+    if not re.fullmatch(pattern, text, re.ASCII):
+        raise bad_field(name, "a number", f"ask for ?{name}=5")
+    return float(text)
+
+
 def wait_in(query: str) -> float:
     """How many seconds a poll may be held."""
-    text = parse_query(query).get("wait", "0")
-    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
-        raise Refusal("bad-field", '"wait" is not a number of seconds',
-                      "ask for ?wait=5")
-    return min(float(text), MAX_POLL_SECONDS)
+    return min(number_in(query, "wait", r"[0-9]{1,9}(\.[0-9]{1,9})?"),
+               MAX_POLL_SECONDS)
 
 
-def number_in(query: str, name: str) -> int:
-    """A whole number of the query; 0 where it is left out."""
-    text = parse_query(query).get(name, "0")
-    if not re.fullmatch("[0-9]{1,15}", text, re.ASCII):
-        raise Refusal("bad-field", f'"{name}" is not a whole number',
-                      f"ask for ?{name}=0")
-    return int(text)
-
-
-def parse_form(body: bytes) -> dict[str, str]:
-    from urllib.parse import parse_qsl
-    if body.lstrip()[:1] == b"{":
-        raise Refusal("wrong-type", "this is JSON, sent as a form",
-                      "add -H 'Content-Type: application/json'")
-    try:
-        return unique_pairs(parse_qsl(
-            body.decode("ascii"), keep_blank_values=True, strict_parsing=True,
-            errors="strict", max_num_fields=MAX_FORM_FIELDS))
-    except ValueError:
-        raise Refusal("bad-request", "the form cannot be read",
-                      "send decision=approved or decision=rejected") from None
-
-
-def parse_object(body: bytes) -> dict[str, Any]:
+def parse_body(http: HttpRequest, body: bytes) -> dict[str, Any]:
+    """The fields of a JSON object, or of a form."""
+    if content_type(http.headers) == FORM:
+        return parse_form(body)
     try:
         value = parse_json(body)
     except ValueError as error:
@@ -5478,75 +5468,88 @@ def parse_object(body: bytes) -> dict[str, Any]:
     return value
 
 
-def text_field(body: Mapping[str, Any], name: str, limit: int,
-               required: bool = False) -> str | None:
-    """A field that is a text, or None where it may be left out."""
+def parse_form(body: bytes) -> dict[str, Any]:
+    from urllib.parse import parse_qsl
+    if body.lstrip()[:1] == b"{":
+        raise Refusal("wrong-type", "this is JSON, sent as a form",
+                      "add -H 'Content-Type: application/json'")
+    if not body:
+        return {}
+    try:
+        return unique_pairs(parse_qsl(
+            body.decode("ascii"), keep_blank_values=True, strict_parsing=True,
+            errors="strict", max_num_fields=MAX_FORM_FIELDS))
+    except ValueError:
+        raise Refusal("bad-request", "the form cannot be read",
+                      "send decision=approved or decision=rejected") from None
+
+
+def text_field(body: Mapping[str, Any], name: str, limit: int) -> str:
+    """A field that is a text and not blank."""
     value = body.get(name)
-    blank = value is None or isinstance(value, str) and not value.strip()
-    if blank and not required:
-        return None
-    if blank or not isinstance(value, str):
-        raise Refusal("bad-field", f'"{name}" must be a text',
-                      f'send "{name}": "..."')
+    if not isinstance(value, str) or not value.strip():
+        raise bad_field(name, "a text", f'send "{name}": "..."')
     if len(value) > limit // 4 and len(value.encode()) > limit:
         raise Refusal("too-large", f'"{name}" is over {limit} bytes',
                       "send less of it")
     return value
 
 
-REQUIRED_FIELDS = ("request_id", "action_description", "agent_context",
-                   "timestamp")
-OPTIONAL_FIELDS = {"tool": MAX_NAME, "agent": MAX_NAME,
-                   "checkpoint_id": MAX_NAME, "category": MAX_NAME,
-                   "why": MAX_WHY, "config_digest": MAX_NAME,
-                   "session": MAX_SESSION, "checkpoint_digest": 64}
-PENDING_FIELDS = frozenset((*REQUIRED_FIELDS, *OPTIONAL_FIELDS, "arguments",
-                            "timeout_seconds", "digest", "attach", "edits"))
+def optional_text(body: Mapping[str, Any], name: str, limit: int) -> str | None:
+    """The same, or None where it is blank or left out."""
+    value = body.get(name)
+    blank = value is None or isinstance(value, str) and not value.strip()
+    return None if blank else text_field(body, name, limit)
+
+
+def flag(body: Mapping[str, Any], name: str) -> bool:
+    """A field that is true or false; false where it may be left out."""
+    value = body.get(name)
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    raise bad_field(name, "true or false", f'send "{name}": true')
+
+
+def object_field(body: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    value = body.get(name)
+    if value is None or isinstance(value, dict):
+        return value
+    raise bad_field(name, "an object", f'send "{name}": {{"name": value, ...}}')
+
+
+# ---- what an agent asks ----
+
+REQUIRED_FIELDS = ("request_id", "action_description", "agent_context", "timestamp")
+OPTIONAL_FIELDS = {
+    "tool": MAX_NAME, "agent": MAX_NAME, "checkpoint_id": MAX_NAME,
+    "category": MAX_NAME, "why": MAX_WHY, "config_digest": MAX_NAME,
+    "session": MAX_SESSION, "checkpoint_digest": 64}
+PENDING_FIELDS = frozenset((
+    *REQUIRED_FIELDS, *OPTIONAL_FIELDS, "arguments", "timeout_seconds", "digest",
+    "attach", "edits"))
 
 
 def asked_from(body: dict[str, Any], by: Principal, at: float,
                now: str) -> ReviewRequest:
     """What POST /pending asks, checked field by field; Refusal with cure."""
-    missing = [name for name in REQUIRED_FIELDS if name not in body]
-    if missing:
-        raise Refusal("missing-field", f'"{missing[0]}" is missing',
-                      f"required are {', '.join(REQUIRED_FIELDS)}")
-    if not PENDING_FIELDS.issuperset(body):
-        extra = min(set(body) - PENDING_FIELDS)
-        raise Refusal("bad-field", f'unknown field "{visible(extra[:80])}"',
-                      f"known are {', '.join(sorted(PENDING_FIELDS))}")
+    check_fields(body)
     request_id = body["request_id"]
     if not isinstance(request_id, str) or not REQUEST_ID.fullmatch(request_id):
-        raise Refusal("bad-field", '"request_id" must be 1 to 128 of '
-                      "A-Z a-z 0-9 . _ : -, not . or .., and not begin with "
-                      "standing:", "a UUID is fine")
-    description = text_field(body, "action_description", MAX_DESCRIPTION, True)
-    texts: dict[str, Any] = {name: text_field(body, name, limit)
+        raise bad_field("request_id", "1 to 128 of A-Z a-z 0-9 . _ : -, not . or "
+                        ".., and not begin with standing:", "a UUID is fine")
+    description = text_field(body, "action_description", MAX_DESCRIPTION)
+    texts: dict[str, Any] = {name: optional_text(body, name, limit)
                              for name, limit in OPTIONAL_FIELDS.items()}
-    arguments = body.get("arguments")
-    if not (arguments is None or isinstance(arguments, dict)):
-        raise Refusal("bad-field", '"arguments" must be an object',
-                      'send "arguments": {"name": value, ...}')
+    if not re.fullmatch("[0-9a-f]{64}", texts["checkpoint_digest"] or "0" * 64):
+        raise bad_field("checkpoint_digest", "a SHA-256", "64 digits of 0-9 a-f")
+    sent, arguments = arguments_from(body, texts["tool"])
     try:
         timestamp = parse_timestamp(body["timestamp"])
-        sent = None if arguments is None else as_sent(arguments)
-        arguments = None if arguments is None else canonical(arguments)
         context = READABLE.encode(body["agent_context"])
     except ValueError as error:
-        raise Refusal("bad-field", str(error),
-                      "numbers must be finite; a time is like "
-                      f'"{now}"') from None
-    if arguments is not None and len(arguments) > MAX_ARGUMENTS:
-        limit = arguments_limit(texts["tool"], body["arguments"])
-        if len(arguments) > limit:
-            raise Refusal(
-                "too-large", f"arguments over {limit} bytes",
-                "pass a reference, such as a file's name and SHA-256")
-    checkpoint_digest = texts["checkpoint_digest"]
-    if checkpoint_digest and not re.fullmatch("[0-9a-f]{64}", checkpoint_digest):
-        raise Refusal("bad-field", '"checkpoint_digest" must be a SHA-256',
-                      "64 digits of 0-9 a-f")
-    digest = digest_of(description or "", arguments, texts["tool"])
+        raise Refusal("bad-field", str(error), "numbers must be finite; a time is "
+                      f'like "{now}"') from None
+    digest = digest_of(description, arguments, texts["tool"])
     if body.get("digest") not in (None, digest):
         raise Refusal("bad-digest", "the digest sent is not that of the "
                       "action_description, arguments and tool sent",
@@ -5555,59 +5558,38 @@ def asked_from(body: dict[str, Any], by: Principal, at: float,
         request_id, Status.WAITING, None, digest,
         deadline_from(body.get("timeout_seconds"), at), received_at=now,
         timestamp=timestamp, asked_by=str(by), **texts,
-        action_description=description or "", arguments=sent,
-        agent_context=context, edits=1 if flag(body, "edits") else None,
+        action_description=description, arguments=sent, agent_context=context,
+        edits=1 if flag(body, "edits") else None,
         size=sum(len((text or "").encode()) for text in (
             description, arguments, context, texts["why"])))
 
 
-def remember_from(asks: Mapping[str, Any], form: bool) -> Any:
-    """The `remember` of a decision; a form says it in two fields, of which
-    0 seconds are null."""
-    if not form or "remember_seconds" not in asks:
-        return asks.get("remember")
-    given = {name: asks.get(f"remember_{name}") or None
-             for name in ("seconds", "uses")}
-    if given["seconds"] in (None, "0"):
-        return None
-    return {name: int(text) if re.fullmatch("[0-9]{1,9}", text, re.ASCII)
-            else text for name, text in given.items() if text is not None}
+def check_fields(body: dict[str, Any]) -> None:
+    """Refusal where a field is missing, or is not one of ours."""
+    for name in REQUIRED_FIELDS:
+        if name not in body:
+            raise Refusal("missing-field", f'"{name}" is missing',
+                          f"required are {', '.join(REQUIRED_FIELDS)}")
+    if extra := body.keys() - PENDING_FIELDS:
+        raise Refusal("bad-field", f'unknown field "{visible(min(extra)[:80])}"',
+                      f"known are {', '.join(sorted(PENDING_FIELDS))}")
 
 
-def changed_arguments(asks: Mapping[str, Any], form: bool,
-                      arguments: str | None) -> dict[str, Any] | None:
-    """The arguments that a reviewer wants instead, or None. A form has a field
-    for each, a text as it is and any other value as JSON."""
-    given = asks.get("arguments")
-    if form and any(name.startswith("argument:") for name in asks):
-        given = json.loads(arguments or "{}")
-        for field, text in asks.items():
-            name = field.removeprefix("argument:")
-            if field != name and isinstance(given.get(name), str):
-                given[name] = text.replace("\r\n", "\n")
-            elif field != name:
-                given[name] = field_value(name, text)
-    if given is None or isinstance(given, dict) and (form or "arguments" in asks):
-        return given
-    raise Refusal("bad-field", '"arguments" must be an object',
-                  'send "arguments": {"name": value, ...}')
-
-
-def field_value(name: str, text: str) -> Any:
+def arguments_from(body: dict[str, Any], tool: str | None
+                   ) -> tuple[str | None, str | None]:
+    """The arguments as they were sent, and as canonical JSON."""
+    arguments = object_field(body, "arguments")
+    if arguments is None:
+        return None, None
     try:
-        return parse_json(text)
+        sent, text = as_sent(arguments), canonical(arguments)
     except ValueError as error:
-        raise Refusal("bad-field", f'"{visible(name[:200])}" is not JSON: {error}',
-                      "write it as it was: only its values change") from None
-
-
-def flag(body: Mapping[str, Any], name: str) -> bool:
-    """A field that is true or false; false where it may be left out."""
-    value = body.get(name, False)
-    if value is None or isinstance(value, bool):
-        return bool(value)
-    raise Refusal("bad-field", f'"{name}" must be true or false',
-                  f'send "{name}": true')
+        raise Refusal("bad-field", str(error), "numbers must be finite") from None
+    if len(text) > MAX_ARGUMENTS and len(text) > arguments_limit(tool, arguments):
+        limit = arguments_limit(tool, arguments)
+        raise Refusal("too-large", f"arguments over {limit} bytes",
+                      "pass a reference, such as a file's name and SHA-256")
+    return sent, text
 
 
 def deadline_from(timeout: Any, at: float) -> str | None:
@@ -5615,12 +5597,44 @@ def deadline_from(timeout: Any, at: float) -> str | None:
     promised to stop waiting."""
     if timeout is None:
         return None
-    if type(timeout) not in (int, float) or (
-            not 0 < timeout < MAX_YEARS * 31_557_600):
-        raise Refusal("bad-field", '"timeout_seconds" must be a number above '
-                      f"0 and below {MAX_YEARS} years",
-                      "leave it out for no deadline")
+    longest = MAX_YEARS * 31_557_600
+    if type(timeout) not in (int, float) or not 0 < timeout < longest:
+        raise bad_field(
+            "timeout_seconds", f"a number above 0 and below {MAX_YEARS} years",
+            "leave it out for no deadline")
     return instant(at + timeout)
+
+
+# ---- what a reviewer decides ----
+
+def remember_from(asks: Mapping[str, Any], form: bool) -> Any:
+    """The `remember` of a decision; a form says it in two fields, of which
+    0 seconds are null."""
+    if not form:
+        return asks.get("remember")
+    if asks.get("remember_seconds") in (None, "", "0"):
+        return None
+    given = {name: asks.get(f"remember_{name}") for name in ("seconds", "uses")}
+    return {name: int(text) if re.fullmatch("[0-9]{1,9}", text, re.ASCII) else text
+            for name, text in given.items() if text}
+
+
+def changed_by_form(asks: Mapping[str, Any], arguments: str | None
+                    ) -> dict[str, Any] | None:
+    """The arguments that a form wants instead, or None: it has a field for
+    each, a text as it is (with CR LF for a line break) and others as JSON."""
+    changed = json.loads(arguments or "{}")
+    fields = {name.removeprefix("argument:"): text for name, text in asks.items()
+              if name.startswith("argument:")}
+    for name, text in fields.items():
+        if isinstance(changed.get(name), str):
+            changed[name] = text.replace("\r\n", "\n")
+            continue
+        try:
+            changed[name] = parse_json(text)
+        except ValueError as error:
+            raise bad_field(name, f"JSON: {error}", "only its values change") from None
+    return changed if fields else None
 
 
 # Security headers, on every answer alike. No CORS, no cookie, ever.
@@ -5656,13 +5670,6 @@ STORAGE_FAILED = Refusal(
 def status_line(status: int) -> str:
     from http import HTTPStatus
     return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
-
-
-def asked_by_reviewer(http: HttpRequest, body: bytes) -> dict[str, Any]:
-    """The fields of a form, or of JSON."""
-    if content_type(http.headers) == FORM:
-        return dict(parse_form(body) if body else {})
-    return parse_object(body)
 
 
 def wants_page(http: HttpRequest) -> bool:
@@ -5955,7 +5962,7 @@ class Desk:
     # ---- the routes: an agent's ----
 
     def post_pending(self, http: HttpRequest, body: bytes) -> bytes:
-        asks = parse_object(body)
+        asks = parse_body(http, body)
         asked = asked_from(asks, http.who, self.store.time, self.store.now)
         summary, new = self.store.submit(asked, flag(asks, "attach"))
         if not new:
@@ -5974,10 +5981,10 @@ class Desk:
         return self.about(http, summary)
 
     def post_claim(self, http: HttpRequest, body: bytes) -> bytes:
-        asks = parse_object(body)
+        asks = parse_body(http, body)
         request = self.store.claim(
-            http.request_id, text_field(asks, "digest", 64, True) or "",
-            text_field(asks, "claim", MAX_NAME, True) or "",
+            http.request_id, text_field(asks, "digest", 64),
+            text_field(asks, "claim", MAX_NAME),
             str(http.who), flag(asks, "handed_over"))
         if request.approved_arguments is None:
             return self.about(http, request.summary)
@@ -5985,18 +5992,17 @@ class Desk:
             "arguments": stored_json(request.approved_arguments)})
 
     def post_outcome(self, http: HttpRequest, body: bytes) -> bytes:
-        asks = parse_object(body)
+        asks = parse_body(http, body)
         if asks.get("outcome") not in ("executed", "failed"):
-            raise Refusal("bad-field", '"outcome" must be executed or failed',
-                          'send {"claim": "...", "outcome": "executed"}')
+            raise bad_field("outcome", "executed or failed",
+                            'send {"claim": "...", "outcome": "executed"}')
         return self.about(http, self.store.finish(
-            http.request_id, text_field(asks, "claim", MAX_NAME, True) or
-            "", Outcome(asks["outcome"]),
-            text_field(asks, "text", MAX_WHY) or "",
+            http.request_id, text_field(asks, "claim", MAX_NAME),
+            Outcome(asks["outcome"]), optional_text(asks, "text", MAX_WHY) or "",
             str(http.who)).summary)
 
     def post_withdraw(self, http: HttpRequest, body: bytes) -> bytes:
-        why = text_field(parse_object(body), "why", MAX_WHY) or ""
+        why = optional_text(parse_body(http, body), "why", MAX_WHY) or ""
         return self.about(http, self.store.withdraw(
             http.request_id, why, str(http.who)).summary)
 
@@ -6005,7 +6011,7 @@ class Desk:
     def post_approve(self, http: HttpRequest, body: bytes) -> bytes:
         """A decision, as JSON or from a page's form, which leads home."""
         form = content_type(http.headers) == FORM
-        asks = asked_by_reviewer(http, body)
+        asks = parse_body(http, body)
         if asks.get("decision") not in ("approved", "rejected"):
             raise Refusal("bad-decision", '"decision" must be "approved" or '
                           '"rejected"', 'send {"decision": "approved"} or '
@@ -6029,7 +6035,7 @@ class Desk:
                 form: bool) -> ReviewRequest:
         """The request, decided. A form says when it was shown: nobody decides
         about a card that they cannot have seen."""
-        shown_at = text_field(asks, "shown_at", 40)
+        shown_at = optional_text(asks, "shown_at", 40)
         if form and not self.was_seen(shown_at):
             raise Refusal("too-fast", "this was decided before it could be "
                           "read", "look at it first, then decide",
@@ -6041,8 +6047,10 @@ class Desk:
             raise Refusal("not-your-request", "this is for other reviewers",
                           "its checkpoint names who may decide it",
                           about=request)
-        arguments = changed_arguments(asks, form, request.arguments)
-        digest = text_field(asks, "digest", 64, required=offers.editable)
+        arguments = object_field(asks, "arguments")
+        if form:
+            arguments = changed_by_form(asks, request.arguments)
+        read_digest = text_field if offers.editable else optional_text
         if arguments is not None and (not offers.editable
                                       or decision == Status.REJECTED):
             raise not_editable(request)
@@ -6055,8 +6063,9 @@ class Desk:
             bounds = REJECTION_STANDS
         return self.store.decide(
             http.request_id, decision, str(http.who),
-            reason=(text_field(asks, "reason", MAX_WHY) or "").strip() or None,
-            signed_in=http.who.signed_in, shown_at=shown_at, digest=digest,
+            reason=(optional_text(asks, "reason", MAX_WHY) or "").strip() or None,
+            signed_in=http.who.signed_in, shown_at=shown_at,
+            digest=read_digest(asks, "digest", 64),
             arguments=arguments, remember=bounds)
 
     def was_seen(self, shown_at: str | None) -> bool:
@@ -6068,7 +6077,7 @@ class Desk:
 
     def get_waiting(self, http: HttpRequest) -> bytes:
         """What waits, in the order of the page; `next` is where to go on."""
-        start = number_in(http.query, "from")
+        start = int(number_in(http.query, "from"))
         rows = self.store.waiting(LISTED + 1, start, self.attended_until)
         return self.json(http, {
             "waiting": list(map(self.listed, rows[:LISTED])),
@@ -6091,13 +6100,13 @@ class Desk:
             standing_shape(*row) for row in rows]})
 
     def post_stop(self, http: HttpRequest, body: bytes) -> bytes:
-        asks = asked_by_reviewer(http, body)
-        reason = (text_field(asks, "reason", MAX_WHY) or "").strip() or None
+        asks = parse_body(http, body)
+        reason = (optional_text(asks, "reason", MAX_WHY) or "").strip() or None
         return self.stands(http, "/", self.store.stop(
             str(http.who), reason, http.who.signed_in))
 
     def post_lift(self, http: HttpRequest, body: bytes) -> bytes:
-        asked_by_reviewer(http, body)
+        parse_body(http, body)
         if not re.fullmatch("[0-9]{1,15}", http.request_id, re.ASCII):
             raise Refusal("unknown", "this is not a number",
                           "`hitl.py standing` lists them")
@@ -6122,7 +6131,7 @@ class Desk:
             "large": request.size > LARGE_BYTES}      # then its url has it all
 
     def get_desk(self, http: HttpRequest) -> bytes:
-        start = number_in(http.query, "from")
+        start = int(number_in(http.query, "from"))
         return self.html(http, desk_page(
             self.view(http), self.store.waiting(PAGE_CARDS, start,
                                                 self.attended_until),
