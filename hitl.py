@@ -4052,6 +4052,8 @@ class Notices:
 # is cut where there are buttons; the page works without its script.
 
 HISTORY_ROWS = 100              # on one page of the history
+PAGE_CARDS = 100                # waiting requests on the page at once
+REVIEWED_CARDS = 20             # reviewed ones below them
 MANY_CARDS = 12                 # from here on the lines are set closer
 WIDE = 76                       # characters of JSON that stay on one line
 
@@ -5174,8 +5176,6 @@ RECENT_SECONDS = 10             # a poll this recent: somebody waits
 LISTED = 500                    # waiting requests in one JSON answer
 SEEN_SECONDS = 0.6              # a card is read first: double clicks are shorter
 MAX_FORM_FIELDS = 256           # the arguments of a call, and a few
-PAGE_CARDS = 100                # waiting requests on the page at once
-REVIEWED_CARDS = 20             # reviewed ones below them
 
 # What is answered when something is refused: one stable word each.
 REFUSALS = {
@@ -9832,10 +9832,9 @@ def cmd_serve(args: Any) -> int:
     check_exposure(host, tokens, safe or args.allow_clear_text)
     # 2. the database and the socket
     store = open_store(database_for(args, configuration))
-    raise_file_limit()
     try:
         desk = open_desk(host, port, store, tokens, public_url, tls=tls,
-                         rules=configuration.rules)
+                         rules=configuration.rules, limits=limits_here())
     except OSError as error:
         store.close()
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}",
@@ -10126,16 +10125,22 @@ def rule_warnings(rules: Rules) -> Iterator[str]:
                "list")
 
 
-def raise_file_limit() -> None:
-    """As many connections as the system lets us have."""
+SPARE_FILES = 64                # descriptors that are not connections
+
+
+def limits_here() -> Limits:
+    """The limits, with as many connections as the system lets us have: where
+    accept() has no file descriptor left, a reviewer waits as well."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        want = LIMITS.connections + 64
+        want = LIMITS.connections + SPARE_FILES
+        if hard != resource.RLIM_INFINITY:
+            want = min(want, hard)
         if soft != resource.RLIM_INFINITY and soft < want:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (
-                want if hard == resource.RLIM_INFINITY else min(want, hard),
-                hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (want, hard))
+        return LIMITS._replace(connections=want - SPARE_FILES)
+    return LIMITS
 
 
 def cmd_check(args: Any) -> int:

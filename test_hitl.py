@@ -4758,7 +4758,7 @@ def test_slow_connections_lock_nobody_out(desk, make_desk):
     """400 half-open connections and 200 that send byte by byte: every
     reviewer's request is served; a request has a total deadline, not one a
     read."""
-    hitl.raise_file_limit()
+    hitl.limits_here()
     with contextlib.ExitStack() as stack:
         socks = [stack.enter_context(knock(desk, b"POST /pend" if n % 2 else
                                            b"G")) for n in range(600)]
