@@ -8252,13 +8252,13 @@ def test_help_is_whole(make_desk):
         assert all(action.help for action in parser._actions), name
         example = re.search("example: python3 hitl.py ([^>\n]+)", text)[1]
         assert shlex.split(example)[0] == name
-        if name in ("serve", "run", "hook", "mcp", "demo", "verify"):
+        if name in ("serve", "init", "lift", "run", "hook", "mcp", "demo",
+                    "verify"):
             continue                            # other tests run these
         desk = make_desk()
         desk.post("1f0c-2")
-        if name != "init":
-            (desk.folder / "checkpoints.toml").write_text(
-                RULES + notify(command=[sys.executable, "-c", "1"]))
+        (desk.folder / "checkpoints.toml").write_text(
+            RULES + notify(command=[sys.executable, "-c", "1"]))
         done = typed(desk, *shlex.split(example))
         assert done.status == 0, (example, done)
 
