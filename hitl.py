@@ -3012,7 +3012,7 @@ class Store:
                 "pending_reviews WHERE status <> 'waiting' AND (decided_at, "
                 "id) < (?, ?) ORDER BY decided_at DESC, id DESC",
                 before or ("~", 0)):
-            if len(numbers) == limit or time.monotonic() > last:
+            if len(numbers) == limit or position and time.monotonic() > last:
                 return Page(self.by_number(numbers), position)
             position = (row[0], row[1])
             if status and row[2] != status:

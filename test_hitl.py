@@ -2130,6 +2130,10 @@ def test_a_large_desk_is_listed_and_searched_at_once(store, monkeypatch):
     assert found == [f"Löschen {n}" for n in range(9999, -1, -1)
                      if "77" in str(n)]
     assert store.reviewed(1, words="Löschen", status="approved").rows == []
+    monkeypatch.setattr(hitl, "SEARCH_SECONDS", -1)     # however slow it is
+    newest, = store.reviewed(1, None, "löschen").rows
+    assert store.reviewed(1, None, "löschen").next == (
+        newest.decided_at, newest.id)
 
 
 # ---- decisions that stand, and a stop ----
