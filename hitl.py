@@ -4136,7 +4136,7 @@ bdi { color: var(--other); background: var(--other-bg);
 
 /* deciding: buttons that have just appeared are dead */
 form { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; }
-.body form { margin-top: 6px; }
+.body form, label { margin-top: 6px; }
 textarea, button, select, input { font: inherit; color: inherit; padding: 7px 10px;
   border: 1px solid var(--soft); border-radius: 6px; background: var(--sunk); }
 textarea, main input[type=search] { flex: 1 1 220px; height: 40px; min-width: 0; }
@@ -4665,7 +4665,8 @@ BLOCK = """<div class="block"><dt>{name}: {size}</dt>
     <dd><pre>{text}</pre><span class="end">end of {name}</span></dd></div>
     """
 
-FORM_TEMPLATE = """<form method="post" action="/approve/{request_id}">
+FORM_TEMPLATE = """<form id="form-{request_id}" method="post"
+    action="/approve/{request_id}">
     {about}
     <textarea name="reason" rows="1" maxlength="1000" placeholder="Reason"
       aria-label="Reason (optional)" aria-describedby="headline-{request_id}"
@@ -4674,18 +4675,22 @@ FORM_TEMPLATE = """<form method="post" action="/approve/{request_id}">
       aria-describedby="headline-{request_id}">Approve</button>
     <button class="reject" name="decision" value="rejected"
       aria-describedby="headline-{request_id}">Reject</button>
-    {once}
     <p class="said" role="status"></p>
   </form>
-  {more}"""
+  {ways}"""
+
+WAYS = """<details><summary>Other ways to decide</summary>
+  {ways}
+  </details>"""
 
 ABOUT = """<input type="hidden" name="shown_at" value="{shown_at}">
     <input type="hidden" name="digest" value="{digest}">"""
 
 # `remember_seconds` 0: this decision does not stand for other calls.
-ASK_AGAIN = """<label><input type="checkbox" name="remember_seconds"
-      value="0"> ask me next time: a rejection answers the same call for ten
-      minutes</label>"""
+ASK_AGAIN = """<label><input form="form-{request_id}" type="checkbox"
+    name="remember_seconds" value="0"> If I reject it, ask me next time all the
+    same: a rejection answers the same call for ten minutes</label>
+  """
 
 REMEMBER = """<form method="post" action="/approve/{request_id}">
     {about}
@@ -4695,16 +4700,16 @@ REMEMBER = """<form method="post" action="/approve/{request_id}">
       aria-describedby="headline-{request_id}">Approve, and the same call for 1
       hour, at most 10 times{files}</button>
     <p class="said" role="status"></p>
-  </form>"""
+  </form>
+  """
 
-EDIT = """<details><summary>Change the arguments</summary>
-  <form method="post" action="/approve/{request_id}">
+EDIT = """<form method="post" action="/approve/{request_id}">
     {about}
     {fields}
     <button class="approve" name="decision" value="approved"
       aria-describedby="headline-{request_id}">Approve as changed</button>
     <p class="said" role="status"></p>
-  </form></details>"""
+  </form>"""
 
 # `argument:NAME` is a text as it is, and JSON for any other argument; those
 # that have no field stay as they are. Browsers send line breaks as CR LF.
@@ -4969,20 +4974,21 @@ def card_body(view: View, request: ReviewRequest, reason: str) -> Html:
 
 
 def decision_form(view: View, request: ReviewRequest, reason: str) -> Html:
-    """The buttons, and folded or below them what else may be decided."""
+    """The buttons, and folded below them what else may be decided."""
     offers, name = view.offers(request), request.request_id
     about = fill(ABOUT, shown_at=instant(view.at), digest=request.digest)
-    more = []
+    ways = Html("")
     if offers.remember:
         files = ", whatever its files contain by then" if offers.files else ""
-        more.append(fill(REMEMBER, request_id=name, about=about, files=files))
+        ways = joined((fill(ASK_AGAIN, request_id=name), fill(
+            REMEMBER, request_id=name, about=about, files=files)))
     if offers.editable:
-        more.append(fill(EDIT, request_id=name, about=about, fields=joined(
-            edit_fields(stored_json(request.arguments)))))
+        fields = joined(edit_fields(stored_json(request.arguments)))
+        ways = joined((ways, fill(EDIT, request_id=name, about=about,
+                                  fields=fields)))
     return fill(FORM_TEMPLATE, request_id=name, about=about,
                 reason=escaped(reason),
-                once=Html(ASK_AGAIN if offers.remember else ""),
-                more=joined(more, "\n  "))
+                ways=fill(WAYS, ways=ways) if ways else ways)
 
 
 def edit_fields(arguments: dict[str, Any]) -> Iterator[Html]:
