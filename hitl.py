@@ -2448,6 +2448,7 @@ def asked_hash(request: ReviewRequest) -> str:
 
 
 def last_head(db: Any) -> Head:
+    """The newest audit row, or what comes before the first."""
     row = db.execute("SELECT sequence, hash FROM audit_log ORDER BY sequence "
                      "DESC LIMIT 1").fetchone()
     return Head(*(row or (0, GENESIS)))
@@ -2479,6 +2480,7 @@ class Store:
         self.lock.close()
 
     def identities(self) -> list[tuple[int, int]]:
+        """Which files the database is: a name may be given to another."""
         return [(found.st_dev, found.st_ino) for found in (
             os.stat(self.path), os.stat(f"{self.path}-wal"))]
 
@@ -2629,6 +2631,7 @@ class Store:
         return self.asked_again(asked).summary, False
 
     def has_room(self, asked: ReviewRequest) -> bool:
+        """Whether one more may wait: of this agent, this credential, at all."""
         owner = (asked.asked_by, asked.agent)
         return (self.counts[()] < MAX_WAITING
                 and self.counts[owner[:1]] < MAX_WAITING_PER_CREDENTIAL
@@ -2901,6 +2904,7 @@ class Store:
 
     def audit_standing(self, standing: Standing, event: str,
                        actor: str) -> None:
+        """The audit row of a standing decision that was made or lifted."""
         self.audit(event, standing.subject, actor, {
             name: value for name, value in standing._asdict().items()
             if value is not None and name in SAID}, seal_of(standing))
@@ -3171,7 +3175,10 @@ def damaged(request: ReviewRequest) -> Refusal:
 
 
 # ============================== Database file ==============================
-# Opening the file, locking it, and what can be told from it.
+# Opening the file, locking it, and what can be told from it. A start looks at
+# the schema and at what is still open, so that it takes no longer with a long
+# history; `log --verify` looks at everything. Nothing is ever repaired: a file
+# that is not as it was left is refused, with the row that shows it.
 
 def open_store(path: Path, clock: Callable[[], float] = time.time) -> Store:
     """The Store of a database that is ours, whole and durable, and that no
@@ -3445,16 +3452,21 @@ def verified(path: Path, noted: str = "") -> tuple[Head, list[str]]:
         return last_head(db), list(audit_faults(db, noted))
 
 
+def row_faults(before: Head, row: tuple[Any, ...]) -> Iterator[str]:
+    """Whether an audit row follows the one before it."""
+    if row[0] != before.sequence + 1:
+        yield f"audit row {before.sequence + 1} is missing"
+    elif row[-1] != sha256_of([before.hash, *row[:-1]]):
+        yield (f"audit row {row[0]} was changed, or one before it: it is "
+               f'about "{visible(str(row[3]))}"')
+
+
 def audit_faults(db: Any, noted: str = "") -> Iterator[str]:
     """What is wrong with the whole audit log: every row against the chain,
     every request against its last row, and a noted head against the log."""
     head, seen = Head(0, GENESIS), noted in ("", GENESIS)
     for row in audit_rows(db):
-        if row[0] != head.sequence + 1:
-            yield f"audit row {head.sequence + 1} is missing"
-        elif row[-1] != sha256_of([head.hash, *row[:-1]]):
-            yield (f"audit row {row[0]} was changed, or one before it: it is "
-                   f'about "{visible(str(row[3]))}"')
+        yield from row_faults(head, row)
         head = Head(row[0], row[-1])
         seen = seen or row[-1] == noted
     if not seen:
