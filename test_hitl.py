@@ -2803,7 +2803,7 @@ def test_what_a_crash_leaves_is_taken_up(store):
 # ========================= Promise 6: nothing lost =========================
 
 @pytest.mark.parametrize("kills, seconds", [
-    (3, 20), pytest.param(300, 180, marks=long)])
+    (3, 20), pytest.param(300, 120, marks=long)])
 def test_promise_6_nothing_acknowledged_is_lost(tmp_path, make_gate,
                                                 kills, seconds):
     """Once the server has answered, nothing is lost: killed with -9 in
@@ -6244,7 +6244,8 @@ SHAPES = """sk-# sk_live_# sk-ant-# ghp_# ghs_# github_pat_# glpat-# xoxb-1-#
     <key>password</key> <string>#</string>|Password for ana@example.org: #
     HTTPBasicAuth('user', '#')|[["X-Api-Key", "#"]]|basic_auth: [ana, #]
     <p><password><![CDATA[#]]></password>|<p name="db.password" value="#"/>
-    curl -b 'a=b; sid=#' h|log in with password # please""".replace("\n", "|").split("|") + [
+    curl -b 'a=b; sid=#' h|log in with password # please""".replace(
+        "\n", "|").split("|") + [
     "\npassword: two # words", "\npassphrase = correct #", "\npass = #",
     "Password:\n#", "Password:\r\n#", "\npassword: |\n  #\n  #\nuser: ana",
     "\npassword: 'it''s #'", "\n| password | # |", "\npassword\t#",
