@@ -4649,8 +4649,6 @@ CARD = """<details class="card {status}" id="request-{request_id}"{open}>
     <span class="left"{until}>{left}</span>
   </summary>
   <div class="body">
-  {notes}
-  {full}
   {body}
   </div>
 </details>
@@ -4674,7 +4672,8 @@ BODY = """<section class="exact">
   {form}"""
 
 BLOCK = """<div class="block"><dt>{name}: {size}</dt>
-    <dd><pre>{text}</pre><span class="end">end of {name}</span></dd></div>
+    <dd><pre>
+{text}</pre><span class="end">end of {name}</span></dd></div>
     """
 
 FORM_TEMPLATE = """<form id="form-{request_id}" method="post"
@@ -4934,7 +4933,6 @@ def card(view: View, request: ReviewRequest, opened: bool, whole: bool,
     """A request: its line, what will run, who asks and why, the buttons."""
     waits = request.status == Status.WAITING
     headline = one_line(request.action_description)
-    full = headline != visible(request.action_description)
     told = request.tool and not headline.startswith(request.tool)
     known = request.category in CATEGORIES
     large = request.size > LARGE_BYTES and not whole
@@ -4943,20 +4941,21 @@ def card(view: View, request: ReviewRequest, opened: bool, whole: bool,
             view, request), request_id=request.request_id)
     else:
         body = card_body(view, request, reason)
-    until = fill(' data-until="{at}"', at=request.deadline)
+    parts = [tag(note, "p", ' class="warn"') for note in notes(view, request)]
+    if headline != visible(request.action_description):
+        parts.append(fill('<p class="full">{text}</p>',
+                          text=marked(full_description(request))))
+    until = Html("")
+    if waits and request.deadline:
+        until = fill(' data-until="{at}"', at=request.deadline)
     return fill(
         CARD, status=request.status, request_id=request.request_id,
         open=Html(" open" if opened else ""), headline=marked(headline),
-        category=tag(request.category if known else "", "span",
-                     ' class="tag"'),
+        category=tag(request.category if known else "", "span", ' class="tag"'),
         tool=tag(request.tool if told else "", "code", ' class="tool"'),
-        agent=tag(request.agent, "span", ' class="agent"'),
-        until=until if waits and request.deadline else Html(""),
+        agent=tag(request.agent, "span", ' class="agent"'), until=until,
         left=time_left(view, request) if waits else "",
-        notes=joined(tag(note, "p", ' class="warn"')
-                     for note in notes(view, request)),
-        full=fill('<p class="full">{text}</p>', text=marked(
-            full_description(request))) if full else Html(""), body=body)
+        body=joined((*parts, body), "\n  "))
 
 
 def full_description(request: ReviewRequest) -> str:

@@ -7297,7 +7297,7 @@ def test_arguments_are_rows_and_blocks(desk):
     sent = {
         "z": "1", "b": 1, "body": "Dear Ana,\n\tyes\nend of body\nno: 1",
         "deep": {"x": [1, 2], "text": "one\ntwo", "more": ["y" * 60] * 2},
-        "pad": "tidy" + "\n" * 2000 + " " * 500 + "DROP users"}
+        "start": "\nleft", "pad": "tidy" + "\n" * 2000 + " " * 500 + "DROP users"}
     desk.post(tool="send", arguments=sent)
     exact = Page(desk.page()).exact[0]
     assert desk.state("r-1")["digest"] == hitl.digest_of(
@@ -7308,6 +7308,7 @@ def test_arguments_are_rows_and_blocks(desk):
         "body: text, 32 bytes, 4 lines", "Dear Ana,", "U+0009yes",
         "end of body", "no: 1end of body", "deep: 3 parts", "{", '"x": [1, 2],',
         '"text": "one\\n', 'two",'], lines
+    assert desk.page().count("<pre>\n\nleft") == 1     # a parser drops one
     assert "tidyline break x2000space x500DROP usersend of pad" in exact
 
 
@@ -7929,8 +7930,8 @@ def test_a_request_fits_a_phone_and_forty_a_screen(desk, look):
     """A delete of two arguments with its buttons fits a phone's screen; forty
     requests are surveyed on one desktop screen."""
     for n in range(40):
-        desk.post(f"r-{n}", timeout_seconds=300, agent=f"agent {n}", **{
-            k: v for k, v in FULL.items() if k != "agent"} | {"arguments": CALL})
+        desk.post(f"r-{n}", **FULL | {"agent": f"agent {n}", "session": "s",
+                                      "timeout_seconds": 300, "arguments": CALL})
     bottom = ("return [...document.querySelectorAll(arguments[0])].pop()"
               ".getBoundingClientRect().bottom + scrollY")
     assert look("/", 390).run(bottom, "#request-r-0 .reject") < 844
