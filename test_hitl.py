@@ -6612,7 +6612,12 @@ def test_hook_deadline_and_repeat(desk, tmp_path):
     results = [in_background(ask) for _ in range(3)]
     said = sorted(result()[0] for result in results)
     assert said == ["allow", "deny", "deny"]            # claimed once
-    assert len({row["request_id"] for row in desk.waiting(3)} - asked) == 1
+    again, = {row["request_id"] for row in desk.waiting(3)} - asked
+    desk.decide(again, "rejected", reason="no")         # by the other two
+    for _ in range(7):                                  # a person is asked once
+        decision, why = ask()
+        assert decision == "deny" and "rejected by ana" in why
+    assert len(desk.waiting(2)) == 2
 
 
 def test_hook_ignores_the_working_directory(desk, tmp_path):
