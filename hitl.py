@@ -8477,11 +8477,14 @@ class Hook:
         if is_self_test(arguments):
             raise CollaborationError("the hook works: this call was refused "
                                      "as a test", reason="self-test")
-        who = self.hold(gate, tool, arguments, call)
-        if who is None:
+        held = self.hold(gate, tool, arguments, call)
+        if held is None:
             return {}                   # no opinion: its own flow goes on
-        approved = DIALECTS[self.dialect].approved
-        return filled(approved, why=f"approved by {who}")  # type: ignore
+        why = held.changed or f"approved by {held.approved_by}"
+        answer: Json = filled(DIALECTS[self.dialect].approved, why=why)
+        if held.changed:
+            answer["hookSpecificOutput"]["updatedInput"] = held.arguments
+        return answer
 
     def learn(self, call: Any) -> None:
         """Note the dialect, so that even an error is answered in it."""
@@ -8491,8 +8494,8 @@ class Hook:
             self.watch(min(self.deadline or agent.seconds, agent.longest))
 
     def hold(self, gate: Gate, tool: str, arguments: Json,
-             call: Mapping[str, Any]) -> str | None:
-        """Who approved this call, None if nothing matches; raises as the gate
+             call: Mapping[str, Any]) -> Held | None:
+        """This call, approved, None if nothing matches; raises as the gate
         does. The same call in the same session attaches to the request that
         still waits, or picks up what was decided meanwhile."""
         cwd = call.get("cwd")
@@ -8507,8 +8510,9 @@ class Hook:
         lifetime = first_of(rule.lifetime_seconds,
                             gate.configuration.gate["lifetime_seconds"], DAY)
         try:
-            held = gate.hold(
+            return gate.hold(
                 tool, arguments, cwd=where, attach=True,
+                edits=self.dialect == "claude",     # others take no changes
                 session=session_key(self.dialect, call), tick=self.check_parent,
                 timeout_seconds=limit,
                 lifetime_seconds=max(lifetime, limit + 1))
@@ -8516,12 +8520,6 @@ class Hook:
             if self.ends_at - time.monotonic() < 2:
                 raise
             return self.hold(gate, tool, arguments, call)
-        if held is None:
-            return None
-        if held.arguments != arguments:
-            raise ChangedError("the reviewer changed the arguments, which a "
-                               "hook cannot pass on")
-        return held.approved_by
 
     def check_parent(self) -> None:
         """End, which withdraws the request, where nobody reads the answer."""
@@ -8816,8 +8814,7 @@ class Proxy:
 
     async def pump_out(self) -> None:
         async for line in self.child.stdout:
-            self.from_server(line)
-            self.write(line)
+            self.write(self.from_server(line))
 
     def write(self, data: bytes) -> None:
         with contextlib.suppress(OSError):      # the client is gone
@@ -8903,7 +8900,7 @@ class Proxy:
         try:
             held = await self.gate.ahold(
                 f"mcp__{self.name}__{tool}", arguments, cwd=os.getcwd(),
-                tick=self.progress(message["params"],
+                edits=True, tick=self.progress(message["params"],
                                    asyncio.get_running_loop()),
                 context={"MCP server": self.command,
                          "client": self.seen.get("client"),
@@ -8952,25 +8949,32 @@ class Proxy:
 
     # ---- from the server ----
 
-    def from_server(self, line: bytes) -> None:
-        """Note what passes by: answers, and what tools say of themselves."""
+    def from_server(self, line: bytes) -> bytes:
+        """Note what passes by: answers, and what tools say of themselves ->
+        the line for the client, with what a reviewer changed as its first
+        content."""
         try:
             message = parse_json(line)
         except ValueError:
-            return
+            return line
         if not isinstance(message, dict) or "id" not in message or (
                 "method" in message):
-            return
+            return line
         sent = self.sent.pop(canonical(message["id"]), Sent(""))
         state = at_path(message, "result.requestState")
         if sent.call and state is not None and at_path(
                 message, "result.resultType") == "input_required":
             self.resumes.setdefault((sent.call, canonical(state)), []).append(
                 sent.held)
-            return
+            return line
         self.report(sent.held, is_error(message))
         if sent.method == "tools/list":
             self.learn_tools(message.get("result"))
+        content = at_path(message, "result.content")
+        if sent.held and sent.held.changed and isinstance(content, list):
+            content.insert(0, {"type": "text", "text": sent.held.changed})
+            return json.dumps(message).encode() + b"\n"
+        return line
 
     def report(self, held: Held | None, failure: str) -> None:
         """Record what became of an approved call, beside everything else."""

@@ -6763,6 +6763,46 @@ def test_hook_names_the_agent(desk, tmp_path):
     assert len(set(names)) == 3
 
 
+MOVABLE = SHELL.replace("[[checkpoint]]", """[[checkpoint]]
+checkpoint_id = "move"
+action_pattern = "move_*"
+description_template = "Move {path}"
+editable = true
+
+[[checkpoint]]""", 1)
+
+
+def decide_changed(desk, **changed):
+    """Approve what waits, with other arguments."""
+    request, = desk.waiting()
+    reply = desk.decide(request["request_id"], digest=request["digest"],
+                        arguments=request["arguments"] | changed)
+    assert reply.status == 200, reply
+
+
+def test_hook_passes_changes_on(make_desk, make_rules, tmp_path):
+    """What a reviewer changed goes to Claude, with who changed what; other
+    agents could not take it, so it is not offered there."""
+    desk = make_desk(rules=make_rules(MOVABLE))
+    (tmp_path / "rules.toml").write_text(MOVABLE)
+    call = HOOKS["claude"][0]("") | {
+        "tool_name": "mcp__fs__move_file", "tool_input": {"path": "a"}}
+    wait = in_background(lambda: run_hook(call, folder=tmp_path,
+                                          HITL_SERVER_URL=desk.url))
+    decide_changed(desk, path="b")
+    said = json.loads(wait()[0])["hookSpecificOutput"]
+    assert said["updatedInput"] == {"path": "b"}
+    assert said["permissionDecision"] == "allow"
+    assert "changed by ana" in said["permissionDecisionReason"]
+    wait = in_background(lambda: run_hook(
+        call | {"turn_id": "1"}, folder=tmp_path, HITL_SERVER_URL=desk.url))
+    request, = desk.waiting()
+    assert desk.decide(request["request_id"], digest=request["digest"],
+                       arguments={"path": "b"}).status == 409
+    desk.decide(request["request_id"])
+    assert wait()[0] == "{}\n"
+
+
 def test_hook_snippets(tmp_path):
     """What --snippet prints on stdout is the file to install, with the desk's
     URL where the agent shows it; its line blocks when nobody can be asked."""
@@ -6811,6 +6851,8 @@ for line in sys.stdin:
         sys.exit(7)
     if p.get("name") == "env":
         result = {"names": sorted(os.environ)}
+    if p.get("name") == "move_file":
+        result = {"content": [{"type": "text", "text": line}]}
     if p.get("name") == "delete_locked":
         result = {"isError": True, "content": "it is locked"}
     if p.get("name") == "hang":
@@ -6827,7 +6869,7 @@ class Mcp:
     """A client on the proxy's pipes."""
 
     def __init__(self, desk, folder):
-        (folder / "rules.toml").write_text(SHELL)
+        (folder / "rules.toml").write_text(MOVABLE)
         (folder / "server.py").write_text(SERVER)
         self.process = start(
             *HITL, "mcp", "--config", "rules.toml", "--name", "fs", "--",
@@ -7016,6 +7058,18 @@ def test_proxy_sends_what_was_shown(mcp, desk):
     steps = [json.loads(line)["params"]["progress"] for line in mcp.lines
              if b"notifications/progress" in line]
     assert steps and all(0 < step < 0.5 for step in steps)
+
+
+def test_proxy_passes_changes_on(make_desk, make_rules, tmp_path):
+    """What a reviewer changed is sent, and the model told so first."""
+    desk = make_desk(rules=make_rules(MOVABLE))
+    with contextlib.closing(Mcp(desk, tmp_path)) as mcp:
+        mcp.call(1, "move_file", {"path": "a"})
+        decide_changed(desk, path="b")
+        first, second = (item["text"] for item in
+                         mcp.answer(1)["result"]["content"])
+    assert "changed by ana" in first
+    assert json.loads(second)["params"]["arguments"] == {"path": "b"}
 
 
 def test_proxy_says_what_waits(mcp):
