@@ -5458,6 +5458,8 @@ def parse_query(query: str) -> Mapping[str, str]:
 
 def number_in(query: str, name: str, pattern: str = "[0-9]{1,15}") -> float:
     """A number of the query; 0 where it is left out."""
+    if not query:
+        return 0.0
     text = parse_query(query).get(name, "0")
     if not re.fullmatch(pattern, text, re.ASCII):
         raise bad_field(name, "a number", f"ask for ?{name}=5")
@@ -5963,11 +5965,11 @@ class Desk:
 
     def shape_json(self, summary: Summary) -> str:
         """shape() as JSON; written out, since every poll takes this way."""
-        return "{%s, \"url\": %s}" % (", ".join(
-            f'"{name}": {"null" if value is None else json_text(value)}'
-            for name, value in zip(Summary._fields, summary, strict=True)
-            if value is not None or name not in SELDOM),
-            json_text(f"{self.url}/review/{summary.request_id}"))
+        texts = [f'"{name}": {"null" if value is None else json_text(value)}'
+                 for name, value in zip(Summary._fields, summary, strict=True)
+                 if value is not None or name not in SELDOM]
+        url = json_text(f"{self.url}/review/{summary.request_id}")
+        return f'{{{", ".join(texts)}, "url": {url}}}'
 
     def json(self, http: HttpRequest, value: Any) -> bytes:
         return self.message(200, JSON, json.dumps(value).encode(),
@@ -6235,12 +6237,13 @@ class Connection:
     requests to the queue. One request at a time, so answers keep their order.
     """
 
-    __slots__ = ("loop", "transport", "inbox", "searched", "http", "body",
+    __slots__ = ("loop", "group", "transport", "inbox", "searched", "http", "body",
                  "waits_for", "timer", "shaking_hands", "answering", "refused",
                  "ended", "close_connection", "trusted", "until")
 
     def __init__(self, loop: Loop) -> None:
         self.loop, self.inbox, self.body = loop, bytearray(), b""
+        self.group: dict[Connection, None] = loop.open
         self.searched = 0               # so far there is no end of a head
         self.http: HttpRequest | None = None     # its head is here
         self.waits_for: str | None = None        # what its poll is about
@@ -6267,7 +6270,8 @@ class Connection:
         self.inbox += data
         if not self.shaking_hands:
             self.advance()
-        self.loop.count_unread(self)
+        if self.inbox or self.body:
+            self.loop.count_unread(self)
         if self.answering and len(self.inbox) > MAX_HEAD + MAX_BODY:
             self.loop.drop(self)        # sends on and does not wait
 
@@ -6503,7 +6507,8 @@ class Loop:
                 connection = queue.popleft()
                 http, body = connection.http, connection.body
                 connection.http, connection.body = None, b""
-                self.count_unread(connection)
+                if body:
+                    self.count_unread(connection)
                 if http:                        # it is still there
                     answers.append(
                         (connection, http, self.desk.answer(http, body)))
@@ -6614,14 +6619,14 @@ class Loop:
 
     def place(self, connection: Connection) -> None:
         """Into the group it belongs to, as the youngest there."""
-        for group in (self.open, self.parked, self.trusted):
-            group.pop(connection, None)
+        connection.group.pop(connection, None)
         if connection.trusted:
-            self.trusted[connection] = None
+            connection.group = self.trusted
         elif connection.waits_for is None:
-            self.open[connection] = None
+            connection.group = self.open
         else:
-            self.parked[connection] = None
+            connection.group = self.parked
+        connection.group[connection] = None
 
     def welcome(self, connection: Connection) -> None:
         """A new connection. At the limit the oldest of the larger group goes,
@@ -6671,8 +6676,7 @@ class Loop:
 
     def forget(self, connection: Connection) -> None:
         """It is gone, and nothing is kept of it."""
-        for group in (self.open, self.parked, self.trusted):
-            group.pop(connection, None)
+        connection.group.pop(connection, None)
         connection.http, connection.body = None, b""
         connection.inbox.clear()
         connection.refused = True
