@@ -5192,6 +5192,7 @@ MAX_POLL_SECONDS = 60           # one long poll; proxies cut longer ones
 RECENT_SECONDS = 10             # a poll this recent: somebody waits
 LISTED = 500                    # waiting requests in one JSON answer
 SEEN_SECONDS = 0.6              # a card is read first: double clicks are shorter
+MAX_RULINGS = 2000              # which checkpoints hold a call, remembered
 MAX_FORM_FIELDS = 256           # the arguments of a call, and a few
 
 # What is answered when something is refused: one stable word each.
@@ -5301,7 +5302,7 @@ def parse_head(head: bytes) -> HttpRequest:
     line, _, block = head.partition(b"\r\n")
     start = REQUEST_LINE.fullmatch(line)
     if start is None:
-        raise bad_head("the request line is not one")
+        raise bad_head("malformed request line")
     headers = parse_fields(block)
     close = "close" in headers["connection"].lower()
     if start[3] == b"0":
@@ -5336,7 +5337,7 @@ def parse_fields(block: bytes) -> dict[str, str]:
     for line in lines:
         parts = FIELD.fullmatch(line)
         if parts is None:
-            raise bad_head("a header line is not one")
+            raise bad_head("malformed header line")
         name = parts[1].decode("ascii").lower()
         if name in headers and name in READ_ONCE:
             raise bad_head(f"{name} comes twice")
@@ -5717,13 +5718,15 @@ class Desk:
                  rules: Rules) -> None:
         self.store, self.tokens, self.url = store, tokens, url
         self.rules = rules              # serve's own
+        self.has_limits = any(c.reviewers or c.editable or not c.remember
+                              for c in rules.checkpoints)
         own = {c.checkpoint_id: c.digest for c in rules.checkpoints}
         store.desk_digest = lambda request: own.get(request.checkpoint_id or "")
         self.rules_written_at = 0
         self.admit = functools.lru_cache(maxsize=512)(self.judge)
         self.dated = (0, "")
         self.attended_until: dict[str, float] = {}  # request_id -> monotonic
-        self.rulings: dict[tuple[str | None, ...], list[Checkpoint]] = {}
+        self.rulings: dict[Any, tuple[list[Checkpoint], bool]] = {}
 
     def attended(self, request_id: str) -> bool:
         """Whether somebody waits for this: a parked poll or a recent one."""
@@ -5811,7 +5814,7 @@ class Desk:
             from urllib.parse import unquote
             name = unquote(name)
         if name and not REQUEST_ID.fullmatch(name):
-            raise Refusal("unknown", "this is no request_id",
+            raise Refusal("unknown", "this is not a request_id",
                           "1 to 128 of A-Z a-z 0-9 . _ : -")
         return methods[http.method], name
 
@@ -5837,31 +5840,32 @@ class Desk:
                           CURES[route.who])
         return who
 
-    def ruling(self, request: ReviewRequest) -> list[Checkpoint]:
-        """The desk's own checkpoints for a request: the one that the agent
-        names, and all that match the call. The strictest counts: an agent
-        does not choose its rules by naming them."""
-        key = (request.digest, request.checkpoint_id)
+    def ruling(self, request: ReviewRequest) -> tuple[list[Checkpoint], bool]:
+        """The desk's own checkpoints for a request, the one that the agent
+        names and all that match the call, and whether it is a shell command.
+        The strictest counts: an agent does not choose its rules by naming
+        them."""
+        # a list leaves large arguments out: what it finds is not for deciding
+        key = (request.digest, request.checkpoint_id, request.arguments is None)
         if key not in self.rulings:
-            if len(self.rulings) >= 1000:
+            if len(self.rulings) >= MAX_RULINGS:
                 self.rulings.clear()
-            arguments = stored_json(request.arguments) or {}
-            self.rulings[key] = [
-                c for c in self.rules.checkpoints
-                if c.checkpoint_id == request.checkpoint_id
-                ] + self.rules.all_holding(request.tool or "", arguments)
+            tool, arguments = request.tool or "", stored_json(request.arguments) or {}
+            found = [c for c in self.rules.checkpoints
+                     if c.checkpoint_id == request.checkpoint_id]
+            if self.has_limits:         # else all are alike, and matching costs
+                found += self.rules.all_holding(tool, arguments)
+            self.rulings[key] = found, bool(Call(tool, arguments).texts("shell"))
         return self.rulings[key]
 
     def offers(self, request: ReviewRequest, name: str) -> Offers:
         """What this reviewer may decide about a request."""
-        ruling = self.ruling(request)
-        shell = Call(request.tool or "", stored_json(request.arguments) or {}
-                     ).texts("shell")
+        ruling, shell = self.ruling(request)
         return Offers(
             decidable=all(not c.reviewers or name in c.reviewers for c in ruling),
             remember=(request.session is not None
                       and all(c.remember for c in ruling)),
-            files=bool(shell),
+            files=shell,
             editable=(bool(request.edits and ruling)
                       and all(c.editable for c in ruling)))
 

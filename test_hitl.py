@@ -4329,6 +4329,13 @@ reviewers = ["bo"]
 remember = false
 
 [[checkpoint]]
+checkpoint_id = "remove"
+kind = "shell"
+action_pattern = "rm"
+description_template = "Remove"
+reviewers = ["bo"]
+
+[[checkpoint]]
 checkpoint_id = "free"
 action_pattern = "send"
 description_template = "Send"
@@ -4361,6 +4368,7 @@ CALLS = {       # what a call names, and whom the desk lets decide it
     "by another than it names": ("free", "delete_it", {"table": "x"}, "ana bo"),
     "by one inside it": ("free", "send", {
         "tool_name": "delete_it", "arguments": {"table": "b"}}, "ana bo"),
+    "a large one": ("free", "bash", {"command": "rm " + "a" * 9000}, "bo"),
     "one that the desk does not know": ("new", "grow", {"a": 1}, "ana bo eve"),
     "one without reviewers": ("free", "send", {"table": "x"}, "ana bo eve")}
 
@@ -4374,6 +4382,7 @@ def test_who_may_decide_which_checkpoint(ruled, what):
     for name in NAMED:
         desk.post(f"r-{name}", tool=tool, checkpoint_id=named,
                   arguments=arguments, agent=name)
+        desk_ask(desk, "GET", "/", hitl.basic("eve", NAMED["eve"]))
         status, said = decide(name, f"r-{name}")
         assert status == (200 if name in may.split() else 403), name
         assert status == 200 or said["reason"] == "not-your-request"
