@@ -606,7 +606,7 @@ IN_LINES = regex("[^ -~\n]+|\n{9,}| {9,}")
 SHAPELESS = regex(         # printable to Python, yet nothing is drawn
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f"
     "\uffa0\U00016fe4\U0001bc9d\U0001bc9e\U0001d159\U000e0100-\U000e01ef]")
-PARTS = regex(r"\n{9,}|a+|(?:bm{0,4})+|.", re.DOTALL)
+PARTS = regex(r"\n{9,}|\n|a+|(?:bm{0,4})+|[cm]+")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -633,7 +633,10 @@ def kind_of(c: str) -> str:
 
 def shown(word: re.Match[str]) -> str:
     """What is not plain ASCII, as visible() shows it."""
-    text = word[0]
+    return (shown_text if len(word[0]) > 40 else shown_again)(word[0])
+
+
+def shown_text(text: str) -> str:
     if text[0] == " ":
         return f"{BRACKETS[0]}space x{len(text)}{BRACKETS[1]}"
     kinds = "".join(map(kind_of, text))
@@ -641,14 +644,22 @@ def shown(word: re.Match[str]) -> str:
                    for part in PARTS.finditer(kinds))
 
 
+shown_again = functools.lru_cache(maxsize=4096)(shown_text)     # words recur
+
+
 def shown_part(kind: str, part: str) -> str:
     if kind == "a":
         return part
+    if kind == "b":
+        return f"{BRACKETS[0]}{part}{BRACKETS[1]}"
     if len(part) > 8 and kind == "\n":
-        part = f"line break x{len(part)}"
-    elif kind != "b":
-        part = f"U+{ord(part):04X}"
-    return f"{BRACKETS[0]}{part}{BRACKETS[1]}"
+        return f"{BRACKETS[0]}line break x{len(part)}{BRACKETS[1]}"
+    return "".join(map(code_of, part))
+
+
+@functools.lru_cache(maxsize=4096)
+def code_of(c: str) -> str:
+    return f"{BRACKETS[0]}U+{ord(c):04X}{BRACKETS[1]}"
 
 
 def visible(text: str) -> str:
@@ -4435,7 +4446,8 @@ class Html(str):
     """Text that is markup already, and so is not escaped again."""
 
 
-IN_BRACKETS = regex(f"{BRACKETS[0]}([^{BRACKETS[1]}]*){BRACKETS[1]}")
+CODE = regex(f"{BRACKETS[0]}([ -~]+){BRACKETS[1]}")
+WORD = regex(f"{BRACKETS[0]}([^{BRACKETS[1]}]*){BRACKETS[1]}")
 
 
 def marked(text: str) -> Html:
@@ -4443,8 +4455,9 @@ def marked(text: str) -> Html:
     scripts keep the order of the text, and their brackets where they touch a
     Latin letter or a digit."""
     text = escaped(text)
-    return Html(IN_BRACKETS.sub(marked_part, text)
-                if BRACKETS[0] in text else text)
+    if BRACKETS[0] in text:
+        text = WORD.sub(marked_word, CODE.sub(r"<mark>\1</mark>", text))
+    return Html(text)
 
 
 def escaped(text: str) -> Html:
@@ -4455,9 +4468,7 @@ def escaped(text: str) -> Html:
     return Html(text)
 
 
-def marked_part(found: re.Match[str]) -> str:
-    if found[1].isascii():
-        return f"<mark>{found[1]}</mark>"
+def marked_word(found: re.Match[str]) -> str:
     text, start, end = found.string, found.start(), found.end()
     touches = text[max(0, start - 1):start].isalnum() or text[end:end + 1].isalnum()
     return f"<bdi>{found[0] if touches else found[1]}</bdi>"
