@@ -5731,8 +5731,7 @@ class Desk:
         self.rules = rules              # serve's own
         self.has_limits = any(c.reviewers or c.editable or not c.remember
                               for c in rules.checkpoints)
-        own = {c.checkpoint_id: c.digest for c in rules.checkpoints}
-        store.desk_digest = lambda request: own.get(request.checkpoint_id or "")
+        store.desk_digest = self.ruling_digest
         self.rules_written_at = 0
         self.admit = functools.lru_cache(maxsize=512)(self.judge)
         self.dated = (0, "")
@@ -5868,6 +5867,13 @@ class Desk:
                 found += self.rules.all_holding(tool, arguments)
             self.rulings[key] = found, bool(Call(tool, arguments).texts("shell"))
         return self.rulings[key]
+
+    def ruling_digest(self, request: ReviewRequest) -> str | None:
+        """What stands only while the desk's own checkpoints for a call stay."""
+        digests = sorted({c.digest for c in self.ruling(request)[0]})
+        if len(digests) > 1:
+            return sha256_of(digests)
+        return digests[0] if digests else None
 
     def offers(self, request: ReviewRequest, name: str) -> Offers:
         """What this reviewer may decide about a request."""

@@ -4446,6 +4446,25 @@ def test_a_decision_that_stands(ruled):
         assert desk.post(f"yet-{n}", **call | fields).body["status"] == "waiting"
 
 
+def test_what_stands_is_void_when_the_desks_rules_change(ruled, make_rules):
+    """A decision stands only while the desk's own checkpoints for the call
+    are the same, those that the agent does not name as well."""
+    desk, decide = ruled
+    call = {"tool": "send", "checkpoint_id": "new", "session": "s"}
+    desk.post("r-1", **call)
+    assert decide("ana", remember={"seconds": 60, "uses": 9})[0] == 200
+    for n, (text, status) in enumerate((
+            (RULED, "approved"), (RULED.replace('"Users"', '"U"'), "approved"),
+            (RULED.replace('"Send"', '"S"'), "waiting"),
+            (RULED + RULED[:RULED.index("[[", 5)].replace("delete", "send"),
+             "waiting"))):
+        desk.more["rules"] = make_rules(text + "".join(
+            f'[[reviewer]]\nname = "{name}"\ntoken_sha256 = "{"0" * 64}"\n'
+            for name in NAMED))
+        desk.restart()
+        assert desk.post(f"again-{n}", **call).body["status"] == status, n
+
+
 def test_stop_everything(desk):
     """POST /stop refuses what comes and rejects what waits until it is
     lifted, by form and by JSON, also by command."""
