@@ -5126,11 +5126,12 @@ def allow_rule(request: ReviewRequest) -> Html:
 def exact_pattern(text: str) -> str:
     """A regular expression that matches this text alone, as plain ASCII that
     fits into TOML's 'single quotes'."""
-    def one(c: str) -> str:
+    def one(found: re.Match[str]) -> str:
+        c = found[0]
         if " " <= c <= "~" and c != "'":
-            return "\\" + c if c in r".^$*+?{}[]\|()" else c
+            return "\\" + c
         return f"\\x{ord(c):02x}" if c < "\x80" else f"\\U{ord(c):08x}"
-    return "".join(map(one, text))
+    return re.sub(r"[.^$*+?{}\[\]\\|()']|[^ -~]", one, text)
 
 
 def unix_time(text: str) -> float:
