@@ -73,22 +73,22 @@ is handed to: the MCP server, the coding agent, the command of `run`.
 
   * Errors              84  the ways it can go wrong, each with its hint
   * Vocabulary         288  statuses, canonical JSON, the digest
-    Text               167  text that a person can trust to be what it shows
+    Text               178  text that a person can trust to be what it shows
   * Matching           816  does a checkpoint match this call?
     Configuration      523  reads and checks checkpoints.toml
-  * Store             1073  the only SQL: requests, decisions, the audit log
-    Database file      297  opens, locks and verifies it
+  * Store             1077  the only SQL: requests, decisions, the audit log
+    Database file      305  opens, locks and verifies it
     Notices            574  tells a reviewer; the only outgoing messages
-    Pages             1114  the only HTML; pure functions
-  * Rights and routes 1016  who may do what, and the replies
-    Loop               537  the only listening socket; one transaction a turn
+    Pages             1122  the only HTML; pure functions
+  * Rights and routes 1035  who may do what, and the replies
+    Loop               539  the only listening socket; one transaction a turn
   * Client             173  the only outgoing requests to the server
     Context            276  what the card says of the agent; secrets masked
     Guard              131  the decorator
   * Gate               908  match, ask, wait, claim, run, report: runs a tool
-    Adapters           823  coding-agent hooks, MCP proxy, command prefix
+    Adapters           827  coding-agent hooks, MCP proxy, command prefix
     Evidence           353  `verify` and `demo`: the whole path, for real
-    Command line      1296  argv, environment, stdout
+    Command line      1301  argv, environment, stdout
 
 Files: checkpoints.toml (rules); hitl.db, -wal, -shm (requests and audit log);
 hitl.db.lock (one server a database). Environment: HITL_SERVER_URL,
