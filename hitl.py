@@ -5368,9 +5368,9 @@ class Tokens(NamedTuple):
 
 
 def token_hash(token: str | bytes) -> str:
-    data = token.encode("utf-8", "surrogatepass") if isinstance(
-        token, str) else token
-    return hashlib.sha256(data).hexdigest()
+    if isinstance(token, str):
+        token = token.encode("utf-8", "surrogatepass")
+    return hashlib.sha256(token).hexdigest()
 
 
 def fresh_token() -> str:
@@ -5401,11 +5401,12 @@ def identify(authorization: str, tokens: Tokens) -> Principal | None:
     for agent, own in tokens.agents.items():
         if compare_digest(known, own):
             return Principal("agent", agent, "own token")
-    expected = tokens.named.get(reviewer, tokens.shared)
+    expected, how = tokens.shared, "shared token"
+    if reviewer in tokens.named:
+        expected, how = tokens.named[reviewer], "own token"
     if (basic and expected and compare_digest(known, expected)
             and reviewer.isprintable() and len(reviewer) <= 64):
-        return Principal("reviewer", reviewer, "own token" if
-                         reviewer in tokens.named else "shared token")
+        return Principal("reviewer", reviewer, how)
     return None
 
 
@@ -5639,16 +5640,20 @@ def deadline_from(timeout: Any, at: float) -> str | None:
 
 # ---- what a reviewer decides ----
 
-def remember_from(asks: Mapping[str, Any], form: bool) -> Any:
-    """The `remember` of a decision; a form says it in two fields, of which
-    0 seconds are null."""
-    if not form:
-        return asks.get("remember")
-    if asks.get("remember_seconds") in (None, "", "0"):
-        return None
-    given = {name: asks.get(f"remember_{name}") for name in ("seconds", "uses")}
-    return {name: int(text) if re.fullmatch("[0-9]{1,9}", text, re.ASCII) else text
-            for name, text in given.items() if text}
+def remember_from(asks: Mapping[str, Any], form: bool,
+                  decision: Status) -> Bounds | None:
+    """How long a decision stands for the same call: a rejection by itself,
+    unless it says null. A form says it in two fields, 0 seconds for null."""
+    if decision == Status.REJECTED and asks.keys().isdisjoint(
+            ("remember", "remember_seconds")):
+        return REJECTION_STANDS
+    wanted = asks.get("remember")
+    if form:
+        given = {name: asks.get(f"remember_{name}") for name in ("seconds", "uses")}
+        wanted = {name: int(text) if re.fullmatch("[0-9]{1,9}", text, re.ASCII)
+                  else text for name, text in given.items() if text}
+        wanted = wanted if wanted.get("seconds") else None
+    return None if wanted is None else bounds_from(wanted, decision)
 
 
 def changed_by_form(asks: Mapping[str, Any], arguments: str | None
@@ -5842,9 +5847,10 @@ class Desk:
                           CURES[route.who], headers=challenge)
         who = identify(headers["authorization"], self.tokens)
         if who is None:
-            raise Refusal("wrong-credentials", "these credentials are not "
-                          "known here", CURES[route.who], headers=SILENT if
-                          headers["sec-fetch-dest"] == "empty" else challenge)
+            if headers["sec-fetch-dest"] == "empty":
+                challenge = SILENT
+            raise Refusal("wrong-credentials", "these credentials are not known "
+                          "here", CURES[route.who], headers=challenge)
         if who.kind != route.who:
             raise Refusal("not-your-route", f"this is for the {route.who}, "
                           f"and these are the {who.kind}'s credentials",
@@ -6091,23 +6097,21 @@ class Desk:
         arguments = object_field(asks, "arguments")
         if form:
             arguments = changed_by_form(asks, request.arguments)
-        read_digest = text_field if offers.editable else optional_text
         if arguments is not None and (not offers.editable
                                       or decision == Status.REJECTED):
             raise not_editable(request)
-        remember = remember_from(asks, form)
-        bounds = bounds_from(remember, decision) if remember is not None else None
+        bounds = remember_from(asks, form, decision)
         if bounds and not offers.remember:
-            raise not_remembered(request)
-        by_itself = asks.keys().isdisjoint(("remember", "remember_seconds"))
-        if decision == Status.REJECTED and by_itself and offers.remember:
-            bounds = REJECTION_STANDS
+            if bounds is not REJECTION_STANDS:
+                raise not_remembered(request)
+            bounds = None
+        read_digest = text_field if offers.editable else optional_text
         return self.store.decide(
             http.request_id, decision, str(http.who),
             reason=(optional_text(asks, "reason", MAX_WHY) or "").strip() or None,
             signed_in=http.who.signed_in, shown_at=shown_at,
-            digest=read_digest(asks, "digest", 64),
-            arguments=arguments, remember=bounds)
+            digest=read_digest(asks, "digest", 64), arguments=arguments,
+            remember=bounds)
 
     def was_seen(self, shown_at: str | None) -> bool:
         try:
@@ -6317,27 +6321,32 @@ class Connection:
         answered."""
         if self.answering:
             return
-        head = b""
-        try:
-            if self.http is None:
-                head = self.next_head()
-                if not head:
-                    return
-                self.http = self.loop.desk.admit(head)
-                self.trusted = self.trusted or self.http.who.kind == "reviewer"
-                if self.http.headers["expect"].lower() == "100-continue":
-                    self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        except Refusal as refusal:
-            self.refuse(head, refusal)
-            return
-        length = self.http.length
-        if len(self.inbox) >= length:
+        if self.http is None:
+            self.http = self.admitted()
+        if self.http and len(self.inbox) >= self.http.length:
+            length = self.http.length
             self.body = bytes(self.inbox[:length])
             del self.inbox[:length]
             self.answering = True
             self.close_connection = self.http.close
             self.until = self.loop.clock() + self.loop.limits.answer_seconds
             self.loop.enqueue(self)
+
+    def admitted(self) -> HttpRequest | None:
+        """The next head, if all of it is here and it may be answered."""
+        head = b""
+        try:
+            head = self.next_head()
+            if not head:
+                return None
+            http = self.loop.desk.admit(head)
+        except Refusal as refusal:
+            self.refuse(head, refusal)
+            return None
+        self.trusted = self.trusted or http.who.kind == "reviewer"
+        if http.headers["expect"].lower() == "100-continue":
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return http
 
     def next_head(self) -> bytes:
         """The head that is here whole; b"" if none is. Only what is new is
@@ -6524,16 +6533,14 @@ class Loop:
         end = self.clock() + self.limits.turn_seconds
         self.desk.store.tick()
         answers: list[tuple[Connection, HttpRequest, bytes | Poll]] = []
-        for queue in self.queues:               # 1. run, reviewers' first
-            while queue and self.clock() < end:
-                connection = queue.popleft()
-                http, body = connection.http, connection.body
-                connection.http, connection.body = None, b""
-                if body:
-                    self.count_unread(connection)
-                if http:                        # it is still there
-                    answers.append(
-                        (connection, http, self.desk.answer(http, body)))
+        while any(self.queues) and self.clock() < end:      # 1. run
+            connection = (self.queues[0] or self.queues[1]).popleft()
+            http, body = connection.http, connection.body
+            connection.http, connection.body = None, b""
+            if body:
+                self.count_unread(connection)
+            if http:                            # it is still there
+                answers.append((connection, http, self.desk.answer(http, body)))
         self.record_notices()
         self.commit(answers)
         if any(self.queues) or self.reports:    # 4. the rest, in another turn
