@@ -2384,7 +2384,7 @@ class Change(NamedTuple):
     event: str
     request_id: str             # or `standing:7`
     actor: str
-    description: str | None     # the beginning of it, of a request
+    description: str            # of a request
 
 
 SAID = ("decision", "until", "uses", "request_id", "reason")
@@ -2483,7 +2483,7 @@ class Store:
             [ReviewRequest], str | None] = lambda request: None
         self.tick()
         self.reread()
-        self.told = self.head.sequence
+        self.news: list[Change] = []    # of this turn, for commit()
         self.files = self.identities()
 
     def close(self) -> None:
@@ -2556,6 +2556,7 @@ class Store:
         import sqlite3
         if self.spoilt:
             raise sqlite3.OperationalError("this turn was rolled back")
+        before = len(self.news)
         try:
             if not self.db.in_transaction:
                 self.db.execute("BEGIN IMMEDIATE")
@@ -2569,6 +2570,7 @@ class Store:
                     error, sqlite3.OperationalError):
                 self.db.execute("ROLLBACK TO request")
                 self.db.execute("RELEASE request")
+                del self.news[before:]
                 self.reread()
                 self.spoilt = False
             raise
@@ -2582,14 +2584,9 @@ class Store:
                 if not self.db.in_transaction:
                     return []
                 self.db.execute("COMMIT")
-                news = self.db.execute(
-                    "SELECT event, subject, actor, "
-                    "substr(action_description, 1, 200) FROM audit_log LEFT "
-                    "JOIN pending_reviews ON request_id = subject WHERE "
-                    "sequence > ?", (self.told,)).fetchall()
-                self.told = self.head.sequence
-                return list(map(Change._make, news))
-        self.spoilt = True
+                news, self.news = self.news, []
+                return news
+        self.spoilt, self.news = True, []
         with contextlib.suppress(sqlite3.Error):    # else: in a later turn
             if self.db.in_transaction:
                 self.db.execute("ROLLBACK")
@@ -2598,7 +2595,7 @@ class Store:
         return None
 
     def audit(self, event: str, subject: str, actor: str,
-              detail: Mapping[str, Any], seal: str) -> None:
+              detail: Mapping[str, Any], seal: str, what: str = "") -> None:
         """The audit row of a change, in the change's transaction: chained to
         the one before, sealing its subject as it is now."""
         row = (self.head.sequence + 1, self.now, event, subject, actor,
@@ -2606,12 +2603,14 @@ class Store:
         self.head = Head(row[0], sha256_of([self.head.hash, *row]))
         self.db.execute("INSERT INTO audit_log VALUES (?, ?, ?, ?, ?, ?, ?, "
                         "?)", (*row, self.head.hash))
+        self.news.append(Change(event, subject, actor, what))
 
     def note(self, request: ReviewRequest, event: str, actor: str,
              detail: Mapping[str, Any]) -> None:
         """An audit row about a request that changes nothing of it, such as
         `notified`."""
-        self.audit(event, request.request_id, actor, detail, seal_of(request))
+        self.audit(event, request.request_id, actor, detail, seal_of(request),
+                   request.action_description)
 
     # ---- the changes of state ----
 
@@ -5571,18 +5570,19 @@ def asked_from(body: dict[str, Any], by: Principal, at: float,
         raise bad_field("request_id", "1 to 128 of A-Z a-z 0-9 . _ : -, not . or "
                         ".., and not begin with standing:", "a UUID is fine")
     description = text_field(body, "action_description", MAX_DESCRIPTION)
-    texts: dict[str, Any] = {name: optional_text(body, name, limit)
-                             for name, limit in OPTIONAL_FIELDS.items()}
-    if not re.fullmatch("[0-9a-f]{64}", texts["checkpoint_digest"] or "0" * 64):
+    texts: dict[str, Any] = {name: optional_text(body, name, OPTIONAL_FIELDS[name])
+                             for name in OPTIONAL_FIELDS.keys() & body.keys()}
+    tool = texts.get("tool")
+    if not re.fullmatch("[0-9a-f]{64}", texts.get("checkpoint_digest") or "0" * 64):
         raise bad_field("checkpoint_digest", "a SHA-256", "64 digits of 0-9 a-f")
-    sent, arguments = arguments_from(body, texts["tool"])
+    sent, arguments = arguments_from(body, tool)
     try:
         timestamp = parse_timestamp(body["timestamp"])
         context = READABLE.encode(body["agent_context"])
     except ValueError as error:
         raise Refusal("bad-field", str(error), "numbers must be finite; a time is "
                       f'like "{now}"') from None
-    digest = digest_of(description, arguments, texts["tool"])
+    digest = digest_of(description, arguments, tool)
     if body.get("digest") not in (None, digest):
         raise Refusal("bad-digest", "the digest sent is not that of the "
                       "action_description, arguments and tool sent",
@@ -5594,7 +5594,7 @@ def asked_from(body: dict[str, Any], by: Principal, at: float,
         action_description=description, arguments=sent, agent_context=context,
         edits=1 if flag(body, "edits") else None,
         size=sum(len((text or "").encode()) for text in (
-            description, arguments, context, texts["why"])))
+            description, arguments, context, texts.get("why"))))
 
 
 def check_fields(body: dict[str, Any]) -> None:
@@ -6402,7 +6402,7 @@ class Connection:
 
 
 def change_line(change: Change) -> str:
-    what = visible((change.description or "")[:MAX_LINE])
+    what = visible(change.description[:MAX_LINE])
     return (f"{change.event:9} {what} [{change.request_id}] by "
             f"{visible(change.actor)}")
 
@@ -6516,7 +6516,7 @@ class Loop:
         """A turn, once all that is readable now has been read."""
         if not self.turn_is_due:
             self.turn_is_due = True
-            self.asyncio_loop.call_soon(self.turn)
+            self.turn_after(2)
 
     def turn_after(self, rounds: int) -> None:
         """A turn, once asyncio has gone round so often and read what came
