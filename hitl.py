@@ -2355,7 +2355,8 @@ def cut_if_large(name: str) -> str:
 
 
 BRIEF = ", ".join(map(cut_if_large, ReviewRequest._fields))
-SUMMARY = ", ".join(Summary._fields)
+SELECT_SUMMARY = (f"SELECT asked_by, {', '.join(Summary._fields)} FROM "
+                  "pending_reviews WHERE request_id = ?")
 STANDING = ", ".join(Standing._fields)
 # what was asked: asked_sha256 covers these columns, and a seal the others
 ASKED = tuple(sorted(("request_id", "digest", "deadline", *ReviewRequest._fields[
@@ -2600,7 +2601,9 @@ class Store:
         the one before, sealing its subject as it is now."""
         row = (self.head.sequence + 1, self.now, event, subject, actor,
                READABLE.encode(detail) if detail else "{}", seal)
-        self.head = Head(row[0], sha256_of([self.head.hash, *row]))
+        text = ",".join(map(json_text, row[1:]))        # canonical, written out
+        chained = f'["{self.head.hash}",{row[0]},{text}]'
+        self.head = Head(row[0], hashlib.sha256(chained.encode()).hexdigest())
         self.db.execute("INSERT INTO audit_log VALUES (?, ?, ?, ?, ?, ?, ?, "
                         "?)", (*row, self.head.hash))
         self.news.append(Change(event, subject, actor, what))
@@ -2979,8 +2982,7 @@ class Store:
         """The few columns that a poll needs; Refusal "unknown", or where it
         is another agent's than `by`."""
         row = self.db.execute(
-            f"SELECT asked_by, {SUMMARY} FROM pending_reviews WHERE "
-            "request_id = ?", (request_id,)).fetchone()
+            SELECT_SUMMARY, (request_id,)).fetchone()
         if row is None:
             raise unknown(request_id)
         if by:
@@ -5704,9 +5706,18 @@ STORAGE_FAILED = Refusal(
 
 
 @functools.lru_cache(maxsize=64)
-def status_line(status: int) -> str:
+def head_of(status: int, content_type: str, close: bool, second: int) -> bytes:
+    """The head of an answer, but for its length and what is its own."""
+    from email.utils import formatdate
     from http import HTTPStatus
-    return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
+    connection = "close" if close else "keep-alive"
+    return (f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
+            f"Date: {formatdate(second, usegmt=True)}\r\n"
+            f"Content-Type: {content_type}\r\n{SECURITY}"
+            f"Connection: {connection}\r\n").encode()
+
+
+REPLY_NAMES = [f'"{name}": ' for name in Summary._fields if name not in SELDOM]
 
 
 def wants_page(http: HttpRequest) -> bool:
@@ -5740,7 +5751,6 @@ class Desk:
         store.desk_digest = self.ruling_digest
         self.rules_written_at = 0
         self.admit = functools.lru_cache(maxsize=512)(self.judge)
-        self.dated = (0, "")
         self.attended_until: dict[str, float] = {}  # request_id -> monotonic
         self.rulings: dict[Any, tuple[list[Checkpoint], bool]] = {}
 
@@ -5969,16 +5979,10 @@ class Desk:
 
     def message(self, status: int, content_type: str, body: bytes,
                 close: bool, headers: str = "") -> bytes:
-        """The one place that writes an answer's head."""
-        second = int(self.store.time)
-        if self.dated[0] != second:
-            from email.utils import formatdate
-            self.dated = (second, formatdate(second, usegmt=True))
-        return (f"{status_line(status)}Date: {self.dated[1]}\r\n"
-                f"Content-Type: {content_type}\r\n"
-                f"Content-Length: {len(body)}\r\n{SECURITY}{headers}"
-                f"{'Connection: close' if close else 'Connection: keep-alive'}"
-                "\r\n\r\n").encode("latin-1", "replace") + body
+        """A whole answer. head_of() is the one place that writes its head."""
+        head = head_of(status, content_type, close, int(self.store.time))
+        return b"%b%bContent-Length: %d\r\n\r\n%b" % (
+            head, headers.encode("latin-1", "replace"), len(body), body)
 
     def shape(self, summary: Summary) -> dict[str, Any]:
         """The one shape of every reply about a request."""
@@ -5993,9 +5997,11 @@ class Desk:
 
     def shape_json(self, summary: Summary) -> str:
         """shape() as JSON; written out, since every poll takes this way."""
-        texts = [f'"{name}": {"null" if value is None else json_text(value)}'
-                 for name, value in zip(Summary._fields, summary, strict=True)
-                 if value is not None or name not in SELDOM]
+        texts = [f"{name}{json_text(value)}" if value is not None else f"{name}null"
+                 for name, value in zip(REPLY_NAMES, summary, strict=False)]
+        for name, value in zip(SELDOM, summary[len(REPLY_NAMES):], strict=True):
+            if value is not None:
+                texts.append(f'"{name}": {json_text(value)}')
         url = json_text(f"{self.url}/review/{summary.request_id}")
         return f'{{{", ".join(texts)}, "url": {url}}}'
 
