@@ -9886,7 +9886,8 @@ def cmd_serve(args: Any) -> int:
     warnings += notice_warnings(configuration, public_url)
     channels = [Channel(configuration.path, entry, os.environ)
                 for entry in configuration.notify]
-    tokens, made = serving_tokens(configuration, sys.stdout.isatty())
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    tokens, made = serving_tokens(configuration, terminal)
     tls = tls_context(args, configuration)
     safe = bool(tls) or public_url.startswith("https://")
     check_exposure(host, tokens, safe or args.allow_clear_text)
@@ -9902,9 +9903,10 @@ def cmd_serve(args: Any) -> int:
                           "takes a free one") from None
     # 3. where it is, and everything worth knowing at the start
     warnings += address_warnings(desk, configuration)
+    printer = Printer(bell="\a" if terminal else "")
     for line in (*greeting(desk, configuration, made),
                  *(f"warning: {warning}" for warning in warnings)):
-        say(visible(line))
+        printer.say(visible(line))
     # 4. serve until a signal
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: desk.stop())
@@ -9912,7 +9914,6 @@ def cmd_serve(args: Any) -> int:
     with contextlib.suppress(ImportError, OSError, AttributeError):
         import ctypes               # what compiling this file took: 18 MB
         ctypes.CDLL(None).malloc_trim(0)
-    printer = Printer()
     desk.say = printer.say
     desk.start_notices(channels, configuration.rules)
     try:
@@ -9972,12 +9973,12 @@ class Printer:
     """Lines on stdout that serve never waits for: where nobody reads them
     they are lost, and counted."""
 
-    def __init__(self) -> None:
+    def __init__(self, bell: str) -> None:
         import queue
         self.lines: queue.Queue[tuple[int, str] | None] = queue.Queue(1000)
-        self.lost, self.bell = 0, ""
-        if sys.stdout.isatty():
-            self.bell = "\a"
+        self.lost, self.bell = 0, bell
+        # a file that is closed: its number may be a socket's by now
+        self.open = {1: sys.stdout is not None, 2: sys.stderr is not None}
         handler = logging.Handler()
         handler.emit = lambda record: self.say(      # type: ignore[method-assign]
             handler.format(record), 2)
@@ -9996,16 +9997,18 @@ class Printer:
 
     def run(self) -> None:
         said = 0
-        encoding = sys.stdout.encoding or "utf-8"
-        with contextlib.suppress(OSError):      # nobody is there any more
-            while line := self.lines.get():
-                file, text = line
-                data = f"{text}\n".encode(encoding, "backslashreplace")
-                if self.lost > said:
-                    data += b"%d lines were lost here\n" % (self.lost - said)
-                    said = self.lost
-                while data:
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        while line := self.lines.get():
+            file, text = line
+            data = f"{text}\n".encode(encoding, "backslashreplace")
+            if self.lost > said:
+                data += b"%d lines were lost here\n" % (self.lost - said)
+                said = self.lost
+            while data and self.open[file]:
+                try:
                     data = data[os.write(file, data):]
+                except OSError:             # nobody is there any more
+                    self.open[file] = False
 
     def close(self) -> None:
         """Wait for the last lines, but not for long."""
