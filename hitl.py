@@ -771,10 +771,6 @@ def did_you_mean(word: Any, known: Any) -> str:
 # here, and of the disk only links are read: where an edit would really land.
 # Every way of looking at a call only ever gates more; what opens a door
 # (effect = "allow") needs the call exactly as written, and nothing in doubt.
-#
-# `re` cannot be interrupted and holds every thread, so what a pattern looks at
-# is bounded: reach() says how many characters it takes in less than half a
-# second, whatever they are, and a longer text counts as found.
 
 CATEGORIES = ("high-impact", "data-risk", "destructive")
 EFFECTS = ("review", "allow", "deny")
@@ -788,7 +784,6 @@ MAX_PATH = 4096                 # characters of a path that is looked up
 MAX_FILES = 1000                # that one edit touches; with more it matches
 MAX_INNER = 100                 # inner calls of one call; with more it waits
 MAX_MEMBERS = 200_000           # names and items in one call's arguments
-TEMPLATE_NAME = regex(r"\{([A-Za-z_]\w*(?:\.\w+)*)\}")
 
 
 class Checkpoint(NamedTuple):
@@ -817,10 +812,26 @@ class Checkpoint(NamedTuple):
         """Whether a pattern of this checkpoint finds a text. `allow` opens a
         door, so it needs the whole text to the letter; the others only ever
         stop more: anywhere, in any case, and whatever is too long."""
+        short = len(text) <= reach(pattern)
         if self.effect == "allow":
-            return (len(text) <= steps_of(pattern).reach
-                    and re.fullmatch(pattern, text) is not None)
-        return len(text) > reach(pattern) or is_found(pattern, text)
+            return short and re.fullmatch(pattern, text) is not None
+        return not short or re.search(pattern, text, SEARCH) is not None
+
+    def names(self, tool: str) -> str:
+        """Why a tool of this name can be meant, or ""."""
+        pattern = self.action_pattern
+        if self.kind != "tool":
+            why = f'kind = "{self.kind}" and action_pattern {pattern!r}'
+            return why if may_be(self.kind, tool) else ""
+        for way, text in views(tool)[:1 if self.effect == "allow" else None]:
+            if self.finds(pattern, text):
+                hit = re.search(pattern, text[:MAX_TOOL_NAME], SEARCH)
+                place = "it"
+                if hit:
+                    place = f'"{visible(hit[0])}" at {hit.start()} to {hit.end()}'
+                return (f"action_pattern {pattern!r} finds {place} of the {way} "
+                        f'"{visible(text)}"')
+        return ""
 
     def matches(self, call: Call) -> bool:
         """Whether a call with a name that matches is meant. In doubt (two
@@ -832,6 +843,14 @@ class Checkpoint(NamedTuple):
             self.argument_matches(pattern, argument(call.arguments, name))
             for name, pattern in self.arguments.items()
         ) and self.kind_matches(call)
+
+    def argument_matches(self, pattern: str, value: Any) -> bool:
+        """Whether a pattern finds an argument. One that is missing or not a
+        text matches for review and deny, and does not for allow."""
+        if not isinstance(value, str):
+            return self.effect != "allow"
+        return self.finds(pattern, value) or self.effect != "allow" and any(
+            self.finds(pattern, text) for _, text in views(value))
 
     def kind_matches(self, call: Call) -> bool:
         """Whether action_pattern finds what a shell or an edit would do. An
@@ -848,15 +867,6 @@ class Checkpoint(NamedTuple):
         return any(text is None or self.finds(self.action_pattern, text)
                    for text in call.texts(self.kind))
 
-    def argument_matches(self, pattern: str, value: Any) -> bool:
-        """Whether a pattern finds an argument. One that is missing or not a
-        text matches for review and deny, and does not for allow."""
-        if not isinstance(value, str):
-            return self.effect != "allow"
-        if self.effect == "allow" or len(value) > reach(pattern):
-            return self.finds(pattern, value)
-        return any(self.finds(pattern, text) for _, text in views(value))
-
 
 class Match(NamedTuple):
     """Which checkpoint decides about a call, and why."""
@@ -867,6 +877,13 @@ class Match(NamedTuple):
     @property
     def effect(self) -> str:
         return self.checkpoint.effect
+
+
+ODD_NAME = Checkpoint("odd-name", "", "")
+UNMATCHED = {
+    "review": Checkpoint("unmatched", "", ""),
+    "allow": Checkpoint("unmatched", "", "", effect="allow"),
+}
 
 
 class Rules(NamedTuple):
@@ -886,10 +903,10 @@ class Rules(NamedTuple):
         call = Call(tool, arguments, cwd)
         found = [self._decides(call)]
         try:
-            for inner in inner_calls(arguments):
-                match = self._decides(Call(*inner, cwd))
+            for inner in call.inner():
+                match = self._decides(inner)
                 found.append(match._replace(
-                    why=f'in it, the call "{visible(inner[0])}": {match.why}'))
+                    why=f'in it, the call "{visible(inner.tool)}": {match.why}'))
         except ValueError as error:
             found.append(Match(ODD_NAME, str(error)))
         return max(found, key=lambda match: STRICTNESS.index(match.effect))
@@ -898,14 +915,14 @@ class Rules(NamedTuple):
                     ) -> list[Checkpoint]:
         """Every checkpoint that matches a call, or one inside it; all there
         are, where that cannot be told."""
+        call = Call(tool, arguments)
         try:
-            calls = [Call(tool, arguments), *(
-                Call(*inner) for inner in inner_calls(arguments))]
+            calls = [call, *call.inner()]
         except ValueError:
             return list(self.checkpoints)
         return [match.checkpoint for call in calls
                 for match in self._of_name(call.tool)
-                if match.checkpoint in self.checkpoints
+                if match.checkpoint.action_pattern
                 and match.checkpoint.matches(call)]
 
     def candidates(self, tool: str) -> tuple[Match, ...]:
@@ -950,7 +967,7 @@ class Rules(NamedTuple):
             yield Match(ODD_NAME, odd)
             return
         for checkpoint in self.checkpoints:
-            why = name_match(checkpoint, tool)
+            why = checkpoint.names(tool)
             if why and not (odd and checkpoint.effect == "allow"):
                 yield Match(checkpoint, why)
         if odd:
@@ -958,76 +975,57 @@ class Rules(NamedTuple):
         yield Match(UNMATCHED[self.unmatched], "no checkpoint matches")
 
 
-ODD_NAME = Checkpoint("odd-name", "", "")
-UNMATCHED = {
-    "review": Checkpoint("unmatched", "", ""),
-    "allow": Checkpoint("unmatched", "", "", effect="allow"),
-}
-
-
 # ---- how long a pattern may take ----
+# `re` cannot be interrupted and holds every thread, so what a pattern looks at
+# is bounded: about 4,400 characters for one open repeat (`.*`), 390 for two.
 # The parser of `re` is private to Python, and the same since 3.11; it gives a
 # list of (operation, argument).
 
-class Steps(NamedTuple):
-    """What a pattern costs: its open repeats, each of which may run inside the
-    choices of the one before, and the product of its bounded choices."""
-
-    loops: int
-    ways: int
-
-    @property
-    def reach(self) -> int:
-        """Characters that it takes in MAX_STEPS, with one more power of them
-        for where it begins."""
-        power = self.loops + 1
-        steps = MAX_STEPS * math.factorial(power) // self.ways
-        return min(MAX_MATCHED, int(steps ** (1 / power)))
-
-
 @functools.cache
-def steps_of(pattern: str) -> Steps:
-    """ValueError where it repeats a repeat: nothing bounds that."""
-    return count_steps(_parser.parse(pattern, SEARCH), False)
+def reach(pattern: str) -> int:
+    """How many characters a pattern may look at, to be done in MAX_STEPS: from
+    every start it tries every end of every open repeat. ValueError where it
+    repeats a repeat: nothing bounds that."""
+    loops, ways = cost(_parser.parse(pattern, SEARCH), False)
+    steps = MAX_STEPS * math.factorial(loops + 1) // ways
+    return min(MAX_MATCHED, int(steps ** (1 / (loops + 1))))
 
 
-def count_steps(tree: Any, again: bool) -> Steps:
-    """What a parsed pattern costs; `again`: it is repeated, so that each
-    choice between alternatives counts."""
+def cost(tree: Any, repeated: bool) -> tuple[int, int]:
+    """The most open repeats of a parsed pattern that can meet, and the product
+    of its bounded choices. A repeat of one character ends, and meets no other,
+    at a letter that it does not match: `[a-z]+/[a-z]+`."""
     most = loops = 0
-    ways, last = 1, None                # the last open repeat, of one character
+    ways, last = 1, None
     for kind, value in tree:
-        if kind is op.LITERAL and last is None:
-            continue                    # most of a pattern, and no choice
         low, high = 1, 1
         if kind in (op.MAX_REPEAT, op.MIN_REPEAT, op.POSSESSIVE_REPEAT):
             low, high, value = value
-        inner = [count_steps(part, again or high > 1)
-                 for part in parts_of_pattern(value)] or [Steps(0, 1)]
-        inside, choices = map(max, zip(*inner, strict=True))
-        if kind is op.BRANCH and again and not are_apart(value[1]):
-            choices = sum(steps.ways for steps in inner)
-        if high > 64 and (inside or choices > 1):
+        inner = [cost(part, repeated or high > 1) for part in parts_of(value)]
+        inside, choices = map(max, zip((0, 1), *inner, strict=True))
+        unclear = kind is op.BRANCH and repeated and not are_apart(value[1])
+        if unclear or high > 64 and (inside or choices > 1):
             raise ValueError("repeats a repeat")
-        if choices > 1 or high < op.MAXREPEAT:
-            ways *= (high - low + 1) * choices ** high
         if kind is op.LITERAL and last and not last.match(chr(value)):
-            most, loops, last = max(most, loops), loops - 1, None   # ends there
-        loops += inside * high if inside else high == op.MAXREPEAT
-        loops += kind is op.GROUPREF
-        if inside or high == op.MAXREPEAT:
-            one = not inside and value.getwidth() == (1, 1)
-            last = _compiler.compile(value, re.IGNORECASE) if one else None
-    return Steps(max(most, loops), ways)
+            most, loops, last = max(most, loops), loops - 1, None
+        loops += inside * high + (kind is op.GROUPREF)
+        if inside:
+            last = None
+        if high < op.MAXREPEAT:
+            ways *= (high - low + 1) * choices ** high
+        else:
+            loops, last = loops + 1, None
+            if value.getwidth() == (1, 1):
+                last = _compiler.compile(value, re.IGNORECASE)
+    return max(most, loops), ways
 
 
-def parts_of_pattern(value: Any) -> Iterator[Any]:
+def parts_of(value: Any) -> Iterator[Any]:
     """The patterns inside an item of a parsed pattern."""
     if isinstance(value, _parser.SubPattern):
         yield value
     for part in value if isinstance(value, (tuple, list)) else ():
-        if not isinstance(part, int):
-            yield from parts_of_pattern(part)
+        yield from parts_of(part)
 
 
 def are_apart(branches: list[Any]) -> bool:
@@ -1035,54 +1033,6 @@ def are_apart(branches: list[Any]) -> bool:
     firsts = {chr(branch[0][1]).casefold() for branch in branches
               if len(branch) and branch[0][0] is op.LITERAL}
     return len(firsts) == len(branches)
-
-
-def split_pattern(pattern: str, joint: str) -> list[str]:
-    """A pattern cut at each joint that is not inside a group: where the
-    piece before it is a pattern by itself."""
-    pieces, held = [], ""
-    for part in pattern.split(joint):
-        held += part
-        try:
-            re.compile(held, SEARCH)
-        except re.error:
-            held += joint
-        else:
-            pieces.append(held)
-            held = ""
-    return pieces if not held else [pattern]
-
-
-@functools.cache
-def searches(pattern: str) -> list[list[tuple[re.Pattern[str], int]]]:
-    """A pattern as its alternatives, each as the pieces between its `.*` with
-    their least widths; whole where a piece would depend on another."""
-    whole = re.search(r"\\[1-9]|\(\?P=|\(\?\(|\(\?[a-zA-Z]+\)", pattern)
-    return [[(re.compile(piece, SEARCH),
-              _parser.parse(piece).getwidth()[0])
-             for piece in ([one] if whole else split_pattern(one, ".*"))]
-            for one in ([pattern] if whole else split_pattern(pattern, "|"))]
-
-
-@functools.cache
-def reach(pattern: str) -> int:
-    """How many characters a search may look at."""
-    pieces = [piece.pattern for one in searches(pattern) for piece, _ in one]
-    return min(Steps(steps_of(piece).loops, steps_of(piece).ways * len(pieces)
-                     ).reach for piece in pieces)
-
-
-def is_found(pattern: str, text: str) -> bool:
-    """Whether one alternative is found, piece after piece: one pass where
-    `re` would try every start with every `.*`."""
-    for pieces in searches(pattern):
-        at: int | None = 0
-        for piece, width in pieces:
-            found = piece.search(text, at) if at is not None else None
-            at = found.start() + width if found else None
-        if at is not None:
-            return True
-    return False
 
 
 # ---- the tool's name ----
@@ -1114,26 +1064,19 @@ def odd_name(tool: str) -> str:
             "ASCII")
 
 
-def name_match(checkpoint: Checkpoint, tool: str) -> str:
-    """Why a checkpoint's pattern finds this name, or ""; for kinds, why the
-    name can be one of its kind."""
-    pattern = checkpoint.action_pattern
-    if checkpoint.kind != "tool":
-        why = f'kind = "{checkpoint.kind}" and action_pattern {pattern!r}'
-        return why if may_be(checkpoint.kind, tool) else ""
-    ways = views(tool)[:1] if checkpoint.effect == "allow" else views(tool)
-    for way, text in ways:
-        if checkpoint.finds(pattern, text):
-            hit = re.search(pattern, text[:MAX_TOOL_NAME], SEARCH)
-            place = "it"
-            if hit:
-                place = f'"{visible(hit[0])}" at {hit.start()} to {hit.end()}'
-            return (f"action_pattern {pattern!r} finds {place} of the {way} "
-                    f'"{visible(text)}"')
-    return ""
-
-
 # ---- names of arguments; calls inside a call ----
+
+# What a dispatcher calls the tool inside it: by itself, or beside arguments.
+INNER_ALONE = frozenset(("toolname", "toolslug", "recipientname"))
+INNER_TOOLS = INNER_ALONE | set(
+    "name tool toolid function functionname action method".split())
+INNER_ARGUMENTS = frozenset(
+    "arguments parameters input args params kwargs toolinput toolargs "
+    "toolarguments toolparameters actioninput functionarguments".split())
+JSON_STARTS = ("{", "[", '"', " ", "\t", "\r", "\n")
+PLAIN_TYPES = frozenset((int, float, bool, type(None)))
+MISSING = object()
+
 
 def folded(name: str) -> str:
     """One name is one name: what two readers of JSON may take for the same
@@ -1151,16 +1094,38 @@ def bare_name(name: str) -> str:
     return re.sub(r"[\W_]+", "", folded(str(name)))
 
 
-# What a dispatcher calls the tool inside it: by itself, or beside arguments.
-INNER_ALONE = frozenset(("toolname", "toolslug", "recipientname"))
-INNER_TOOLS = INNER_ALONE | {
-    "name", "tool", "toolid", "function", "functionname", "action", "method"}
-INNER_ARGUMENTS = frozenset((
-    "arguments", "parameters", "input", "args", "params", "kwargs",
-    "toolinput", "toolargs", "toolarguments", "toolparameters",
-    "actioninput", "functionarguments"))
-JSON_STARTS = ("{", "[", '"', " ", "\t", "\r", "\n")
-PLAIN_TYPES = frozenset((int, float, bool, type(None)))
+def argument(arguments: Mapping[str, Any], name: str) -> Any:
+    """The argument of this name, or inside one by a dotted name. MISSING if
+    there is none, or both and they differ: one would hide the other."""
+    value: Any = arguments
+    for part in name.split("."):
+        inside = value if isinstance(value, Mapping) else {}
+        value = inside.get(part, MISSING)
+    plain = arguments.get(name, value)
+    return plain if value is MISSING or plain == value else MISSING
+
+
+def objects_in(value: Any, quoted: bool = False) -> Iterator[Mapping[str, Any]]:
+    """Every JSON object in a value: at any depth, in lists and, if `quoted`,
+    in texts that are JSON; ValueError where that is too much to look at."""
+    todo, count = [(value, 0)], 0
+    while todo:
+        item, depth = todo.pop()
+        parts: Iterable[Any] = ()
+        if isinstance(item, Mapping):
+            yield item
+            parts = item.values()
+        elif isinstance(item, (list, tuple)):
+            parts = item
+        elif isinstance(item, str) and quoted:
+            parts = read_json(item)
+        todo += ((part, depth + 1) for part in parts
+                 if type(part) not in PLAIN_TYPES and (
+                     type(part) is not str
+                     or quoted and part.startswith(JSON_STARTS)))
+        count += 1
+        if depth > MAX_DEPTH or count + len(todo) > MAX_MEMBERS:
+            raise ValueError("the arguments are too large to look through")
 
 
 def both_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -1175,36 +1140,6 @@ def both_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 LENIENT = json.JSONDecoder(object_pairs_hook=both_members, strict=False)
 
 
-def objects_in(value: Any, texts: bool = False) -> Iterator[Mapping[str, Any]]:
-    """Every JSON object in a value: at any depth, in lists and, with `texts`,
-    in texts that are JSON; ValueError where that is too much to look at."""
-    todo, count = [(value, 0)], 0
-    while todo:
-        item, depth = todo.pop()
-        if isinstance(item, Mapping):
-            yield item
-        todo += ((part, depth + 1) for part in parts_of(item, texts)
-                 if may_hold_more(part, texts))
-        count += 1
-        if depth > MAX_DEPTH or count + len(todo) > MAX_MEMBERS:
-            raise ValueError("the arguments are too large to look through")
-
-
-def parts_of(item: Any, texts: bool) -> Iterable[Any]:
-    """The values in an object, a list or, with `texts`, a JSON text."""
-    if isinstance(item, Mapping):
-        return item.values()
-    if isinstance(item, (list, tuple)):
-        return item
-    return read_json(item) if texts and isinstance(item, str) else ()
-
-
-def may_hold_more(value: Any, texts: bool) -> bool:
-    if type(value) is str:
-        return texts and value.startswith(JSON_STARTS)
-    return type(value) not in PLAIN_TYPES
-
-
 def read_json(text: str) -> list[Any]:
     """The value of a JSON text in a list, which is empty if it is not one."""
     try:
@@ -1213,36 +1148,6 @@ def read_json(text: str) -> list[Any]:
         raise ValueError("the arguments nest too deep") from None
     except ValueError:
         return []
-
-
-def inner_calls(arguments: Mapping[str, Any]
-                ) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The calls that a dispatcher's arguments name (Cline's use_mcp_tool)."""
-    count = 0
-    for members in objects_in(arguments, texts=True):
-        for call in calls_named(members):
-            yield call
-            count += 1
-        if count > MAX_INNER:
-            raise ValueError(f"more than {MAX_INNER} calls are in it")
-
-
-def calls_named(members: Mapping[str, Any]
-                ) -> list[tuple[str, Mapping[str, Any]]]:
-    """The calls that an object names: a tool beside its arguments, or by
-    itself under a name that means nothing else."""
-    keyed = [(bare_name(name), value) for name, value in members.items()]
-    given = [value for key, value in keyed if key in INNER_ARGUMENTS]
-    known = INNER_TOOLS if given else INNER_ALONE
-    return [(tool, inner_arguments(value)) for key, tool in keyed
-            if key in known and isinstance(tool, str) and tool
-            for value in given or [{}]]
-
-
-def inner_arguments(value: Any) -> Mapping[str, Any]:
-    if isinstance(value, str):
-        value = next(iter(read_json(value)), value)
-    return value if isinstance(value, Mapping) else {"input": value}
 
 
 def has_plain_values(arguments: Mapping[str, Any]) -> bool:
@@ -1255,20 +1160,6 @@ def has_plain_values(arguments: Mapping[str, Any]) -> bool:
         elif "{" in value or "[" in value or '"' in value:
             return False
     return True
-
-
-MISSING = object()
-
-
-def argument(arguments: Mapping[str, Any], name: str) -> Any:
-    """The argument of this name, or inside one by a dotted name. MISSING if
-    there is none, or both and they differ: one would hide the other."""
-    value: Any = arguments
-    for part in name.split("."):
-        inside = value if isinstance(value, Mapping) else {}
-        value = inside.get(part, MISSING)
-    plain = arguments.get(name, value)
-    return plain if value is MISSING or plain == value else MISSING
 
 
 # ---- shell commands and file edits ----
@@ -1286,26 +1177,41 @@ EDIT_WORDS = regex(
     "rename|modify|notebook|refactor|restore|revert|truncate|upload|download|"
     "(?<![a-z])(?:save|move|copy|put|apply|add|set|mv|cp|rm|touch|link|"
     "unlink|diff|change|make|new|fix|format|store|dump|undo|symlink|mkdir|chmod|"
-    "ln)(?![a-z])",
-    re.IGNORECASE)
+    "ln)(?![a-z])", re.IGNORECASE)
 HUMP = regex("(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
-COMMANDS = frozenset((
-    "command", "commands", "cmd", "cmds", "script", "argv", "commandline",
-    "cmdline", "shellcommand", "bashcommand", "commandtext", "fullcommand",
-    "code", "program", "input", "stdin", "chars", "keys", "keystrokes", "text"))
-PATHS = frozenset((
-    "path", "paths", "filepath", "filepaths", "file", "files", "filename",
-    "targetfile", "targetpath", "notebookpath", "absolutepath", "uri",
-    "relativepath", "relativeworkspacepath", "source", "sourcepath", "target",
-    "destination", "destinationpath", "dest", "oldpath", "newpath", "src",
-    "dst"))
-PATCHES = frozenset((
-    "patch", "patchtext", "diff", "input", "command", "changes", "edits"))
+COMMANDS = frozenset(
+    "command commands cmd cmds script argv commandline cmdline shellcommand "
+    "bashcommand commandtext fullcommand code program input stdin chars keys "
+    "keystrokes text".split())
+PATHS = frozenset(
+    "path paths filepath filepaths file files filename targetfile targetpath "
+    "notebookpath absolutepath uri relativepath relativeworkspacepath source "
+    "sourcepath target destination destinationpath dest oldpath newpath src "
+    "dst".split())
+PATCHES = frozenset("patch patchtext diff input command changes edits".split())
 PATCH_PATH = regex(
     r"^[ \t]*(?:\*\*\* (?:\w+ File|Move to): |--- |\+\+\+ |"
     r"(?:rename|copy) to )(?:[ab]/)?([^\t\r\n]+)", re.MULTILINE)
 PATCH_CONTENT = regex(
     r"^[-+ ](?![ \t]*(?:\*\*\*|--|\+\+)).*$", re.MULTILINE)
+# An allow list opens for what every shell reads alike, token by token: quotes
+# without escapes, and nothing that expands. (`"!!"` interactively, `'a\''` in
+# fish, curly quotes in PowerShell, `&` in cmd: each is read otherwise than
+# POSIX says.) Beside the command may be only these, and the agent's folder.
+BESIDE: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("description", "explanation"), str),
+    **dict.fromkeys("timeout timeoutms timeoutseconds timeoutsec yieldtimems"
+                    .split(), (int, float)),
+    **dict.fromkeys("runinbackground background isbackground".split(), bool)}
+FOLDERS = frozenset("cwd workdir workingdirectory workingdir directory dir "
+                    "dirpath folder".split())
+OWN_TOOL = regex("(?!(?i:mcp))[A-Za-z0-9]+(?:[_-][A-Za-z0-9]+)*")
+PLAIN_WORD = regex("[A-Za-z0-9_./:=@%+,-]+")
+TOKEN = regex(r"""
+    (?P<redirection> (?: 2>&1 | 2?>/dev/null ) (?= [ ;|&\n] | \Z ) )
+  | (?P<word> (?: [A-Za-z0-9_./:=@%+,-] | '[^'\\!\n]*' | "[^"$`\\!\n]*" )+ )
+  | (?P<joint> && | \|\| | [|;\n] )
+  | (?P<blank> [ ]+ )""", re.VERBOSE)
 
 
 def has_word(words: re.Pattern[str], tool: str) -> bool:
@@ -1338,6 +1244,27 @@ class Call:
         except ValueError:
             return True
 
+    def inner(self) -> Iterator[Call]:
+        """The calls that a dispatcher's arguments name (Cline's use_mcp_tool):
+        a tool beside its arguments, or by itself under a name that means
+        nothing else; ValueError where they are too many to look at."""
+        count = 0
+        for members in objects_in(self.arguments, quoted=True):
+            keyed = [(bare_name(name), value) for name, value in members.items()]
+            given = [value for key, value in keyed if key in INNER_ARGUMENTS]
+            known = INNER_TOOLS if given else INNER_ALONE
+            tools = [value for key, value in keyed
+                     if key in known and isinstance(value, str) and value]
+            for tool, value in itertools.product(tools, given or [{}]):
+                if isinstance(value, str):
+                    value = next(iter(read_json(value)), value)
+                if not isinstance(value, Mapping):
+                    value = {"input": value}
+                yield Call(tool, value, self.cwd)
+                count += 1
+                if count > MAX_INNER:
+                    raise ValueError(f"more than {MAX_INNER} calls are in it")
+
     def texts(self, kind: str) -> list[str | None]:
         """What a call of this kind would do: the texts that a pattern looks
         at, None for one that cannot be read; empty if it is of another."""
@@ -1346,11 +1273,20 @@ class Call:
         except ValueError:
             return [None]
 
-    def shut(self, kind: str) -> list[str]:
-        """What no allow rule has opened so far: every simple command, or
-        every path, of a call that says nothing else; empty where anything is
-        in doubt, which no rule opens."""
-        return self.shut_commands if kind == "shell" else self.shut_paths
+    def values_of(self, names: frozenset[str]) -> Iterator[Any]:
+        """The values of the arguments so called, at any depth."""
+        for members in objects_in(self.arguments):
+            for name, value in members.items():
+                if bare_name(name) in names:
+                    yield value
+
+    def items_of(self, names: frozenset[str]) -> Iterator[str]:
+        """The texts among them, in lists too; values_of itself looks into
+        objects."""
+        for value in self.values_of(names):
+            for item in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(item, str):
+                    yield item
 
     @functools.cached_property
     def commands(self) -> list[str | None]:
@@ -1377,21 +1313,6 @@ class Call:
             for text in self.items_of(PATCHES):
                 texts += self.patched(text)
         return texts
-
-    def values_of(self, names: frozenset[str]) -> Iterator[Any]:
-        """The values of the arguments so called, at any depth."""
-        for members in objects_in(self.arguments):
-            for name, value in members.items():
-                if bare_name(name) in names:
-                    yield value
-
-    def items_of(self, names: frozenset[str]) -> Iterator[str]:
-        """The texts among them, in lists too; values_of itself looks into
-        objects."""
-        for value in self.values_of(names):
-            for item in value if isinstance(value, (list, tuple)) else [value]:
-                if isinstance(item, str):
-                    yield item
 
     def patched(self, text: str) -> Iterator[str | None]:
         """What a patch says of files: its lines but for content, and the
@@ -1425,10 +1346,19 @@ class Call:
         except (OSError, ValueError):
             return None
 
+    def shut(self, kind: str) -> list[str]:
+        """What no allow rule has opened so far: every simple command, or
+        every path, of a call that says nothing else; empty where anything is
+        in doubt, which no rule opens. It must be the agent's own tool, and
+        nothing opens on Windows."""
+        texts = self.texts(kind)
+        if os.name == "nt" or not OWN_TOOL.fullmatch(self.tool) or (
+                not texts or None in texts):
+            return []
+        return self.shut_commands if kind == "shell" else self.shut_paths
+
     @functools.cached_property
     def shut_commands(self) -> list[str]:
-        if not self.is_plain("shell"):
-            return []
         texts: Any = None
         for name, value in self.arguments.items():
             key = bare_name(name)
@@ -1438,25 +1368,7 @@ class Call:
                 return []
         read = [simple_commands(text) for text in (
             texts if isinstance(texts, list) else ())]
-        if not all(read):
-            return []
-        return [command for commands in read for command in commands]
-
-    @functools.cached_property
-    def shut_paths(self) -> list[str]:
-        """The paths of an edit that end where they say, without `..`."""
-        paths, base = list(self.items_of(PATHS)), self.resolved(".")
-        plain = self.is_plain("edit") and not self.texts("shell") and base and all(
-            path.isascii() and path.isprintable() and ".." not in path.split("/")
-            and os.path.normpath(os.path.join(base, path)) == self.resolved(path)
-            for path in paths)
-        return paths if plain and not any(self.values_of(PATCHES)) else []
-
-    def is_plain(self, kind: str) -> bool:
-        """Whether anything may open: the agent's own tool, not on Windows."""
-        texts = self.texts(kind)
-        return (os.name != "nt" and OWN_TOOL.fullmatch(self.tool) is not None
-                and texts != [] and None not in texts)
+        return list(itertools.chain(*read)) if all(read) else []
 
     def is_beside(self, key: str, value: Any) -> bool:
         """Whether an argument beside the command changes nothing of it."""
@@ -1464,6 +1376,16 @@ class Call:
             return value is None or isinstance(value, BESIDE[key])
         return key in FOLDERS and isinstance(value, str) and (
             self.resolved(value) == self.resolved(".") is not None)
+
+    @functools.cached_property
+    def shut_paths(self) -> list[str]:
+        """The paths of an edit that end where they say, without `..`."""
+        paths, base = list(self.items_of(PATHS)), self.resolved(".")
+        plain = base and not self.texts("shell") and all(
+            path.isascii() and path.isprintable() and ".." not in path.split("/")
+            and os.path.normpath(os.path.join(base, path)) == self.resolved(path)
+            for path in paths)
+        return paths if plain and not any(self.values_of(PATCHES)) else []
 
 
 def arguments_limit(tool: str | None, arguments: Mapping[str, Any]) -> int:
@@ -1485,26 +1407,6 @@ def one_text(value: Any) -> str | None:
             isinstance(item, str) for item in value):
         return " ".join(value)
     return value if isinstance(value, str) else None
-
-
-# An allow list opens for what every shell reads alike, token by token: quotes
-# without escapes, and nothing that expands. (`"!!"` interactively, `'a\''` in
-# fish, curly quotes in PowerShell, `&` in cmd: each is read otherwise than
-# POSIX says.) Beside the command may be only:
-BESIDE: dict[str, type | tuple[type, ...]] = {
-    "description": str, "explanation": str, "timeout": (int, float),
-    "timeoutms": (int, float), "timeoutseconds": (int, float),
-    "timeoutsec": (int, float), "yieldtimems": (int, float),
-    "runinbackground": bool, "background": bool, "isbackground": bool}
-FOLDERS = frozenset(("cwd", "workdir", "workingdirectory", "workingdir",
-                     "directory", "dir", "dirpath", "folder"))
-OWN_TOOL = regex("(?!(?i:mcp))[A-Za-z0-9]+(?:[_-][A-Za-z0-9]+)*")
-PLAIN_WORD = regex("[A-Za-z0-9_./:=@%+,-]+")
-TOKEN = regex(r"""
-    (?P<redirection> (?: 2>&1 | 2?>/dev/null ) (?= [ ;|&\n] | \Z ) )
-  | (?P<word> (?: [A-Za-z0-9_./:=@%+,-] | '[^'\\!\n]*' | "[^"$`\\!\n]*" )+ )
-  | (?P<joint> && | \|\| | [|;\n] )
-  | (?P<blank> [ ]+ )""", re.VERBOSE)
 
 
 def simple_commands(text: Any) -> list[str]:
@@ -1531,56 +1433,49 @@ def simple_commands(text: Any) -> list[str]:
     return [" ".join(words) for words in commands] if all(commands) else []
 
 
+# ---- what the reviewer is told ----
+
+TEMPLATE_PART = regex(r"\{\{|\}\}|\{([A-Za-z_]\w*(?:\.\w+)*)\}")
+
+
 def describe(checkpoint: Checkpoint, tool: str,
              arguments: Mapping[str, Any]) -> str:
     """The description_template filled in. It takes names only: no attribute,
     no index, no format, and what is not there shows as not given; where
     nothing is there, the call itself is told. Of a shell command {command} is
     its text, of an edit {file_path} its files, whatever they are called."""
-    known = {**arguments, **kind_arguments(checkpoint.kind, tool, arguments)}
+    known = dict(arguments)
+    if checkpoint.kind == "shell":
+        known |= joined_argument("command", tool, arguments, COMMANDS)
+    if checkpoint.kind == "edit":
+        known |= joined_argument("file_path", tool, arguments, PATHS)
 
-    def fill_in(found: re.Match[str]) -> str:
-        if found[1] == "tool":
+    def fill_in(part: re.Match[str]) -> str:
+        if not part[1]:
+            return part[0][0]                   # {{ or }}
+        if part[1] == "tool":
             return tool
-        value = argument(known, found[1])
+        value = argument(known, part[1])
         if value is MISSING:
             return "(not given)"
         return value if isinstance(value, str) else canonical(value)
-    pieces = list(template_parts(checkpoint.description_template))
-    names = [n[1] for n in map(TEMPLATE_NAME.fullmatch, pieces) if n]
-    if all(n != "tool" and argument(known, n) is MISSING for n in names
+    template = checkpoint.description_template
+    names = [part[1] for part in TEMPLATE_PART.finditer(template) if part[1]]
+    if all(name != "tool" and argument(known, name) is MISSING for name in names
            ) and (names or not checkpoint.action_pattern):
         return call_in_words(tool, arguments)
-    return "".join(TEMPLATE_NAME.sub(fill_in, piece)
-                   for piece in pieces).strip() or tool
+    return TEMPLATE_PART.sub(fill_in, template).strip() or tool
 
 
-def kind_arguments(kind: str, tool: str, arguments: Mapping[str, Any]
-                   ) -> dict[str, str]:
-    """What a template of this kind can name, where the call has it."""
-    name, names = {"shell": ("command", COMMANDS),
-                   "edit": ("file_path", PATHS)}.get(kind, ("", frozenset()))
+def joined_argument(name: str, tool: str, arguments: Mapping[str, Any],
+                    names: frozenset[str]) -> dict[str, str]:
+    """The arguments so called as one, for a template; {} if there are none."""
     try:
         texts = map(one_text, Call(tool, arguments).values_of(names))
         text = "\n".join(filter(None, texts))
     except ValueError:                          # nests too deep to be read
         text = ""
     return {name: text} if text else {}
-
-
-def template_parts(template: str) -> Iterator[str]:
-    """A template's pieces: plain text, or one `{name}`; ValueError where a
-    brace is neither that nor doubled."""
-    for text in re.split(r"(\{\{|\}\}|\{[^{}]*\})", template):
-        if text in ("{{", "}}"):
-            yield text[0]
-        elif ("{" in text or "}" in text) and not (
-                TEMPLATE_NAME.fullmatch(text)):
-            raise ValueError(
-                f'"{text}" is not the name of an argument: write {{tool}} or '
-                '{argument} or {argument.inner}, and {{ for a brace')
-        else:
-            yield text
 
 
 # ============================== Configuration ==============================
@@ -1702,7 +1597,7 @@ def pattern_value(value: Any) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            steps = steps_of(value)
+            short = reach(value) < MAX_TOOL_NAME
             if "(?<" in value:          # that its width is fixed, the parser
                 re.compile(value, SEARCH)       # leaves to the compiler
     except (re.error, OverflowError, RecursionError, Warning) as error:
@@ -1712,8 +1607,7 @@ def pattern_value(value: Any) -> str:
             f"{value!r} repeats a repeat, as (a+)+ does: on some texts it "
             "would not end, and Python's re cannot be interrupted; write it "
             "without the inner or the outer repeat") from None
-    if steps.loops > 2 or MAX_TOOL_NAME > steps.reach and (
-            MAX_TOOL_NAME > reach(value)):
+    if short:
         raise ValueError(
             f"{value!r} has too many repeats that can meet, as .*a.*b.* has: "
             "on some texts it would take minutes, and Python's re cannot be "
@@ -1736,7 +1630,12 @@ def patterns_value(value: Any) -> dict[str, str]:
 
 
 def template_value(value: Any) -> str:
-    return "".join(template_parts(text_value(value))) and str(value)
+    wrong = re.search(r"\{[^{}]*\}?|\}", TEMPLATE_PART.sub("", text_value(value)))
+    if wrong:
+        raise ValueError(
+            f'"{wrong[0]}" is not the name of an argument: write {{tool}} or '
+            "{argument} or {argument.inner}, and {{ for a brace")
+    return str(value)
 
 
 # ---- [[notify]]: its shape; what ${NAME} holds is read by serve alone ----

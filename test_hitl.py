@@ -1071,20 +1071,6 @@ def test_ordinary_patterns_are_taken_and_fast(make_rules):
                 assert time.thread_time() - start < 2, (pattern, unit, length)
 
 
-@pytest.mark.parametrize("pattern, text, found", [
-    ("git.*push", "git x push", True), ("git.*push", "push git", False),
-    ("a.*ab", "xab", False), ("a.*b|c.*d", "c d", True), ("ab.*b", "ab", False),
-    ("(a.*b)c", "a bc", True), ("[.*]x", "*x", True), (r"a\.*b", "a..b", True),
-    (r"(a).*\1", "a b", False), ("a.*?b", "a b", True), ("^a.*b$", "xab", False),
-    (r"\\.*b", "\\ab", True), (r"[\]|x].*b", "|b", True), ("a.*", "a", True),
-    ("(?i)a.*b", "AB", True), (r"x.*(?<=x)y", "x xy", True), (".*", "", True)])
-def test_pieces_find_what_the_whole_pattern_finds(pattern, text, found):
-    """A pattern is looked for piece by piece, cut at each `.*`, and finds
-    what it would find as a whole."""
-    whole = hitl.re.search(pattern, text, re.IGNORECASE | re.DOTALL)
-    assert hitl.is_found(pattern, text) == (whole is not None) == found
-
-
 @pytest.mark.parametrize("pattern", [r'"\bpay"', r'"pay\n"', r'"\u200bpay"'])
 def test_a_control_character_in_a_pattern_is_refused(make_rules, pattern):
     """"\\bpay" in TOML's double quotes is a backspace and would never match:
