@@ -6160,6 +6160,7 @@ class Limits(NamedTuple):
 
 
 LIMITS = Limits()
+ACCEPTED = 64                   # connections in one round of asyncio
 ROUNDS = 6                      # of asyncio, from connect() to a whole request
 
 
@@ -6371,7 +6372,8 @@ class Loop:
         loop = self.asyncio_loop
         protocol: Any = functools.partial(Connection, self)
         server = loop.run_until_complete(loop.create_server(
-            protocol, sock=self.socket, backlog=1024))
+            protocol, sock=self.socket, backlog=ACCEPTED))
+        self.socket.listen(self.request_queue_size)
         loop.call_soon(self.sweep)
         loop.run_until_complete(self.stopped.wait())
         server.close()
