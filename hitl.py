@@ -9420,105 +9420,64 @@ action_pattern = "pay(?!load)|charge|refund|transfer|purchase"
 description_template = "Pay {amount} to {recipient}"
 category = "high-impact"
 '''
-TRIPWIRES = r'''
+TRIPWIRES_HEAD = """
 # If your agent has a shell: kind = "shell" looks at the commands, whatever the
 # agent calls the tool, and kind = "edit" at the files an edit touches. These
 # are tripwires: what nobody could list (a script, an alias) passes. The other
 # way round, `python3 hitl.py init --coding-agent` writes a list of commands
-# that may run, and everything else waits. Uncomment what you want.
+# that may run, and everything else waits. Uncomment what you want. ({0,60}
+# leaves room for options: `git -C dir push`.)
+"""
+TRIPWIRES = (                   # id, what it does, category, pattern
+    ("shell-delete", "Delete", "destructive",
+     r"(?<![-\w])(rm|rmdir|unlink|shred|truncate|rimraf|trash|ri)\b"),
+    ("shell-wipe", "Delete", "destructive",
+     r"-delete\b|--delete|\bpurge |Remove-Item|\bFLUSH|::Delete"),
+    ("shell-sql", "Delete", "destructive",
+     r"\b(DROP|TRUNCATE) (TABLE|DATABASE)|\bDELETE FROM\b"),
+    ("shell-undo", "Throw away", "destructive",
+     r"\bgit\b(?!.commit)[^;&|]{0,60}( -D|\b(clean|reset|remove))\b"),
+    ("shell-push", "Push", "high-impact",
+     r"\bgit\b(?!.commit)[^;&|]{0,60}\bpush\b|\bhub push\b"),
+    ("shell-publish", "Publish", "high-impact",
+     r"\b(gh (pr merge|release|repo)|(npm|cargo) publish|twine)\b"),
+    ("shell-terraform", "Deploy", "high-impact",
+     r"\b(terraform|tofu|terragrunt)\b[^;&|]{0,60}\b(apply|destroy)"),
+    ("shell-cluster", "Deploy", "high-impact",
+     r"\b(kubectl|helm)\b[^;&|]{0,60}\b(apply|delete|install|upgrade)"),
+    ("shell-pipe", "Run what nobody sees", "destructive",
+     r"\|[^;&|]{0,60}(?<![.\w])(sh|(ba|z|da|tc|mk)sh|pwsh|iex)\b"),
+    ("shell-text", "Run what nobody sees", "destructive",
+     r"(?<![.\w])(sh|(ba|z)sh|pwsh|powershell) (-\w?c|<)|\beval "),
+    ("shell-code", "Run what nobody sees", "destructive",
+     r"\b(perl|ruby|node|php|deno) (-[er]|eval)\b|\bsystem\(|\biex "),
+    ("shell-file", "Run what nobody sees", "destructive",
+     r"\bbase64 (-d|--decode)|\bsource \./|(cp|install) /dev/null"),
+)
 
-# [[checkpoint]]
-# checkpoint_id = "shell-delete"
-# kind = "shell"
-# action_pattern = '(?<![-\w])(rm|rmdir|unlink|shred|truncate|rimraf|trash|ri)\b'
-# description_template = "Delete: {command}"
-# category = "destructive"
 
-# [[checkpoint]]
-# checkpoint_id = "shell-wipe"
-# kind = "shell"
-# action_pattern = '-delete\b|--delete|\bpurge |Remove-Item|\bFLUSH|::Delete'
-# description_template = "Delete: {command}"
-# category = "destructive"
+def rule_text(checkpoint_id: str, pattern: str, template: str = "Run {command}",
+              kind: str = "shell", **more: str) -> str:
+    """A [[checkpoint]] as TOML."""
+    quoted = f"'{pattern}'"
+    if "'" in pattern:
+        quoted = json.dumps(pattern, ensure_ascii=False)
+    more = {"checkpoint_id": f'"{checkpoint_id}"', "kind": f'"{kind}"',
+            "action_pattern": quoted, "description_template": f'"{template}"',
+            **{name: f'"{value}"' for name, value in more.items()}}
+    return "\n[[checkpoint]]\n" + "".join(
+        f"{name} = {value}\n" for name, value in more.items())
 
-# [[checkpoint]]
-# checkpoint_id = "shell-sql"
-# kind = "shell"
-# action_pattern = '\b(DROP|TRUNCATE) (TABLE|DATABASE)|\bDELETE FROM\b'
-# description_template = "Delete: {command}"
-# category = "destructive"
 
-# [[checkpoint]]                # {0,60}: options in between, `git -C dir push`
-# checkpoint_id = "shell-undo"
-# kind = "shell"
-# action_pattern = '\bgit\b(?!.commit)[^;&|]{0,60}( -D|\b(clean|reset|remove))\b'
-# description_template = "Throw away: {command}"
-# category = "destructive"
+def commented(*rules: str) -> str:
+    return "".join(rules).replace("\n", "\n# ").replace("\n# \n", "\n\n")[:-2]
 
-# [[checkpoint]]
-# checkpoint_id = "shell-push"
-# kind = "shell"
-# action_pattern = '\bgit\b(?!.commit)[^;&|]{0,60}\bpush\b|\bhub push\b'
-# description_template = "Push: {command}"
-# category = "high-impact"
 
-# [[checkpoint]]
-# checkpoint_id = "shell-publish"
-# kind = "shell"
-# action_pattern = '\b(gh (pr merge|release|repo)|(npm|cargo) publish|twine)\b'
-# description_template = "Publish: {command}"
-# category = "high-impact"
-
-# [[checkpoint]]
-# checkpoint_id = "shell-terraform"
-# kind = "shell"
-# action_pattern = '\b(terraform|tofu|terragrunt)\b[^;&|]{0,60}\b(apply|destroy)'
-# description_template = "Deploy: {command}"
-# category = "high-impact"
-
-# [[checkpoint]]
-# checkpoint_id = "shell-cluster"
-# kind = "shell"
-# action_pattern = '\b(kubectl|helm)\b[^;&|]{0,60}\b(apply|delete|install|upgrade)'
-# description_template = "Deploy: {command}"
-# category = "high-impact"
-
-# [[checkpoint]]                # a shell that reads a pipe or a string
-# checkpoint_id = "shell-pipe"
-# kind = "shell"
-# action_pattern = '\|[^;&|]{0,60}(?<![.\w])(sh|(ba|z|da|tc|mk)sh|pwsh|iex)\b'
-# description_template = "Run what nobody sees: {command}"
-# category = "destructive"
-
-# [[checkpoint]]
-# checkpoint_id = "shell-text"
-# kind = "shell"
-# action_pattern = '(?<![.\w])(sh|(ba|z)sh|pwsh|powershell) (-\w?c|<)|\beval '
-# description_template = "Run what nobody sees: {command}"
-# category = "destructive"
-
-# [[checkpoint]]
-# checkpoint_id = "shell-code"
-# kind = "shell"
-# action_pattern = '\b(perl|ruby|node|php|deno) (-[er]|eval)\b|\bsystem\(|\biex '
-# description_template = "Run what nobody sees: {command}"
-# category = "destructive"
-
-# [[checkpoint]]
-# checkpoint_id = "shell-file"
-# kind = "shell"
-# action_pattern = '\bbase64 (-d|--decode)|\bsource \./|(cp|install) /dev/null'
-# description_template = "Run what nobody sees: {command}"
-# category = "destructive"
-
-# [[checkpoint]]                # the agent's own leash
-# checkpoint_id = "own-rules"
-# kind = "edit"
-# action_pattern = 'checkpoints\.toml|hitl\.(py|db)|(hooks?|settings)\.json'
-# description_template = "Edit the rules of this agent: {file_path}"
-# effect = "deny"
-'''
-EXAMPLE = HEAD + MISSION + MONEY + TRIPWIRES
+EXAMPLE = HEAD + MISSION + MONEY + TRIPWIRES_HEAD + commented(
+    *(rule_text(name, pattern, what + ": {command}", category=category)
+      for name, what, category, pattern in TRIPWIRES),
+    rule_text("own-rules", r"checkpoints\.toml|hitl\.(py|db)|(hooks?|settings)\.json",
+              "Edit the rules of this agent: {file_path}", "edit", effect="deny"))
 
 # What a coding agent may run unasked: commands that only read, to the letter.
 # Quotes are in the patterns because what is matched is the text as written.
@@ -9538,35 +9497,16 @@ BUILDS = (
     r"(go|cargo) (build|test|vet|check|clippy)( [\w ./:=@%+,-]*)?",
     r"npm (test|run (build|lint|test))",
 )
-CODING_HEAD = r'''
+OWN_PROGRAM = r"\bhitl\.py\b|-m hitl\b|import hitl\b|(?<![\w.])/proc\b"
+MCP_TOOLS = "^mcp_.*(delete|drop|purge|deploy|send|publish|pay|refund|transfer)"
+CODING_HEAD = """
 # A coding agent's shell, the safe way round: the commands listed here run
 # unasked, every other one waits. An allow rule looks at each simple command of
 # a text as it is written, and opens only for a text that is plain from end to
 # end: words, quotes without escapes, && || | ; and line ends. File edits run,
 # but for the files that hold the agent (its leash); reads run.
 # Written for the project {project}.
-
-[[checkpoint]]                  # hitl.py is not the agent's to run
-checkpoint_id = "leash-shell"
-kind = "shell"
-action_pattern = '\bhitl\.py\b|-m hitl\b|import hitl\b|(?<![\w.])/proc\b'
-description_template = "Touch the reviewer's program: {command}"
-effect = "deny"
-'''
-CODING_TAIL = r'''
-[[checkpoint]]                  # every other command
-checkpoint_id = "shell"
-kind = "shell"
-action_pattern = '.*'
-description_template = "Run {command}"
-category = "high-impact"
-
-[[checkpoint]]                  # what MCP servers can do to the world
-checkpoint_id = "mcp-tools"
-action_pattern = '^mcp_.*(delete|drop|purge|deploy|send|publish|pay|refund|transfer)'
-description_template = "{tool}"
-category = "high-impact"
-'''
+"""
 
 
 def say(text: str = "") -> None:
@@ -10195,30 +10135,21 @@ def cmd_init(args: Any) -> int:
 
 def coding_rules(path: Path, project: Path) -> str:
     """The checkpoints.toml of a coding agent that works in `project`."""
-    parts = [HEAD, CODING_HEAD.replace("{project}", visible(str(project)))]
-    parts += [rule_text(f"leash-{n}", pattern, "edit", "deny",
-                         "Edit what holds this agent: {file_path}")
-              for n, pattern in enumerate(leash(path, project), 1)]
-    parts += [rule_text(f"read-{n}", pattern)
-              for n, pattern in enumerate(READ_ONLY, 1)]
-    parts.append("\n# Builds and tests: these run what the agent wrote; with "
-                 "them this is no boundary.\n")
-    for n, pattern in enumerate(BUILDS, 1):
-        lines = rule_text(f"build-{n}", pattern).splitlines()
-        parts += [f"# {line}\n" if line else "\n" for line in lines]
-    return "".join([*parts, CODING_TAIL])
-
-
-def rule_text(checkpoint_id: str, pattern: str, kind: str = "shell",
-               effect: str = "allow", template: str = "Run {command}") -> str:
-    return f"""
-[[checkpoint]]
-checkpoint_id = "{checkpoint_id}"
-kind = "{kind}"
-action_pattern = {json.dumps(pattern, ensure_ascii=False)}
-description_template = "{template}"
-effect = "{effect}"
-"""
+    held = [rule_text(f"leash-{n}", pattern, "Edit what holds this agent: {file_path}",
+                      "edit", effect="deny")
+            for n, pattern in enumerate(leash(path, project), 1)]
+    runs = [rule_text(f"read-{n}", pattern, effect="allow")
+            for n, pattern in enumerate(READ_ONLY, 1)]
+    builds = [rule_text(f"build-{n}", pattern, effect="allow")
+              for n, pattern in enumerate(BUILDS, 1)]
+    return "".join([
+        HEAD, CODING_HEAD.replace("{project}", visible(str(project))),
+        rule_text("leash-shell", OWN_PROGRAM, "Touch the reviewer's program: "
+                  "{command}", effect="deny"), *held, *runs,
+        "\n# Builds and tests: these run what the agent wrote; with them this is "
+        "no boundary.\n", commented(*builds),
+        rule_text("shell", ".*", category="high-impact"),
+        rule_text("mcp-tools", MCP_TOOLS, "{tool}", "tool", category="high-impact")])
 
 
 def leash(path: Path, project: Path) -> list[str]:
