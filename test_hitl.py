@@ -3728,8 +3728,8 @@ def test_a_mail_is_sent(tell, certificate, monkeypatch, scheme, refuse, told):
             "mail", smtp=f'"{scheme}://127.0.0.1:{box.port}"', login='"me"',
             password='"${P}"', from_='"hitl@a.example"',
             to=["b@a.example", "c@a.example"]), P="pw")
-    assert [line for line in box.seen if "RCPT" in line.upper()] in ([], [
-        "rcpt TO:<b@a.example>", "rcpt TO:<c@a.example>"])
+    assert [line.upper() for line in box.seen if "RCPT" in line.upper()] in (
+        [], ["RCPT TO:<B@A.EXAMPLE>", "RCPT TO:<C@A.EXAMPLE>"])
     assert (answer.status, answer.told) == (told, told == "250")
     assert (["AUTH PLAIN " + base64.b64encode(b"\0me\0pw").decode()] == [
         line for line in box.seen if line.startswith("AUTH")]) is (
