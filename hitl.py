@@ -981,10 +981,14 @@ class Rules(NamedTuple):
 # The parser of `re` is private to Python, and the same since 3.11; it gives a
 # list of (operation, argument).
 
+class Endless(ValueError):
+    """What is wrong with a pattern that would take too long, and the cure."""
+
+
 @functools.cache
 def reach(pattern: str) -> int:
     """How many characters a pattern may look at, to be done in MAX_STEPS: from
-    every start it tries every end of every open repeat. ValueError where it
+    every start it tries every end of every open repeat. Endless where it
     repeats a repeat: nothing bounds that."""
     loops, ways = cost(_parser.parse(pattern, SEARCH), False)
     steps = MAX_STEPS * math.factorial(loops + 1) // ways
@@ -1005,7 +1009,8 @@ def cost(tree: Any, repeated: bool) -> tuple[int, int]:
         inside, choices = map(max, zip((0, 1), *inner, strict=True))
         unclear = kind is op.BRANCH and repeated and not are_apart(value[1])
         if unclear or high > 64 and (inside or choices > 1):
-            raise ValueError("repeats a repeat")
+            raise Endless("repeats a repeat, as (a+)+ does",
+                          "write it without the inner or the outer repeat")
         if kind is op.LITERAL and last and not last.match(chr(value)):
             most, loops, last = max(most, loops), loops - 1, None
         loops += inside * high + (kind is op.GROUPREF)
@@ -1536,31 +1541,8 @@ def public_url_value(value: Any) -> str:
     return "" if value == "" else url_value(value)
 
 
-text_value = check_that("a text in quotes, and not empty",
-                  lambda v: isinstance(v, str) and v.strip())
-seconds_value = check_that(
-    "a number of seconds above 0, or inf", lambda v: type(v) in (int, float)
-    and (0 < v < 1e12 or v == math.inf))
-poll_value = check_that("a number of seconds, 60 at most: a server holds no poll "
-                  "longer", lambda v: type(v) in (int, float) and 0 < v <= 60)
-port_value = check_that("a port, 0 to 65535 (0: any free one)",
-                  lambda v: type(v) is int and 0 <= v <= 65535)
-sha256_value = check_that(
-    "a SHA-256 in hex: `hitl.py token NAME` prints one",
-    lambda v: isinstance(v, str) and re.fullmatch("[0-9a-f]{64}", v))
-name_value = check_that(
-    "a printable name without a colon, 64 characters at most", lambda v:
-    isinstance(v, str) and re.fullmatch(r"[^:]{1,64}", v)
-    and v.isprintable() and v.strip())
-
-
-boolean_value = check_that("true or false", lambda v: isinstance(v, bool))
-
-
-def names_value(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not value:
-        raise ValueError('must be like ["ana", "ben"]')
-    return tuple(name_value(name) for name in value)
+def number(words: str, test: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return check_that(words, lambda v: type(v) in (int, float) and test(v))
 
 
 def one_of(*words: str) -> Callable[[Any], str]:
@@ -1572,10 +1554,35 @@ def one_of(*words: str) -> Callable[[Any], str]:
     return check
 
 
+text_value = check_that("a text in quotes, and not empty",
+                        lambda v: isinstance(v, str) and v.strip())
+boolean_value = check_that("true or false", lambda v: isinstance(v, bool))
+seconds_value = number("a number of seconds above 0, or inf",
+                       lambda v: 0 < v < 1e12 or v == math.inf)
+poll_value = number("a number of seconds, 60 at most: a server holds no poll "
+                    "longer", lambda v: 0 < v <= 60)
+port_value = check_that("a port, 0 to 65535 (0: any free one)",
+                        lambda v: type(v) is int and 0 <= v <= 65535)
+sha256_value = check_that(
+    "a SHA-256 in hex: `hitl.py token NAME` prints one",
+    lambda v: isinstance(v, str) and re.fullmatch("[0-9a-f]{64}", v))
+name_value = check_that(
+    "a printable name without a colon, 64 characters at most", lambda v:
+    isinstance(v, str) and re.fullmatch(r"[^:]{1,64}", v)
+    and v.isprintable() and v.strip())
+OURS = ("unmatched", "odd-name")        # checkpoint_ids that are not in a file
+
+
+def names_value(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value:
+        raise ValueError('must be like ["ana", "ben"]')
+    return tuple(name_value(name) for name in value)
+
+
 def id_value(value: Any) -> str:
     if not REQUEST_ID.fullmatch(text_value(value)):
         raise ValueError("may hold letters, digits and . _ : - only")
-    if value in ("unmatched", "odd-name"):
+    if value in OURS:
         raise ValueError(f'"{value}" is an id of our own: choose another')
     return str(value)
 
@@ -1587,32 +1594,41 @@ def pattern_value(value: Any) -> str:
         raise ValueError(f"{value!r} holds a control character (in TOML's "
                          '"double quotes" \\b is a backspace): write the '
                          "pattern in 'single quotes'")
-    if value[0] in "*?":        # a glob: say what it is as a regex
-        body = "".join({"*": ".*", "?": "."}.get(c, re.escape(c))
-                       for c in value.strip("*"))
-        regex = body + "$" * (value[-1] != "*") if body else "."
+    if value[0] in "*?":                # a glob
         raise ValueError(f"{value!r} is a glob; as a regular expression "
-                         f"write {json.dumps(regex)}")
+                         f"write {json.dumps(glob_as_regex(value))}")
+    try:
+        if characters_matched(value) < MAX_TOOL_NAME:
+            raise Endless("has too many repeats that can meet, as .*a.*b.* has",
+                          "use two open repeats at most")
+    except Endless as error:
+        what, cure = error.args
+        raise ValueError(
+            f"{value!r} {what}: on some texts it would take minutes, and Python's "
+            f"re cannot be interrupted; {cure}") from None
+    return value
+
+
+def characters_matched(pattern: str) -> int:
+    """reach() of a pattern that Python takes without a warning."""
     import warnings
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            short = reach(value) < MAX_TOOL_NAME
-            if "(?<" in value:          # that its width is fixed, the parser
-                re.compile(value, SEARCH)       # leaves to the compiler
+            if "(?<" in pattern:        # that its width is fixed, the parser
+                re.compile(pattern, SEARCH)     # leaves to the compiler
+            return reach(pattern)
     except (re.error, OverflowError, RecursionError, Warning) as error:
         raise ValueError(f"is not a regular expression: {error}") from None
-    except ValueError:
-        raise ValueError(
-            f"{value!r} repeats a repeat, as (a+)+ does: on some texts it "
-            "would not end, and Python's re cannot be interrupted; write it "
-            "without the inner or the outer repeat") from None
-    if short:
-        raise ValueError(
-            f"{value!r} has too many repeats that can meet, as .*a.*b.* has: "
-            "on some texts it would take minutes, and Python's re cannot be "
-            "interrupted; use two open repeats at most")
-    return str(value)
+
+
+def glob_as_regex(glob: str) -> str:
+    """What a pattern like `*_prod` or `*prod*` means, to be searched for."""
+    body = "".join({"*": ".*", "?": "."}.get(c, re.escape(c))
+                   for c in glob.strip("*"))
+    if not body:
+        return "."
+    return body if glob[-1] == "*" else body + "$"
 
 
 def patterns_value(value: Any) -> dict[str, str]:
@@ -1825,9 +1841,8 @@ KEYS: dict[str, dict[str, tuple[Callable[[Any], Any], Any]]] = {
         "to": (list_of('like ["oncall@example.org"]', lambda v: re.fullmatch(
             MAIL_ADDRESS, v)), None),
         "command": (command_value, None),
-        "after_seconds": (check_that(
-            "a number of seconds, 0 to 604800 (a week)", lambda v: type(v) in (
-                int, float) and 0 <= v <= 604800), 0),
+        "after_seconds": (number("a number of seconds, 0 to 604800 (a week)",
+                                 lambda v: 0 <= v <= 604800), 0),
         "category": (list_of(f"a list of {', '.join(CATEGORIES)}",
                             lambda v: v in CATEGORIES), ()),
         "checkpoint": (list_of("a list of checkpoint_ids",
@@ -1873,10 +1888,34 @@ def beside_this_file() -> Path:
 def load_configuration(path: Path) -> Configuration:
     """checkpoints.toml, read once and checked; ConfigError says what is
     wrong, where, and how to mend it."""
+    data, tables = read_toml(path)
+    check_tables(path, tables)
+    checkpoints = tuple(
+        Checkpoint(**row, digest=checkpoint_digest(table)) for row, table in zip(
+            rows_of(path, "checkpoint", tables), tables.get("checkpoint", ()),
+            strict=True))
+    if not checkpoints:
+        raise ConfigError(f"{path}: no [[checkpoint]] in it",
+                          "`python3 hitl.py init` writes an example; to let "
+                          'everything wait, set unmatched = "review" and '
+                          "keep one")
+    gate, server = (checked(path, f"[{name}]", name, tables.get(name, {}))
+                    for name in ("gate", "server"))
+    people, agents = ({row["name"]: row["token_sha256"]
+                       for row in rows_of(path, kind, tables)}
+                      for kind in ("reviewer", "agent"))
+    refuse_strangers(path, checkpoints, people)
+    digest = hashlib.sha256(data).hexdigest()
+    return Configuration(Rules(checkpoints, gate["unmatched"], path, digest),
+                         gate, server, people, agents, notify_entries(path, tables))
+
+
+def read_toml(path: Path) -> tuple[bytes, dict[str, Any]]:
+    """A file's bytes and, as TOML, its tables."""
     import tomllib
     try:
         data = path.read_bytes()
-        tables = tomllib.loads(data.decode("utf-8-sig"))
+        return data, tomllib.loads(data.decode("utf-8-sig"))
     except FileNotFoundError:
         beside = beside_this_file()     # an empty new one would gate nothing
         cure = "`python3 hitl.py init` writes one"
@@ -1887,26 +1926,6 @@ def load_configuration(path: Path) -> Configuration:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
-    check_tables(path, tables)
-    checkpoints = tuple(
-        Checkpoint(**checked(path, f"checkpoint {n}", "checkpoint", table),
-                   digest=checkpoint_digest(table))
-        for n, table in enumerate(tables.get("checkpoint", ()), 1))
-    if not checkpoints:
-        raise ConfigError(f"{path}: no [[checkpoint]] in it",
-                          "`python3 hitl.py init` writes an example; to let "
-                          'everything wait, set unmatched = "review" and '
-                          "keep one")
-    refuse_twins(path, "checkpoint_id",
-                 [c.checkpoint_id for c in checkpoints])
-    gate = checked(path, "[gate]", "gate", tables.get("gate", {}))
-    people = credentials(path, "reviewer", tables)
-    refuse_strangers(path, checkpoints, people)
-    return Configuration(
-        Rules(checkpoints, gate["unmatched"], path,
-              hashlib.sha256(data).hexdigest()),
-        gate, checked(path, "[server]", "server", tables.get("server", {})),
-        people, credentials(path, "agent", tables), notify_entries(path, tables))
 
 
 def checkpoint_digest(table: dict[str, Any]) -> str:
@@ -1917,24 +1936,27 @@ def checkpoint_digest(table: dict[str, Any]) -> str:
     return hashlib.sha256(canonical(plain).encode()).hexdigest()
 
 
-def credentials(path: Path, kind: str, tables: dict[str, Any]
-                ) -> dict[str, str]:
-    """The [[reviewer]] or [[agent]] tables: name -> SHA-256 of the token."""
+def rows_of(path: Path, kind: str, tables: dict[str, Any]
+            ) -> list[dict[str, Any]]:
+    """The [[kind]] tables, each checked; no two may have one name."""
     rows = [checked(path, f"{kind} {n}", kind, table)
             for n, table in enumerate(tables.get(kind, ()), 1)]
-    refuse_twins(path, f"{kind} name", [row["name"] for row in rows])
-    return {row["name"]: row["token_sha256"] for row in rows}
+    key = next(iter(KEYS[kind]))
+    what = f"{kind} name" if key == "name" else key
+    for name, count in Counter(row[key] for row in rows).items():
+        if count > 1:
+            raise ConfigError(f'{path}: {what} "{name}" appears twice',
+                              "give each its own")
+    return rows
 
 
 def notify_entries(path: Path, tables: dict[str, Any]
                    ) -> tuple[Mapping[str, Any], ...]:
     """The [[notify]] tables, checked key by key and as a whole."""
-    entries = []
-    for n, table in enumerate(tables.get("notify", ()), 1):
-        entries.append(checked(path, f"notify {n}", "notify", table))
-        with config_error(f'{path}: notify {n} "{entries[-1]["name"]}":'):
-            check_notify(entries[-1])
-    refuse_twins(path, "notify name", [entry["name"] for entry in entries])
+    entries = rows_of(path, "notify", tables)
+    for n, entry in enumerate(entries, 1):
+        with config_error(f'{path}: notify {n} "{entry["name"]}":'):
+            check_notify(entry)
     return tuple(entries)
 
 
@@ -1954,26 +1976,22 @@ def refuse_strangers(path: Path, checkpoints: Iterable[Checkpoint],
 
 def check_tables(path: Path, tables: dict[str, Any]) -> None:
     """ConfigError for a table or a top-level key that does not belong."""
-    marks = {name: f"[{name}]" for name in KEYS} | {
-        name: f"[[{name}]]" for name, keys in KEYS.items()
-        if REQUIRED in (default for _, default in keys.values())}
+    marks = {name: f"[{name}]" if name in ("gate", "server") else f"[[{name}]]"
+             for name in KEYS}
     for name, value in tables.items():
-        mark = marks.get(name, "")
         rows = value if isinstance(value, list) else [value]
-        if mark and (mark.startswith("[[") != isinstance(value, list)
-                     or not all(isinstance(row, dict) for row in rows)):
-            raise ConfigError(f'{path}: "{name}" is not written {mark}',
-                              f"did you mean {mark}?")
-        if mark:
-            continue
-        homes = [marks[table] for table in KEYS if name in KEYS[table]]
-        if homes:
-            raise ConfigError(f'{path}: "{name}" is outside of any table',
-                              f"put {name} under {homes[0]}")
-        near = did_you_mean(f"[[{name}]]", marks.values())
-        raise ConfigError(f'{path}: unknown table or key "{name}"',
-                          near.removeprefix("; ")
-                          or f"known: {', '.join(marks.values())}")
+        if name not in KEYS:
+            home = next((marks[t] for t in KEYS if name in KEYS[t]), "")
+            if home:
+                raise ConfigError(f'{path}: "{name}" is outside of any table',
+                                  f"put {name} under {home}")
+            near = did_you_mean(f"[[{name}]]", marks.values())
+            raise ConfigError(f'{path}: unknown table or key "{name}"', near[2:]
+                              or f"known: {', '.join(marks.values())}")
+        if marks[name].startswith("[[") != isinstance(value, list) or not all(
+                isinstance(row, dict) for row in rows):
+            raise ConfigError(f'{path}: "{name}" is not written {marks[name]}',
+                              f"did you mean {marks[name]}?")
 
 
 def checked(path: Path, place: str, kind: str,
@@ -1981,29 +1999,23 @@ def checked(path: Path, place: str, kind: str,
     """A table with its defaults filled in; ConfigError for any other key."""
     known = KEYS[kind]
     named = table.get("checkpoint_id") or table.get("name")
-    place += f' "{named}"' if isinstance(named, str) else ""
+    where = f"{path}: {place}"
+    if isinstance(named, str):
+        where += f' "{named}"'
     for key in table:
         if key not in known:
-            home = next((t for t in KEYS if key in KEYS[t]), "")
             cure = f"known: {', '.join(known)}{did_you_mean(key, known)}"
-            if home in ("gate", "server"):
-                cure = f"put {key} under [{home}]"
-            raise ConfigError(f'{path}: {place}: unknown key "{key}"', cure)
+            for home in ("gate", "server"):
+                if key in KEYS[home]:
+                    cure = f"put {key} under [{home}]"
+            raise ConfigError(f'{where}: unknown key "{key}"', cure)
     values = {}
     for key, (check, default) in known.items():
         if default is REQUIRED and key not in table:
-            raise ConfigError(f'{path}: {place}: "{key}" is missing',
-                              f'add {key} = "..."')
-        with config_error(f"{path}: {place}: {key}"):
+            raise ConfigError(f'{where}: "{key}" is missing', f'add {key} = "..."')
+        with config_error(f"{where}: {key}"):
             values[key] = check(table[key]) if key in table else default
     return values
-
-
-def refuse_twins(path: Path, what: str, names: list[str]) -> None:
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f'{path}: {what} "{name}" appears twice',
-                              "give each its own")
 
 
 # ================================== Store ==================================
@@ -4944,7 +4956,7 @@ def notes(view: View, request: ReviewRequest) -> Iterator[str]:
         return
     known = {c.checkpoint_id: c.digest for c in view.rules.checkpoints}
     own = known.get(request.checkpoint_id)
-    if request.checkpoint_id not in (*known, "unmatched", "odd-name"):
+    if request.checkpoint_id not in (*known, *OURS):
         yield (f'this desk does not know the checkpoint '
                f'"{request.checkpoint_id}"')
     elif rules_differ(view, request) and own != request.checkpoint_digest:
@@ -9993,7 +10005,7 @@ def notice_warnings(configuration: Configuration, public_url: str
             yield (f"{name}: a secret is written out, and agents can read this "
                    "file: write ${NAME}, a variable of serve's environment")
         for checkpoint_id in entry["checkpoint"]:
-            if checkpoint_id not in (*known, "unmatched", "odd-name"):
+            if checkpoint_id not in (*known, *OURS):
                 yield (f'{name}: no checkpoint "{checkpoint_id}" in this file'
                        f"{did_you_mean(checkpoint_id, known)}")
 
