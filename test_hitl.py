@@ -8036,7 +8036,8 @@ def test_the_readme_names_real_commands():
     asked = [line for line in lines if re.match(r"\$ (?!python3)", line)]
     assert len(asked) > 15
     for line in asked:
-        words = shlex.split(line.replace("AGENT", "claude"), comments=True)
+        words = shlex.split(re.sub(" >>? .*", "", line).replace(
+            "AGENT", "claude"), comments=True)
         given = hitl.command_line().parse_args(words[1:])
         assert given.version or given.command == words[1]
 
