@@ -9015,8 +9015,8 @@ def execute(argv: list[str], cwd: str, executable: str) -> int:
 # The whole path, for real: a desk on a free port, a database, the page, a
 # gate, and a small agent whose tools work on a table of records in a scratch
 # SQLite file (SQL, but not on the desk's file). `demo` lets a person decide;
-# `verify` presses the page's buttons itself and keeps a notebook: what the
-# guide expects, what was observed, and whether that holds.
+# `verify` presses the page's buttons itself and notes what the guide expects,
+# what was observed, and whether that holds.
 
 SAMPLE_RULES = """\
 [gate]
@@ -9035,8 +9035,7 @@ class Workshop:
     """A desk in a thread, and an agent's tools on a table of records, all in
     a folder that is removed afterwards."""
 
-    def __init__(self, timeout: float, port: int = 0,
-                 say: Callable[[str], None] | None = None) -> None:
+    def __init__(self, timeout: float) -> None:
         import tempfile
         self.scratch = tempfile.TemporaryDirectory(prefix="hitl-")
         folder = Path(self.scratch.name)
@@ -9045,11 +9044,7 @@ class Workshop:
         self.records, self.database = folder / "records.db", folder / "hitl.db"
         self.token, self.store = fresh_token(), open_store(self.database)
         tokens = Tokens(None, token_hash(self.token), {})
-        try:
-            self.desk = open_desk("127.0.0.1", port, self.store, tokens,
-                                  say=say)
-        except OSError:                 # the port is taken: any free one
-            self.desk = open_desk("127.0.0.1", 0, self.store, tokens, say=say)
+        self.desk = open_desk("127.0.0.1", 0, self.store, tokens)
         self.thread = threading.Thread(target=self.desk.serve_forever)
         self.thread.start()
         self.reset()
@@ -9069,6 +9064,17 @@ class Workshop:
 
     def reviewer(self, name: str) -> Client:
         return Client(self.desk.url, basic(name, self.token))
+
+    def waiting(self) -> list[str]:
+        """The ids of what waits, once the database has any; none after five
+        seconds."""
+        end = time.monotonic() + 5
+        ids: list[str] = []
+        with contextlib.closing(open_for_reading(self.database)) as db:
+            while not ids and time.monotonic() < end:
+                time.sleep(0.005)
+                ids = waiting_ids(db)
+        return ids
 
     # ---- the agent's tools ----
 
@@ -9114,7 +9120,7 @@ def file_sha256(path: Path) -> str:
 
 def demo(timeout: float, say: Callable[[str], None]) -> None:
     """A sample agent that wants to delete, a desk, and a person: you."""
-    with Workshop(timeout, 8765) as shop:
+    with Workshop(timeout) as shop:
         gate = shop.gate("demo agent", {
             "task": "remove users who have not logged in since 2020",
             "records": shop.read_records("users")})
@@ -9125,8 +9131,8 @@ def demo(timeout: float, say: Callable[[str], None]) -> None:
             "reject, here, and Enter.\n\n"
             f"agent: read_records(users) -> {shop.read_records('users')}\n"
             f"agent: delete_records({DELETE}) ...")
-        threading.Thread(target=decide_by_keys, daemon=True,
-                         args=(shop.reviewer("terminal"), say)).start()
+        threading.Thread(target=decide_by_keys, args=(shop, say), daemon=True
+                         ).start()
         try:
             gone = gate.call("delete_records", DELETE, shop.delete_records)
             say(f"agent: approved, {gone} records deleted")
@@ -9140,144 +9146,51 @@ def demo(timeout: float, say: Callable[[str], None]) -> None:
                 time.sleep(1)
 
 
-def decide_by_keys(me: Client, say: Callable[[str], None]) -> None:
+def decide_by_keys(shop: Workshop, say: Callable[[str], None]) -> None:
     """Decide what waits when `a` or `r` is typed."""
     for line in lines_from(sys.stdin.fileno()):
         decision = {b"a": "approved", b"r": "rejected"}.get(line.strip()[:1])
         if decision is None:
             say("type a to approve, r to reject")
-        elif decide_next(me, decision):
+            continue
+        for request_id in shop.waiting():
+            shop.reviewer("terminal").exchange(
+                "POST", f"/approve/{request_id}", {"decision": decision},
+                seconds=5)
             return
 
 
-def decide_next(me: Client, decision: str) -> bool:
-    """Decide the request that waits; it may be on its way for ten seconds."""
-    end = time.monotonic() + 10
-    while time.monotonic() < end:
-        waiting = me.exchange("GET", "/pending", seconds=5).body["waiting"]
-        if waiting:
-            me.exchange("POST", f"/approve/{waiting[0]['request_id']}",
-                        {"decision": decision}, seconds=5)
-            return True
-        time.sleep(0.05)
-    return False
-
-
 # ---- verify ----
-
-class Notebook:
-    """What was expected and observed, and the lines of the log."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.handler, self.say = logging.Handler(), say
-        self.handler.emit = self.emit       # type: ignore[method-assign]
-        self.findings: list[dict[str, Any]] = []
-        self.log_lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.log_lines.append(f"{record.levelname} {record.getMessage()}")
-
-    def note(self, step: str, expected: str, observed: str, holds: bool
-             ) -> None:
-        self.findings.append({"step": step, "expected": expected,
-                              "observed": observed, "holds": holds})
-        self.say(f"\n{'ok  ' if holds else 'FAIL'} {step}\n     expected "
-                 f"{expected}\n     observed {visible(observed)}")
-
-
-class Trial:
-    """One call of delete_records in a thread, and what became of it."""
-
-    def __init__(self, shop: Workshop, book: Notebook) -> None:
-        self.shop, self.book = shop, book
-        # a gate of its own: in one session a rejection answers the next call
-        self.gate = shop.gate("verification", {"plan": ["read", "delete"],
-                                               "step": 2})
-        self.me = shop.reviewer("verifier")
-        self.returned: Any = None
-        self.raised: HitlError | None = None
-        self.ended_at = math.inf
-        shop.reset()
-        self.thread = threading.Thread(target=self.run)
-        self.request_id = self.trigger()
-
-    def run(self) -> None:
-        try:
-            self.returned = self.gate.call(
-                "delete_records", DELETE, self.shop.delete_records)
-        except HitlError as error:
-            self.raised = error
-        self.ended_at = time.monotonic()
-
-    def trigger(self) -> str:
-        """Start the call -> its request_id, once the database has it."""
-        began = time.monotonic()
-        self.thread.start()
-        ids: list[str] = []
-        with contextlib.closing(open_for_reading(self.shop.database)) as db:
-            while not ids and time.monotonic() < began + 5:
-                ids = waiting_ids(db)
-        took = time.monotonic() - began
-        self.book.note(
-            "trigger delete_records", "1 row with status waiting within 1 s",
-            f"{len(ids)} row after {took:.3f} s", len(ids) == 1 and took < 1)
-        return ids[0] if ids else ""
-
-    def card(self) -> tuple[int, str]:
-        """The page's status, and the request's card on it."""
-        status, _, page = self.me.fetch("GET", "/", seconds=5,
-                                        Accept="text/html")
-        return status, card_on(page.decode(), self.request_id)
-
-    def click(self, decision: str) -> tuple[int, float]:
-        """Read the card, then press a button as a browser does -> status, and
-        seconds until the agent went on."""
-        from urllib.parse import urlencode
-        form = hidden_fields(self.card()[1]) | {
-            "reason": "", "decision": decision}
-        time.sleep(SEEN_SECONDS)
-        clicked = time.monotonic()
-        status = self.me.fetch(
-            "POST", f"/approve/{self.request_id}", urlencode(form).encode(),
-            seconds=5, Content_Type=FORM, Accept="text/html",
-            Origin=self.me.server_url, Sec_Fetch_Site="same-origin")[0]
-        self.thread.join(10)
-        return status, self.ended_at - clicked
-
 
 def verify(model: str, timeout: float, say: Callable[[str], None]
            ) -> dict[str, Any]:
     """The guide's verification -> the evidence: state, configuration, what
     was expected and observed. It leaves nothing of it on the disk."""
-    book = Notebook(say)
-    log.addHandler(book.handler)
-    propagate, log.propagate = log.propagate, False
+    lines: list[str] = []
+    handler, propagate = logging.Handler(), log.propagate
+    handler.emit = lambda record: lines.append(  # type: ignore[method-assign]
+        f"{record.levelname} {record.getMessage()}")
+    log.addHandler(handler)
+    log.propagate = False
+    findings: list[dict[str, Any]] = []
     try:
         with Workshop(timeout) as shop:
+            state = {**starting_state(model), "configuration sha256":
+                     file_sha256(shop.rules), "database": str(shop.database),
+                     "server": shop.desk.url}
             rules = shop.rules.read_text()
-            state = {
-                "started_at": instant(time.time()), **starting_state(model),
-                "configuration sha256": hashlib.sha256(
-                    rules.encode()).hexdigest(),
-                "database": str(shop.database), "server": shop.desk.url}
             say("\n".join(f"{name:20} {state[name]}" for name in state))
-            verification(shop, book, timeout)
+            for step, expected, observed, holds in verification(
+                    shop, timeout, lines):
+                findings.append({"step": step, "expected": expected,
+                                 "observed": observed, "holds": holds})
+                say(f"\n{'ok  ' if holds else 'FAIL'} {step}\n     expected "
+                    f"{expected}\n     observed {visible(observed)}")
     finally:
         log.propagate = propagate
-        log.removeHandler(book.handler)
-    return {**state, "configuration": rules, "findings": book.findings,
-            "log": book.log_lines,
-            "verified": all(finding["holds"] for finding in book.findings)}
-
-
-def verification(shop: Workshop, book: Notebook, timeout: float) -> None:
-    """Trigger, approve; trigger, reject; trigger, and nobody decides."""
-    verify_approval(Trial(shop, book))
-    verify_rejection(Trial(shop, book))
-    verify_silence(Trial(shop, book), timeout)
-    with contextlib.closing(open_for_reading(shop.database)) as db:
-        faults = "; ".join(audit_faults(db)) or "whole"
-    book.note("check the audit log", "whole", faults, faults == "whole")
+        log.removeHandler(handler)
+    return {**state, "configuration": rules, "findings": findings, "log": lines,
+            "verified": all(finding["holds"] for finding in findings)}
 
 
 def starting_state(model: str) -> dict[str, str]:
@@ -9286,6 +9199,7 @@ def starting_state(model: str) -> dict[str, str]:
     import shlex
     import sqlite3
     return {
+        "started_at": instant(time.time()),
         "command": shlex.join([sys.executable, *sys.argv]),
         "python": sys.version.split()[0], "executable": sys.executable,
         "system": platform.platform(), "sqlite": sqlite3.sqlite_version,
@@ -9293,76 +9207,114 @@ def starting_state(model: str) -> dict[str, str]:
         "model": model or "none"}
 
 
-def verify_approval(trial: Trial) -> None:
+Finding = tuple[str, str, str, bool]    # step, expected, observed, it holds
+
+
+def verification(shop: Workshop, timeout: float, lines: list[str]
+                 ) -> Iterator[Finding]:
+    """Trigger, approve; trigger, reject; trigger, and nobody decides."""
+    yield from verify_approval(shop, Trial(shop))
+    yield from verify_rejection(shop, Trial(shop), lines)
+    yield from verify_silence(shop, Trial(shop), timeout)
+    _, faults = verified(shop.database)
+    yield ("check the audit log", "whole", "; ".join(faults) or "whole",
+           not faults)
+
+
+class Trial:
+    """One call of delete_records in a thread, and who reviews it."""
+
+    def __init__(self, shop: Workshop) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+        # a gate of its own: in one session a rejection answers the next call
+        gate = shop.gate("verification", {"plan": ["read", "delete"], "step": 2})
+        self.me = shop.reviewer("verifier")
+        shop.reset()
+        began = time.monotonic()
+        self.call = ThreadPoolExecutor().submit(
+            gate.call, "delete_records", DELETE, shop.delete_records)
+        ids = shop.waiting()
+        took = time.monotonic() - began
+        self.request_id = "".join(ids[:1])
+        self.finding = (
+            "trigger delete_records", "1 row with status waiting within 1 s",
+            f"{len(ids)} row after {took:.3f} s", len(ids) == 1 and took < 1)
+
+    def end(self, seconds: float = 10) -> Any:
+        """What the call raised or returned."""
+        return self.call.exception(seconds) or self.call.result()
+
+    def card(self) -> tuple[int, str]:
+        """The page's status, and the request's card to its form's end."""
+        from html import unescape
+        status, _, page = self.me.fetch("GET", "/", seconds=5,
+                                        Accept="text/html")
+        card = re.search(f'<details [^>]*"request-{self.request_id}".*?</form>',
+                         page.decode(), re.DOTALL)
+        return status, unescape(card[0]) if card else ""
+
+    def click(self, decision: str) -> int:
+        """Press a button of the card as a browser does -> status."""
+        from urllib.parse import urlencode
+        form = dict(re.findall(
+            '<input type="hidden" name="([^"]*)" value="([^"]*)"',
+            self.card()[1]))
+        time.sleep(SEEN_SECONDS)
+        return self.me.fetch(
+            "POST", f"/approve/{self.request_id}",
+            urlencode(form | {"reason": "", "decision": decision}).encode(),
+            seconds=5, Content_Type=FORM, Accept="text/html",
+            Origin=self.me.server_url, Sec_Fetch_Site="same-origin")[0]
+
+
+def verify_approval(shop: Workshop, trial: Trial) -> Iterator[Finding]:
     """The card is on the page; after a click on Approve the tool runs."""
-    note, left = trial.book.note, trial.shop.left
+    yield trial.finding
     status, card = trial.card()
-    shown = seen_on(card)
-    expected = ["waiting", f"Delete users where {DELETE['condition']}",
-                f"/approve/{trial.request_id}", "approved", "rejected"]
-    note("look at the page", f"200, a card with {', '.join(expected)}",
-         f"{status}, a card with {', '.join(shown)}",
-         (status, shown) == (200, expected))
-    status, took = trial.click("approved")
-    note("click Approve", "303 back to the page; the agent resumes within 5 s",
-         f"{status}, resumed after {took:.3f} s", status == 303 and took < 5)
-    note("look at the records", "the tool ran, 1 of 3 records left",
-         f"it returned {trial.returned}, {left()}",
-         (trial.returned, left()) == (2, "1 of 3 records left"))
+    expected = ['class="card waiting"', f'action="/approve/{trial.request_id}"',
+                f"Delete users where {DELETE['condition']}</span>",
+                'value="approved"', 'value="rejected"']
+    seen = [text for text in expected if text in card]
+    yield ("look at the page", f"200, a card with {', '.join(expected)}",
+           f"{status}, a card with {', '.join(seen)}",
+           (status, seen) == (200, expected))
+    status, clicked = trial.click("approved"), time.monotonic()
+    end, took = trial.end(), time.monotonic() - clicked
+    yield ("click Approve", "303 back to the page; the agent resumes within 5 s",
+           f"{status}, resumed after {took:.3f} s", status == 303 and took < 5)
+    yield ("look at the records", "the tool ran, 1 of 3 records left",
+           f"it returned {end}, {shop.left()}",
+           (end, shop.left()) == (2, "1 of 3 records left"))
 
 
-def verify_rejection(trial: Trial) -> None:
+def verify_rejection(shop: Workshop, trial: Trial, lines: list[str]
+                     ) -> Iterator[Finding]:
     """A click on Reject reaches the caller and the log; nothing runs."""
-    note, left = trial.book.note, trial.shop.left
+    yield trial.finding
     trial.click("rejected")
-    note("click Reject", "CollaborationError reaches the caller",
-         f"{type(trial.raised).__name__}: {trial.raised}",
-         type(trial.raised) is CollaborationError)
-    lines = [line for line in trial.book.log_lines
-             if "CollaborationError: rejected" in line]
-    note("read the log", "a line with CollaborationError: rejected",
-         " / ".join(lines) or "none", bool(lines))
-    note("look at the records", "nothing ran, 3 of 3 records left", left(),
-         left() == "3 of 3 records left")
+    end = trial.end()
+    yield ("click Reject", "CollaborationError reaches the caller",
+           f"{type(end).__name__}: {end}", type(end) is CollaborationError)
+    logged = [line for line in lines if "CollaborationError: rejected" in line]
+    yield ("read the log", "a line with CollaborationError: rejected",
+           " / ".join(logged) or "none", bool(logged))
+    yield ("look at the records", "nothing ran, 3 of 3 records left",
+           shop.left(), shop.left() == "3 of 3 records left")
 
 
-def verify_silence(trial: Trial, timeout: float) -> None:
+def verify_silence(shop: Workshop, trial: Trial, timeout: float
+                   ) -> Iterator[Finding]:
     """Nobody decides: TimeoutError, and a late click decides nothing."""
-    note, left = trial.book.note, trial.shop.left
-    trial.thread.join(timeout + 10)
-    note(f"wait (time-out set to {timeout} s here)", "TimeoutError",
-         f"{type(trial.raised).__name__}, {trial.raised}",
-         isinstance(trial.raised, TimeoutError))
+    yield trial.finding
+    end = trial.end(timeout + 10)
+    yield (f"wait (time-out set to {timeout} s here)", "TimeoutError",
+           f"{type(end).__name__}, {end}", isinstance(end, TimeoutError))
     reply = trial.me.exchange("POST", f"/approve/{trial.request_id}",
                               {"decision": "approved"}, seconds=5)
-    note("click too late", "409, the row is expired, nothing runs",
-         f"{reply.status}, {reply.reason}, {left()}",
-         (reply.status, reply.reason, left()) ==
-         (409, "expired", "3 of 3 records left"))
-
-
-def card_on(page: str, request_id: str) -> str:
-    """A request's card, from its tag to the end of its form."""
-    card = re.search(rf'<details class="card \w+" id="request-{request_id}"'
-                     ".*?</form>", page, re.DOTALL)
-    return card[0] if card else ""
-
-
-def seen_on(card: str) -> list[str]:
-    """What a person sees of a card: its colour's class, its headline, where
-    the form goes, its buttons."""
-    from html import unescape
-    seen = re.findall(r'<details class="card (\w+)|'
-                      r'class="headline"[^>]*>(.*?)</span>|action="([^"]*)"|'
-                      r'<button [^>]*value="([^"]*)"', card)
-    return [unescape("".join(found)) for found in seen]
-
-
-def hidden_fields(card: str) -> dict[str, str]:
-    """What the card's form sends besides what a person fills in."""
-    from html import unescape
-    return {name: unescape(value) for name, value in re.findall(
-        '<input type="hidden" name="([^"]*)" value="([^"]*)"', card)}
+    yield ("click too late", "409, the row is expired, nothing runs",
+           f"{reply.status}, {reply.reason}, {shop.left()}",
+           (reply.status, reply.reason, shop.left()) ==
+           (409, "expired", "3 of 3 records left"))
 
 
 # =============================== Command line ==============================
