@@ -631,35 +631,30 @@ def kind_of(c: str) -> str:
     return "m" if upon else "c"         # combining class 1 strikes out
 
 
-def shown(word: re.Match[str]) -> str:
-    """What is not plain ASCII, as visible() shows it."""
-    return (shown_text if len(word[0]) > 40 else shown_again)(word[0])
-
-
 def shown_text(text: str) -> str:
+    """What is not plain ASCII, as visible() shows it."""
     if text[0] == " ":
         return f"{BRACKETS[0]}space x{len(text)}{BRACKETS[1]}"
     kinds = "".join(map(kind_of, text))
-    return "".join(shown_part(part[0][0], text[part.start():part.end()])
+    return "".join(shown_part(part[0], text[part.start():part.end()])
                    for part in PARTS.finditer(kinds))
 
 
 shown_again = functools.lru_cache(maxsize=4096)(shown_text)     # words recur
 
 
-def shown_part(kind: str, part: str) -> str:
-    if kind == "a":
+def shown_part(kinds: str, part: str) -> str:
+    if kinds[0] == "a":
         return part
-    if kind == "b":
+    if kinds[0] == "b":
         return f"{BRACKETS[0]}{part}{BRACKETS[1]}"
-    if len(part) > 8 and kind == "\n":
+    if len(part) > 8 and kinds[0] == "\n":
         return f"{BRACKETS[0]}line break x{len(part)}{BRACKETS[1]}"
-    return "".join(map(code_of, part))
+    return "".join(f"{BRACKETS[0]}U+{ord(c):04X}{BRACKETS[1]}" for c in part)
 
 
-@functools.lru_cache(maxsize=4096)
-def code_of(c: str) -> str:
-    return f"{BRACKETS[0]}U+{ord(c):04X}{BRACKETS[1]}"
+def shown(word: re.Match[str]) -> str:
+    return (shown_text if len(word[0]) > 40 else shown_again)(word[0])
 
 
 def visible(text: str) -> str:
@@ -726,12 +721,11 @@ def changed_in_words(request: ReviewRequest) -> str:
 
 def changes_in_words(who: str, asked: Mapping[str, Any],
                      approved: Mapping[str, Any]) -> str:
-    changes = ", ".join(
-        f"{name}: {value_in_words(asked[name]) or '...'} -> "
-        f"{value_in_words(value) or '...'}"
-        for name, value in approved.items()
-        if canonical(asked[name]) != canonical(value))
-    return f"changed by {who}: {{{changes}}}"
+    changes = [f"{name}: {value_in_words(asked[name]) or '...'} -> "
+               f"{value_in_words(value) or '...'}"
+               for name, value in approved.items()
+               if canonical(asked[name]) != canonical(value)]
+    return f"changed by {who}: {{{', '.join(changes)}}}"
 
 
 def value_in_words(value: Any) -> str | None:
@@ -823,14 +817,14 @@ class Checkpoint(NamedTuple):
         if self.kind != "tool":
             why = f'kind = "{self.kind}" and action_pattern {pattern!r}'
             return why if may_be(self.kind, tool) else ""
-        for way, text in views(tool)[:1 if self.effect == "allow" else None]:
+        texts = views(tool)
+        if self.effect == "allow":
+            texts = texts[:1]
+        for text in texts:
             if self.finds(pattern, text):
-                hit = re.search(pattern, text[:MAX_TOOL_NAME], SEARCH)
-                place = "it"
-                if hit:
-                    place = f'"{visible(hit[0])}" at {hit.start()} to {hit.end()}'
-                return (f"action_pattern {pattern!r} finds {place} of the {way} "
-                        f'"{visible(text)}"')
+                hit = re.search(pattern, text, SEARCH)
+                return (f'action_pattern {pattern!r} finds "'
+                        f'{visible(hit[0] if hit else text)}" in "{visible(text)}"')
         return ""
 
     def matches(self, call: Call) -> bool:
@@ -850,7 +844,7 @@ class Checkpoint(NamedTuple):
         if not isinstance(value, str):
             return self.effect != "allow"
         return self.finds(pattern, value) or self.effect != "allow" and any(
-            self.finds(pattern, text) for _, text in views(value))
+            self.finds(pattern, text) for text in views(value))
 
     def kind_matches(self, call: Call) -> bool:
         """Whether action_pattern finds what a shell or an edit would do. An
@@ -904,9 +898,9 @@ class Rules(NamedTuple):
         found = [self._decides(call)]
         try:
             for inner in call.inner():
-                match = self._decides(inner)
-                found.append(match._replace(
-                    why=f'in it, the call "{visible(inner.tool)}": {match.why}'))
+                checkpoint, why = self._decides(inner)
+                why = f'in it, the call "{visible(inner.tool)}": {why}'
+                found.append(Match(checkpoint, why))
         except ValueError as error:
             found.append(Match(ODD_NAME, str(error)))
         return max(found, key=lambda match: STRICTNESS.index(match.effect))
@@ -1042,19 +1036,16 @@ def are_apart(branches: list[Any]) -> bool:
 
 # ---- the tool's name ----
 
-def views(text: str) -> tuple[tuple[str, str], ...]:
-    """The ways a pattern looks at a name: (what, text), raw first. Each one
-    defeats a disguise: width and style of letters, zero-width characters,
-    another case, a prefix that hides the name from `^` or `\\b`."""
+def views(text: str) -> tuple[str, ...]:
+    """A name as a pattern looks at it, the raw one first. Each way defeats a
+    disguise: width and style of letters, zero-width characters, another case,
+    a prefix that hides the name from `^` or `\\b`."""
     plain = unicodedata.normalize("NFKC", text)
     clean = "".join(c for c in plain if c.isprintable() and not (
         SHAPELESS.match(c) or unicodedata.category(c)[0] == "M"))
     last = next(filter(None, re.split(r"__|[./:]", clean)[::-1]), clean)
-    ways = {"raw name": text, "NFKC form": plain,
-            "name without invisible characters": clean,
-            "casefolded name": clean.casefold(), "last part": last,
-            "casefolded last part": last.casefold()}
-    return tuple({t: (w, t) for w, t in reversed(ways.items())}.values())[::-1]
+    return tuple(dict.fromkeys((
+        text, plain, clean, clean.casefold(), last, last.casefold())))
 
 
 def odd_name(tool: str) -> str:
@@ -1819,14 +1810,10 @@ KEYS: dict[str, dict[str, tuple[Callable[[Any], Any], Any]]] = {
         "remember": (boolean_value, True),
         "editable": (boolean_value, False),
     },
-    "reviewer": {
+    **dict.fromkeys(("reviewer", "agent"), {
         "name": (name_value, REQUIRED),
         "token_sha256": (sha256_value, REQUIRED),
-    },
-    "agent": {
-        "name": (name_value, REQUIRED),
-        "token_sha256": (sha256_value, REQUIRED),
-    },
+    }),
     "notify": {
         "name": (name_value, REQUIRED),
         "url": (notice_url_value, None),

@@ -758,6 +758,8 @@ WRONG_FILES = [     # text before a rule, place in the message, its cure
      'add action_pattern = "..."'),
     *((rule(**{key: value}), FIRST + key, cure) for key, values, cure in (
         ("action_pattern", ['""', "1"], "a regular expression in quotes"),
+        ("action_pattern", [r'"\bpay"', r'"pay\n"', r'"\u200bpay"'],
+         "write the pattern in 'single quotes'"),
         ("action_pattern", ['"("'], "unterminated subpattern at position 0"),
         ("action_pattern", ["'[[a]'", "'" + "(" * 3000 + ")" * 3000 + "'"],
          "is not a regular expression: "),
@@ -967,20 +969,6 @@ def test_argument_patterns_reach_inside_by_dotted_names(make_rules):
         assert rules.first_match("delete_x", call).effect == effect
 
 
-@pytest.mark.parametrize("name, why", [
-    ("Delete_Records", '"Delete_" at 0 to 7 of the raw name'),
-    ("mcp__db__delete_records", '"delete_" at 9 to 16 of the raw name'),
-    ("de\u200blete_x", 'of the name without invisible characters "delete_x"'),
-    ("\uff44\uff45lete", 'of the NFKC form "delete"'), ("d\u0435lete_x", '"d'
-     '\u27e6\u0435\u27e7lete_x" has characters that are not plain ASCII')],
-    ids=ascii)
-def test_each_spelling_waits_and_says_why(make_rules, name, why):
-    """Any view of the name counts: raw, casefolded, NFKC, without invisible
-    characters, the last part; the reason names pattern, view and span."""
-    match = make_rules(hitl.EXAMPLE).first_match(name, {})
-    assert match.effect == "review" and why in match.why
-
-
 def disguises(name: str):
     """Spellings of a tool's name that a view sees through."""
     for prefix in ("", "mcp__a_b__c__", "a.b.", "a/b/", "a::", "re", "x y "):
@@ -1008,10 +996,13 @@ def test_no_spelling_passes_a_shipped_rule(make_rules, name, decides):
         match = rules.first_match(spelling, {"environment": "prod"})
         assert (match.effect, match.checkpoint.checkpoint_id) == (
             "review", decides), ascii(spelling)
+        assert match.why.startswith("action_pattern ") and " finds " in match.why
     for latin, other in zip(
             "aeopsih", "\u0430\u0435\u043e\u0440\u0455\u0456\u04bb", strict=True):
         fake = name.replace(latin, other, 1)
-        assert rules.first_match(fake, {}).effect == "review" or fake == name
+        match = rules.first_match(fake, {})
+        assert fake == name or match.effect == "review" and (
+            " finds " in match.why or "not plain ASCII" in match.why)
 
 
 @pytest.mark.parametrize("pattern", ["^delete_user$", r"\bdelete_user\b",
@@ -1069,14 +1060,6 @@ def test_ordinary_patterns_are_taken_and_fast(make_rules):
                 rules.first_match("delete_x", {
                     "table": (unit * length)[:length]})
                 assert time.thread_time() - start < 2, (pattern, unit, length)
-
-
-@pytest.mark.parametrize("pattern", [r'"\bpay"', r'"pay\n"', r'"\u200bpay"'])
-def test_a_control_character_in_a_pattern_is_refused(make_rules, pattern):
-    """"\\bpay" in TOML's double quotes is a backspace and would never match:
-    the error says to use single quotes."""
-    with pytest.raises(hitl.ConfigError, match="pattern in 'single quotes'"):
-        make_rules(rule(action_pattern=pattern))
 
 
 # ---- one name is one name; a call inside a call ----
@@ -1408,8 +1391,8 @@ def test_check_says_which_checkpoint_decides_and_why(tmp_path):
     assert check("deploy_model", '{"model": "m\\nn"}') == (0, [
         'deploy_model waits for a person: checkpoint "deploy-model" in '
         f"{path}",
-        "  because  action_pattern 'deploy_*' finds \"deploy_\" at 0 to 7 of "
-        'the raw name "deploy_model"',
+        "  because  action_pattern 'deploy_*' finds \"deploy_\" in "
+        '"deploy_model"',
         "  shown as Deploy model m\u27e6U+000A\u27e7n to (not given)",
         "  waits    300 s"], "")
     status, lines, _ = check("read", "{}", "--json")
