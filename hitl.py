@@ -173,7 +173,7 @@ import time
 import unicodedata
 from collections import Counter, deque
 from collections.abc import (
-    Awaitable, Callable, Container, Coroutine, Iterable, Iterator, Mapping)
+    Awaitable, Callable, Container, Iterable, Iterator, Mapping)
 from datetime import datetime, timezone
 from pathlib import Path
 from re import _compiler, _constants as op, _parser  # type: ignore[attr-defined]
@@ -282,6 +282,13 @@ class ReviewTimeoutError(HitlError, TimeoutError):
     """Nobody decided in time; nothing ran. A TimeoutError to who asks."""
 
     reason = "expired"
+
+
+REFUSED_AS: dict[str, type[HitlError]] = {      # a reply's reason -> the error
+    "already-claimed": AlreadyClaimedError, "stopped": CollaborationError,
+    "lapsed": ReviewTimeoutError, "expired": ReviewTimeoutError,
+    "id-taken": ChangedError, "bad-digest": ChangedError,
+    "arguments-changed": ChangedError}
 
 
 class Refusal(HitlError):
@@ -6852,6 +6859,22 @@ def opener(tls: bool, tls_ca: str) -> Any:
     return made
 
 
+def checked_authorities(configuration: Configuration) -> str:
+    """[gate] tls_ca as a path beside the configuration; ConfigError if it
+    cannot be read."""
+    name = configuration.gate["tls_ca"]
+    if not name:
+        return ""
+    path = (configuration.path or Path()).parent / name
+    try:
+        import ssl
+        ssl.create_default_context(cafile=str(path))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"[gate] tls_ca: {path}: {error}",
+                          "name a PEM file of certificates") from None
+    return str(path)
+
+
 # ================================= Context =================================
 # What goes along with a request so that the reviewer can judge it: the agent's
 # state with secrets masked, and the name of who asks. What looks like a secret
@@ -7130,8 +7153,55 @@ def is_named(before: str, text: str, pair: bool) -> bool:
 
 
 # ================================== Guard ==================================
-# A function's parameters as the named arguments of a tool call, for the
-# decorator.
+# The decorator: a function whose calls go through a gate, its parameters the
+# named arguments of the tool call.
+
+
+def guarded(gate: Gate, function: Any, *, checkpoint: str | None = None,
+            name: str | None = None, hide: Iterable[str] = (),
+            context: Any = None, optional: bool = False) -> Any:
+    """What Gate.guard promises."""
+    binder = Binder(function, hide)
+    tool = name or tool_name(function)
+    check_held(gate.rules, tool, checkpoint, optional)
+    how: How = {"checkpoint": checkpoint, "context": context}
+    if binder.hidden:           # not all is shown: no decision stands
+        how["session"] = ""     # for the next such call
+    call: Any = gate.acall if is_async(function) else gate.call
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        arguments, run = binder.bind(args, kwargs)
+        return call(tool, arguments, run, **how)
+
+    async def async_wrapper(*args: Any, **kwargs: Any) -> Any:
+        return await wrapper(*args, **kwargs)
+    made: Any = async_wrapper if is_async(function) else wrapper
+    functools.update_wrapper(made, function)
+    made.__name__ = getattr(function, "__name__", tool)
+    face = made.__signature__ = signature_of(function)
+    kinds = {name: p.annotation for name, p in face.parameters.items()}
+    kinds["return"] = face.return_annotation
+    made.__annotations__ = {name: kind for name, kind in kinds.items()
+                            if kind is not inspect.Signature.empty}
+    return made
+
+
+def check_held(rules: Rules, tool: str, checkpoint: str | None,
+               optional: bool) -> None:
+    """ConfigError where a guard would guard nothing."""
+    if checkpoint is not None:
+        if rules.named(checkpoint).effect == "allow":
+            raise ConfigError(f'checkpoint "{checkpoint}" allows; guard '
+                              "needs one that reviews or denies")
+        return
+    held = any(match.effect != "allow" for match in rules.candidates(tool))
+    if not held and not optional:
+        raise ConfigError(
+            f'@gate.guard on "{visible(tool)}" would hold nothing: no '
+            f"checkpoint of {rules.path} matches that name",
+            "add a checkpoint whose action_pattern does, or name one: "
+            '@gate.guard(checkpoint="..."), or say that the file may let '
+            "it pass: @gate.guard(optional=True)")
 
 
 class Binder:
@@ -7144,7 +7214,6 @@ class Binder:
 
     def __init__(self, function: Any, hide: Iterable[str]) -> None:
         check_guardable(function)
-        self.face = signature_of(function)      # what a caller sees
         self.function, self.args, self.kwargs = function, (), {}
         if isinstance(function, functools.partial):
             self.function, self.args = function.func, function.args
@@ -7166,20 +7235,15 @@ class Binder:
         bound = self.signature.bind(*self.args, *args,
                                     **{**self.kwargs, **kwargs})
         bound.apply_defaults()
-        named: dict[str, Any] = {}
+        named = {name: value for name, value in bound.arguments.items()
+                 if name not in self.hidden}
         extra: dict[str, Any] = {}
         rest = ""                       # the name of **kwargs, if there is one
-        for name, value in bound.arguments.items():
-            if name in self.hidden:
-                continue
-            kind = self.signature.parameters[name].kind
-            if kind is inspect.Parameter.VAR_KEYWORD:
-                rest, extra = name, value
-            else:
-                named[name] = value
+        for name, parameter in self.signature.parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD and name in named:
+                rest, extra = name, named.pop(name)
         if twice := named.keys() & extra.keys():
             raise TypeError(f"an argument comes twice: {', '.join(twice)}")
-
         given = named | extra
         shown = {name: as_shown(value) for name, value in given.items()}
 
@@ -7263,22 +7327,19 @@ def is_async(function: Any) -> bool:
 
 # =================================== Gate ==================================
 # The agent's side: it holds a tool call until a person has decided. Gate.call
-# is the story; everything below serves one of its six steps. The only normal
-# return from the first four is a claim whose id and digest match (promise 1);
-# there is no option that lets a call through when something fails.
+# is the story, in six steps; a Held is one call on its way through them. The
+# only normal return from the first four is a claim whose id and digest match
+# (promise 1); no option lets a call through when something fails.
 
 UNREACHABLE_SECONDS = 10        # a server that is down when first asked
 CLAIM_RETRY_SECONDS = 30        # for a claim whose reply was lost
 LAST_WORD_SECONDS = 2           # for a withdrawal or an outcome
 GRACE_SECONDS = 5               # of the network, beyond a poll's own wait
 PROGRESS_SECONDS = 15           # between lines that say what is waited for
-REFUSED_AS: dict[str, type[HitlError]] = {      # a reply's reason -> the error
-    "already-claimed": AlreadyClaimedError, "stopped": CollaborationError,
-    "lapsed": ReviewTimeoutError, "expired": ReviewTimeoutError,
-    "id-taken": ChangedError, "bad-digest": ChangedError,
-    "arguments-changed": ChangedError}
 MAX_FREE = 10_000               # calls remembered as free: names can be made up
 
+
+# ---- what can be asked ----
 
 class How(TypedDict, total=False):
     """What one call may say for itself, over the gate and the configuration.
@@ -7303,374 +7364,190 @@ class How(TypedDict, total=False):
     cwd: str | None
 
 
-class Asked:
-    """A tool call on its way through the gate."""
-
-    claiming = False            # from here on the server may have claimed it
-    cancelled = False
-    cwd: str | None = None
-
-    def __init__(self, tool: str, arguments: str, description: str,
-                 digest: str, request_id: str, timeout_seconds: float,
-                 lifetime_seconds: float, body: dict[str, Any],
-                 tick: Callable[[], object] | None) -> None:
-        self.tool, self.description = tool, description
-        self.arguments = arguments      # canonical JSON: what is asked
-        self.digest, self.request_id = digest, request_id
-        self.timeout_seconds = timeout_seconds
-        self.lifetime_seconds = lifetime_seconds
-        self.body, self.tick = body, tick       # of POST /pending
-        self.deadline = time.monotonic() + timeout_seconds
-        self.claim = os.urandom(16).hex()   # the same claim may be retried
-        self.ended = threading.Event()
+def first_of(*values: T | None) -> T:
+    return next(v for v in values if v is not None)
 
 
-class Held(NamedTuple):
-    """A call that a person approved and this process claimed: whoever runs
-    it runs it with `arguments`, once, and reports how it ended."""
+def check_call(tool: Any, arguments: Any, request_id: Any,
+               session: Any) -> None:
+    """HitlError for a call that cannot even be named."""
+    wrong = ""
+    if not isinstance(tool, str):
+        wrong = "its tool must be a string"
+    elif re.search("[\ud800-\udfff]", tool):
+        wrong = "its tool's name has a lone surrogate"
+    elif not isinstance(arguments, Mapping):
+        wrong = "its arguments must be a mapping of names to values"
+    elif request_id is not None and not (isinstance(request_id, str) and
+                                         REQUEST_ID.fullmatch(request_id)):
+        wrong = "its request_id must be 1 to 128 of A-Za-z0-9._:-"
+    elif not (isinstance(session, str) and session.isprintable()
+              and len(session.encode(errors="replace")) <= MAX_SESSION):
+        wrong = f"its session must be plain text of at most {MAX_SESSION} bytes"
+    if wrong:
+        raise HitlError(f"this call makes no sense: {wrong}; nothing ran",
+                        "call(tool, arguments, execute, request_id=str(...))",
+                        reason="bad-arguments")
 
-    arguments: dict[str, Any]
-    approved_by: str
-    changed: str            # what the reviewer changed, for the model; or ""
-    request_id: str
-    claim: str
-    gate: Gate
 
-    def report(self, error: BaseException | str | None = None) -> None:
-        """Record that the call was executed, or how it failed. Never raises:
-        a failure here changes nothing of the call, and is logged."""
-        self.gate._report(self.request_id, self.claim, error)
+def argument_text(tool: str, arguments: Mapping[str, Any]) -> str:
+    """The arguments as canonical JSON, if reading that gives back an equal
+    value of the same types; a tuple, an integer key or an enum would not."""
+    wrong = {name: why for name, value in arguments.items()
+             if (why := not_json(name, value))}
+    if wrong:
+        raise HitlError(
+            f"{visible(tool)}: the arguments are not plain JSON: " + "; ".join(
+                visible(f"{name}: {why}") for name, why in wrong.items()),
+            "pass text, finite numbers, true, false, None, lists and objects "
+            "(a model as its .model_dump(mode='json')); what is not part of "
+            "the action can be left out by @gate.guard(hide=[...])",
+            reason="bad-arguments")
+    text = canonical(dict(arguments))
+    limit = arguments_limit(tool, arguments)
+    if len(text) > limit:
+        raise HitlError(
+            f"{visible(tool)}: the arguments are {len(text)} bytes, and a "
+            f"person reviews at most {limit}: do it in smaller steps, or pass "
+            "a reference, such as a file's name, in place of the content",
+            "nobody can review so much at once", reason="too-large")
+    return text
 
-    async def areport(self, error: BaseException | str | None = None) -> None:
-        """report() for asyncio; finishes also where its task is cancelled,
-        so that nothing that was done goes unrecorded or is lost."""
-        await undisturbed(self.report, error)
+
+def not_json(name: Any, value: Any) -> str:
+    """Why an argument does not survive the way through JSON, or ""."""
+    if type(name) is not str:
+        return "its name is not a string"
+    try:        # two levels deeper, as it will be in the request
+        back = parse_json(PLAIN.encode([{name: value}]))[0][name]
+    except (TypeError, ValueError, RecursionError) as error:
+        return str(error)
+    if repr(value) == repr(back):
+        return ""
+    return f"a {type(value).__name__} changes on the way through JSON"
 
 
-class Gate:
-    """Makes tool calls that match a checkpoint wait for a person.
+# ---- one call on its way ----
 
-    config: path of checkpoints.toml (default: HITL_CONFIG, then
-    ./checkpoints.toml, then the one beside this file). context: the agent's
-    state for the reviewer, or a callable that gives it. on_reject: "raise";
-    or "return" to hand a rejection, a denial or an expiry to the model as
-    text; or a callable that is given that text and whose result is returned,
-    an exception class for one that is raised. agent: the name on the card.
-    session: what a decision may stand for; default: this object. Raises
-    ConfigError.
-    """
+class Held:
+    """A tool call that a checkpoint holds: asked, waited for and claimed by
+    obtain(). From then on whoever runs it runs it with `arguments`, once, and
+    reports how it ended."""
 
-    def __init__(self, config: str | os.PathLike[str] | None = None, *,
-                 context: Any = None,
-                 on_reject: str | Callable[[str], Any] = "raise",
-                 agent: str | None = None, server_url: str | None = None,
-                 token: str | None = None, session: str | None = None) -> None:
-        self.on_reject = checked_on_reject(on_reject)
-        self.configuration = load_configuration(find_configuration(config))
-        self.rules = self.configuration.rules
-        self.context, self.agent = context, agent
-        self.session, self._own_session = session, os.urandom(16).hex()
-        with config_error("server_url"):
-            self.server_url = url_value(
-                server_url or os.environ.get("HITL_SERVER_URL")
-                or self.configuration.gate["server_url"])
-        self.token = (token or os.environ.get("HITL_AGENT_TOKEN", "")).strip()
-        if not re.fullmatch(r"[!-~]*", self.token):
-            raise ConfigError("the agent's token is not plain ASCII")
-        if os.environ.get("HITL_REVIEWER_TOKEN"):       # promise 5
-            log.warning("HITL_REVIEWER_TOKEN is in the environment of an "
-                        "agent, which could decide with it: take it out")
-        self.client = Client(
-            self.server_url, self.token and f"Bearer {self.token}",
-            checked_authorities(self.configuration))
-        self._free: set[tuple[str, ...]] = set()
+    approved_by = ""
+    changed = ""                # what the reviewer changed, for the model
+    claiming = False            # the server may have given it to us
+    cancelled = False           # by the caller; this call's thread sees it
 
-    # ---- the story ----
-
-    def call(self, tool: str, arguments: Mapping[str, Any],
-             execute: Callable[..., T], **how: Unpack[How]) -> T:
-        """execute(**arguments), after a person approved where a checkpoint
-        matches. Raises CollaborationError, ReviewTimeoutError or another
-        HitlError, and then nothing ran; what execute raises passes through.
-        """
-        if self._is_free(tool, arguments) and not how.get("checkpoint"):
-            return execute(**arguments)
-        if is_async(execute):
-            raise TypeError(f"{visible(str(tool))} is async: await "
-                            "gate.acall(...), or nothing would run in here")
-        how.setdefault("edits", self.on_reject == "return")
-        try:
-            held = self._hold(tool, arguments, how)                 # 1 to 4
-        except HitlError as error:
-            return self._refusal(error)  # type: ignore[no-any-return]
-        if held is None:
-            return execute(**arguments)
-        try:
-            result = execute(**held.arguments)                      # 5 run
-        except BaseException as error:
-            held.report(error)
-            raise
-        held.report()                                               # 6 report
-        return told_of_changes(held, result)
-
-    def _hold(self, tool: str, arguments: Mapping[str, Any], how: How,
-              handed_over: bool = False) -> Held | None:
-        """The call, approved and claimed, or None where nothing holds it."""
-        asked = self._match(tool, arguments, **how)                 # 1 match
-        return None if asked is None else self._obtain(asked, handed_over)
-
-    def _obtain(self, asked: Asked, handed_over: bool) -> Held:
-        try:
-            state = self._ask(asked)                                # 2 ask
-            state = self._wait(asked, state)                        # 3 wait
-            return self._claim(asked, state, handed_over)           # 4 claim
-        except BaseException as error:
-            if not isinstance(error, Exception):                # Ctrl-C, exit
-                self._break_off(asked, "interrupted")
-            raise
-        finally:
-            asked.ended.set()
-
-    @overload
-    async def acall(self, tool: str, arguments: Mapping[str, Any],
-                    execute: Callable[..., Coroutine[Any, Any, T]],
-                    **how: Unpack[How]) -> T: ...
-
-    @overload
-    async def acall(self, tool: str, arguments: Mapping[str, Any],
-                    execute: Callable[..., T], **how: Unpack[How]) -> T: ...
-
-    async def acall(self, tool: str, arguments: Mapping[str, Any],
-                    execute: Callable[..., Any], **how: Unpack[How]) -> Any:
-        """The same for asyncio: waits on a thread of its own, so the event
-        loop goes on; a cancelled wait withdraws its request. Once the tool
-        has returned, its result is returned, whatever is cancelled."""
-        if self._is_free(tool, arguments) and not how.get("checkpoint"):
-            return await awaited(execute(**arguments))
-        how.setdefault("edits", self.on_reject == "return")
-        try:
-            held = await self._ahold(tool, arguments, how)
-        except HitlError as error:
-            return self._refusal(error)
-        if held is None:
-            return await awaited(execute(**arguments))
-        try:
-            result = await awaited(execute(**held.arguments))
-        except BaseException as error:
-            await held.areport(error)
-            raise
-        await held.areport()
-        return told_of_changes(held, result)
-
-    async def _ahold(self, tool: str, arguments: Mapping[str, Any], how: How,
-                     handed_over: bool = False) -> Held | None:
-        import asyncio
-        asked = self._match(tool, arguments, **how)
-        if asked is None:
-            return None
-        work = in_thread(self._obtain, asked, handed_over)
-        try:
-            return await asyncio.shield(work)
-        except asyncio.CancelledError:
-            asked.cancelled = True
-            work.add_done_callback(
-                lambda done: done.cancelled() or done.exception())
-            await undisturbed(self._break_off, asked, "cancelled")
-            raise
-
-    # ---- for whoever runs the tool himself ----
-
-    def hold(self, tool: str, arguments: Mapping[str, Any],
-             **how: Unpack[How]) -> Held | None:
-        """The call, approved and claimed, for whoever runs it and then
-        reports; None where no checkpoint holds it. Raises as call() does,
-        whatever on_reject says. Until it is reported it is recorded as
-        handed over."""
-        try:
-            return self._hold(tool, arguments, how, handed_over=True)
-        except HitlError as error:
-            logged(error)
-            raise
-
-    async def ahold(self, tool: str, arguments: Mapping[str, Any],
-                    **how: Unpack[How]) -> Held | None:
-        """hold() for asyncio."""
-        try:
-            return await self._ahold(tool, arguments, how, handed_over=True)
-        except HitlError as error:
-            logged(error)
-            raise
-
-    def require(self, tool: str, arguments: Mapping[str, Any],
-                **how: Unpack[How]) -> dict[str, Any]:
-        """The approved arguments, claimed, for middleware that runs the tool
-        and reports nothing."""
-        held = self.hold(tool, arguments, **how)
-        return dict(arguments) if held is None else held.arguments
-
-    async def arequire(self, tool: str, arguments: Mapping[str, Any],
-                       **how: Unpack[How]) -> dict[str, Any]:
-        """require() for asyncio."""
-        held = await self.ahold(tool, arguments, **how)
-        return dict(arguments) if held is None else held.arguments
-
-    def _refusal(self, error: HitlError) -> Any:
-        """How a refusal reaches the caller: raised, so that it propagates,
-        or as text for a model whose framework swallows exceptions."""
-        logged(error)
-        told = type(error) in (CollaborationError, DeniedError,
-                               ReviewTimeoutError)
-        if self.on_reject == "raise" or not told:
-            raise error
-        if not callable(self.on_reject):
-            return error.told
-        answer = self.on_reject(error.told)
-        if isinstance(answer, Exception):
-            raise answer from None      # its cause would show more than that
-        return answer
-
-    # ---- 1 match ----
-
-    def _is_free(self, tool: str, arguments: Mapping[str, Any]) -> bool:
-        """Whether such a call, by tool and argument names, was seen to match
-        nothing, and no argument can hide another call."""
-        return (type(arguments) is dict
-                and (tool, *arguments) in self._free
-                and has_plain_values(arguments))
-
-    def _match(self, tool: str, arguments: Mapping[str, Any], *,
-               checkpoint: str | None = None, cwd: str | None = None,
-               request_id: str | None = None, **how: Any) -> Asked | None:
-        """The call as it is to be asked, or None: it may run."""
-        check_call(tool, arguments, request_id, first_of(
-            how.get("session"), self.session, self._own_session))
-        if checkpoint is not None:
-            match = Match(self.rules.named(checkpoint), "the code names it")
-        else:
-            match = self.rules.first_match(tool, arguments, cwd)
-            if match.effect == "allow":
-                if (len(self._free) < MAX_FREE
-                        and self.rules.is_free(tool, arguments)):
-                    self._free.add((tool, *arguments))
-                return None
-        rule = match.checkpoint
-        if rule.effect == "deny":
-            raise DeniedError(
-                f'denied by checkpoint "{rule.checkpoint_id}"; nobody was '
-                "asked and nothing ran", f"{match.why}, in {self.rules.path}")
-        asked = self._asked(tool, arguments, match, request_id, **how)
-        asked.cwd = cwd
-        return asked
-
-    def _asked(self, tool: str, arguments: Mapping[str, Any], match: Match,
-               request_id: str | None, *, context: Any = None,
-               timeout_seconds: float | None = None,
-               lifetime_seconds: float | None = None,
-               tick: Callable[[], object] | None = None,
-               **more: Any) -> Asked:
-        """What is asked of the reviewer, and for how long."""
-        rule, settings = match.checkpoint, self.configuration.gate
+    def __init__(self, gate: Gate, tool: str, arguments: Mapping[str, Any],
+                 match: Match, how: Mapping[str, Any]) -> None:
+        self.gate, self.tool, self.rule = gate, tool, match.checkpoint
+        self.how, self.tick = how, how.get("tick") or (lambda: None)
         text = argument_text(tool, arguments)
-        with config_error("timeout_seconds"):
-            timeout = seconds_value(first_of(
-                timeout_seconds, rule.timeout_seconds,
-                settings["timeout_seconds"]))
-        with config_error("lifetime_seconds"):
-            lifetime = seconds_value(first_of(
-                lifetime_seconds, rule.lifetime_seconds,
-                settings["lifetime_seconds"], timeout))
+        self.arguments: dict[str, Any] = parse_json(text)       # promise 2
+        self.request_id = how.get("request_id") or os.urandom(16).hex()
+        self.key = os.urandom(16).hex()     # of the claim, which may be retried
+        self.timeout_seconds = self.seconds("timeout_seconds")
+        self.lifetime_seconds = self.seconds("lifetime_seconds",
+                                             self.timeout_seconds)
+        self.deadline = time.monotonic() + self.timeout_seconds
+        self.ended = threading.Event()
         ordered = parse_json(as_sent(dict(arguments)))
-        description = describe(rule, tool, ordered)
-        if len(description.encode()) > MAX_DESCRIPTION:
+        self.description = describe(self.rule, tool, ordered)
+        if len(self.description.encode()) > MAX_DESCRIPTION:
             raise HitlError("the description of this call is over "
                             f"{MAX_DESCRIPTION} bytes",
                             "name fewer arguments in description_template",
                             reason="too-large")
-        given = self.context if context is None else context
-        body = {
-            "action_description": description, "tool": tool,
-            "arguments": ordered,
-            "digest": digest_of(description, text, tool),
-            "agent_context": plain_json(given() if callable(given) else given),
-            "timestamp": instant(time.time()),
-            "agent": cut(self.agent or agent_name(), MAX_NAME),
-            **self._terms(match, request_id is None, **more)}
-        return Asked(tool, text, description, body["digest"],
-                     request_id or os.urandom(16).hex(), timeout, lifetime,
-                     body, tick)
+        self.digest = digest_of(self.description, text, tool)
+        self.body = self.request_body(ordered, match.why)
 
-    def _terms(self, match: Match, fresh: bool, *, session: str | None = None,
-               attach: bool = False, edits: bool = False) -> dict[str, Any]:
-        """The fields of a request that say under which rules it is asked, and
-        what it may meet."""
-        rule = match.checkpoint
-        fields: dict[str, Any] = {
+    def seconds(self, name: str, default: float | None = None) -> float:
+        """A duration: the call's over the checkpoint's over [gate]'s."""
+        with config_error(name):
+            value: float = seconds_value(first_of(
+                self.how.get(name), getattr(self.rule, name),
+                self.gate.configuration.gate[name], default))
+        return value
+
+    def request_body(self, arguments: dict[str, Any],
+                     why: str) -> dict[str, Any]:
+        """What POST /pending is told, but for the masking of the context."""
+        gate, how, rule = self.gate, self.how, self.rule
+        context = how.get("context")
+        if context is None:
+            context = gate.context
+        lifetime = self.lifetime_seconds
+        body = {
+            "request_id": self.request_id, "tool": self.tool,
+            "action_description": self.description, "arguments": arguments,
+            "digest": self.digest, "timestamp": instant(time.time()),
+            "agent": cut(gate.agent or agent_name(), MAX_NAME),
+            "agent_context": plain_json(
+                context() if callable(context) else context),
+            "timeout_seconds": None if lifetime == math.inf else lifetime,
             "checkpoint_id": rule.checkpoint_id, "category": rule.category,
-            "checkpoint_digest": rule.digest, "why": match.why[:MAX_WHY // 4],
-            "config_digest": self.rules.digest}
-        session = self.session if session is None else session
-        if session is None and fresh:   # a process that was started again, and
-            session = self._own_session     # asks for its request, has another
-        if session:
-            fields["session"] = session
-        if attach:
-            fields["attach"] = True
-        if edits and rule.editable:
-            fields["edits"] = True
-        return fields
+            "checkpoint_digest": rule.digest, "why": why[:MAX_WHY // 4],
+            "config_digest": gate.rules.digest}
+        # a process that was started again, and asks for its request, has
+        # another session of its own
+        own = "" if how.get("request_id") else gate.own_session
+        optional = {"session": first_of(how.get("session"), gate.session, own),
+                    "attach": bool(how.get("attach")),
+                    "edits": bool(how.get("edits") and rule.editable)}
+        return body | {name: v for name, v in optional.items() if v}
+
+    def obtain(self, handed_over: bool = False) -> None:
+        """The right to run this call, or a HitlError."""
+        try:
+            self.ask()
+            self.wait()
+            self.claim(handed_over)
+        except BaseException as error:
+            if not isinstance(error, Exception):                # Ctrl-C, exit
+                self.break_off("interrupted")
+            raise
+        finally:
+            self.ended.set()
 
     # ---- 2 ask ----
 
-    def _ask(self, asked: Asked) -> Summary:
-        """Post the request -> its state: waiting, or what was decided when
-        the same was asked before."""
-        give_up = time.monotonic() + min(UNREACHABLE_SECONDS,
-                                         asked.timeout_seconds)
-        lifetime: float | None = asked.lifetime_seconds
-        if lifetime == math.inf:
-            lifetime = None
-        reply = self._insist("POST", "/pending", asked, {
-            **asked.body, "request_id": asked.request_id,
-            "agent_context": snapshot(asked.body["agent_context"], self.token),
-            "timeout_seconds": lifetime}, give_up)
+    def ask(self) -> None:
+        """Post the request: from here on it waits, or was decided before."""
+        token = self.gate.token
+        reply = self.insist("/pending", self.body | {"agent_context": snapshot(
+            self.body["agent_context"], token)},
+            min(UNREACHABLE_SECONDS, self.timeout_seconds))
         if reply.status not in (200, 201):
-            raise self._refused(reply, asked.request_id)
-        if asked.body.get("attach"):
-            self._follow(asked, reply)
-        state = self._state(asked, reply)
-        if state.status == Status.WAITING:
-            log.warning(
-                '%s waits for a person: "%s"; review it at %s (%s)',
-                visible(asked.tool),
-                visible(masked_text(asked.description, self.token)),
-                visible(str(reply.body.get("url"))),
-                limited(asked.timeout_seconds, "for ever"))
-        return state
-
-    def _follow(self, asked: Asked, reply: Reply) -> None:
-        """Take the id of the request that this one was attached to, if that
-        is about the very call (promise 2): from here on nothing but this id
-        with this digest is polled, claimed or run."""
+            raise self.refused(reply)
         request_id = reply.body.get("request_id")
-        if (isinstance(request_id, str) and REQUEST_ID.fullmatch(request_id)
-                and reply.body.get("digest") == asked.digest):
-            asked.request_id = request_id
+        if (self.how.get("attach") and isinstance(request_id, str)
+                and REQUEST_ID.fullmatch(request_id)
+                and reply.body.get("digest") == self.digest):
+            self.request_id = request_id    # of the very call, asked before
+        self.learn(reply)
+        if self.state.status == Status.WAITING:
+            log.warning('%s waits for a person: "%s"; review it at %s (%s)',
+                        visible(self.tool),
+                        visible(masked_text(self.description, token)),
+                        visible(str(reply.body.get("url"))),
+                        limited(self.timeout_seconds))
 
-    def _insist(self, method: str, path: str, asked: Asked | None, body: Any,
-                give_up: float) -> Reply:
-        """An exchange, repeated until it is answered or time is up."""
-        pause = 0.05
+    def insist(self, path: str, body: dict[str, Any],
+               seconds: float) -> Reply:
+        """A POST, repeated until it is answered or time is up."""
+        give_up, pause = time.monotonic() + seconds, 0.05
         while True:
             left = max(0.1, give_up - time.monotonic())
             try:
-                reply = self.client.exchange(
-                    method, path, body, seconds=min(left, UNREACHABLE_SECONDS))
+                reply = self.gate.client.exchange(
+                    "POST", path, body, seconds=min(left, UNREACHABLE_SECONDS))
                 if reply.status < 500:
                     return reply
-                error = self._refused(reply)
+                error = self.refused(reply)
             except UnreachableError as unreachable:
                 error = unreachable
-            if (error.reason in FINAL or asked and asked.cancelled
+            if (error.reason in FINAL or self.cancelled and not self.claiming
                     or time.monotonic() + pause >= give_up):
                 raise error
             if pause == 0.8:            # about a second has passed
@@ -7678,322 +7555,262 @@ class Gate:
             time.sleep(pause)
             pause = min(2 * pause, 1.0)
 
-    def _state(self, asked: Asked, reply: Reply) -> Summary:
-        """What a reply says of this very request, else ChangedError."""
+    def learn(self, reply: Reply) -> None:
+        """Take what a reply says of this very request, or raise."""
         body = reply.body
-        if (body.get("request_id") != asked.request_id
-                or body.get("digest") != asked.digest):
-            raise ChangedError("the server's reply is about another call; "
-                               "nothing ran", "is server_url the right one?",
-                               request_id=asked.request_id)
+        if (body.get("request_id") != self.request_id
+                or body.get("digest") != self.digest):
+            raise self.error(ChangedError, "the server's reply is about "
+                             "another call", "is server_url the right one?")
         state = Summary._make(body.get(name) for name in Summary._fields)
-        if not all(value is None or isinstance(value, str)
-                   for value in state) or state.status not in set(
-                Status) or state.outcome not in (None, *Outcome):
-            raise self.client.nonsense("with fields that make no sense")
-        return state
+        texts = all(value is None or isinstance(value, str) for value in state)
+        if not (texts and state.status in set(Status)
+                and state.outcome in (None, *Outcome)):
+            raise self.gate.client.nonsense("with fields that make no sense")
+        self.state = state
 
-    def _refused(self, reply: Reply, request_id: str = "") -> HitlError:
+    def error(self, kind: type[HitlError], message: str, hint: str = "",
+              reason: str = "") -> HitlError:
+        return kind(f"{message}; nothing ran", hint, reason=reason,
+                    request_id=self.request_id)
+
+    def refused(self, reply: Reply) -> HitlError:
         """The error for an answer that is not a success."""
-        if reply.status in (401, 403):
-            return UnreachableError(
-                "the server refused this agent's credential",
-                "set HITL_AGENT_TOKEN, or Gate(token=...), to the agent token "
-                "that serve was started with", reason=reply.reason,
-                request_id=request_id)
+        message = f"the server refused: {reply.body.get('title', reply.status)}"
+        hint = reply.body.get("detail") or ("is server_url that of hitl.py's "
+                                            "server?")
         kind = REFUSED_AS.get(reply.reason, HitlError)
-        away = reply.status in (404, 421) or reply.status >= 500
-        if kind is HitlError and away:
+        if reply.status in (401, 403):
+            message = "the server refused this agent's credential"
+            hint = ("set HITL_AGENT_TOKEN, or Gate(token=...), to the agent "
+                    "token that serve was started with")
             kind = UnreachableError
-        return kind(f"the server refused: "
-                    f"{visible(str(reply.body.get('title', reply.status)))}",
-                    visible(str(reply.body.get("detail") or "is server_url "
-                                "that of hitl.py's server?")),
-                    reason=reply.reason, request_id=request_id)
+        elif kind is HitlError and (reply.status in (404, 421)
+                                    or reply.status >= 500):
+            kind = UnreachableError
+        return kind(visible(message), visible(str(hint)), reason=reply.reason,
+                    request_id=self.request_id)
 
     # ---- 3 wait ----
 
-    def _wait(self, asked: Asked, state: Summary) -> Summary:
-        """The state once it is no longer waiting: by long polls that the
-        server answers the moment a person decides. A server that goes away
-        is ridden out until the deadline."""
-        said, away = time.monotonic(), 0.0
-        while state.status == Status.WAITING:
-            began = time.monotonic()
-            left = asked.deadline - began
-            if left <= 0 or asked.cancelled:
-                return self._give_up(asked)
-            if asked.tick:
-                asked.tick()
-            reply = self._poll(asked, left)
-            if reply.status == 200:
-                state = self._state(asked, reply)
-                if state.status == Status.EXPIRED:
-                    raise self._nobody(asked)
-            elif reply.status < 500:
-                raise self._refused(reply, asked.request_id)
-            elif away < time.monotonic():
-                away = time.monotonic() + PROGRESS_SECONDS
-                log.warning("%s; still waiting",
-                            visible(str(reply.body.get("title"))))
-            if state.status == Status.WAITING and (
-                    time.monotonic() - began < 0.1):    # answered early
+    def wait(self) -> None:
+        """Until it is no longer waiting: by long polls that the server answers
+        the moment a person decides. A server that goes away is ridden out
+        until the deadline."""
+        said, away = time.monotonic(), ""
+        while self.state.status == Status.WAITING:
+            began, was_away = time.monotonic(), away
+            left = self.deadline - began
+            if left <= 0 or self.cancelled:
+                self.give_up()
+                return
+            self.tick()
+            away = self.poll(left)
+            now = time.monotonic()
+            if self.state.status != Status.WAITING:
+                return
+            if now - began < 0.1:                   # answered early
                 time.sleep(max(0.0, min(0.5, left)))
-            if time.monotonic() - said >= PROGRESS_SECONDS:
-                said = time.monotonic()
+            if (away and not was_away) or now - said >= PROGRESS_SECONDS:
+                said = now
                 log.warning(
-                    "waiting for review of %s at %s, %s left",
-                    visible(asked.tool),
-                    f"{self.server_url}/review/{asked.request_id}",
-                    limited(round(left) if left < math.inf else left,
-                            "any time"))
-        return state
+                    "%swaiting for review of %s at %s, %s left",
+                    away and f"{away}; still ", visible(self.tool),
+                    f"{self.gate.server_url}/review/{self.request_id}",
+                    limited(left))
 
-    def _poll(self, asked: Asked, left: float) -> Reply:
-        """One look at the status; a server that does not answer is a 503.
-        The wait for a reply never outlasts the deadline."""
-        wait = max(0.0, min(self.configuration.gate["poll_seconds"],
+    def poll(self, left: float) -> str:
+        """One look at the status -> "", or why there was no answer. It never
+        outlasts the deadline."""
+        wait = max(0.0, min(self.gate.configuration.gate["poll_seconds"],
                             left - 0.2))
         try:
-            return self.client.exchange(
-                "GET", f"/pending/{asked.request_id}?wait={wait:.3f}",
+            reply = self.gate.client.exchange(
+                "GET", f"/pending/{self.request_id}?wait={wait:.3f}",
                 seconds=min(wait + GRACE_SECONDS, max(left, 0.1)))
         except UnreachableError as error:
             if error.reason in FINAL:
                 raise
-            return Reply(503, {"title": error.message})
+            return error.message
+        if reply.status >= 500:
+            return self.refused(reply).message
+        if reply.status != 200:
+            raise self.refused(reply)
+        self.learn(reply)
+        if self.state.status == Status.EXPIRED:
+            raise self.nobody()
+        return ""
 
-    def _nobody(self, asked: Asked, more: str = "") -> ReviewTimeoutError:
-        seconds = min(asked.timeout_seconds, asked.lifetime_seconds)
+    def nobody(self, more: str = "", reason: str = "") -> HitlError:
+        seconds = min(self.timeout_seconds, self.lifetime_seconds)
         return ReviewTimeoutError(
-            f'nobody decided "{visible(asked.description)}" within '
+            f'nobody decided "{visible(self.description)}" within '
             f"{seconds:g} s; nothing ran{more}", "raise timeout_seconds in "
-            f"{self.configuration.path}: people usually need 300 or more",
-            reason="still-waiting" if more else "",
-            request_id=asked.request_id)
+            f"{self.gate.configuration.path}: people usually need 300 or more",
+            reason=reason, request_id=self.request_id)
 
-    def _give_up(self, asked: Asked) -> Summary:
+    def give_up(self) -> None:
         """The end of a wait. Unless the request is to outlive it, it is
         withdrawn, and the answer decides: a reviewer may have been faster."""
-        outlives = asked.lifetime_seconds > asked.timeout_seconds
-        if outlives and not asked.cancelled:
+        outlives = self.lifetime_seconds > self.timeout_seconds
+        if outlives and not self.cancelled:
             same = "the same call asked again"
-            if not asked.body.get("attach"):
-                same = f'the same call with request_id "{asked.request_id}"'
-            raise self._nobody(asked, "; the request still waits, and "
-                               f"{same} picks up its decision")
-        why = "cancelled" if asked.cancelled else "timeout"
-        state = self._withdraw(asked, why)
-        if state is None or state.status in (Status.WAITING, Status.EXPIRED):
-            raise self._nobody(asked)
-        return state
+            if not self.how.get("attach"):
+                same = f'the same call with request_id "{self.request_id}"'
+            raise self.nobody(f"; the request still waits, and {same} picks up "
+                              "its decision", "still-waiting")
+        self.withdraw("cancelled" if self.cancelled else "timeout")
+        if self.state.status in (Status.WAITING, Status.EXPIRED):
+            raise self.nobody()
 
-    def _withdraw(self, asked: Asked, why: str) -> Summary | None:
-        """Tell the server that nobody waits -> the state, None if it did
-        not answer (then its own clock ends the request)."""
-        try:
-            return self._state(asked, self._insist(
-                "POST", f"/withdraw/{asked.request_id}", asked, {"why": why},
-                time.monotonic() + LAST_WORD_SECONDS))
-        except HitlError:
-            return None
+    def withdraw(self, why: str) -> None:
+        """Tell the server that nobody waits; if it does not answer, its own
+        clock ends the request."""
+        with contextlib.suppress(HitlError):
+            self.learn(self.insist(f"/withdraw/{self.request_id}",
+                                   {"why": why}, LAST_WORD_SECONDS))
 
-    def _break_off(self, asked: Asked, why: str) -> None:
+    def break_off(self, why: str) -> None:
         """The call was cancelled before it ran: nobody waits any more, and
         what is claimed already is recorded as failed, not as running."""
-        if not asked.claiming:
-            self._withdraw(asked, why)
+        if not self.claiming:
+            self.withdraw(why)
             if why == "cancelled":      # another thread is in the middle of it
-                asked.ended.wait(LAST_WORD_SECONDS)
-        if asked.claiming:
-            self._report(asked.request_id, asked.claim, "cancelled")
+                self.ended.wait(LAST_WORD_SECONDS)
+        if self.claiming:
+            self.report("cancelled")
 
     # ---- 4 claim ----
 
-    def _claim(self, asked: Asked, state: Summary, handed_over: bool) -> Held:
-        """The call, if this one, and no other, may run now (promise 3)."""
-        who = visible((state.decided_by or "").partition(":")[2])
-        self._check_approved(asked, state, who)
-        if asked.tick:                  # a last look: is anybody still there?
-            asked.tick()
-        runs = state.approved_digest or asked.digest
-        if runs != asked.digest and not asked.body.get("edits"):
-            raise ChangedError("the arguments were changed, which this gate "
-                               "did not ask for; nothing ran",
-                               request_id=asked.request_id)
-        asked.claiming = not asked.cancelled
-        if not asked.claiming:
-            raise self._nobody(asked)
-        body: dict[str, Any] = {"digest": runs, "claim": asked.claim}
+    def claim(self, handed_over: bool) -> None:
+        """Make sure that this call, and no other, may run now (promise 3)."""
+        self.check_approved()
+        self.tick()                     # a last look: is anybody still there?
+        runs = self.state.approved_digest or self.digest
+        if runs != self.digest and not self.body.get("edits"):
+            raise self.error(ChangedError, "the arguments were changed, which "
+                             "this gate did not ask for")
+        self.claiming = not self.cancelled
+        if not self.claiming:
+            raise self.nobody()
+        body: dict[str, Any] = {"digest": runs, "claim": self.key}
         if handed_over:
             body["handed_over"] = True
-        reply = self._insist(
-            "POST", f"/claim/{asked.request_id}", asked, body,
-            time.monotonic() + CLAIM_RETRY_SECONDS)
-        if reply.status != 200:
-            raise self._refused(reply, asked.request_id)
-        state = self._state(asked, reply)
-        if (state.status, state.outcome) != (Status.APPROVED,
-                                             Outcome.RUNNING):
-            raise ChangedError("the server's reply to the claim is not an "
-                               "approval; nothing ran",
-                               "is server_url the right one?",
-                               request_id=asked.request_id)
-        if asked.cancelled:
-            self._report(asked.request_id, asked.claim, "cancelled")
-            raise self._nobody(asked)
-        arguments, changed = self._approved(asked, reply, runs, who)
-        log.warning("%s approved by %s: runs now%s", visible(asked.tool), who,
-                    changed and f"; {visible(changed)}")
-        return Held(arguments, who, changed, asked.request_id, asked.claim,
-                    self)
+        self.check_claimed(self.insist(f"/claim/{self.request_id}", body,
+                                       CLAIM_RETRY_SECONDS), runs)
+        if self.cancelled:
+            self.report("cancelled")
+            raise self.nobody()
+        log.warning("%s approved by %s: runs now%s", visible(self.tool),
+                    self.approved_by,
+                    self.changed and f"; {visible(self.changed)}")
 
-    def _check_approved(self, asked: Asked, state: Summary, who: str) -> None:
+    def check_approved(self) -> None:
         """An error unless the request is approved and not yet claimed."""
+        state = self.state
+        self.approved_by = visible((state.decided_by or "").partition(":")[2])
         if state.status == Status.REJECTED:
             reason = f": {visible(state.reason)}" if state.reason else ""
-            raise CollaborationError(f"rejected by {who}{ago(state)}{reason}",
-                                     request_id=asked.request_id)
+            raise CollaborationError(
+                f"rejected by {self.approved_by}{ago(state)}{reason}",
+                request_id=self.request_id)
+        again = "ask again with another request_id"
         if state.status != Status.APPROVED or state.outcome == Outcome.LAPSED:
             ended = state.outcome or state.status
-            raise ReviewTimeoutError(
-                f'"{visible(asked.description)}" is {visible(ended)}; nothing '
-                "ran", "ask again with another request_id", reason=ended,
-                request_id=asked.request_id)
+            raise self.error(
+                ReviewTimeoutError,
+                f'"{visible(self.description)}" is {ended}', again, ended)
         if state.outcome is not None:
-            raise AlreadyClaimedError(
-                f"this approval was used already: the call is {state.outcome}",
-                "ask again with another request_id",
-                request_id=asked.request_id)
+            raise self.error(
+                AlreadyClaimedError, "this approval was used already: the call "
+                f"is {state.outcome}", again)
 
-    def _approved(self, asked: Asked, reply: Reply, runs: str, who: str
-                  ) -> tuple[dict[str, Any], str]:
-        """The arguments to run with, and what the reviewer changed in them.
-        They are parsed from the bytes that were digested, stored and shown,
-        or are those of the claim's reply, if they have the digest that was
-        approved and meet the same checkpoint (promise 2)."""
-        arguments: dict[str, Any] = parse_json(asked.arguments)
-        if runs == asked.digest:
-            return arguments, ""
-        changed: dict[str, Any] = reply.body.get("arguments") or {}
-        fault = ""
-        if (type(changed) is not dict or changed.keys() != arguments.keys()
-                or reply.body.get("approved_digest") != runs or runs !=
-                digest_of(asked.description, canonical(changed), asked.tool)):
+    def check_claimed(self, reply: Reply, runs: str) -> None:
+        """Nothing runs unless this is a claim of this approval. Where the
+        reviewer changed the arguments, those run: they must have the digest
+        that was approved, and meet the same checkpoint (promise 2)."""
+        if reply.status != 200:
+            raise self.refused(reply)
+        self.learn(reply)
+        if ((self.state.status, self.state.outcome)
+                != (Status.APPROVED, Outcome.RUNNING)
+                or (self.state.approved_digest or self.digest) != runs):
+            raise self.error(ChangedError, "the server's reply to the claim is "
+                             "not this approval", "is server_url the right one?")
+        if runs == self.digest:
+            return
+        approved: Any = reply.body.get("arguments")
+        asked, fault = self.arguments, ""
+        if (type(approved) is not dict or approved.keys() != asked.keys()
+                or runs != digest_of(self.description, canonical(approved),
+                                     self.tool)):
             fault = "arguments-changed"
-        elif (self.rules.first_match(asked.tool, changed, asked.cwd).checkpoint
-              != self.rules.first_match(asked.tool, arguments, asked.cwd
-                                        ).checkpoint):
+        elif self.met_by(approved) != self.met_by(asked):
             fault = "checkpoint-changed"
         if fault:
-            self._report(asked.request_id, asked.claim, fault)
-            raise ChangedError(
-                "the changed arguments are not what was approved, or meet "
-                "another checkpoint; nothing ran", reason=fault,
-                request_id=asked.request_id)
-        return changed, changes_in_words(who, arguments, changed)
+            self.report(fault)
+            raise self.error(ChangedError, "the changed arguments are not what "
+                             "was approved, or meet another checkpoint",
+                             reason=fault)
+        self.arguments = approved
+        self.changed = changes_in_words(self.approved_by, asked, approved)
+
+    def met_by(self, arguments: Mapping[str, Any]) -> Checkpoint:
+        return self.gate.rules.first_match(self.tool, arguments,
+                                           self.how.get("cwd")).checkpoint
 
     # ---- 6 report ----
 
-    def _report(self, request_id: str, claim: str,
-                error: BaseException | str | None) -> None:
-        """Record what became of a claimed call; a failure here changes
-        nothing of the call, and is logged."""
+    def report(self, error: BaseException | str | None = None) -> None:
+        """Record that the call was executed, or how it failed. Never raises:
+        a failure here changes nothing of the call, and is logged."""
         outcome = Outcome.EXECUTED if error is None else Outcome.FAILED
+        text = masked_text(error_text(error)[:EDGE], self.gate.token)
         try:
-            reply = self._insist(
-                "POST", f"/outcome/{request_id}", None, {
-                    "claim": claim, "outcome": outcome,
-                    "text": cut(masked_text(error_text(error)[:EDGE],
-                                            self.token), 500)},
-                time.monotonic() + LAST_WORD_SECONDS)
+            reply = self.insist(
+                f"/outcome/{self.request_id}", {
+                    "claim": self.key, "outcome": outcome,
+                    "text": cut(text, 500)}, LAST_WORD_SECONDS)
             if reply.status != 200:
-                raise self._refused(reply)
+                raise self.refused(reply)
         except HitlError as fault:
             log.warning("the outcome of %s was not recorded: %s",
-                        request_id, fault.message)
+                        self.request_id, fault.message)
 
-    # ---- the decorator ----
-
-    @overload
-    def guard(self, function: Callable[P, R]) -> Callable[P, R]: ...
-
-    @overload
-    def guard(self, *, checkpoint: str | None = None, name: str | None = None,
-              hide: Iterable[str] = (), context: Any = None,
-              optional: bool = False
-              ) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
-
-    def guard(self, function: Any = None, *,
-              checkpoint: str | None = None, name: str | None = None,
-              hide: Iterable[str] = (), context: Any = None,
-              optional: bool = False) -> Any:
-        """A function whose calls go through the gate: def, async def,
-        methods, callables; name, signature and types stay.
-
-        checkpoint: the id of one that always holds it, whatever the name.
-        hide: parameters that are not part of the action (a framework's ctx):
-        passed on as they are and not shown; self and cls are hidden anyway.
-        optional: the file may let it pass. Raises TypeError for what cannot
-        be guarded, ConfigError for what nothing could hold and for a
-        checkpoint that does not exist.
-        """
-        if function is None:
-            return functools.partial(
-                self.guard, checkpoint=checkpoint, name=name, hide=hide,
-                context=context, optional=optional)
-        binder = Binder(function, hide)
-        tool = name or tool_name(function)
-        self._check_held(tool, checkpoint, optional)
-        how: How = {}
-        if checkpoint is not None:
-            how["checkpoint"] = checkpoint
-        if context is not None:
-            how["context"] = context
-        if binder.hidden:           # not all is shown: no decision stands
-            how["session"] = ""     # for the next such call
-        call: Any = self.acall if is_async(function) else self.call
-
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            arguments, run = binder.bind(args, kwargs)
-            return call(tool, arguments, run, **how)
-
-        async def async_wrapper(*args: Any, **kwargs: Any) -> Any:
-            return await wrapper(*args, **kwargs)
-        made = async_wrapper if is_async(function) else wrapper
-        return dressed(made, function, tool, binder.face)
-
-    def _check_held(self, tool: str, checkpoint: str | None,
-                    optional: bool) -> None:
-        """ConfigError where a guard would guard nothing."""
-        if checkpoint is not None:
-            if self.rules.named(checkpoint).effect == "allow":
-                raise ConfigError(f'checkpoint "{checkpoint}" allows; guard '
-                                  "needs one that reviews or denies")
-            return
-        held = any(match.effect != "allow"
-                   for match in self.rules.candidates(tool))
-        if not held and not optional:
-            raise ConfigError(
-                f'@gate.guard on "{visible(tool)}" would hold nothing: no '
-                f"checkpoint of {self.rules.path} matches that name",
-                "add a checkpoint whose action_pattern does, or name one: "
-                '@gate.guard(checkpoint="..."), or say that the file may let '
-                "it pass: @gate.guard(optional=True)")
+    async def areport(self, error: BaseException | str | None = None) -> None:
+        """report() for asyncio; finishes also where its task is cancelled,
+        so that nothing that was done goes unrecorded or is lost."""
+        await undisturbed(self.report, error)
 
 
-def dressed(made: Any, function: Any, tool: str,
-            signature: inspect.Signature) -> Any:
-    """A wrapper with the name, signature and types of what it wraps."""
-    functools.update_wrapper(made, function)
-    made.__name__ = getattr(function, "__name__", tool)
-    made.__signature__ = signature
-    kinds = {name: p.annotation for name, p in signature.parameters.items()}
-    kinds["return"] = signature.return_annotation
-    made.__annotations__ = {name: kind for name, kind in kinds.items()
-                            if kind is not inspect.Signature.empty}
-    return made
+def limited(seconds: float) -> str:
+    """How long a wait may last."""
+    return "any time" if seconds == math.inf else f"{seconds:.3g} s"
 
+
+def ago(state: Summary) -> str:
+    """How long before this request a standing decision was made, by the
+    server's clock alone; "" for a decision about this request."""
+    if not state.said_at or not state.decided_at:
+        return ""
+    seconds = (datetime.fromisoformat(state.decided_at)
+               - datetime.fromisoformat(state.said_at)).total_seconds()
+    return f" {readable_seconds(max(0.0, seconds))} ago"
+
+
+def error_text(error: BaseException | str | None) -> str:
+    """An error as the log names it; some have no words, or none that can be
+    had."""
+    if error is None or isinstance(error, str):
+        return error or ""
+    text = type(error).__name__
+    with contextlib.suppress(Exception):
+        words = str(error)
+        text += f": {words}" if words else ""
+    return text
+
+
+# ---- asyncio ----
 
 async def awaited(result: Awaitable[T] | T) -> T:
     return await result if inspect.isawaitable(result) else result
@@ -8037,14 +7854,235 @@ async def undisturbed(function: Callable[..., T], *args: Any) -> T:
     return work.result()
 
 
-def ago(state: Summary) -> str:
-    """How long before this request a standing decision was made, by the
-    server's clock alone; "" for a decision about this request."""
-    if not state.said_at or not state.decided_at:
-        return ""
-    seconds = (datetime.fromisoformat(state.decided_at)
-               - datetime.fromisoformat(state.said_at)).total_seconds()
-    return f" {readable_seconds(max(0.0, seconds))} ago"
+# ---- the gate itself ----
+
+class Gate:
+    """Makes tool calls that match a checkpoint wait for a person.
+
+    config: path of checkpoints.toml (default: HITL_CONFIG, then
+    ./checkpoints.toml, then the one beside this file). context: the agent's
+    state for the reviewer, or a callable that gives it. on_reject: "raise";
+    or "return" to hand a rejection, a denial or an expiry to the model as
+    text; or a callable that is given that text and whose result is returned,
+    an exception class for one that is raised. agent: the name on the card.
+    session: what a decision may stand for; default: this object. Raises
+    ConfigError.
+    """
+
+    def __init__(self, config: str | os.PathLike[str] | None = None, *,
+                 context: Any = None,
+                 on_reject: str | Callable[[str], Any] = "raise",
+                 agent: str | None = None, server_url: str | None = None,
+                 token: str | None = None, session: str | None = None) -> None:
+        self.on_reject = checked_on_reject(on_reject)
+        self.configuration = load_configuration(find_configuration(config))
+        self.rules = self.configuration.rules
+        self.context, self.agent = context, agent
+        self.session, self.own_session = session, os.urandom(16).hex()
+        with config_error("server_url"):
+            self.server_url = url_value(
+                server_url or os.environ.get("HITL_SERVER_URL")
+                or self.configuration.gate["server_url"])
+        self.token = (token or os.environ.get("HITL_AGENT_TOKEN", "")).strip()
+        if not re.fullmatch(r"[!-~]*", self.token):
+            raise ConfigError("the agent's token is not plain ASCII")
+        if os.environ.get("HITL_REVIEWER_TOKEN"):       # promise 5
+            log.warning("HITL_REVIEWER_TOKEN is in the environment of an "
+                        "agent, which could decide with it: take it out")
+        self.client = Client(
+            self.server_url, self.token and f"Bearer {self.token}",
+            checked_authorities(self.configuration))
+        self._free: set[tuple[str, ...]] = set()
+
+    def call(self, tool: str, arguments: Mapping[str, Any],
+             execute: Callable[..., T], **how: Unpack[How]) -> T:
+        """execute(**arguments), after a person approved where a checkpoint
+        matches. Raises CollaborationError, ReviewTimeoutError or another
+        HitlError, and then nothing ran; what execute raises passes through.
+        """
+        if self._is_free(tool, arguments) and not how.get("checkpoint"):
+            return execute(**arguments)
+        if is_async(execute):
+            raise TypeError(f"{visible(str(tool))} is async: await "
+                            "gate.acall(...), or nothing would run in here")
+        how.setdefault("edits", self.on_reject == "return")
+        try:
+            held = self._match(tool, arguments, how)                # 1 match
+            if held:
+                held.obtain()               # 2 ask, 3 wait, 4 claim
+        except HitlError as error:
+            return self._refusal(error)  # type: ignore[no-any-return]
+        if not held:
+            return execute(**arguments)
+        try:
+            result = execute(**held.arguments)                      # 5 run
+        except BaseException as error:
+            held.report(error)
+            raise
+        held.report()                                               # 6 report
+        return told_of_changes(held, result)
+
+    async def acall(self, tool: str, arguments: Mapping[str, Any],
+                    execute: Callable[..., Awaitable[T] | T],
+                    **how: Unpack[How]) -> T:
+        """The same for asyncio: waits on a thread of its own, so the event
+        loop goes on; a cancelled wait withdraws its request. Once the tool
+        has returned, its result is returned, whatever is cancelled."""
+        if self._is_free(tool, arguments) and not how.get("checkpoint"):
+            return await awaited(execute(**arguments))
+        how.setdefault("edits", self.on_reject == "return")
+        try:
+            held = self._match(tool, arguments, how)
+            if held:
+                await aobtain(held)
+        except HitlError as error:
+            return self._refusal(error)  # type: ignore[no-any-return]
+        if not held:
+            return await awaited(execute(**arguments))
+        try:
+            result = await awaited(execute(**held.arguments))
+        except BaseException as error:
+            await held.areport(error)
+            raise
+        await held.areport()
+        return told_of_changes(held, result)
+
+    # ---- for whoever runs the tool himself ----
+
+    def hold(self, tool: str, arguments: Mapping[str, Any],
+             **how: Unpack[How]) -> Held | None:
+        """The call, approved and claimed, for whoever runs it and then
+        reports; None where no checkpoint holds it. Raises as call() does,
+        whatever on_reject says. Until it is reported it is recorded as
+        handed over."""
+        with refusals_logged():
+            held = self._match(tool, arguments, how)
+            if held:
+                held.obtain(handed_over=True)
+            return held
+
+    async def ahold(self, tool: str, arguments: Mapping[str, Any],
+                    **how: Unpack[How]) -> Held | None:
+        """hold() for asyncio."""
+        with refusals_logged():
+            held = self._match(tool, arguments, how)
+            if held:
+                await aobtain(held, handed_over=True)
+            return held
+
+    def require(self, tool: str, arguments: Mapping[str, Any],
+                **how: Unpack[How]) -> dict[str, Any]:
+        """The approved arguments, claimed, for middleware that runs the tool
+        and reports nothing."""
+        held = self.hold(tool, arguments, **how)
+        return held.arguments if held else dict(arguments)
+
+    async def arequire(self, tool: str, arguments: Mapping[str, Any],
+                       **how: Unpack[How]) -> dict[str, Any]:
+        """require() for asyncio."""
+        held = await self.ahold(tool, arguments, **how)
+        return held.arguments if held else dict(arguments)
+
+    # ---- 1 match ----
+
+    def _is_free(self, tool: str, arguments: Mapping[str, Any]) -> bool:
+        """Whether such a call, by tool and argument names, was seen to match
+        nothing, and no argument can hide another call."""
+        return (type(arguments) is dict
+                and (tool, *arguments) in self._free
+                and has_plain_values(arguments))
+
+    def _match(self, tool: str, arguments: Mapping[str, Any],
+               how: How) -> Held | None:
+        """The call as it is to be asked, or None: it may run."""
+        if unknown := how.keys() - How.__annotations__.keys():
+            raise TypeError(f"unexpected keyword {', '.join(sorted(unknown))}")
+        check_call(tool, arguments, how.get("request_id"), first_of(
+            how.get("session"), self.session, ""))
+        named = how.get("checkpoint")
+        if named is not None:
+            match = Match(self.rules.named(named), "the code names it")
+        else:
+            match = self.rules.first_match(tool, arguments, how.get("cwd"))
+            if match.effect == "allow":
+                if (len(self._free) < MAX_FREE
+                        and self.rules.is_free(tool, arguments)):
+                    self._free.add((tool, *arguments))
+                return None
+        if match.checkpoint.effect == "deny":
+            raise DeniedError(
+                f'denied by checkpoint "{match.checkpoint.checkpoint_id}"; '
+                "nobody was asked and nothing ran",
+                f"{match.why}, in {self.rules.path}")
+        return Held(self, tool, arguments, match, how)
+
+    def _refusal(self, error: HitlError) -> Any:
+        """How a refusal reaches the caller: raised, so that it propagates,
+        or as text for a model whose framework swallows exceptions."""
+        logged(error)
+        told = type(error) in (CollaborationError, DeniedError,
+                               ReviewTimeoutError)
+        if self.on_reject == "raise" or not told:
+            raise error
+        if not callable(self.on_reject):
+            return error.told
+        answer = self.on_reject(error.told)
+        if isinstance(answer, Exception):
+            raise answer from None      # its cause would show more than that
+        return answer
+
+    @overload
+    def guard(self, function: Callable[P, R]) -> Callable[P, R]: ...
+
+    @overload
+    def guard(self, *, checkpoint: str | None = None, name: str | None = None,
+              hide: Iterable[str] = (), context: Any = None,
+              optional: bool = False
+              ) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+
+    def guard(self, function: Any = None, **options: Any) -> Any:
+        """A function whose calls go through the gate: def, async def,
+        methods, callables; name, signature and types stay.
+
+        checkpoint: the id of one that always holds it, whatever the name.
+        hide: parameters that are not part of the action (a framework's ctx):
+        passed on as they are and not shown; self and cls are hidden anyway.
+        optional: the file may let it pass. Raises TypeError for what cannot
+        be guarded, ConfigError for what nothing could hold and for a
+        checkpoint that does not exist.
+        """
+        if function is None:
+            return functools.partial(guarded, self, **options)
+        return guarded(self, function, **options)
+
+
+async def aobtain(held: Held, handed_over: bool = False) -> None:
+    """held.obtain() on a thread; where the task is cancelled, so is it."""
+    import asyncio
+    work = in_thread(held.obtain, handed_over)
+    try:
+        await asyncio.shield(work)
+    except asyncio.CancelledError:
+        held.cancelled = True
+        work.add_done_callback(
+            lambda done: done.cancelled() or done.exception())
+        await undisturbed(held.break_off, "cancelled")
+        raise
+
+
+@contextlib.contextmanager
+def refusals_logged() -> Iterator[None]:
+    try:
+        yield
+    except HitlError as error:
+        logged(error)
+        raise
+
+
+def logged(error: HitlError) -> HitlError:
+    """The error, once the log has its name and whole message."""
+    log.error("%s: %s", type(error).__name__, masked_text(str(error), ""))
+    return error
 
 
 def told_of_changes(held: Held, result: T) -> T:
@@ -8055,38 +8093,6 @@ def told_of_changes(held: Held, result: T) -> T:
     return result
 
 
-def error_text(error: BaseException | str | None) -> str:
-    """An error as the log names it; some have no words, or none that can be
-    had."""
-    if error is None or isinstance(error, str):
-        return error or ""
-    text = type(error).__name__
-    with contextlib.suppress(Exception):
-        words = str(error)
-        text += f": {words}" if words else ""
-    return text
-
-
-def limited(seconds: float, endless: str) -> str:
-    return endless if seconds == math.inf else f"{seconds:g} s"
-
-
-def checked_authorities(configuration: Configuration) -> str:
-    """[gate] tls_ca as a path beside the configuration; ConfigError if it
-    cannot be read."""
-    name = configuration.gate["tls_ca"]
-    if not name:
-        return ""
-    path = (configuration.path or Path()).parent / name
-    try:
-        import ssl
-        ssl.create_default_context(cafile=str(path))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"[gate] tls_ca: {path}: {error}",
-                          "name a PEM file of certificates") from None
-    return str(path)
-
-
 def checked_on_reject(value: Any) -> Any:
     """What is to happen with a refusal; ConfigError if it makes no sense."""
     fatal = isinstance(value, type) and issubclass(
@@ -8095,79 +8101,6 @@ def checked_on_reject(value: Any) -> Any:
         raise ConfigError(f'on_reject is "{value}"', 'it can be "raise", '
                           '"return", a callable or an exception class')
     return value
-
-
-def logged(error: HitlError) -> HitlError:
-    """The error, once it stands in the log by its name and whole message."""
-    log.error("%s: %s", type(error).__name__, masked_text(str(error), ""))
-    return error
-
-
-def check_call(tool: Any, arguments: Any, request_id: Any,
-               session: Any) -> None:
-    """HitlError for a call that cannot even be named."""
-    wrong = ""
-    if not isinstance(tool, str):
-        wrong = "its tool must be a string"
-    elif re.search("[\ud800-\udfff]", tool):
-        wrong = "its tool's name has a lone surrogate"
-    elif not isinstance(arguments, Mapping):
-        wrong = "its arguments must be a mapping of names to values"
-    elif request_id is not None and not (isinstance(request_id, str) and
-                                         REQUEST_ID.fullmatch(request_id)):
-        wrong = "its request_id must be 1 to 128 of A-Za-z0-9._:-"
-    elif session is not None and not (
-            isinstance(session, str) and session.isprintable()
-            and len(session.encode(errors="replace")) <= MAX_SESSION):
-        wrong = f"its session must be plain text of at most {MAX_SESSION} bytes"
-    if wrong:
-        raise HitlError(f"this call makes no sense: {wrong}; nothing ran",
-                        "call(tool, arguments, execute, request_id=str(...))",
-                        reason="bad-arguments")
-
-
-def first_of(*values: T | None) -> T:
-    return next(v for v in values if v is not None)
-
-
-def argument_text(tool: str, arguments: Mapping[str, Any]) -> str:
-    """The arguments as canonical JSON, if reading that gives back an equal
-    value of the same types; a tuple, an integer key or an enum would not."""
-    wrong = {}
-    for name, value in arguments.items():
-        why = not_json(name) or not_json(value)
-        if type(name) is not str:
-            why = "its name is not a string"
-        if why:
-            wrong[str(name)] = why
-    if wrong:
-        raise HitlError(
-            f"{visible(tool)}: the arguments are not plain JSON: " + "; ".join(
-                visible(f"{name}: {why}") for name, why in wrong.items()),
-            "pass text, finite numbers, true, false, None, lists and objects "
-            "(a model as its .model_dump(mode='json')); what is not part of "
-            "the action can be left out by @gate.guard(hide=[...])",
-            reason="bad-arguments")
-    text = canonical(dict(arguments))
-    limit = arguments_limit(tool, arguments)
-    if len(text) > limit:
-        raise HitlError(
-            f"{visible(tool)}: the arguments are {len(text)} bytes, and a "
-            f"person reviews at most {limit}: do it in smaller steps, or pass "
-            "a reference, such as a file's name, in place of the content",
-            "nobody can review so much at once", reason="too-large")
-    return text
-
-
-def not_json(value: Any) -> str:
-    """Why a value does not survive the way through JSON, or ""."""
-    try:        # two levels deeper, as it stands in the request
-        back = parse_json(PLAIN.encode([[value]]))[0][0]
-    except (TypeError, ValueError, RecursionError) as error:
-        return str(error)
-    if repr(value) == repr(back):
-        return ""
-    return f"a {type(value).__name__} changes on the way through JSON"
 
 
 # ================================= Adapters ================================
