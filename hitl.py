@@ -173,7 +173,7 @@ import time
 import unicodedata
 from collections import Counter, deque
 from collections.abc import (
-    Awaitable, Callable, Container, Iterable, Iterator, Mapping)
+    Awaitable, Callable, Container, Coroutine, Iterable, Iterator, Mapping)
 from datetime import datetime, timezone
 from pathlib import Path
 from re import _compiler, _constants as op, _parser  # type: ignore[attr-defined]
@@ -6687,9 +6687,9 @@ def open_desk(host: str, port: int, store: Store, tokens: Tokens,
 
 # ================================== Client =================================
 # How another process talks to the server, and the only outgoing requests to
-# it. urllib.request, without proxies (the environment could route approvals
-# through a stranger), without redirects, with a bounded answer in a bounded
-# time: whatever answers instead of the server is an UnreachableError.
+# it. http.client, which knows no proxies (the environment could route
+# approvals through a stranger) and no redirects, with a bounded answer in a
+# bounded time: whatever answers instead of the server is an UnreachableError.
 
 MAX_REPLY = 64 << 20            # bytes: `list` of a full desk is the largest
 FINAL = ("bad-reply", "bad-certificate")    # asking again would not help
@@ -6719,42 +6719,55 @@ class Client:
         nothing whole comes back within `seconds`. A header's name is written
         with _ for -."""
         import http.client
-        import urllib.request
-        headers = {"User-Agent": f"hitl.py/{__version__}", **{
-            name.replace("_", "-"): value for name, value in headers.items()}}
+        end, connection = time.monotonic() + seconds, self.connection(seconds)
+        headers |= {"User_Agent": f"hitl.py/{__version__}",
+                    "Connection": "close"}
         if self.authorization:
             headers["Authorization"] = self.authorization
         try:
-            with opener(self.server_url[:6] == "https:", self.tls_ca).open(
-                    urllib.request.Request(self.server_url + path, data,
-                                           headers, method=method),
-                    timeout=seconds) as reply:
+            connection.connect()
+            connection.sock.settimeout(max(0.001, end - time.monotonic()))
+            connection.response_class = functools.partial(timely(), end)
+            connection.request(method, path, data, {
+                name.replace("_", "-"): v for name, v in headers.items()})
+            with connection.getresponse() as reply:
                 text = reply.read(MAX_REPLY + 1)
-                if len(text) <= MAX_REPLY and (reply.length or (
-                        not reply.chunked and reply.length is None)):
+                endless = reply.length is None and not reply.chunked
+                if len(text) <= MAX_REPLY and (reply.length or endless):
                     raise http.client.IncompleteRead(b"")
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise self.no_answer(error) from None
+        finally:
+            connection.close()
         if len(text) > MAX_REPLY:
             raise self.nonsense("without end")
         return reply.status, reply.headers, text
 
+    def connection(self, seconds: float) -> Any:
+        import http.client
+        scheme, _, host = self.server_url.partition("://")
+        if scheme == "http":
+            return http.client.HTTPConnection(host, timeout=seconds)
+        return http.client.HTTPSConnection(
+            host, timeout=seconds, context=authorities(
+                self.tls_ca, os.environ.get("SSL_CERT_FILE")))
+
     def no_answer(self, error: Exception) -> UnreachableError:
         """What went wrong on the way; never quotes what was sent."""
         import http.client
-        why = getattr(error, "reason", error)
-        if distrust := getattr(why, "verify_message", ""):
+        if distrust := getattr(error, "verify_message", ""):
             return UnreachableError(
                 f"the certificate of {self.server_url} is not trusted: "
                 f"{visible(str(distrust))}", "name the authority that signed "
                 'it: [gate] tls_ca = "ca.pem", or SSL_CERT_FILE',
                 reason="bad-certificate")
+        why = str(error)
         if isinstance(error, http.client.HTTPException):
             why = f"the answer is cut short ({type(error).__name__})"
         elif isinstance(error, ValueError):     # it could quote the token
             why = "the request could not be written"
         return UnreachableError(
-            f"no answer from {self.server_url}: {visible(str(why))}",
+            f"no answer from {self.server_url}: {visible(why)}",
             "is it running? `python3 hitl.py serve` starts it; "
             "server_url or HITL_SERVER_URL says where it is")
 
@@ -6792,10 +6805,9 @@ class Client:
 
 @functools.cache
 def timely() -> Any:
-    """A function that gives http.client's connection with one end for all it
-    does. A socket's own time-out is for each step, and a server that sends a
-    byte a second would hold a call for ever; so every step gets only what is
-    left of the whole."""
+    """http.client's response with one end for all it reads. A socket's own
+    time-out is for each step, and a server that sends a byte a second would
+    hold a call for ever; so every step gets only what is left."""
     import http.client
     import io
 
@@ -6818,61 +6830,31 @@ def timely() -> Any:
             self.file.close()           # which holds the socket open
 
     class Response(http.client.HTTPResponse):
-        def __init__(self, sock: Any, end: float, **more: Any) -> None:
+        def __init__(self, end: float, sock: Any, **more: Any) -> None:
             super().__init__(sock, **more)
             self.fp = io.BufferedReader(Bounded(sock, self.fp, end), 1 << 16)
-
-    def timed(http_class: Any, end: float) -> Any:
-        class Timed(http_class):  # type: ignore[misc]
-            response_class = staticmethod(functools.partial(Response, end=end))
-
-            def connect(self) -> None:
-                super().connect()
-                self.sock.settimeout(max(0.001, end - time.monotonic()))
-        return Timed
-    return timed
+    return Response
 
 
 @functools.cache
-def opener(tls: bool, tls_ca: str) -> Any:
-    """urllib's opener, as above."""
-    import urllib.request
-
-    class Timely(urllib.request.AbstractHTTPHandler):
-        def do_open(self, http_class: Any, req: Any, **more: Any) -> Any:
-            end = time.monotonic() + req.timeout
-            return super().do_open(timely()(http_class, end), req, **more)
-
-    class Plain(Timely, urllib.request.HTTPHandler):
-        pass
-
-    class Secure(Timely, urllib.request.HTTPSHandler):
-        pass
-
-    made = urllib.request.OpenerDirector()      # no proxies, no redirects,
-    if not tls:                                 # no file:, and an error's
-        made.add_handler(Plain())               # answer is an answer
-        return made
+def authorities(tls_ca: str, ssl_cert_file: str | None) -> Any:
+    """Whose certificates are trusted; the second is read by ssl itself."""
     import ssl
-    made.add_handler(Secure(context=ssl.create_default_context(
-        cafile=tls_ca or None)))
-    return made
+    return ssl.create_default_context(cafile=tls_ca or None)
 
 
 def checked_authorities(configuration: Configuration) -> str:
     """[gate] tls_ca as a path beside the configuration; ConfigError if it
     cannot be read."""
     name = configuration.gate["tls_ca"]
-    if not name:
-        return ""
     path = (configuration.path or Path()).parent / name
     try:
-        import ssl
-        ssl.create_default_context(cafile=str(path))
+        if name:
+            authorities(str(path), None)
     except (OSError, ValueError) as error:
         raise ConfigError(f"[gate] tls_ca: {path}: {error}",
                           "name a PEM file of certificates") from None
-    return str(path)
+    return str(path) if name else ""
 
 
 # ================================= Context =================================
@@ -7922,9 +7904,17 @@ class Gate:
         held.report()                                               # 6 report
         return told_of_changes(held, result)
 
+    @overload
     async def acall(self, tool: str, arguments: Mapping[str, Any],
-                    execute: Callable[..., Awaitable[T] | T],
-                    **how: Unpack[How]) -> T:
+                    execute: Callable[..., Coroutine[Any, Any, T]],
+                    **how: Unpack[How]) -> T: ...
+
+    @overload
+    async def acall(self, tool: str, arguments: Mapping[str, Any],
+                    execute: Callable[..., T], **how: Unpack[How]) -> T: ...
+
+    async def acall(self, tool: str, arguments: Mapping[str, Any],
+                    execute: Callable[..., Any], **how: Unpack[How]) -> Any:
         """The same for asyncio: waits on a thread of its own, so the event
         loop goes on; a cancelled wait withdraws its request. Once the tool
         has returned, its result is returned, whatever is cancelled."""
@@ -7936,7 +7926,7 @@ class Gate:
             if held:
                 await aobtain(held)
         except HitlError as error:
-            return self._refusal(error)  # type: ignore[no-any-return]
+            return self._refusal(error)
         if not held:
             return await awaited(execute(**arguments))
         try:

@@ -4866,11 +4866,9 @@ def tls_desk(make_desk, certificate, monkeypatch):
     """A desk that speaks TLS, and clients that trust it."""
     import ssl
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-    hitl.opener.cache_clear()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
     yield make_desk(tls=context, limits={"handshake_seconds": 1})
-    hitl.opener.cache_clear()
 
 
 def test_tls_from_gate_to_page(tls_desk, make_gate):
@@ -5196,7 +5194,6 @@ def test_https(make_gate, desk, certificate, monkeypatch):
     with pytest.raises(hitl.ConfigError, match="tls_ca: .*none.pem"):
         make_gate(url, RULES.replace("[gate]", '[gate]\ntls_ca = "none.pem"'))
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-    hitl.opener.cache_clear()
     assert decided(make_gate(url), desk)() == CALL
     wire.close()
 
