@@ -781,6 +781,7 @@ SEARCH = re.IGNORECASE | re.DOTALL      # how a pattern that gates is looked for
 MAX_TOOL_NAME = 200             # characters: a longer name always waits
 MAX_MATCHED = 64 * 1024         # characters that any pattern looks at
 MAX_STEPS = 10_000_000          # of `re` for one pattern: a third of a second
+ENDLESS = MAX_STEPS ** 2
 MAX_PATH = 4096                 # characters of a path that is looked up
 MAX_FILES = 1000                # that one edit touches; with more it matches
 MAX_INNER = 100                 # inner calls of one call; with more it waits
@@ -982,24 +983,21 @@ class Rules(NamedTuple):
 # The parser of `re` is private to Python, and the same since 3.11; it gives a
 # list of (operation, argument).
 
-class Endless(ValueError):
-    """What is wrong with a pattern that would take too long, and the cure."""
-
-
 @functools.cache
 def reach(pattern: str) -> int:
     """How many characters a pattern may look at, to be done in MAX_STEPS: from
-    every start it tries every end of every open repeat. Endless where it
-    repeats a repeat: nothing bounds that."""
+    every start it tries every end of every open repeat."""
     loops, ways = cost(_parser.parse(pattern, SEARCH), False)
+    if loops > 2:
+        return 0
     steps = MAX_STEPS * math.factorial(loops + 1) // ways
     return min(MAX_MATCHED, int(steps ** (1 / (loops + 1))))
 
 
 def cost(tree: Any, repeated: bool) -> tuple[int, int]:
     """The most open repeats of a parsed pattern that can meet, and the product
-    of its bounded choices. A repeat of one character ends, and meets no other,
-    at a letter that it does not match: `[a-z]+/[a-z]+`."""
+    of its bounded choices, ENDLESS where it repeats a repeat. A repeat of one
+    character ends, and meets no other, at a letter that it does not match."""
     most = loops = 0
     ways, last = 1, None
     for kind, value in tree:
@@ -1010,18 +1008,17 @@ def cost(tree: Any, repeated: bool) -> tuple[int, int]:
         inside, choices = map(max, zip((0, 1), *inner, strict=True))
         unclear = kind is op.BRANCH and repeated and not are_apart(value[1])
         if unclear or high > 64 and (inside or choices > 1):
-            raise Endless("repeats a repeat, as (a+)+ does",
-                          "write it without the inner or the outer repeat")
+            return 0, ENDLESS
         if kind is op.LITERAL and last and not last.match(chr(value)):
             most, loops, last = max(most, loops), loops - 1, None
         loops += inside * high + (kind is op.GROUPREF)
         if inside:
             last = None
         if high < op.MAXREPEAT:
-            ways *= (high - low + 1) * choices ** high
+            ways = min(ways * (high - low + 1) * choices ** high, ENDLESS)
         else:
             loops, last = loops + 1, None
-            if value.getwidth() == (1, 1):
+            if value.getwidth() == (1, 1):      # [a-z]+/[a-z]+ ends at the /
                 last = _compiler.compile(value, re.IGNORECASE)
     return max(most, loops), ways
 
@@ -1447,11 +1444,7 @@ def describe(checkpoint: Checkpoint, tool: str,
     no index, no format, and what is not there shows as not given; where
     nothing is there, the call itself is told. Of a shell command {command} is
     its text, of an edit {file_path} its files, whatever they are called."""
-    known = dict(arguments)
-    if checkpoint.kind == "shell":
-        known |= joined_argument("command", tool, arguments, COMMANDS)
-    if checkpoint.kind == "edit":
-        known |= joined_argument("file_path", tool, arguments, PATHS)
+    known = {**arguments, **kind_arguments(checkpoint.kind, tool, arguments)}
 
     def fill_in(part: re.Match[str]) -> str:
         if not part[1]:
@@ -1470,9 +1463,11 @@ def describe(checkpoint: Checkpoint, tool: str,
     return TEMPLATE_PART.sub(fill_in, template).strip() or tool
 
 
-def joined_argument(name: str, tool: str, arguments: Mapping[str, Any],
-                    names: frozenset[str]) -> dict[str, str]:
-    """The arguments so called as one, for a template; {} if there are none."""
+def kind_arguments(kind: str, tool: str, arguments: Mapping[str, Any]
+                   ) -> dict[str, str]:
+    """What a template of this kind can name, where the call has it."""
+    name, names = {"shell": ("command", COMMANDS),
+                   "edit": ("file_path", PATHS)}.get(kind, ("", frozenset()))
     try:
         texts = map(one_text, Call(tool, arguments).values_of(names))
         text = "\n".join(filter(None, texts))
@@ -1595,38 +1590,30 @@ def pattern_value(value: Any) -> str:
     if value[0] in "*?":                # a glob
         raise ValueError(f"{value!r} is a glob; as a regular expression "
                          f"write {json.dumps(glob_as_regex(value))}")
-    try:
-        if characters_matched(value) < MAX_TOOL_NAME:
-            raise Endless("has too many repeats that can meet, as .*a.*b.* has",
-                          "use two open repeats at most")
-    except Endless as error:
-        what, cure = error.args
-        raise ValueError(
-            f"{value!r} {what}: on some texts it would take minutes, and Python's "
-            f"re cannot be interrupted; {cure}") from None
-    return value
-
-
-def characters_matched(pattern: str) -> int:
-    """reach() of a pattern that Python takes without a warning."""
     import warnings
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            if "(?<" in pattern:        # that its width is fixed, the parser
-                re.compile(pattern, SEARCH)     # leaves to the compiler
-            return reach(pattern)
+            if "(?<" in value:          # that its width is fixed, the parser
+                re.compile(value, SEARCH)       # leaves to the compiler
+            endless = reach(value) < MAX_TOOL_NAME
     except (re.error, OverflowError, RecursionError, Warning) as error:
         raise ValueError(f"is not a regular expression: {error}") from None
+    if endless:
+        raise ValueError(
+            f"{value!r} repeats a repeat, as (a+)+ does, or has too many repeats "
+            "that can meet, as .*a.*b.* has: on some texts it would take minutes, "
+            "and Python's re cannot be interrupted; use two open repeats at most, "
+            "and none inside another")
+    return value
 
 
 def glob_as_regex(glob: str) -> str:
     """What a pattern like `*_prod` or `*prod*` means, to be searched for."""
     body = "".join({"*": ".*", "?": "."}.get(c, re.escape(c))
                    for c in glob.strip("*"))
-    if not body:
-        return "."
-    return body if glob[-1] == "*" else body + "$"
+    end = "" if glob[-1] == "*" else "$"
+    return body + end if body else "."
 
 
 def patterns_value(value: Any) -> dict[str, str]:

@@ -1017,7 +1017,7 @@ def test_anchors_do_not_lose_a_name_space_or_a_disguise(make_rules, pattern):
     (?i:(A|a.|b))*$ a*a*a*a*b .*.*.*.*=x (a*)(a*)(a*)(a*)b .*(.*)\1(.*)b
     kubectl.*delete.*pod.*prod .{0,300}.{0,300}.{0,300} x+.+[^y]+z
     \bgit\b.*\bpush\b.*(--force|-f)\b.*\bmain\b (?=.*a)(?=.*b)(?=.*c)
-    """.split())
+    (?:(?:(?:a{0,60}){60}){60}){60} """.split() + ["a*" * 999 + "b"], ids=rules_id)
 def test_a_pattern_that_would_not_end_is_refused(make_rules, pattern):
     """A pattern with nested repeats, or with more than two open ones that can
     meet (bounded ones count by their product), is refused: `re` cannot be
