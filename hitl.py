@@ -9375,6 +9375,15 @@ def say(text: str = "") -> None:
     print(text, flush=True)
 
 
+def answer(args: Any, value: Any, lines: Iterable[str]) -> int:
+    """Print what a command found, as JSON or as lines -> its exit status."""
+    if args.json:
+        lines = [json.dumps(value, indent=2)]
+    for line in lines:
+        say(line)
+    return 0
+
+
 def read_token(name: str) -> str | None:
     """A token from the environment; ConfigError if it is a poor one."""
     token = os.environ.get(name)
@@ -9399,13 +9408,23 @@ def configuration_for(args: Any, needed: bool = True) -> Configuration:
     return load_configuration(path)
 
 
-def database_for(args: Any, rules: Configuration) -> Path:
-    """Flag, environment, file, default; the file's is relative to itself."""
-    given = args.database or os.environ.get("HITL_DATABASE")
-    if given:
-        return Path(given).absolute()
-    folder = rules.path.parent if rules.path else Path.cwd()
-    return folder / str(rules.server["database"])
+def server_settings(args: Any, configuration: Configuration) -> dict[str, Any]:
+    """[server] as it is in force: flag, environment, file, default. The paths
+    in a file are relative to it."""
+    folder = configuration.path.parent if configuration.path else Path()
+    given = {name: getattr(args, name, None) for name in KEYS["server"]}
+    given["database"] = given["database"] or os.environ.get("HITL_DATABASE")
+    settings = dict(configuration.server)
+    for name, (check, _) in KEYS["server"].items():
+        if given[name] not in (None, ""):
+            with config_error("--" + name.replace("_", "-")):
+                settings[name] = check(given[name])
+        elif name in PATHS_OF_SERVER and settings[name]:
+            settings[name] = folder / settings[name]
+    return settings
+
+
+PATHS_OF_SERVER = ("database", "tls_certificate", "tls_key")
 
 
 def reviewer_client(args: Any) -> Client:
@@ -9431,22 +9450,21 @@ def reviewer_client(args: Any) -> Client:
 
 
 def reply_of(client: Client, method: str, path: str, body: Any = None
-          ) -> dict[str, Any]:
+             ) -> dict[str, Any]:
     """The server's answer; HitlError, with its words, if it refuses."""
     return accepted(client.exchange(method, path, body, seconds=15))
 
 
 def accepted(reply: Reply) -> dict[str, Any]:
+    if reply.status < 400:
+        return reply.body
+    title, detail = reply.body.get("title"), reply.body.get("detail")
     if reply.reason == "wrong-credentials":
-        raise HitlError("the server does not know this name and token",
-                        "HITL_REVIEWER_TOKEN is what serve printed or was "
-                        "given; of a [[reviewer]], set HITL_REVIEWER to the "
-                        "name as well", reason=reply.reason)
-    if reply.status >= 400:
-        raise HitlError(visible(str(reply.body.get("title"))),
-                        visible(str(reply.body.get("detail"))),
-                        reason=reply.reason)
-    return reply.body
+        title = "the server does not know this name and token"
+        detail = ("HITL_REVIEWER_TOKEN is what serve printed or was given; a "
+                  "[[reviewer]] sets HITL_REVIEWER to the name as well")
+    raise HitlError(visible(str(title)), visible(str(detail)),
+                    reason=reply.reason)
 
 
 def request_named(client: Client, start: str,
@@ -9458,19 +9476,17 @@ def request_named(client: Client, start: str,
         raise ConfigError(f'"{visible(start)}" is not a request_id',
                           "`hitl.py list --all` prints them")
     reply = client.exchange("GET", f"/review/{start}", seconds=15)
-    longer = reply.body.get("longer_ids") or []
-    if reply.reason == "unknown" and len(longer) == 1:
-        return reply_of(client, "GET", f"/review/{longer[0]}")
-    if reply.reason == "unknown" and longer:
-        raise ConfigError(f'"{start}" begins {len(longer)} request_ids',
-                          f"say more of it: {', '.join(longer)}")
-    request = accepted(reply)
-    if alone and longer:
-        raise ConfigError(
-            f'"{start}" begins {len(longer) + 1} request_ids',
-            f"say more of it: {', '.join((*longer, start))}; \"{start}\" itself "
-            "can be decided on the page")
-    return request
+    ids = reply.body.get("longer_ids") or []
+    if reply.reason == "unknown" and len(ids) == 1:
+        return reply_of(client, "GET", f"/review/{ids[0]}")
+    cure = ""
+    if alone and reply.reason != "unknown" and ids:
+        ids = [*ids, start]
+        cure = f'; "{start}" itself can be decided on the page'
+    if ids and (cure or reply.reason == "unknown"):
+        raise ConfigError(f'"{start}" begins {len(ids)} request_ids',
+                          f"say more of it: {', '.join(ids)}{cure}")
+    return accepted(reply)
 
 
 def all_waiting(client: Client) -> list[dict[str, Any]]:
@@ -9492,80 +9508,68 @@ def unique_length(ids: list[str]) -> int:
     return size
 
 
-def terminal_width() -> int:
+def fitted(text: str) -> list[str]:
+    """Visible text in pieces that fit the terminal; all but the first leave
+    room for six characters before them."""
     import shutil
-    return shutil.get_terminal_size((120, 24)).columns
+    width = shutil.get_terminal_size((120, 24)).columns
+    pieces, room = [""], width
+    for c in text:
+        columns = 1 + (unicodedata.east_asian_width(c) in "WF")
+        if columns > room and pieces[-1]:
+            pieces.append("")
+            room = width - 6
+        pieces[-1] += c
+        room -= columns
+    return pieces
 
 
-def text_columns(text: str) -> list[int]:
-    """How many columns of a terminal each character of visible text takes."""
-    return [0 if unicodedata.category(c) in ("Mn", "Me") else
-            1 + (unicodedata.east_asian_width(c) in "WF") for c in text]
-
-
-def fitting(text: str, width: int) -> int:
-    """How many characters of visible text fit into a width; one at least."""
-    total = 0
-    for n, columns in enumerate(text_columns(text)):
-        total += columns
-        if total > width:
-            return max(n, 1)
-    return len(text)
-
-
-def cut_line(text: str, width: int) -> str:
-    if fitting(text, width) == len(text):
-        return text
-    return text[:fitting(text, width - 1)] + "\u2026"
-
-
-def say_wrapped(line: str) -> None:
+def wrapped(line: str) -> str:
     """A line; where the terminal is too narrow it goes on behind a plus, so
     that nothing can look like another line."""
-    width = terminal_width()
-    size = fitting(line, width)
-    say(line[:size])
-    while line := line[size:]:
-        size = fitting(line, width - 6)
-        say("    + " + line[:size])
+    return "\n    + ".join(fitted(line))
 
 
-def say_row(name: str, text: str) -> None:
-    say_wrapped(f"    {name:12} {text}")
+def labelled(name: str, text: str) -> str:
+    return wrapped(f"    {name:12} {text}")
 
 
-def say_block(text: str) -> None:
-    for line in text.split("\n"):
-        say_wrapped("    | " + line)
+def barred(text: str) -> Iterator[str]:
+    return (wrapped("    | " + line) for line in text.split("\n"))
 
 
-def print_request(request: dict[str, Any]) -> None:
+def request_lines(request: dict[str, Any]) -> Iterator[str]:
     """One request in full, as the page has it."""
-    say(f"{request['status']:9} {one_line(request['action_description'])}")
-    if one_line(request["action_description"]).endswith("\u2026"):
-        say_row("in full", visible(request["action_description"]))
-    say(f"  runs exactly this: {visible(request['tool'] or 'no tool')}")
+    headline = one_line(request["action_description"])
+    yield f"{request['status']:9} {headline}"
+    if headline.endswith("\u2026"):
+        yield labelled("in full", visible(request["action_description"]))
+    yield f"  runs exactly this: {visible(request['tool'] or 'no tool')}"
     for name, size, text in argument_rows(request["arguments"] or {}):
         label = visible(name)
         if not re.fullmatch("[A-Za-z0-9_.-]+", name):
             label = f'"{label}"'        # or it could look like a bar or an end
         if not size:
-            say_row(label, text)
+            yield labelled(label, text)
             continue
-        say_wrapped(f"    {label}: {size}")
-        say_block(text)
-        say_wrapped(f"    end of {label}")
-    say("  who asks, and what is known:")
+        yield wrapped(f"    {label}: {size}")
+        yield from barred(text)
+        yield wrapped(f"    end of {label}")
+    yield "  who asks, and what is known:"
     for name in ("agent", "asked_by", "checkpoint_id", "why", "received_at",
                  "deadline", "decided_by", "decided_at", "reason", "outcome",
                  "outcome_text", "notices", "request_id", "digest"):
         if request.get(name):
-            say_row(name, visible(str(request[name])))
-    say("  context:")
-    say_block(visible_lines(layout(request["agent_context"])))
-    if request["status"] == Status.WAITING:
-        say("  " + ("an agent waits for it" if request["attended"] else
-                    "nobody waits for it now"))
+            yield labelled(name, visible(str(request[name])))
+    yield "  context:"
+    yield from barred(visible_lines(layout(request["agent_context"])))
+    if request["status"] == Status.WAITING and request["attended"]:
+        yield "  an agent waits for it"
+    elif request["status"] == Status.WAITING:
+        yield "  nobody waits for it now"
+
+
+# ---- the commands ----
 
 
 # ---- the commands ----
@@ -9576,28 +9580,28 @@ def cmd_serve(args: Any) -> int:
     import signal
     # 1. what was asked for, unless it is unsafe
     configuration = configuration_for(args, needed=False)
-    server = configuration.server
-    warnings = [*file_warnings(configuration), *rule_warnings(
-        configuration.rules)]
-    check_file_owner(configuration)
-    host = args.host or server["host"]
-    with config_error("--port"):
-        port = port_value(first_of(args.port, server["port"]))
-    with config_error("--public-url"):
-        public_url = public_url_value(args.public_url or server["public_url"])
-    warnings += notice_warnings(configuration, public_url)
+    server = server_settings(args, configuration)
+    host, port = server["host"], server["port"]
+    warnings = [*file_warnings(configuration, serves=True),
+                *rule_warnings(configuration.rules),
+                *notice_warnings(configuration, server["public_url"])]
     channels = [Channel(configuration.path, entry, os.environ)
                 for entry in configuration.notify]
     terminal = sys.stdout is not None and sys.stdout.isatty()
     tokens, made = serving_tokens(configuration, terminal)
-    tls = tls_context(args, configuration)
-    safe = bool(tls) or public_url.startswith("https://")
-    check_exposure(host, tokens, safe or args.allow_clear_text)
+    if configuration.reviewers and os.environ.get("HITL_REVIEWER_TOKEN"):
+        warnings.append("HITL_REVIEWER_TOKEN is not used: each [[reviewer]] has "
+                        "a token")
+    tls = tls_context(server["tls_certificate"], server["tls_key"])
+    if not is_loopback(host):
+        check_exposure(host, tokens, args.allow_clear_text or bool(tls)
+                       or server["public_url"].startswith("https://"))
     # 2. the database and the socket
-    store = open_store(database_for(args, configuration))
+    store = open_store(Path(server["database"]).absolute())
     try:
-        desk = open_desk(host, port, store, tokens, public_url, tls=tls,
-                         rules=configuration.rules, limits=limits_here())
+        desk = open_desk(host, port, store, tokens, server["public_url"],
+                         tls=tls, rules=configuration.rules,
+                         limits=limits_here())
     except OSError as error:
         store.close()
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}",
@@ -9633,20 +9637,17 @@ def greeting(desk: Loop, configuration: Configuration,
     """What serve prints at its start; `made` is a token that is new."""
     store, tokens = desk.desk.store, desk.desk.tokens
     yield f"hitl.py {__version__}: review what waits at"
+    yield link_with(desk.url, made) if made else f"{desk.url}/"
     if made:
-        yield link_with(desk.url, made)
         yield f"name reviewer, token {made}"
         yield ("to keep this token: HITL_REVIEWER_TOKEN=TOKEN python3 hitl.py "
                "serve")
     elif tokens.named:
-        yield f"{desk.url}/"
         yield "sign in with your name and your own token"
     else:
-        yield f"{desk.url}/"
         yield "sign in with any name and HITL_REVIEWER_TOKEN"
-    path = configuration.path
-    yield f"configuration {path or 'none found: defaults of [server]'}"
-    yield f"database {store.path.absolute()}"
+    yield f"configuration {configuration.path or 'none found: defaults of [server]'}"
+    yield f"database {store.path}"
     yield f"audit log: {store.head.sequence} rows, head {store.head.hash}"
     connection = os.environ.get("SSH_CONNECTION", "").split()
     if len(connection) == 4:
@@ -9672,12 +9673,13 @@ def address_warnings(desk: Loop, configuration: Configuration) -> list[str]:
 
 
 class Printer:
-    """Lines on stdout that serve never waits for: where nobody reads them
-    they are lost, and counted."""
+    """Lines on stdout and stderr that serve never waits for: where nobody
+    reads them they are lost, and counted."""
 
     def __init__(self, bell: str) -> None:
         import queue
-        self.lines: queue.Queue[tuple[int, str] | None] = queue.Queue(1000)
+        self.lines: queue.SimpleQueue[tuple[int, str] | None]
+        self.lines = queue.SimpleQueue()
         self.lost, self.bell = 0, bell
         # a file that is closed: its number may be a socket's by now
         self.open = {1: sys.stdout is not None, 2: sys.stderr is not None}
@@ -9689,12 +9691,11 @@ class Printer:
         self.thread.start()
 
     def say(self, text: str, file: int = 1) -> None:
-        import queue
         if " submitted " in text:
             text += self.bell
-        try:
-            self.lines.put_nowait((file, text))
-        except queue.Full:
+        if self.lines.qsize() < MAX_UNREAD_LINES:
+            self.lines.put((file, text))
+        else:
             self.lost += 1
 
     def run(self) -> None:
@@ -9714,10 +9715,11 @@ class Printer:
 
     def close(self) -> None:
         """Wait for the last lines, but not for long."""
-        import queue
-        with contextlib.suppress(queue.Full):
-            self.lines.put(None, timeout=1)
-            self.thread.join(1)
+        self.lines.put(None)
+        self.thread.join(1)
+
+
+MAX_UNREAD_LINES = 1000         # of serve, before more are lost
 
 
 RESERVED_AGENTS = ("token", "unauthenticated")      # principals of ours
@@ -9727,20 +9729,18 @@ def serving_tokens(configuration: Configuration, terminal: bool
                    ) -> tuple[Tokens, str | None]:
     """Who may sign in, and the reviewer's token if it was made here, which
     only a terminal may show."""
-    agent = read_token("HITL_AGENT_TOKEN")
-    shared, made = read_token("HITL_REVIEWER_TOKEN"), None
-    if configuration.reviewers and shared:
-        say("warning: HITL_REVIEWER_TOKEN is not used: each [[reviewer]] has "
-            "a token")
-        shared = None
-    elif not configuration.reviewers and not shared:
-        if not terminal:
+    agent, shared = read_token("HITL_AGENT_TOKEN"), None
+    made = None
+    if not configuration.reviewers:
+        shared = read_token("HITL_REVIEWER_TOKEN")
+        if not shared and not terminal:
             raise ConfigError(
                 "no reviewer could sign in: stdout is not a terminal, so that "
                 "whoever started this could read a fresh token there",
                 "set HITL_REVIEWER_TOKEN to one of 16 characters or more, or "
                 "give each reviewer one: python3 hitl.py token NAME")
-        shared = made = fresh_token()
+        if not shared:
+            shared = made = fresh_token()
     tokens = Tokens(agent and token_hash(agent), shared and token_hash(shared),
                     configuration.reviewers, configuration.agents)
     agents = {tokens.agent, *tokens.agents.values()} - {None}
@@ -9755,43 +9755,29 @@ def serving_tokens(configuration: Configuration, terminal: bool
     return tokens, made
 
 
-def tls_context(args: Any, configuration: Configuration) -> Any:
+def tls_context(certificate: str, key: str) -> Any:
     """An ssl.SSLContext of the certificate and key, or None without."""
-    folder = Path()
-    if configuration.path:
-        folder = configuration.path.parent
-    chain, key = (
-        Path(given) if given else configured and folder / str(configured)
-        for given, configured in (
-            (args.tls_certificate, configuration.server["tls_certificate"]),
-            (args.tls_key, configuration.server["tls_key"])))
-    if not chain:
-        if key:
-            raise ConfigError("tls_key without tls_certificate",
-                              "name the certificate, too")
+    if not certificate and key:
+        raise ConfigError("tls_key without tls_certificate",
+                          "name the certificate, too")
+    if not certificate:
         return None
     import ssl
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.set_alpn_protocols(["http/1.1"])
     try:        # an encrypted key would ask on the terminal: "" is no password
-        context.load_cert_chain(chain, key or None, password="")
+        context.load_cert_chain(certificate, key or None, password="")
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"cannot use the TLS certificate {chain}: {error}",
+            f"cannot use the TLS certificate {certificate}: {error}",
             "tls_certificate and tls_key are PEM files that belong together; "
             "the key has no password") from None
     return context
 
 
 def check_exposure(host: str, tokens: Tokens, safe: bool) -> None:
-    """ConfigError for an address others can reach, without what that needs."""
-    import ipaddress
-    try:
-        local = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        local = host == "localhost"
-    if local:
-        return
+    """ConfigError for an address that other machines can reach, without what
+    that needs; `safe`: tokens do not cross the network in clear text."""
     if tokens.agent is None and not tokens.agents:
         raise ConfigError(f"{host} can be reached from other machines, and "
                           "agents have no token",
@@ -9805,38 +9791,30 @@ def check_exposure(host: str, tokens: Tokens, safe: bool) -> None:
             "certificate), or say --allow-clear-text")
 
 
-def file_warnings(rules: Configuration) -> list[str]:
-    """ConfigError for rules that anybody can edit; words for a group."""
-    if rules.path is None or os.name != "posix":
+def file_warnings(configuration: Configuration, serves: bool = False
+                  ) -> list[str]:
+    """A warning where a group can write the file, ConfigError where everybody
+    can. For what `serves` also where another user could change who decides,
+    who asks or who is told, or a group a command, which runs as this user."""
+    path, told = configuration.path, configuration.notify
+    if path is None or os.name != "posix":
         return []
-    mode = rules.path.stat().st_mode
-    if mode & 0o002:
-        raise ConfigError(f"{rules.path} can be written by everybody",
-                          f"chmod go-w {rules.path}")
-    if mode & 0o020:
-        return [f"{rules.path} can be written by its group"]
-    return []
-
-
-def check_file_owner(configuration: Configuration) -> None:
-    """ConfigError where the file says who decides, who asks or who is told,
-    and another user could change that; a command in it runs as this one."""
-    path, names = configuration.path, [
-        entry["name"] for entry in configuration.notify if entry["command"]]
-    if path is None or os.name != "posix" or not (
-            configuration.notify or configuration.reviewers
-            or configuration.agents):
-        return
-    status = path.stat()
-    if status.st_uid not in (0, os.geteuid()):
+    status, cure = path.stat(), f"chmod go-w {path}"
+    if status.st_mode & 0o002:
+        raise ConfigError(f"{path} can be written by everybody", cure)
+    people = told or configuration.reviewers or configuration.agents
+    if serves and people and status.st_uid not in (0, os.geteuid()):
         raise ConfigError(
             f"{path} belongs to another user, who could change its [[reviewer]], "
             "[[agent]] and [[notify]]", "serve with a file of your own "
             f"(--config), or as root: chown {os.geteuid()} {path}")
-    if names and status.st_mode & 0o022:
-        raise ConfigError(f'{path} can be written by its group, and notify '
-                          f'"{names[0]}" runs a command from it',
-                          f"chmod go-w {path}")
+    if not status.st_mode & 0o020:
+        return []
+    for entry in told:
+        if serves and entry["command"]:
+            raise ConfigError(f"{path} can be written by its group, and notify "
+                              f'"{entry["name"]}" runs a command from it', cure)
+    return [f"{path} can be written by its group"]
 
 
 def notice_warnings(configuration: Configuration, public_url: str
@@ -9911,6 +9889,8 @@ def limits_here() -> Limits:
 def cmd_check(args: Any) -> int:
     """which checkpoint decides about a call; alone: is all well?"""
     configuration = load_configuration(find_configuration(args.config))
+    if args.replay:
+        return replay(args, configuration)
     if args.tool is None:
         lint(configuration, args.json)
         return 0
@@ -9926,6 +9906,50 @@ def cmd_check(args: Any) -> int:
     else:
         explain(configuration, match, args.tool, arguments)
     return 0
+
+
+def replay(args: Any, configuration: Configuration) -> int:
+    """Today's rules over the stored requests, and which would end otherwise.
+    Paths in them are relative to this folder."""
+    path = Path(server_settings(args, configuration)["database"]).absolute()
+    counts, changed = Counter(REPLAYED), []
+    with contextlib.closing(open_for_reading(path)) as db:
+        for request in stored_requests(db):
+            became, now = replayed(configuration.rules, request)
+            counts[became] += 1
+            if became != "as before":
+                changed.append({
+                    "request_id": request.request_id, "tool": request.tool,
+                    "was": request.checkpoint_id, "now": now, "became": became})
+            if sys.stderr.isatty() and counts.total() % 1000 == 0:
+                print(f"\r{counts.total()} calls", end="\r", file=sys.stderr)
+    told = ", ".join(f"{count} {became}" for became, count in counts.items())
+    return answer(
+        args, {"calls": counts.total(), **counts, "changed": changed},
+        [f"{counts.total()} calls: {told}", *(visible(
+            "  {became}: {request_id} {tool}, {was} -> {now}".format(**row))
+            for row in changed)])
+
+
+REPLAYED = {"as before": 0, "would no longer wait": 0, "denied": 0,
+            "by another checkpoint": 0}
+
+
+def replayed(rules: Rules, request: ReviewRequest) -> tuple[str, str]:
+    """What would become of a stored request, and by which checkpoint. One
+    without a tool was asked without rules; a checkpoint that the code names
+    holds the call as long as there is one."""
+    was, named = request.checkpoint_id, request.why == "the code names it"
+    if request.tool is None or named and was in (
+            "unmatched", *(c.checkpoint_id for c in rules.checkpoints)):
+        return "as before", was or ""
+    arguments = parse_json(request.arguments or "{}")
+    match = rules.first_match(request.tool, arguments)
+    now = match.checkpoint.checkpoint_id
+    if match.effect == "review":
+        same = was in (now, None)
+        return "as before" if same else "by another checkpoint", now
+    return "denied" if match.effect == "deny" else "would no longer wait", now
 
 
 def lint(configuration: Configuration, as_json: bool) -> None:
@@ -10044,35 +10068,31 @@ def leash(path: Path, project: Path) -> list[str]:
 
 
 def cmd_list(args: Any) -> int:
-    """what waits, or with --all what was reviewed too"""
+    """what waits; with --all what was reviewed too"""
     client = reviewer_client(args)
     rows = all_waiting(client)
     if args.all:
         rows += reply_of(client, "GET", "/history")["reviewed"]
-    if args.json:
-        say(json.dumps(rows, indent=2))
-        return 0
     size = unique_length([request["request_id"] for request in rows])
-    for request in rows:
-        age = readable_seconds(max(0, time.time() - unix_time(
-            request["received_at"])))
-        say(cut_line(
-            f"{request['status']:9} {request['request_id'][:size]:{size}} "
-            f"{age:>8} {cut_line(visible(request['agent'] or '-'), 20):20} "
-            f"{one_line(request['action_description'])}", terminal_width()))
-    if not rows:
-        say("nothing waits")
-    return 0
+    return answer(args, rows, [list_line(row, size) for row in rows]
+                  or ["nothing waits"])
+
+
+def list_line(request: dict[str, Any], size: int) -> str:
+    """A request on one line of the terminal, with so much of its id."""
+    age = readable_seconds(max(0, time.time() - unix_time(
+        request["received_at"])))
+    line, *rest = fitted(
+        f"{request['status']:9} {request['request_id'][:size]:{size}} "
+        f"{age:>8} {one_line(request['agent'] or '-', 20):20} "
+        f"{one_line(request['action_description'])}")
+    return line[:-1] + "\u2026" if rest else line
 
 
 def cmd_show(args: Any) -> int:
     """one request in full"""
     request = request_named(reviewer_client(args), args.id)
-    if args.json:
-        say(json.dumps(request, indent=2))
-    else:
-        print_request(request)
-    return 0
+    return answer(args, request, request_lines(request))
 
 
 def cmd_approve(args: Any) -> int:
@@ -10089,7 +10109,7 @@ def decide_as(args: Any, decision: str) -> int:
     client = reviewer_client(args)
     request = request_named(client, args.id, alone=True)
     if decision == "approved" and sys.stdin.isatty() and not args.yes:
-        print_request(request)
+        say("\n".join(request_lines(request)))
         if input("approve it? y/N ").strip().lower() not in ("y", "yes"):
             say("nothing was decided")
             return 1
@@ -10097,45 +10117,35 @@ def decide_as(args: Any, decision: str) -> int:
         client, "POST", f"/approve/{request['request_id']}",
         {"decision": decision, "reason": args.reason or "",
          "digest": request["digest"]})
-    say(json.dumps(request) if args.json else
-        f"{request['status']} {request['request_id']}")
-    return 0
+    return answer(args, request, [f"{request['status']} {request['request_id']}"])
 
 
 def cmd_stop(args: Any) -> int:
     """stop everything: reject what waits, refuse what comes, until lifted"""
     stop = reply_of(reviewer_client(args), "POST", "/stop",
                     {"reason": args.reason or ""})
-    say(json.dumps(stop) if args.json else
-        f"{standing_line(stop)}\ncalls that run already go on; to end it: "
-        f"hitl.py lift {stop['number']}")
-    return 0
+    return answer(args, stop, [
+        standing_line(stop), "calls that run already go on; to end it: "
+        f"hitl.py lift {stop['number']}"])
 
 
 def cmd_standing(args: Any) -> int:
-    """the decisions that answer the next calls too"""
+    """the standing decisions, which answer later calls too"""
     rows = reply_of(reviewer_client(args), "GET", "/standing")["standing"]
-    if args.json:
-        say(json.dumps(rows, indent=2))
-        return 0
-    for row in rows:
-        say(standing_line(row))
-    if not rows:
-        say("no decision stands")
-    return 0
+    return answer(args, rows, [standing_line(row) for row in rows]
+                  or ["no standing decisions"])
 
 
 def cmd_lift(args: Any) -> int:
     """end a standing decision, or a stop"""
     row = reply_of(reviewer_client(args), "POST", f"/lift/{args.number}", {})
-    say(json.dumps(row) if args.json else f"lifted: {standing_line(row)}")
-    return 0
+    return answer(args, row, [f"lifted: {standing_line(row)}"])
 
 
 def standing_line(row: dict[str, Any]) -> str:
-    what = f"the same call as {row['request_id']}"
-    if row["request_id"] is None:
-        what = "everything"
+    what = "everything"
+    if row["request_id"] is not None:
+        what = f"the same call as {row['request_id']}"
     line = (f"{row['number']} {row['decision']}: {what}, by "
             f"{row['made_by'].partition(':')[2]} since {row['made_at']}")
     if row["until"]:
@@ -10148,44 +10158,45 @@ def standing_line(row: dict[str, Any]) -> str:
 
 
 def cmd_notify(args: Any) -> int:
-    """try what tells the reviewers: a sample through every [[notify]]"""
+    """send a sample notice through each [[notify]], or through one of them"""
     configuration = configuration_for(args)
-    file_warnings(configuration)
-    check_file_owner(configuration)
+    file_warnings(configuration, serves=True)
     names = [entry["name"] for entry in configuration.notify]
     if args.test not in ("", *names) or not names:
+        missing = f' "{args.test}"' if args.test else ""
         raise ConfigError(
-            f"{configuration.path}: no [[notify]] "
-            f'"{args.test}"{did_you_mean(args.test, names)}'.replace(' ""', ""),
+            f"{configuration.path}: no [[notify]]{missing}"
+            f"{did_you_mean(args.test, names)}",
             f"there are: {', '.join(names) or 'none'}")
     server = configuration.server
     url = server["public_url"] or f"http://{server['host']}:{server['port']}"
     failed = 0
     for entry in configuration.notify:
         if args.test in ("", entry["name"]):
-            answer = Channel(configuration.path, entry, os.environ).sample(url)
-            failed += not answer.told
-            text = f": {answer.text}" if answer.text else ""
-            say(f"{entry['name']}: {answer.status}{text}")
+            sent = Channel(configuration.path, entry, os.environ).sample(url)
+            failed += not sent.told
+            text = f": {sent.text}" if sent.text else ""
+            say(f"{entry['name']}: {sent.status}{text}")
     return 1 if failed else 0
 
 
 def cmd_log(args: Any) -> int:
     """the audit log; with --verify: is it whole?"""
     import sqlite3
-    path = database_for(args, configuration_for(args, needed=False))
+    path = Path(server_settings(args, configuration_for(args, needed=False))
+                ["database"]).absolute()
     if not re.fullmatch("([0-9a-f]{64})?", args.head):
         raise ConfigError("--head must be a SHA-256 in hex",
                           "serve prints the head at start and stop")
     try:
         if args.verify:
-            return print_verified(path, args.head, args.json)
+            return print_verified(args, path)
         with contextlib.closing(open_for_reading(path)) as db:
             for row in audit_rows(db):
+                line = " ".join(visible(str(part)) for part in row[:6])
                 if args.json:
-                    say(json.dumps(dict(zip(AUDIT_COLUMNS, row, strict=True))))
-                else:
-                    say(" ".join(visible(str(part)) for part in row[:6]))
+                    line = json.dumps(dict(zip(AUDIT_COLUMNS, row, strict=True)))
+                say(line)
     except (sqlite3.DatabaseError, ValueError, LookupError,
             TypeError) as error:
         say(f"FAULT {path}: {visible(str(error))}")
@@ -10193,30 +10204,25 @@ def cmd_log(args: Any) -> int:
     return 0
 
 
-def print_verified(path: Path, noted: str, as_json: bool) -> int:
+def print_verified(args: Any, path: Path) -> int:
     """What `log --verify` says -> its exit status."""
-    head, faults = verified(path, noted)
-    if as_json:
-        say(json.dumps({"rows": head.sequence, "head": head.hash,
-                        "faults": faults}))
-        return 1 if faults else 0
-    for fault in faults:
-        say(f"FAULT {fault}")
+    head, faults = verified(path, args.head)
     result = "damaged or edited" if faults else "whole"
-    say(f"{path}: {head.sequence} rows, head {head.hash}: {result}")
-    if not noted:
-        say("a cut-off end shows only against a head noted before: "
-            "serve prints it, log --verify --head HASH checks it")
+    lines = [*(f"FAULT {fault}" for fault in faults),
+             f"{path}: {head.sequence} rows, head {head.hash}: {result}"]
+    if not args.head:
+        lines.append("a cut-off end shows only against a head noted before: "
+                     "serve prints it, log --verify --head HASH checks it")
+    answer(args, {"rows": head.sequence, "head": head.hash, "faults": faults},
+           lines)
     return 1 if faults else 0
 
 
 def cmd_token(args: Any) -> int:
-    """a token for a reviewer, or --agent, and the lines that make it known"""
+    """make a token for a reviewer or an agent, and the lines that make it known"""
     with config_error("the name"):
         name_value(args.name)
-    token, kind = fresh_token(), "reviewer"
-    if args.agent:
-        kind = "agent"
+    token, kind = fresh_token(), "agent" if args.agent else "reviewer"
     print(f"the {kind} {args.name}'s token, shown once: {token}\n"
           "what follows is for checkpoints.toml: add >> checkpoints.toml",
           file=sys.stderr, flush=True)
@@ -10279,10 +10285,12 @@ def cmd_run(args: Any) -> int:
 
 
 def command_behind(args: Any) -> list[str]:
-    command = args.command_words[args.command_words[:1] == ["--"]:]
+    command = list(args.command_words)
+    if command[:1] == ["--"]:
+        del command[0]
     if not command:
-        raise ConfigError("no command", "put it behind --")
-    return list(command)
+        raise ConfigError("no command", "put it after --")
+    return command
 
 
 def cmd_demo(args: Any) -> int:
@@ -10324,89 +10332,88 @@ def command_line() -> Any:
     parser.add_argument("--version", action="store_true",
                         help="print version and SHA-256 of this file")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-
-    def command(run: Callable[[Any], int], example: str,
-                shared: str = "") -> Callable[..., Any]:
-        made = commands.add_parser(
+    for run, example, options in COMMAND_LINES:
+        command = commands.add_parser(
             run.__name__[4:], help=run.__doc__, description=run.__doc__,
             epilog=f"example: python3 hitl.py {example}",
             formatter_class=plain)
-        made.set_defaults(function=run)
-        for option in shared.split():
-            made.add_argument(option, **SHARED[option])
-        return made.add_argument
-
-    add = command(cmd_serve, "serve --port 8765", "--config --database")
-    add("--host", help="address to listen on (127.0.0.1)")
-    add("--port", type=int, help="port (8765; 0: any free one)")
-    add("--public-url", metavar="URL", help="where reviewers reach it")
-    add("--tls-certificate", metavar="FILE", help="PEM: speak https")
-    add("--tls-key", metavar="FILE", help="its key, if that is elsewhere")
-    add("--allow-clear-text", action="store_true",
-        help="off loopback without https")
-    add = command(cmd_check, """check delete_users '{"table": "users"}'""",
-                  "--config --database --json")
-    add("tool", nargs="?", help="a tool's name")
-    add("arguments", nargs="?", default="{}", help="its JSON")
-    add = command(cmd_init, "init --coding-agent", "--config")
-    add("--coding-agent", action="store_true",
-        help="commands wait unless they are listed")
-    add = command(cmd_list, "list --all", "--json --config --server-url")
-    add("--all", action="store_true", help="reviewed ones too")
-    command(cmd_show, "show 1f0c", "id --json --config --server-url")
-    add = command(cmd_approve, "approve 1f0c --yes",
-                  "id --reason --json --config --server-url")
-    add("--yes", action="store_true", help="do not ask y/N")
-    command(cmd_reject, 'reject 1f0c --reason "use the staging table"',
-            "id --reason --json --config --server-url")
-    add = command(cmd_notify, "notify --test phone", "--config")
-    add("--test", metavar="NAME", nargs="?", const="", required=True,
-        help="send a sample, by this entry or by all")
-    command(cmd_stop, 'stop --reason "it deletes the wrong rows"',
-            "--reason --json --config --server-url")
-    command(cmd_standing, "standing", "--json --config --server-url")
-    add = command(cmd_lift, "lift 7", "--json --config --server-url")
-    add("number", type=int, help="as `standing` lists it")
-    add = command(cmd_log, "log --verify", "--json --config --database")
-    add("--verify", action="store_true", help="check the whole chain")
-    add("--head", metavar="HASH", default="",
-        help="a head noted before, to show a cut-off end")
-    add = command(cmd_token, "token ana >> checkpoints.toml")
-    add("name", help="the reviewer, or the agent")
-    add("--agent", action="store_true", help="for an agent")
-    add = command(cmd_run, "run -- terraform apply",
-                  "--timeout --config command_words")
-    add("--tool", metavar="NAME", default="run", dest="tool_name",
-        help="the name checkpoints see (run)")
-    add = command(cmd_hook, "hook --snippet claude", "--config")
-    add("--deadline", metavar="SECONDS", type=float,
-        help="answer before this (a default per agent)")
-    add("--snippet", metavar="AGENT", choices=list(SNIPPETS),
-        help=f"print what to install: {', '.join(SNIPPETS)}")
-    add = command(cmd_mcp, "mcp --name fs -- npx -y "
-                  "@modelcontextprotocol/server-filesystem .",
-                  "--config command_words")
-    add("--name", default="server",
-        help="the server's, in mcp__NAME__tool (server)")
-    command(cmd_demo, "demo", "--timeout")
-    add = command(cmd_verify, "verify --output evidence.json", "--timeout")
-    add("--model", metavar="NAME", default="", help="of the agent")
-    add("--output", metavar="FILE", default="hitl-evidence.json",
-        help="the evidence (hitl-evidence.json)")
+        command.set_defaults(function=run)
+        for option in options.split():
+            command.add_argument(option, **OPTIONS[option])
     return parser
 
 
-SHARED: dict[str, dict[str, Any]] = {
+COMMAND_LINES: tuple[tuple[Callable[[Any], int], str, str], ...] = (
+    (cmd_serve, "serve --port 8765",
+     "--config --database --host --port --public-url --tls-certificate --tls-key "
+     "--allow-clear-text"),
+    (cmd_check, """check delete_users '{"table": "users"}'""",
+     "tool arguments --replay --config --database --json"),
+    (cmd_init, "init --coding-agent", "--config --coding-agent"),
+    (cmd_list, "list --all", "--all --json --config --server-url"),
+    (cmd_show, "show 1f0c", "id --json --config --server-url"),
+    (cmd_approve, "approve 1f0c --yes",
+     "id --yes --reason --json --config --server-url"),
+    (cmd_reject, 'reject 1f0c --reason "use the staging table"',
+     "id --reason --json --config --server-url"),
+    (cmd_notify, "notify --test phone", "--test --config"),
+    (cmd_stop, 'stop --reason "it deletes the wrong rows"',
+     "--reason --json --config --server-url"),
+    (cmd_standing, "standing", "--json --config --server-url"),
+    (cmd_lift, "lift 7", "number --json --config --server-url"),
+    (cmd_log, "log --verify", "--verify --head --json --config --database"),
+    (cmd_token, "token ana >> checkpoints.toml", "name --agent"),
+    (cmd_run, "run -- terraform apply", "--tool --timeout --config command_words"),
+    (cmd_hook, "hook --snippet claude", "--snippet --deadline --config"),
+    (cmd_mcp,
+     "mcp --name fs -- npx -y @modelcontextprotocol/server-filesystem .",
+     "--name --config command_words"),
+    (cmd_demo, "demo", "--timeout"),
+    (cmd_verify, "verify --output evidence.json", "--timeout --model --output"),
+)
+FLAG = {"action": "store_true"}
+OPTIONS: dict[str, dict[str, Any]] = {
     "--config": {"metavar": "FILE", "help": "checkpoints.toml"},
     "--database": {"metavar": "FILE", "help": "hitl.db"},
     "--server-url": {"metavar": "URL", "help": "where the server is"},
-    "--json": {"action": "store_true", "help": "for a program to read"},
+    "--json": FLAG | {"help": "for a program to read"},
     "--reason": {"metavar": "TEXT", "help": "told to the agent"},
     "--timeout": {"metavar": "SECONDS", "type": float,
                   "help": "how long a call waits"},
     "id": {"help": "a request_id, or its beginning"},
     "command_words": {"nargs": "...", "metavar": "-- CMD",
                       "help": "the command"},
+    "--host": {"help": "address to listen on (127.0.0.1)"},
+    "--port": {"type": int, "help": "port (8765; 0: any free one)"},
+    "--public-url": {"metavar": "URL", "help": "where reviewers reach it"},
+    "--tls-certificate": {"metavar": "FILE", "help": "PEM: speak https"},
+    "--tls-key": {"metavar": "FILE", "help": "its key, if that is elsewhere"},
+    "--allow-clear-text": FLAG | {"help": "off loopback without https"},
+    "tool": {"nargs": "?", "help": "a tool's name"},
+    "arguments": {"nargs": "?", "default": "{}", "help": "its JSON"},
+    "--replay": FLAG | {"help": "try the rules on the requests in the database"},
+    "--coding-agent": FLAG | {"help": "commands wait unless they are listed"},
+    "--all": FLAG | {"help": "reviewed ones too"},
+    "--yes": FLAG | {"help": "do not ask y/N"},
+    "--test": {"metavar": "NAME", "nargs": "?", "const": "", "required": True,
+               "help": "send a sample, by this entry or by all"},
+    "number": {"type": int, "help": "as `standing` lists it"},
+    "--verify": FLAG | {"help": "check the whole chain"},
+    "--head": {"metavar": "HASH", "default": "",
+               "help": "a head noted before, to show a cut-off end"},
+    "name": {"help": "the reviewer, or the agent"},
+    "--agent": FLAG | {"help": "for an agent"},
+    "--tool": {"metavar": "NAME", "default": "run", "dest": "tool_name",
+               "help": "the name checkpoints see (run)"},
+    "--deadline": {"metavar": "SECONDS", "type": float,
+                   "help": "answer before this (a default per agent)"},
+    "--snippet": {"metavar": "AGENT", "choices": list(SNIPPETS),
+                  "help": f"print what to install: {', '.join(SNIPPETS)}"},
+    "--name": {"metavar": "NAME", "default": "server",
+               "help": "the server's, in mcp__NAME__tool (server)"},
+    "--model": {"metavar": "NAME", "default": "", "help": "of the agent"},
+    "--output": {"metavar": "FILE", "default": "hitl-evidence.json",
+                 "help": "the evidence (hitl-evidence.json)"},
 }
 EXIT_STATUS = ((ConfigError, 2), (ReviewTimeoutError, 3),
                (UnreachableError, 4))

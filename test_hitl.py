@@ -4430,7 +4430,7 @@ def test_stop_everything(desk):
             desk, "POST", path, REVIEWER, body, Content_Type=FORM,
             Accept="text/html")
         assert status == 303 and headers["Location"] in ("/", "/standing")
-    assert typed(desk, "standing").out == "no decision stands\n"
+    assert typed(desk, "standing").out == "no standing decisions\n"
 
 
 def test_arguments_changed_before_approval(ruled):
