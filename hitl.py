@@ -279,7 +279,7 @@ class AlreadyClaimedError(CollaborationError):
 
 
 class ReviewTimeoutError(HitlError, TimeoutError):
-    """Nobody decided in time; nothing ran. A TimeoutError to who asks."""
+    """Nobody decided in time; nothing ran. A TimeoutError too."""
 
     reason = "expired"
 
@@ -294,7 +294,7 @@ REFUSED_AS: dict[str, type[HitlError]] = {      # a reply's reason -> the error
 class Refusal(HitlError):
     """The server's side of a refusal; REFUSALS gives each its HTTP status.
 
-    `about` is the request as it stands, where there is one; `fields` are
+    `about` is the request as it is now, where there is one; `headers` are
     header lines for the answer.
     """
 
@@ -307,8 +307,8 @@ class Refusal(HitlError):
 
 # =============================== Vocabulary ================================
 # The nouns and the few pure functions everything else is built from: what a
-# request can become, how JSON is read and written so that two different calls
-# never look the same, and how text is shown so that it cannot lie.
+# request can become, and how JSON is read and written so that two different
+# calls never look the same.
 
 MAX_ARGUMENTS = 64 * 1024       # bytes: more is a document, not an action
 MAX_EDITED = 256 * 1024         # the same of an edit, which holds a file
@@ -10041,30 +10041,30 @@ def leash(path: Path, project: Path) -> list[str]:
     """Patterns for the files that decide what the agent may do: agents' own
     settings with their local twins, the rules, hitl.py with its database and
     the rest of its folder, and what the listed commands obey."""
-    files = [where.partition(" (")[0].removeprefix("~/")
-             for where, _ in SNIPPETS.values()]
-    files += [file.replace("settings.json", "settings.local.json")
-              for file in files if file.endswith("/settings.json")]
-    files += [".codex/config.toml", ".clinerules/hooks/", ".github/hooks/",
-              ".opencode/plugin", "opencode.json", ".mcp.json"]
-    stems = sorted({re.escape(file) for file in files})
-    folders = sorted({re.escape(file.partition("/")[0]) for file in files
-                      if "/" in file} - {re.escape(".github")})
-    own = absolute(__file__)
-    names = {"checkpoints.toml", "hitl.py", path.name, own.name}
-    whole = {os.path.realpath(path), os.path.realpath(own),
-             os.path.realpath(path.with_name("hitl.db"))}
-    folder = os.path.realpath(own.parent)
-    if not (os.path.realpath(project) + os.sep).startswith(folder + os.sep):
-        whole.add(folder)
+    own, path = absolute(__file__), path.absolute()
+    files = {re.escape(file) for file in (
+        ".codex/config.toml", ".clinerules/hooks/", ".github/hooks/",
+        ".opencode/plugin", "opencode.json", ".mcp.json",
+        *(where.partition(" (")[0].removeprefix("~/")
+          for where, _ in SNIPPETS.values()))}
+    folders = {file.partition("/")[0] for file in files if "/" in file}
+    settings = any_of(files).replace(r"settings\.json", r"settings(\.local)?\.json")
+    names = {"checkpoints.toml", "hitl.py", "hitl.db", path.name, own.name}
+    whole = {path, own, path.with_name("hitl.db")}
+    if not project.resolve().is_relative_to(own.parent.resolve()):
+        whole.add(own.parent)
     patterns = [
-        f"(^|/)({'|'.join(stems)})|(^|/)({'|'.join(folders)})/?$",
-        f"(^|/)({'|'.join(sorted(map(re.escape, names)))}|hitl\\.db)",
-        f"^({'|'.join(sorted(map(re.escape, whole)))})(/|$|-)",
+        f"(^|/){settings}|(^|/){any_of(folders - {re.escape('.github')})}/?$",
+        f"(^|/){any_of(map(re.escape, names))}",
+        f"^{any_of(re.escape(os.path.realpath(file)) for file in whole)}(/|$|-)",
         r"(^|/)\.git(/|$)|(^|/)HEAD$|(^|/)\.gitconfig$|/\.config/git/",
         r"(^|/)\.(bash_?(rc|profile|login|aliases)|profile|zsh(rc|env)|zprofile)$"]
     return [pattern.replace("/", "[/\\\\]") if os.name == "nt" else pattern
             for pattern in patterns]
+
+
+def any_of(patterns: Iterable[str]) -> str:
+    return f"({'|'.join(sorted(patterns))})"
 
 
 def cmd_list(args: Any) -> int:

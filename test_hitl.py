@@ -580,7 +580,7 @@ def some_json(rng, depth: int = 4):
         '[{"a":' * 16 + "{}" + "}]" * 16))], ids=rules_id)
 def test_json_that_could_be_read_in_two_ways_is_refused(data, why):
     """Strict JSON: UTF-8, no duplicates, no NaN, no infinity, 32 levels at
-    most, nothing behind it; else ValueError with the reason."""
+    most, nothing after it; else ValueError with the reason."""
     with pytest.raises(ValueError, match=re.escape(why) or None):
         hitl.parse_json(data)
 
@@ -795,8 +795,8 @@ def test_a_wrong_file_says_file_place_and_cure(tmp_path, make_rules, text,
 
 def test_a_file_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
     """A missing file, a folder, a binary file: ConfigError, for a Gate too;
-    never "no checkpoints". Where one lies beside hitl.py, that one is named,
-    and `init` is not proposed: its new file would gate less."""
+    never "no checkpoints". Where there is one beside hitl.py, the error names
+    it and does not propose `init`: a new file would gate less."""
     path = tmp_path / "checkpoints.toml"
     (tool := tmp_path / "tool").mkdir()
     monkeypatch.setattr(hitl, "__file__", str(tool / "hitl.py"))
