@@ -1153,13 +1153,9 @@ def read_json(text: str) -> list[Any]:
 def has_plain_values(arguments: Mapping[str, Any]) -> bool:
     """Whether no value could hold another call: numbers, and texts that
     are not JSON."""
-    for value in arguments.values():
-        if type(value) is not str:
-            if type(value) not in PLAIN_TYPES:
-                return False
-        elif "{" in value or "[" in value or '"' in value:
-            return False
-    return True
+    return all(type(value) in PLAIN_TYPES or type(value) is str and not (
+        "{" in value or "[" in value or '"' in value)
+        for value in arguments.values())
 
 
 # ---- shell commands and file edits ----
@@ -1234,6 +1230,7 @@ class Call:
                  cwd: str | None = None) -> None:
         self.tool, self.arguments, self.cwd = tool, arguments, cwd
         self.files = 0                          # looked up on the disk
+        self.seen: dict[str, list[str | None]] = {}
 
     @functools.cached_property
     def ambiguous(self) -> bool:
@@ -1268,10 +1265,13 @@ class Call:
     def texts(self, kind: str) -> list[str | None]:
         """What a call of this kind would do: the texts that a pattern looks
         at, None for one that cannot be read; empty if it is of another."""
-        try:
-            return self.commands if kind == "shell" else self.edits
-        except ValueError:
-            return [None]
+        if kind not in self.seen:
+            try:
+                self.seen[kind] = list(
+                    self.commands() if kind == "shell" else self.edits())
+            except ValueError:
+                self.seen[kind] = [None]
+        return self.seen[kind]
 
     def values_of(self, names: frozenset[str]) -> Iterator[Any]:
         """The values of the arguments so called, at any depth."""
@@ -1288,31 +1288,25 @@ class Call:
                 if isinstance(item, str):
                     yield item
 
-    @functools.cached_property
-    def commands(self) -> list[str | None]:
+    def commands(self) -> Iterator[str | None]:
         """The commands in three views: as they are; without quotes,
         backslashes and line continuations; and then with $IFS as a blank."""
-        views: list[str | None] = []
         if has_word(SHELL_WORDS, self.tool):
             for text in map(one_text, self.values_of(COMMANDS)):
                 bare = re.sub(r"\\\r?\n|[\\'\"`^]", "", text or "")
                 blank = re.sub(r"\$\{?IFS[^}\s]{0,9}\}?", " ", bare)
-                views += dict.fromkeys((text, bare, blank))
-        return views
+                yield from dict.fromkeys((text, bare, blank))
 
-    @functools.cached_property
-    def edits(self) -> list[str | None]:
+    def edits(self) -> Iterator[str | None]:
         """The files that an edit, or a patch in a shell text, would touch."""
-        texts: list[str | None] = []
         for text in self.texts("shell"):
             if text and ("apply_patch" in text or PATCH_PATH.search(text)):
-                texts += self.patched(text)
+                yield from self.patched(text)
         if has_word(EDIT_WORDS, self.tool):
             for path in self.items_of(PATHS):
-                texts += self.landings(path)
+                yield from self.landings(path)
             for text in self.items_of(PATCHES):
-                texts += self.patched(text)
-        return texts
+                yield from self.patched(text)
 
     def patched(self, text: str) -> Iterator[str | None]:
         """What a patch says of files: its lines but for content, and the

@@ -1091,8 +1091,7 @@ def test_names_that_count_as_one_are_ambiguous(make_rules, arguments):
     ("call", {"a": '["{\\u0022tool_name\\u0022: \\u0022delete_file\\u0022}"]'}),
     ("call", {"calls": [{"name": "x", "input": 1}] * 101}),
     ("call", {"a": "[" * 99_999})], ids=rules_id)
-def test_a_dispatcher_is_looked_through(make_rules, make_gate, desk, tool,
-                                        inner):
+def test_a_dispatcher_is_looked_through(make_rules, tool, inner):
     """Where a call's arguments name an inner tool with its arguments, at any
     depth, in lists and in JSON text, that call is matched too and the
     stricter one counts."""
