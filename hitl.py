@@ -138,21 +138,41 @@ if sys.version_info < (3, 11):  # said in words that Python 3.8 can still read
                      "`uv run hitl.py`, which fetches one\n")
     sys.exit(2)                         # to a coding agent: refused
 
+# What `python -I -c` is given to run this file, and nothing that lies beside it
+# or that the environment names; with its bytecode, but only from that folder.
+LOADER = (
+    "import gc, sys; gc.disable(); from importlib.machinery import SourceFileLoader; "
+    "_, sys.pycache_prefix, file, *words = sys.argv; sys.argv = [file, *words]; "
+    "hitl = sys.modules['hitl'] = type(sys)('hitl'); hitl.__file__ = file; "
+    "code = SourceFileLoader('hitl', file).get_code('hitl'); sys.pycache_prefix = None; "
+    "exec(code, hitl.__dict__); gc.enable(); sys.exit(hitl.main())")
+
+
+def bytecode_folder() -> str:
+    """Where this file's bytecode is kept: what is in it would run as hitl.py,
+    so it belongs to this user alone; OSError otherwise."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = os.path.join(os.path.abspath(base), "hitl")
+    os.makedirs(folder, 0o700, exist_ok=True)
+    found = os.lstat(folder)
+    if os.name == "posix" and (found.st_uid != os.getuid() or found.st_mode & 0o077):
+        raise PermissionError(0, "is not this user's alone", folder)
+    return folder
+
+
 if __name__ == "__main__" and not sys.flags.isolated:
     # Nothing else is imported yet. A json.py beside this file, or one that
     # PYTHONPATH names, would run in place of Python's own and could answer
     # "approved" (promise 1): start again where only Python's folders count.
-    # (Compiled by hand: Python would keep a script's syntax tree, 18 MB.)
     if os.name == "posix":
+        try:
+            cache = bytecode_folder()
+        except OSError:
+            cache = os.devnull          # where nothing can be kept
         try:
             os.execv(sys.executable, [
                 sys.executable, "-I", *(f"-W{w}" for w in sys.warnoptions), "-c",
-                'import sys; del sys.argv[0]; hitl = type(sys)("hitl"); '
-                'sys.modules["hitl"] = hitl; hitl.__file__ = sys.argv[0]\n'
-                'with open(hitl.__file__, "rb") as file: text = file.read()\n'
-                'exec(compile(text, hitl.__file__, "exec"), hitl.__dict__); '
-                "sys.exit(hitl.main())",
-                __file__, *sys.argv[1:]])
+                LOADER, cache, os.path.abspath(__file__), *sys.argv[1:]])
         except (OSError, ValueError, TypeError):
             os._exit(2)             # to a coding agent: refused
     # elsewhere exec would not wait for the new process
@@ -8431,13 +8451,6 @@ def refusal_text(fault: BaseException) -> str:
 
 # ---- the hook: what to install, and where ----
 
-# Loads hitl.py by its path, with bytecode from -X pycache_prefix alone; -I
-# keeps everything out that lies beside it or that the environment names.
-LOADER = (
-    'import gc, sys; gc.disable(); from importlib.machinery import SourceFileLoader; '
-    'del sys.argv[0]; file = sys.argv[0]; '
-    'hitl = sys.modules["hitl"] = type(sys)("hitl"); hitl.__file__ = file; '
-    'SourceFileLoader("hitl", file).exec_module(hitl); sys.exit(hitl.main())')
 COMMAND = {"type": "command", "command": "{command}", "timeout": DAY}
 WAITING = {"statusMessage": "{waiting}"}
 SNIPPETS: dict[str, tuple[str, Any]] = {
@@ -8462,30 +8475,18 @@ ADVICE = {"codex": "trust it once with /hooks: untrusted hooks are skipped",
           "gemini": "timeout is in milliseconds"}
 
 
-def bytecode_folder() -> Path:
-    """Where the hook's bytecode is kept: what is in it would run as hitl.py,
-    so it belongs to this user alone; ConfigError otherwise."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    folder = base.absolute() / "hitl"
-    try:
-        folder.mkdir(0o700, parents=True, exist_ok=True)
-        found = folder.lstat()
-    except OSError as error:
-        raise ConfigError(f"{folder}: {error.strerror}",
-                          "XDG_CACHE_HOME can name another place") from None
-    if os.name == "posix" and (found.st_uid != os.getuid()
-                               or found.st_mode & 0o077):
-        raise ConfigError(f"{folder} is not this user's alone",
-                          f"chmod 700 {folder}")
-    return folder
-
-
 def hook_command(agent: str, config: str | None) -> str:
     """The line an agent is to run; an agent that ignores exit statuses gets a
     refusal to print."""
     import shlex
-    words = [sys.executable, "-I", "-X", f"pycache_prefix={bytecode_folder()}",
-             "-c", LOADER, str(Path(__file__).absolute()), "hook"]
+    try:
+        cache = bytecode_folder()
+    except OSError as error:
+        raise ConfigError(f"{error.filename} {error.strerror}",
+                          f"chmod 700 {error.filename}, or name another place in "
+                          "XDG_CACHE_HOME") from None
+    words = [sys.executable, "-I", "-c", LOADER, cache,
+             str(Path(__file__).absolute()), "hook"]
     if config:
         words += ["--config", str(Path(config).absolute())]
     if agent == "cline":
