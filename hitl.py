@@ -1902,7 +1902,8 @@ def load_configuration(path: Path) -> Configuration:
     refuse_strangers(path, checkpoints, people)
     digest = hashlib.sha256(data).hexdigest()
     return Configuration(Rules(checkpoints, gate["unmatched"], path, digest),
-                         gate, server, people, agents, notify_entries(path, tables))
+                         gate, server, people, agents,
+                         tuple(rows_of(path, "notify", tables)))
 
 
 def read_toml(path: Path) -> tuple[bytes, dict[str, Any]]:
@@ -1945,16 +1946,6 @@ def rows_of(path: Path, kind: str, tables: dict[str, Any]
     return rows
 
 
-def notify_entries(path: Path, tables: dict[str, Any]
-                   ) -> tuple[Mapping[str, Any], ...]:
-    """The [[notify]] tables, checked key by key and as a whole."""
-    entries = rows_of(path, "notify", tables)
-    for n, entry in enumerate(entries, 1):
-        with config_error(f'{path}: notify {n} "{entry["name"]}":'):
-            check_notify(entry)
-    return tuple(entries)
-
-
 def refuse_strangers(path: Path, checkpoints: Iterable[Checkpoint],
                      reviewers: Mapping[str, str]) -> None:
     """ConfigError where a checkpoint names somebody who is not a reviewer:
@@ -1974,15 +1965,15 @@ def check_tables(path: Path, tables: dict[str, Any]) -> None:
     marks = {name: f"[{name}]" if name in ("gate", "server") else f"[[{name}]]"
              for name in KEYS}
     for name, value in tables.items():
-        rows = value if isinstance(value, list) else [value]
+        homes = [marks[table] for table in KEYS if name in KEYS[table]]
+        if name not in KEYS and homes:
+            raise ConfigError(f'{path}: "{name}" is outside of any table',
+                              f"put {name} under {homes[0]}")
         if name not in KEYS:
-            home = next((marks[t] for t in KEYS if name in KEYS[t]), "")
-            if home:
-                raise ConfigError(f'{path}: "{name}" is outside of any table',
-                                  f"put {name} under {home}")
             near = did_you_mean(f"[[{name}]]", marks.values())
             raise ConfigError(f'{path}: unknown table or key "{name}"', near[2:]
                               or f"known: {', '.join(marks.values())}")
+        rows = value if isinstance(value, list) else [value]
         if marks[name].startswith("[[") != isinstance(value, list) or not all(
                 isinstance(row, dict) for row in rows):
             raise ConfigError(f'{path}: "{name}" is not written {marks[name]}',
@@ -2010,6 +2001,9 @@ def checked(path: Path, place: str, kind: str,
             raise ConfigError(f'{where}: "{key}" is missing', f'add {key} = "..."')
         with config_error(f"{where}: {key}"):
             values[key] = check(table[key]) if key in table else default
+    if kind == "notify":
+        with config_error(f"{where}:"):
+            check_notify(values)
     return values
 
 
