@@ -8,8 +8,6 @@ for a human being before it deletes, deploys, sends or pays.
       ^                     |  <--- long poll ------ SQLite <-- /approve --+
       +---- result, CollaborationError or TimeoutError
 
-Do this
--------
     python3 hitl.py demo      # see it happen: a sample agent asks, you decide
     python3 hitl.py init      # write checkpoints.toml: what needs a person
     python3 hitl.py serve     # the desk: prints the link where you review
@@ -34,61 +32,56 @@ The promises (the code cites them by number; test_hitl.py tests each)
 1. A tool call that matches a checkpoint never runs without a recorded
    approval. Every failure refuses: server gone, bad reply, bad
    configuration, crash.
-2. What runs is exactly what the reviewer approved: the arguments executed
-   are parsed from the bytes that were stored, displayed and digested (or,
-   where the reviewer changed them, from those).
+2. What runs is exactly what the reviewer approved: parsed from the bytes that
+   were stored, displayed and digested (or that the reviewer changed them to).
 3. One approval runs one call, once, whatever is retried, raced or replayed.
 4. Silence is not consent, and it is not a refusal either: a request nobody
    answers by its deadline is `expired`, and says so.
 5. An agent cannot decide: the credential that creates requests can never
    approve or reject them.
-6. Once the server has answered, nothing is lost: a request or a decision that
-   was acknowledged survives kill -9 and power loss on an honest disk.
+6. Once the server has answered, nothing is lost: an acknowledged request or
+   decision survives kill -9 and power loss on an honest disk.
 7. The page cannot mislead: nothing is cut or hidden where the buttons are,
    and nothing an agent wrote can act as markup.
 8. The audit log shows tampering.
 9. A reviewer is told: each notice that is configured was sent for every
    request, or the card and the log say that it was not.
 
-Not promised
-------------
-It guards against the model and whatever steers it, not against code that runs
-as the same operating-system user as the server: such code can edit the
-database, the checkpoints and the gate. Where the agent has a shell, run
-`serve` as another user or on another host. A regular expression is a
-tripwire, not a boundary: `unmatched = "review"` turns the list around. A
-false server that sees a request can say yes to it: server_url must be one you
-trust. A tool that is approved can still do more than its name says.
+Not promised: it guards against the model and whatever steers it, not against
+code that runs as the server's own user and so can edit the database, the
+checkpoints and the gate. Where the agent has a shell, run `serve` as another
+user or on another host. A regular expression is a tripwire, not a boundary:
+`unmatched = "review"` turns the list around. server_url must name a server you
+trust. An approved tool can still do more than its name says.
 
 How to audit this file
 ----------------------
-The path of a call is what decides whether a call runs: the rooms marked *
-below, in reading order. A room that is not marked is a face, or a mechanism
-whose failure refuses. Each room uses only rooms above it, and each effect has
-one address. The reviewer's half (Store to Loop) and the agent's half (Client
-to Adapters) meet only over HTTP, so each can be read alone: they share the
-rooms above them. Tools are run in Gate.call and acall, and by what an approval
-is handed to: the MCP server, the coding agent, the command of `run`.
+The rooms marked * decide whether a call runs; read them in order. Any other is
+a face, or a mechanism whose failure refuses. Each room uses only rooms above
+it, and each effect has one address. The reviewer's half (Store to Loop) and
+the agent's half (Client to Adapters) meet only over HTTP, so each can be read
+alone, after the rooms above both. Tools are run in Gate.call and acall, and by
+what an approval is handed to: the MCP server, the coding agent, `run`.
 `grep -n '^# ====' hitl.py` prints this map with line numbers.
 
-  * Errors              84  the ways it can go wrong, each with its hint
+  * Errors              92  the ways it can go wrong, each with its hint
   * Vocabulary         288  statuses, canonical JSON, the digest
     Text               178  text that a person can trust to be what it shows
-  * Matching           816  does a checkpoint match this call?
+  * Matching           703  does a checkpoint match this call?
     Configuration      523  reads and checks checkpoints.toml
   * Store             1077  the only SQL: requests, decisions, the audit log
     Database file      305  opens, locks and verifies it
     Notices            574  tells a reviewer; the only outgoing messages
     Pages             1122  the only HTML; pure functions
-  * Rights and routes 1035  who may do what, and the replies
-    Loop               539  the only listening socket; one transaction a turn
+  * Rights and routes 1045  who may do what, and the replies
+    Loop               545  the only listening socket; one transaction a turn
   * Client             173  the only outgoing requests to the server
     Context            276  what the card says of the agent; secrets masked
-    Guard              131  the decorator
-  * Gate               908  match, ask, wait, claim, run, report: runs a tool
-    Adapters           827  coding-agent hooks, MCP proxy, command prefix
-    Evidence           353  `verify` and `demo`: the whole path, for real
-    Command line      1301  argv, environment, stdout
+    Guard              173  the decorator
+  * Gate               786  match, ask, wait, claim, run, report: runs a tool
+    Adapters           747  coding-agent hooks, MCP proxy, command prefix
+    Evidence           306  `verify` and `demo`: the whole path, for real
+    Command line      1238  argv, environment, stdout
 
 Files: checkpoints.toml (rules); hitl.db, -wal, -shm (requests and audit log);
 hitl.db.lock (one server a database). Environment: HITL_SERVER_URL,
@@ -96,30 +89,14 @@ HITL_CONFIG, HITL_DATABASE, HITL_AGENT_TOKEN, HITL_AGENT, HITL_REVIEWER,
 HITL_REVIEWER_TOKEN. A flag wins over the environment, that over the file.
 
 Is this copy whole and current? `python3 hitl.py --version` prints its version
-and its own SHA-256, to compare with the one you trust.
-
-Changes: 2.0.0 notices, named reviewers and agents, decisions that stand,
-arguments a reviewer may change, kind = "shell" and "edit", TLS; half the loop
-is asyncio's. 1.0.0 the first: checkpoints, store, server, page, gate, adapters.
+and its own SHA-256, to compare with the one you trust. 2.0.0 added notices,
+named reviewers and agents, decisions that stand, arguments a reviewer may
+change, kind = "shell" and "edit", and TLS.
 """
 # SPDX-License-Identifier: MIT-0
-#
-# Copyright 2026 the authors of hitl.py
-#
-# Permission is hereby granted, free of charge, to any person obtaining a copy
-# of this software and associated documentation files (the "Software"), to deal
-# in the Software without restriction, including without limitation the rights
-# to use, copy, modify, merge, publish, distribute, sublicense, and/or sell
-# copies of the Software, and to permit persons to whom the Software is
-# furnished to do so.
-#
-# THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
-# IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
-# FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
-# AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
-# LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
-# OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
-# SOFTWARE.
+# Copyright 2026 the authors of hitl.py. MIT No Attribution: copy, change and
+# sell it, without conditions. Provided "AS IS", without warranty of any kind.
+# The whole text: https://spdx.org/licenses/MIT-0.html
 #
 # /// script
 # requires-python = ">=3.11"
@@ -8088,101 +8065,7 @@ def checked_on_reject(value: Any) -> Any:
 # before a command. Each fails closed in its agent's own way. What the agents
 # send and accept was measured with the real clients, November 2026.
 
-# ---- the hook: what each coding agent says and accepts ----
-
-DAY = 86_400                    # a request outlives the hook that asked
-SPARE_SECONDS = 5               # an answer comes so long before it is too late
-WHY = "{why}"                   # where an answer holds the explanation
-SELF_TEST = "echo hitl-selftest"
-MAX_HOOK_INPUT = 16 << 20       # bytes: a whole file may be written by a call
 Json = dict[str, Any]
-
-
-class Dialect(NamedTuple):
-    """How one coding agent speaks to its hooks. A path is dotted."""
-
-    tool: str                           # where the tool's name is
-    arguments: str
-    session: str
-    approved: Json                      # what to answer, exactly
-    rejected: Json
-    seconds: float                      # answers by then, if nothing else is said
-    longest: float = DAY - SPARE_SECONDS    # what its agent keeps, at the most
-    status: int | None = None           # of an error: prints `rejected` as well;
-                                        # None: prints nothing, exits with 2
-
-
-def claude(**answer: Any) -> Json:
-    return {"hookSpecificOutput": answer}
-
-
-PRE, ASK = "PreToolUse", "PermissionRequest"
-ALLOWED = claude(hookEventName=PRE, permissionDecision="allow",
-                 permissionDecisionReason=WHY)
-DENIED = claude(hookEventName=PRE, permissionDecision="deny",
-                permissionDecisionReason=WHY)
-FLAT = ("tool_name", "tool_input", "session_id")
-CAMEL = ("toolName", "toolArgs", "sessionId")
-DIALECTS = {
-    "claude": Dialect(*FLAT, ALLOWED, DENIED, 595),
-    "opencode": Dialect(*FLAT, ALLOWED, DENIED, 595, status=0),
-    # a plain allow is invalid in Codex: {} lets the call go on
-    "codex": Dialect(*FLAT, {}, DENIED, 595),
-    "permission": Dialect(
-        *FLAT, claude(hookEventName=ASK, decision={"behavior": "allow"}),
-        claude(hookEventName=ASK, decision={"behavior": "deny",
-                                            "message": WHY}), 595),
-    "gemini": Dialect(*FLAT, {"decision": "allow"},
-                      {"decision": "deny", "reason": WHY}, 55),
-    # Copilot shows the reason only with exit status 0
-    "copilot": Dialect(
-        *CAMEL, {"permissionDecision": "allow"},
-        {"permissionDecision": "deny", "permissionDecisionReason": WHY}, 25,
-        status=0),
-    "copilot-pascal": Dialect(*FLAT, ALLOWED, DENIED, 25, status=0),
-    "copilot-permission": Dialect(
-        *CAMEL, {"behavior": "allow"},
-        {"behavior": "deny", "message": WHY, "interrupt": False}, 25,
-        status=0),
-    # Cline ignores exit statuses, and runs the tool after 120 s, always
-    "cline": Dialect(
-        "tool_call.name", "tool_call.input", "taskId", {"cancel": False},
-        {"cancel": True, "errorMessage": WHY}, 115, 115, status=0),
-    "cursor": Dialect(
-        "tool_name", "tool_input", "conversation_id",
-        {"permission": "allow"}, {"permission": "deny", "user_message": WHY,
-                                  "agent_message": WHY}, 55, status=2),
-}
-
-
-def dialect_of(call: Any) -> str:
-    """Which dialect a hook's input is; HitlError if it is none."""
-    if not isinstance(call, dict):
-        raise HitlError("the input is not a JSON object", reason="bad-hook")
-    event = call.get("hook_event_name", "")
-    if "clineVersion" in call or "tool_call" in call or "preToolUse" in call:
-        return "cline"
-    if "cursor_version" in call or event in ("beforeShellExecution",
-                                             "beforeMCPExecution"):
-        return "cursor"
-    if call.get("hookName") == "permissionRequest":
-        return "copilot-permission"
-    if event == PRE and ("opencode" in str(call.get("hook_source"))
-                         or str(call.get("session_id")).startswith("ses_")):
-        return "opencode"
-    if event == PRE and "turn_id" in call:
-        return "codex"
-    if event == PRE:
-        return "claude" if "transcript_path" in call else "copilot-pascal"
-    if event == ASK:
-        return ("permission" if "transcript_path" in call
-                else "copilot-permission")
-    if event == "BeforeTool":
-        return "gemini"
-    if "toolName" in call:
-        return "copilot"
-    raise HitlError("this is not a call of a coding agent that hitl.py knows",
-                    reason="bad-hook")
 
 
 def at_path(data: Any, path: str) -> Any:
@@ -8192,75 +8075,177 @@ def at_path(data: Any, path: str) -> Any:
     return data
 
 
-def proposed(name: str, call: Mapping[str, Any]) -> tuple[str, Json]:
-    """The tool call a hook's input proposes; HitlError without a name."""
-    dialect = DIALECTS[name]
-    tool, arguments = (at_path(call, path) for path in dialect[:2])
-    if name == "cline" and tool is None:
-        tool = at_path(call, "preToolUse.toolName")
-        arguments = at_path(call, "preToolUse.parameters")
-    if name == "copilot-permission" and tool is None:
-        tool, arguments = call.get("tool_name"), call.get("tool_input")
-    if name == "cursor" and tool is None and "command" in call:
-        tool, arguments = "shell", {"command": call["command"]}
-    if isinstance(arguments, str):      # JSON inside JSON, or plain text
-        try:
-            arguments = parse_json(arguments)
-        except ValueError as error:
-            if read_loosely(arguments) is not None:
-                raise HitlError(f"the arguments are not strict JSON: {error}",
-                                reason="bad-hook") from None
-    if not isinstance(tool, str) or not tool:
-        raise HitlError("the call names no tool", reason="bad-hook")
-    if arguments is None:
-        return tool, {}
-    return tool, arguments if isinstance(arguments, dict) else {
-        "input": arguments}
-
-
-def filled(shape: Any, **words: str) -> Any:
-    """A shape of JSON in which each text "{word}" is replaced."""
-    if isinstance(shape, dict):
-        return {name: filled(v, **words) for name, v in shape.items()}
-    if isinstance(shape, list):
-        return [filled(v, **words) for v in shape]
-    return words.get(shape[1:-1], shape) if isinstance(shape, str) else shape
-
-
 def read_loosely(data: bytes | str) -> Any:
-    """JSON that strict reading refused, to see who is to be told; else None.
-    """
+    """JSON that strict reading refused, to see who is to be told, or None."""
     with contextlib.suppress(ValueError, RecursionError):
         return json.loads(data)
     return None
 
 
-def session_key(name: str, call: Mapping[str, Any]) -> str:
-    """A digest of the session and its folder: a decision that comes late is
-    picked up by the same session only."""
-    session = at_path(call, DIALECTS[name].session)
-    if not session:
-        session = call.get("transcript_path")
-    key = canonical([session, call.get("cwd")])
-    return hashlib.sha256(key.encode()).hexdigest()
-
-
-def hook_agent(name: str, call: Mapping[str, Any]) -> str:
-    """The name on the card: agent, folder, session, sub-agent."""
-    parts = [os.environ.get("HITL_AGENT") or name.partition("-")[0],
-             call.get("cwd"), f"session {session_key(name, call)[:8]}"]
-    parts += [f"{key} {call[key]}" for key in ("agent_type", "agent_id")
-              if call.get(key)]
-    return cut(" ".join(str(part) for part in parts if part), MAX_NAME)
-
-
-def exit_by_signal(number: int, frame: Any) -> NoReturn:
-    sys.exit(128 + number)
+def lines_from(file: int) -> Iterator[bytes]:
+    """The lines of a file descriptor; unbuffered, since a thread that waits
+    inside a buffered stdin makes Python abort at exit."""
+    rest = b""
+    while data := os.read(file, 1 << 16):
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            yield line + b"\n"
+    if rest:
+        yield rest
 
 
 def write_whole(file: int, data: bytes) -> None:
     while data:
         data = data[os.write(file, data):]
+
+
+def child_environment() -> dict[str, str]:
+    """This process's own, without what could approve (promise 5)."""
+    return {name: value for name, value in os.environ.items()
+            if name != "HITL_REVIEWER_TOKEN"}
+
+
+def shell_status(status: int) -> int:
+    """An exit status as a shell gives it: 128 + the signal that ended it."""
+    return 128 - status if status < 0 else status
+
+
+def on_signals(names: str, handler: Callable[[int, Any], None]) -> None:
+    """Handle those of these signals that this system has."""
+    import signal
+    for name in names.split():
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), handler)
+
+
+def exit_by_signal(number: int, frame: Any) -> NoReturn:
+    """End as by an exception, so that what waits is withdrawn."""
+    sys.exit(128 + number)
+
+
+# ---- the hook: what each coding agent says and accepts ----
+
+DAY = 86_400                    # a request outlives the hook that asked
+SPARE_SECONDS = 5               # an answer comes so long before it is too late
+MAX_HOOK_INPUT = 16 << 20       # bytes: a whole file may be written by a call
+PRE, ASK, WHY = "PreToolUse", "PermissionRequest", "{why}"
+
+
+class Dialect(NamedTuple):
+    """How one coding agent speaks to its hooks."""
+
+    name: str
+    signs: tuple[str, ...]      # words that an input has, in one of these sets
+    approved: Json              # what to answer, exactly
+    rejected: Json
+    seconds: float              # answers by then, if nothing else is said
+    status: int | None = None   # of an error, which is told as `rejected` is;
+                                # None: not on stdout, and exits with 2
+    longest: float = DAY - SPARE_SECONDS        # what its agent keeps
+
+
+def claude(event: str, **answer: Any) -> Json:
+    return {"hookSpecificOutput": {"hookEventName": event, **answer}}
+
+
+ALLOWED = claude(PRE, permissionDecision="allow", permissionDecisionReason=WHY)
+DENIED = claude(PRE, permissionDecision="deny", permissionDecisionReason=WHY)
+DIALECTS = (                    # the first whose sign is there
+    # Cline ignores exit statuses, and runs the tool after 120 s, always
+    Dialect("cline", ("clineVersion", "tool_call", "preToolUse"),
+            {"cancel": False}, {"cancel": True, "errorMessage": WHY},
+            115, 0, 115),
+    Dialect("cursor", ("cursor_version", "beforeShellExecution:",
+                       "beforeMCPExecution:"), {"permission": "allow"},
+            {"permission": "deny", "user_message": WHY, "agent_message": WHY},
+            55, 2),
+    Dialect("opencode", ("PreToolUse: hook_source", "PreToolUse: ses_"),
+            ALLOWED, DENIED, 595, 0),
+    # a plain allow is invalid in Codex: {} lets the call go on
+    Dialect("codex", ("PreToolUse: turn_id",), {}, DENIED, 595),
+    Dialect("claude", ("PreToolUse: transcript_path",), ALLOWED, DENIED, 595),
+    Dialect("claude-permission", ("PermissionRequest: transcript_path",),
+            claude(ASK, decision={"behavior": "allow"}),
+            claude(ASK, decision={"behavior": "deny", "message": WHY}), 595),
+    Dialect("gemini", ("BeforeTool:",), {"decision": "allow"},
+            {"decision": "deny", "reason": WHY}, 55),
+    # Copilot shows the reason only with exit status 0
+    Dialect("copilot-pascal", ("PreToolUse:",), ALLOWED, DENIED, 25, 0),
+    Dialect("copilot-permission", ("PermissionRequest:", "permissionRequest:"),
+            {"behavior": "allow"},
+            {"behavior": "deny", "message": WHY, "interrupt": False}, 25, 0),
+    Dialect("copilot", ("toolName",), {"permissionDecision": "allow"},
+            {"permissionDecision": "deny", "permissionDecisionReason": WHY},
+            25, 0),
+)
+UNKNOWN = Dialect("", (), {}, {}, 25)
+CALLS = (       # where a tool's name is, and its arguments; the first counts
+    ("tool_call.name", "tool_call.input"),
+    ("preToolUse.toolName", "preToolUse.parameters"),
+    ("tool_name", "tool_input"),
+    ("toolName", "toolArgs"),
+)
+SESSIONS = ("session_id", "sessionId", "taskId", "conversation_id",
+            "transcript_path")
+
+
+def dialect_of(call: Any) -> Dialect:
+    """The dialect of a hook's input, by its event, its members and how its
+    session begins; or UNKNOWN."""
+    if isinstance(call, dict):
+        event = call.get("hook_event_name") or call.get("hookName")
+        words = {*call, f"{event}:", str(call.get("session_id"))[:4]}
+        for dialect in DIALECTS:
+            if any(words.issuperset(sign.split()) for sign in dialect.signs):
+                return dialect
+    return UNKNOWN
+
+
+def proposed(call: Json) -> tuple[str, Json]:
+    """The tool call a hook's input proposes; HitlError without a name."""
+    tool = arguments = None
+    for name, given in CALLS:
+        if tool is None:
+            tool, arguments = at_path(call, name), at_path(call, given)
+    if tool is None and "command" in call:              # Cursor's shell
+        tool, arguments = "shell", {"command": call["command"]}
+    if not isinstance(tool, str) or not tool:
+        raise HitlError("the call names no tool", reason="bad-hook")
+    if isinstance(arguments, str) and read_loosely(arguments) is not None:
+        arguments = parse_json(arguments)       # JSON inside JSON
+    if arguments is None or isinstance(arguments, dict):
+        return tool, arguments or {}
+    return tool, {"input": arguments}
+
+
+def session_key(call: Json) -> str:
+    """A digest of the session and its folder: a decision that comes late is
+    picked up by the same session only."""
+    session = next((call[name] for name in SESSIONS if call.get(name)), None)
+    key = canonical([session, call.get("cwd")])
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def hook_agent(name: str, call: Json) -> str:
+    """The name on the card: agent, folder, session."""
+    own = os.environ.get("HITL_AGENT") or name.partition("-")[0]
+    return cut(f"{own} {call.get('cwd', '')} session {session_key(call)[:8]}",
+               MAX_NAME)
+
+
+def is_self_test(arguments: Json) -> bool:
+    """Whether a command is `echo hitl-selftest`, which shows the hook at work.
+    """
+    text = canonical(arguments).replace("\\", "")    # JSON inside JSON
+    return re.search('"echo(","| )hitl-selftest"', text) is not None
+
+
+def filled(shape: Json, **words: str) -> str:
+    """A shape as JSON in which each text "{word}" is replaced."""
+    text = json.dumps(shape, indent=2)
+    for word, value in words.items():
+        text = text.replace(f'"{{{word}}}"', json.dumps(value))
+    return text
 
 
 class Hook:
@@ -8271,11 +8256,11 @@ class Hook:
     away (`re` looks for signals as it goes). Behind it is a timer in C.
     """
 
-    def __init__(self, config: Path | None, deadline: float | None) -> None:
+    def __init__(self, config: str | None, deadline: float | None) -> None:
         self.config, self.deadline = config, deadline
         self.began, self.parent = time.monotonic(), os.getppid()
         self.ends_at, self.ended = math.inf, False
-        self.dialect = ""               # until it is known
+        self.dialect = UNKNOWN
         self.notes: list[str] = []      # warnings, for a person only
 
     def run(self) -> NoReturn:
@@ -8286,90 +8271,61 @@ class Hook:
             os._exit(2)
         log.warning = lambda words, *rest: self.notes.append(words % rest)
         log.error = lambda *_: None     # its hint is not for a model
-        self.watch(min(self.deadline or 25, 25))
+        self.end(*self.reply(lambda: sys.stdin.buffer.read(MAX_HOOK_INPUT)))
+
+    def reply(self, read: Callable[[], bytes]) -> tuple[Json | None, int, str]:
+        """What to print, the exit status, and what to say on stderr."""
         try:
-            answer = self.answer(sys.stdin.buffer.read(MAX_HOOK_INPUT))
+            self.watch()
+            return self.answer(read()), 0, ""
         except BaseException as fault:  # a signal, or a fault of ours
-            self.refuse(fault)
-        self.end(answer, 0)
-
-    def watch(self, seconds: float) -> None:
-        """Answer by then, whatever happens."""
-        import faulthandler
-        import signal
-        self.ends_at = self.began + seconds
-        left = max(0.001, self.ends_at - time.monotonic())
-        if hasattr(signal, "setitimer"):
-            signal.signal(signal.SIGALRM, self.too_late)
-            signal.setitimer(signal.ITIMER_REAL, left)
-            left += 1
-        signal.signal(signal.SIGTERM, exit_by_signal)
-        faulthandler.dump_traceback_later(
-            left, exit=True, file=os.open(os.devnull, os.O_WRONLY))
-
-    def too_late(self, *_: Any) -> None:
-        if not self.ended:
-            seconds = self.ends_at - self.began
-            self.refuse(ReviewTimeoutError(
-                f"no answer within {seconds:g} s", reason="still-waiting"))
+            return self.refusal(fault)
 
     def answer(self, data: bytes) -> Json:
         """What to print if the call may go on; raises if it may not."""
-        try:
-            call = parse_json(data)
-        except ValueError as error:
-            self.learn(read_loosely(data))
-            raise HitlError("the input is not a coding agent's JSON: "
-                            f"{error}", reason="bad-hook") from None
-        self.learn(call)
-        tool, arguments = proposed(self.dialect or dialect_of(call), call)
+        self.dialect = dialect_of(read_loosely(data))               # 1 read
+        self.watch()                    # an error too is told in its dialect
+        call = parse_json(data)
+        if self.dialect is UNKNOWN:
+            raise HitlError("this is not a call of a coding agent that hitl.py "
+                            "knows", reason="bad-hook")
+        tool, arguments = proposed(call)
         gate = Gate(find_configuration(self.config, local=False),
-                    context=call, agent=hook_agent(self.dialect, call))
+                    context=call, agent=hook_agent(self.dialect.name, call))
         if is_self_test(arguments):
             raise CollaborationError("the hook works: this call was refused "
                                      "as a test", reason="self-test")
-        held = self.hold(gate, tool, arguments, call)
+        held = self.hold(gate, tool, arguments, call)               # 2 hold
         if held is None:
             return {}                   # no opinion: its own flow goes on
-        why = held.changed or f"approved by {held.approved_by}"
-        answer: Json = filled(DIALECTS[self.dialect].approved, why=why)
+        why = held.changed or f"approved by {held.approved_by}"     # 3 answer
+        answer: Json = json.loads(filled(self.dialect.approved, why=why))
         if held.changed:
             answer["hookSpecificOutput"]["updatedInput"] = held.arguments
         return answer
 
-    def learn(self, call: Any) -> None:
-        """Note the dialect, so that even an error is answered in it."""
-        with contextlib.suppress(HitlError):
-            self.dialect = dialect_of(call)
-            agent = DIALECTS[self.dialect]
-            self.watch(min(self.deadline or agent.seconds, agent.longest))
-
-    def hold(self, gate: Gate, tool: str, arguments: Json,
-             call: Mapping[str, Any]) -> Held | None:
+    def hold(self, gate: Gate, tool: str, arguments: Json, call: Json
+             ) -> Held | None:
         """This call, approved, None if nothing matches; raises as the gate
         does. The same call in the same session attaches to the request that
         still waits, or picks up what was decided meanwhile."""
-        cwd = call.get("cwd")
-        where = cwd if isinstance(cwd, str) else None
-        match = gate.rules.first_match(tool, arguments, where)
+        cwd = call["cwd"] if isinstance(call.get("cwd"), str) else None
+        match = gate.rules.first_match(tool, arguments, cwd)
         if match.effect == "allow":
             return None
-        seconds = self.ends_at - time.monotonic()
-        rule = match.checkpoint
-        limit = max(0.1, round(min(seconds - min(1, seconds / 10),
-                                   rule.timeout_seconds or math.inf), 1))
-        lifetime = first_of(rule.lifetime_seconds,
+        left = self.ends_at - time.monotonic()
+        wait = min(left - min(1, left / 10),
+                   first_of(match.checkpoint.timeout_seconds, math.inf))
+        lifetime = first_of(match.checkpoint.lifetime_seconds,
                             gate.configuration.gate["lifetime_seconds"], DAY)
         try:
             return gate.hold(
-                tool, arguments, cwd=where, attach=True,
-                edits=self.dialect == "claude",     # others take no changes
-                session=session_key(self.dialect, call), tick=self.check_parent,
-                timeout_seconds=limit,
-                lifetime_seconds=max(lifetime, limit + 1))
+                tool, arguments, cwd=cwd, session=session_key(call),
+                attach=True, tick=self.check_parent,
+                edits=self.dialect.name == "claude",    # others take none
+                timeout_seconds=max(0.1, round(wait, 1)),
+                lifetime_seconds=max(lifetime, wait + 1))
         except AlreadyClaimedError:     # by the same call beside this one
-            if self.ends_at - time.monotonic() < 2:
-                raise
             return self.hold(gate, tool, arguments, call)
 
     def check_parent(self) -> None:
@@ -8383,21 +8339,51 @@ class Hook:
         if gone:
             sys.exit("the coding agent is gone")
 
-    def refuse(self, fault: BaseException) -> NoReturn:
-        """The dialect's refusal. A person's decision is an answer; an error
-        is one only where the agent shows it."""
-        why, agent = refusal_text(fault), DIALECTS.get(self.dialect)
-        if agent is None:
-            self.end(None, 2, why)
-        answer = filled(agent.rejected, why=why)
-        if is_decision(fault):
-            self.end(answer, 0)
-        if agent.status is not None:
-            self.end(answer, agent.status, why)
-        self.end(None, 2, why)
+    def refusal(self, fault: BaseException) -> tuple[Json | None, int, str]:
+        """The dialect's refusal, as reply() gives it. A person's decision is
+        an answer; an error is one only where the agent shows it."""
+        decided = type(fault) in (CollaborationError, DeniedError,
+                                  ReviewTimeoutError)
+        if not isinstance(fault, HitlError):
+            fault = HitlError(visible(f"{type(fault).__name__}: {fault}"))
+        why = fault.told if decided else f"hitl: refused: {fault.told}"
+        if fault.reason == "still-waiting":
+            said = fault.message.partition("; nothing ran")[0]
+            why = (f"{said}; the call did not run, and its request still "
+                   "waits. Repeat this very call later to pick up the decision.")
+        answer: Json = json.loads(filled(self.dialect.rejected, why=why))
+        if decided and answer:
+            return answer, 0, ""
+        if self.dialect.status is None:
+            return None, 2, why
+        return answer, self.dialect.status, why
 
-    def end(self, answer: Json | None, status: int, words: str = ""
-            ) -> NoReturn:
+    def watch(self) -> None:
+        """Answer in time, whatever happens."""
+        seconds = min(self.deadline or math.inf, self.dialect.longest)
+        if not self.deadline or self.dialect is UNKNOWN:
+            seconds = min(seconds, self.dialect.seconds)
+        self.ends_at = self.began + seconds
+        self.alarm(max(0.001, self.ends_at - time.monotonic()))
+
+    def alarm(self, seconds: float) -> None:
+        import faulthandler
+        import signal
+        if hasattr(signal, "setitimer"):
+            signal.signal(signal.SIGALRM, self.too_late)
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            seconds += 1
+        on_signals("SIGTERM", exit_by_signal)
+        faulthandler.dump_traceback_later(
+            seconds, exit=True, file=os.open(os.devnull, os.O_WRONLY))
+
+    def too_late(self, *_: Any) -> None:
+        if not self.ended:
+            seconds = self.ends_at - self.began
+            self.end(*self.refusal(ReviewTimeoutError(
+                f"no answer within {seconds:g} s", reason="still-waiting")))
+
+    def end(self, answer: Json | None, status: int, words: str) -> NoReturn:
         """The one answer, whole, and the end of this process; exit status 2
         if it cannot be written."""
         self.ended = True               # an alarm comes too late now
@@ -8414,58 +8400,40 @@ class Hook:
         os._exit(status)
 
 
-def is_decision(fault: BaseException) -> bool:
-    """Whether a person, a rule or the deadline said no, rather than a fault."""
-    return type(fault) in (CollaborationError, DeniedError, ReviewTimeoutError)
-
-
-def is_self_test(arguments: Json) -> bool:
-    """Whether a command is the one that shows the hook at work."""
-    text = canonical(arguments).replace("\\", "")    # JSON inside JSON
-    return json.dumps(SELF_TEST) in text or '["echo","hitl-selftest"]' in text
-
-
-def refusal_text(fault: BaseException) -> str:
-    """What a coding agent's model is told."""
-    if not isinstance(fault, HitlError):
-        return visible(f"hitl: refused: {type(fault).__name__}: {fault}. The "
-                       "call did not run. Do not retry it; tell the user.")
-    if fault.reason == "still-waiting":
-        said = fault.message.partition("; nothing ran")[0]
-        return (f"{said}; the call did not run, and its request still waits. "
-                "Repeat this very call later to pick up the decision.")
-    return fault.told if is_decision(fault) else f"hitl: refused: {fault.told}"
-
-
 # ---- the hook: what to install, and where ----
 
-COMMAND = {"type": "command", "command": "{command}", "timeout": DAY}
-WAITING = {"statusMessage": "{waiting}"}
-SNIPPETS: dict[str, tuple[str, Any]] = {
-    "claude": (".claude/settings.json", {"hooks": {"PreToolUse": [
-        {"matcher": "*", "hooks": [
-            {**COMMAND, "onFailure": "block", **WAITING}]}]}}),
-    "codex": (".codex/hooks.json", {"hooks": {"PreToolUse": [
-        {"matcher": "*", "hooks": [{**COMMAND, **WAITING}]}]}}),
-    "gemini": ("~/.gemini/settings.json", {"hooks": {"BeforeTool": [
-        {"matcher": ".*", "hooks": [
-            {"name": "{waiting}", **COMMAND, "timeout": DAY * 1000}]}]}}),
-    "copilot": (".github/hooks/hitl.json", {"version": 1, "hooks": {
-        "PreToolUse": [{"type": "command", "bash": "{command}",
-                        "timeoutSec": DAY}]}}),
-    "cursor": (".cursor/hooks.json", {"version": 1, "hooks": {
-        event: [{"command": "{command}", "timeout": DAY, "failClosed": True}]
-        for event in ("beforeShellExecution", "beforeMCPExecution")}}),
-    "cline": (".clinerules/hooks/PreToolUse", "#!/bin/sh\n{command}\n"),
+COMMAND, WAITING = "{command}", "{waiting}"
+ADVICE = {"codex": "; trust it once with /hooks: untrusted hooks are skipped",
+          "cline": "; make it executable"}
+
+
+def nested(event: str, matcher: str, timeout: int, **more: Any) -> Json:
+    hook = {"type": "command", "command": COMMAND, "timeout": timeout, **more}
+    return {"hooks": {event: [{"matcher": matcher, "hooks": [hook]}]}}
+
+
+def flat(*events: str, **hook: Any) -> Json:
+    return {"version": 1, "hooks": {event: [hook] for event in events}}
+
+
+SNIPPETS: dict[str, tuple[str, Json]] = {       # agent -> its file, what is in it
+    "claude": (".claude/settings.json", nested(
+        PRE, "*", DAY, onFailure="block", statusMessage=WAITING)),
+    "codex": (".codex/hooks.json", nested(PRE, "*", DAY, statusMessage=WAITING)),
+    "gemini": ("~/.gemini/settings.json", nested(
+        "BeforeTool", ".*", DAY * 1000, name=WAITING)),
+    "copilot": (".github/hooks/hitl.json", flat(
+        PRE, type="command", bash=COMMAND, timeoutSec=DAY)),
+    "cursor": (".cursor/hooks.json", flat(
+        "beforeShellExecution", "beforeMCPExecution", command=COMMAND,
+        timeout=DAY, failClosed=True)),
+    "cline": (".clinerules/hooks/PreToolUse", {}),      # a shell script
 }
-ADVICE = {"codex": "trust it once with /hooks: untrusted hooks are skipped",
-          "cline": "make it executable",
-          "gemini": "timeout is in milliseconds"}
 
 
-def hook_command(agent: str, config: str | None) -> str:
-    """The line an agent is to run; an agent that ignores exit statuses gets a
-    refusal to print."""
+def snippet(agent: str, config: str | None) -> str:
+    """The text to install. An agent that ignores exit statuses gets a refusal
+    to print."""
     import shlex
     try:
         cache = bytecode_folder()
@@ -8479,22 +8447,13 @@ def hook_command(agent: str, config: str | None) -> str:
         words += ["--config", str(Path(config).absolute())]
     if agent == "cline":
         refusal = '{"cancel":true,"errorMessage":"hitl unavailable"}'
-        return f"{shlex.join(words)} || echo {shlex.quote(refusal)}"
-    return f"{shlex.join([*words, '--deadline', '86000'])} || exit 2"
-
-
-def snippet(agent: str, config: str | None) -> tuple[str, str]:
-    """Where to install, and the text to put there."""
-    where, shape = SNIPPETS[agent]
-    command = hook_command(agent, config)
-    if isinstance(shape, str):
-        return where, shape.replace("{command}", command)
+        return f"#!/bin/sh\n{shlex.join(words)} || echo {shlex.quote(refusal)}\n"
+    words += ["--deadline", "86000"]
     url = os.environ.get("HITL_SERVER_URL", "http://127.0.0.1:8765")
     with contextlib.suppress(ConfigError):
         url = Gate(find_configuration(config, local=False)).server_url
-    return where, json.dumps(filled(
-        shape, command=command, waiting=f"hitl: review at {url}"),
-        indent=2) + "\n"
+    return filled(SNIPPETS[agent][1], command=f"{shlex.join(words)} || exit 2",
+                  waiting=f"hitl: review at {url}") + "\n"
 
 
 # ---- MCP: a proxy between a client and a server on stdio ----
@@ -8506,19 +8465,7 @@ PARAMS = ("name", "arguments", "_meta", "task", "requestState",
           "inputResponses")
 
 
-def lines_from(file: int) -> Iterator[bytes]:
-    """The lines of a file descriptor; unbuffered, since a thread that waits
-    inside a buffered stdin makes Python abort at exit."""
-    rest = b""
-    while data := os.read(file, 1 << 16):
-        *lines, rest = (rest + data).split(b"\n")
-        for line in lines:
-            yield line + b"\n"
-    if rest:
-        yield rest
-
-
-def strict_message(line: bytes) -> Json:
+def read_message(line: bytes) -> Json:
     """The one message of a line; ValueError where a server could read it as
     another (CVE-2026-27896: Go takes the last of `name` and `Name`)."""
     message = parse_json(line)
@@ -8528,12 +8475,20 @@ def strict_message(line: bytes) -> Json:
         raise ValueError("send messages one by one")
     check_names(message, MESSAGE)
     method, params = message.get("method"), message.get("params")
-    if isinstance(method, str) and method != CALL == folded(method):
-        raise ValueError(f"a method that can be read as {CALL}")
-    if method == CALL and isinstance(params, dict):
-        check_names(params, PARAMS)
-        if Call("", {"": params.get("arguments")}).ambiguous:
-            raise ValueError("two arguments whose names are one name")
+    if method != CALL:
+        if isinstance(method, str) and folded(method) == CALL:
+            raise ValueError(f"a method that can be read as {CALL}")
+        return message
+    if type(message.get("id")) not in (str, int):
+        raise ValueError(f"{CALL} needs an id")
+    if not isinstance(params, dict) or not isinstance(params.get("name"), str):
+        raise ValueError(f"{CALL} without a tool's name")
+    check_names(params, PARAMS)
+    arguments = params.get("arguments")
+    if not (arguments is None or isinstance(arguments, dict)):
+        raise ValueError("arguments must be an object")
+    if Call("", {"": arguments}).ambiguous:
+        raise ValueError("two arguments whose names are one name")
     return message
 
 
@@ -8543,21 +8498,35 @@ def check_names(members: Json, known: tuple[str, ...]) -> None:
             raise ValueError(f"a member that can be read as {folded(name)}")
 
 
-def is_error(message: Any) -> str:
-    """How a server says that a call failed, or ""."""
-    if "error" in message:
-        return str(at_path(message, "error.message"))
-    if at_path(message, "result.isError"):
-        return canonical(at_path(message, "result.content"))[:400]
-    return ""
+def call_message(message: Json, arguments: Json) -> Json:
+    """A tools/call with these arguments, of the members that were read and
+    no others."""
+    params = {name: value for name, value in message["params"].items()
+              if name in PARAMS}
+    return {"jsonrpc": "2.0", "id": message["id"], "method": CALL,
+            "params": params | {"arguments": arguments}}
 
 
-class Sent(NamedTuple):
-    """A request on its way to the server."""
+def end_group(child: Any, name: str) -> None:
+    """Send a signal to a process and all it started, if any is left."""
+    import signal
+    with contextlib.suppress(OSError):
+        if os.name == "posix":
+            os.killpg(child.pid, getattr(signal, name))
+        else:
+            child.kill()
+
+
+class Open(NamedTuple):
+    """A request of the client that is not answered yet."""
 
     method: str
-    call: str = ""                      # canonical tool and arguments
-    held: Held | None = None            # of a call that a person approved
+    call: str = ""              # of a held one: what the client asked
+    held: Held | None = None    # once a person approved it
+    task: Any = None            # while a person is waited for
+
+
+UNASKED = Open("")
 
 
 class Proxy:
@@ -8567,13 +8536,13 @@ class Proxy:
 
     def __init__(self, gate: Gate, command: list[str], name: str) -> None:
         self.gate, self.name, self.command = gate, name, command
-        self.held: dict[str, Any] = {}          # JSON-RPC id -> its task
-        self.sent: dict[str, Sent] = {}         # JSON-RPC id -> what it asks
+        self.open: dict[str, Open] = {}         # by JSON-RPC id
         # what was approved and answered input_required, by call and state
-        self.resumes: dict[tuple[str, str], list[Held | None]] = {}
-        self.seen: Json = {}                    # what the server says of tools
+        self.resumes: dict[tuple[str, str], Held] = {}
+        self.client: Any = None                 # what it says of itself
+        self.tools: Json = {}                   # what the server says of them
         self.told = False                       # which of them wait
-        self.reports: set[Any] = set()
+        self.ending: set[Any] = set()           # what finishes by itself
         self.child: Any = None
 
     # ---- the two processes ----
@@ -8586,48 +8555,30 @@ class Proxy:
         self.child = await asyncio.create_subprocess_exec(
             *self.command, stdin=-1, stdout=-1, limit=1 << 26,
             env=child_environment(), start_new_session=True)
-        output = asyncio.ensure_future(self.pump_out())
-        tasks = {output, asyncio.ensure_future(self.pump_in(source)),
-                 asyncio.ensure_future(self.exited())}
+        tasks = [asyncio.ensure_future(work) for work in (
+            self.pump_out(), self.pump_in(source), self.exited())]
         try:
             done, _ = await asyncio.wait(
                 tasks, return_when=asyncio.FIRST_COMPLETED)
-            self.child.stdin.close()
-            await self.exited(3)                # by itself, as it should
-            await asyncio.wait([output], timeout=1)
-            for task in done:
-                task.result()                   # a fault of ours ends all
         finally:
             await self.close(tasks)
-        status: int = self.child.returncode
-        return 128 - status if status < 0 else status
+        for task in done:
+            task.result()                       # a fault of ours ends all
+        return shell_status(self.child.returncode)
 
-    async def close(self, tasks: Iterable[Any]) -> None:
-        """Nothing goes on: what is open is answered, what is held withdrawn,
-        the server and all it started are ended."""
+    async def close(self, tasks: list[Any]) -> None:
+        """End what is held, which withdraws it, then the server and all it
+        started; what it still says is passed on."""
         import asyncio
-        import signal
-        for key, sent in [*self.sent.items()]:
-            self.fault(-32000, "the MCP server ended", {"id": json.loads(key)})
-            self.report(sent.held, "the MCP server ended")
-        for key, task in [*self.held.items()]:
-            self.fault(-32000, "the MCP server ended", {"id": json.loads(key)})
+        held = [call.task for call in self.open.values() if call.task]
+        for task in tasks[1:] + held:
             task.cancel()
-        for task in tasks:
-            task.cancel()
+        self.child.stdin.close()                # it should end by itself
         for name in ("SIGTERM", "SIGKILL"):
-            try:
-                os.killpg(self.child.pid, getattr(signal, name))
-            except AttributeError:              # no process groups here
-                self.child.kill()
-            except OSError:
-                break                           # nobody is left
             await self.exited(3)
-            await asyncio.sleep(0.1)            # for what it started
+            end_group(self.child, name)
         await self.exited(3)
-        late = [*self.held.values(), *self.reports]
-        if late:
-            await asyncio.wait(late, timeout=3)
+        await asyncio.wait([*tasks, *held, *self.ending], timeout=3)
 
     async def exited(self, seconds: float = math.inf) -> None:
         """Wait for the server itself; what it started may hold its pipes."""
@@ -8641,29 +8592,18 @@ class Proxy:
         while line := await in_thread(next, lines, b""):
             self.from_client(line)
             await self.child.stdin.drain()
-        for task in self.held.values():
-            task.cancel()
 
     async def pump_out(self) -> None:
         async for line in self.child.stdout:
-            self.write(self.from_server(line))
+            self.to_client(self.from_server(line))
 
-    def write(self, data: bytes) -> None:
+    def to_client(self, line: bytes) -> None:
         with contextlib.suppress(OSError):      # the client is gone
-            write_whole(self.sink, data)
+            write_whole(self.sink, line)
 
-    def answer(self, message: Json) -> None:
-        self.write(json.dumps({"jsonrpc": "2.0", **message}).encode() + b"\n")
-
-    def fault(self, code: int, words: str, message: Any) -> None:
-        """An error for whoever can be told: under the id of the message, or
-        of each in a batch."""
-        ids = [m["id"] for m in (message if isinstance(message, list)
-                                 else [message])
-               if isinstance(m, dict) and type(m.get("id")) in (str, int)]
-        for key in ids or [None]:
-            self.answer({"id": key, "error": {"code": code,
-                                              "message": words}})
+    def answer(self, **message: Any) -> None:
+        self.to_client(json.dumps({"jsonrpc": "2.0", **message}).encode()
+                       + b"\n")
 
     # ---- from the client ----
 
@@ -8671,112 +8611,105 @@ class Proxy:
         if not line.strip():
             return
         try:
-            message = strict_message(line)
+            message = read_message(line)
         except ValueError as error:     # a server might read it as a call
-            loose = read_loosely(line)
-            self.fault(-32600 if isinstance(loose, list) else -32700,
-                       f"hitl: refused: {visible(str(error))}", loose)
+            self.reject(line, visible(str(error)))
             return
-        if message.get("method") == CALL:
-            self.gated(message, line)
+        method = message.get("method")
+        if method == CALL and self.gated(message):
             return
-        if message.get("method") == "notifications/cancelled":
+        if method == "notifications/cancelled":
             key = canonical(at_path(message, "params.requestId"))
-            if key in self.held:        # withdrawn, never sent or answered
-                self.held.pop(key).cancel()
-                return
-        if "id" in message and "method" in message:
-            self.sent[canonical(message["id"])] = Sent(message["method"])
-        if message.get("method") == "initialize":
-            self.seen["client"] = at_path(message, "params.clientInfo")
+            if key in self.open and self.open[key].task:
+                self.open.pop(key).task.cancel()
+                return                  # withdrawn, never sent or answered
+        if "id" in message and method:
+            self.open[canonical(message["id"])] = Open(method)
+        if method == "initialize":
+            self.client = at_path(message, "params.clientInfo")
         self.child.stdin.write(line)
 
-    def gated(self, message: Json, line: bytes) -> None:
-        """A tools/call: passes, is refused, or waits in a task of its own."""
+    def reject(self, line: bytes, why: str) -> None:
+        """Say that a line is refused, under its id where one can be read, or
+        under each in a batch."""
+        loose = read_loosely(line)
+        code = -32700 if loose is None else -32600
+        ids = [at_path(item, "id") for item in
+               (loose if isinstance(loose, list) else [loose])]
+        for key in [k for k in ids if type(k) in (str, int)] or [None]:
+            self.answer(id=key, error={"code": code,
+                                       "message": f"hitl: refused: {why}"})
+
+    def gated(self, message: Json) -> bool:
+        """Whether a tools/call does not simply pass: it was refused, sent by
+        an earlier approval, or waits in a task of its own."""
         import asyncio
-        if type(message.get("id")) not in (str, int):
-            self.fault(-32600, f"hitl: {CALL} needs an id", message)
-            return
-        key, params = canonical(message["id"]), message.get("params")
-        tool = at_path(params, "name")
-        arguments = at_path(params, "arguments")
-        arguments = {} if arguments is None else arguments
+        key, params = canonical(message["id"]), message["params"]
+        tool, arguments = params["name"], params.get("arguments") or {}
         call = canonical([tool, arguments])
-        state = call, canonical(at_path(params, "requestState"))
-        if self.resumes.get(state):     # the rest of a call approved before
-            held = self.resumes[state].pop()
-            self.send(message, Sent(CALL, call, held))
-            return
+        state = call, canonical(params.get("requestState"))
+        if state in self.resumes:       # the rest of a call approved before
+            self.send(message, call, self.resumes.pop(state))
+            return True
         try:
-            if not isinstance(tool, str) or not isinstance(arguments, dict):
-                raise HitlError(f"this {CALL} names no tool")
             match = self.gate.rules.first_match(
                 f"mcp__{self.name}__{tool}", arguments, os.getcwd())
-            if match.effect != "allow" and (
-                    key in self.held or key in self.sent):
+            if match.effect == "allow":
+                return False
+            if key in self.open:
                 raise HitlError("this id is in use already")
         except HitlError as error:
             self.refuse(message, logged(error))
-            return
-        if match.effect == "allow":
-            self.sent[key] = Sent(CALL)
-            self.child.stdin.write(line)
-            return
+            return True
         task = asyncio.ensure_future(self.wait(message, tool, arguments))
-        self.held[key] = task
-        task.add_done_callback(lambda _: self.held.pop(key, None))
+        self.open[key] = Open(CALL, call, task=task)
+        return True
 
     async def wait(self, message: Json, tool: str, arguments: Json) -> None:
         """Hold one call until a person decides, then send it or refuse."""
-        import asyncio
+        key = canonical(message["id"])
+        context = {"MCP server": self.command, "client": self.client,
+                   "the server says of this tool (untrusted)":
+                       self.tools.get(tool, "nothing")}
         try:
             held = await self.gate.ahold(
                 f"mcp__{self.name}__{tool}", arguments, cwd=os.getcwd(),
-                edits=True, tick=self.progress(message["params"],
-                                   asyncio.get_running_loop()),
-                context={"MCP server": self.command,
-                         "client": self.seen.get("client"),
-                         "the server says of this tool (untrusted)":
-                             self.seen.get(f"tool {tool}", "nothing")})
+                edits=True, context=context, tick=self.progress(
+                    at_path(message, "params._meta.progressToken")))
         except HitlError as error:
+            self.open.pop(key, None)
             self.refuse(message, error)
             return
-        if held is not None:
-            message["params"]["arguments"] = held.arguments     # promise 2
-        self.send(message, Sent(CALL, canonical([tool, arguments]), held))
+        if held is not None:            # or nothing would be sent
+            self.send(message, canonical([tool, arguments]), held)
 
-    def send(self, message: Json, sent: Sent) -> None:
-        """To the server, built again from what was read and shown."""
-        self.sent[canonical(message["id"])] = sent
-        params = {name: message["params"][name] for name in PARAMS
-                  if name in message["params"]}
-        self.child.stdin.write(json.dumps({
-            "jsonrpc": "2.0", "id": message["id"], "method": CALL,
-            "params": params}).encode() + b"\n")
+    def send(self, message: Json, call: str, held: Held) -> None:
+        """An approved call, with what was shown (promise 2)."""
+        self.open[canonical(message["id"])] = Open(CALL, call, held)
+        data = json.dumps(call_message(message, held.arguments))
+        self.child.stdin.write(data.encode() + b"\n")
 
     def refuse(self, message: Json, error: HitlError) -> None:
         """A refusal as a tool's result: agents drop the reason of a JSON-RPC
         error."""
         result: Json = {"isError": True, "content": [
             {"type": "text", "text": error.told}]}
-        meta = at_path(message, "params._meta")
-        if isinstance(meta, dict) and MODERN in meta:
+        if MODERN in (message["params"].get("_meta") or {}):
             result["resultType"] = "complete"
-        self.answer({"id": message["id"], "result": result})
+        self.answer(id=message["id"], result=result)
 
-    def progress(self, params: Json, loop: Any) -> Callable[[], None]:
+    def progress(self, token: Any) -> Callable[[], None]:
         """What tells the client, at each look at the status, that a person
         is waited for, if it asked to be told; below any progress that the
         server itself reports later."""
-        token = at_path(params, "_meta.progressToken")
-        steps = iter(range(1, 1 << 62))
+        import asyncio
+        loop, steps = asyncio.get_running_loop(), itertools.count(1)
 
         def tick() -> None:
-            loop.call_soon_threadsafe(self.answer, {
-                "method": "notifications/progress",
-                "params": {"progressToken": token,
-                           "progress": next(steps) / 1000,
-                           "message": "waiting for a person's approval"}})
+            loop.call_soon_threadsafe(functools.partial(
+                self.answer, method="notifications/progress", params={
+                    "progressToken": token, "progress": next(steps) / 1000,
+                    "message": "waiting for a person's approval"}))
         return tick if type(token) in (str, int) else lambda: None
 
     # ---- from the server ----
@@ -8789,61 +8722,53 @@ class Proxy:
             message = parse_json(line)
         except ValueError:
             return line
-        if not isinstance(message, dict) or "id" not in message or (
-                "method" in message):
+        if not isinstance(message, dict) or "method" in message:
             return line
-        sent = self.sent.pop(canonical(message["id"]), Sent(""))
-        state = at_path(message, "result.requestState")
-        if sent.call and state is not None and at_path(
-                message, "result.resultType") == "input_required":
-            self.resumes.setdefault((sent.call, canonical(state)), []).append(
-                sent.held)
+        call = self.open.pop(canonical(message.get("id")), UNASKED)
+        if call.method == "tools/list":
+            self.learn_tools(message)
+        if call.held is None:
             return line
-        self.report(sent.held, is_error(message))
-        if sent.method == "tools/list":
-            self.learn_tools(message.get("result"))
-        content = at_path(message, "result.content")
-        if sent.held and sent.held.changed and isinstance(content, list):
-            content.insert(0, {"type": "text", "text": sent.held.changed})
-            return json.dumps(message).encode() + b"\n"
-        return line
+        if at_path(message, "result.resultType") == "input_required":
+            state = canonical(at_path(message, "result.requestState"))
+            self.resumes[call.call, state] = call.held
+            return line
+        content, failure = at_path(message, "result.content"), None
+        if "error" in message:
+            failure = canonical(message["error"])
+        elif at_path(message, "result.isError"):
+            failure = canonical(content)
+        self.report(call.held, failure)
+        if not call.held.changed or not isinstance(content, list):
+            return line
+        content.insert(0, {"type": "text", "text": call.held.changed})
+        return json.dumps(message).encode() + b"\n"
 
-    def report(self, held: Held | None, failure: str) -> None:
+    def report(self, held: Held, failure: str | None) -> None:
         """Record what became of an approved call, beside everything else."""
         import asyncio
-        if held is None:
-            return
-        error = RuntimeError(failure) if failure else None
-        task = asyncio.ensure_future(held.areport(error))
-        self.reports.add(task)
-        task.add_done_callback(self.reports.discard)
+        task = asyncio.ensure_future(held.areport(failure))
+        self.ending.add(task)
+        task.add_done_callback(self.ending.discard)
 
-    def learn_tools(self, result: Any) -> None:
+    def learn_tools(self, message: Json) -> None:
         """Keep what the server says of its tools; say once on stderr which of
         them wait for a person."""
-        tools = at_path(result, "tools")
+        tools = at_path(message, "result.tools")
         for tool in tools if isinstance(tools, list) else []:
-            self.seen[f"tool {at_path(tool, 'name')}"] = at_path(
+            self.tools[str(at_path(tool, "name"))] = at_path(
                 tool, "annotations")
-        if self.told or at_path(result, "nextCursor"):
+        if self.told or at_path(message, "result.nextCursor"):
             return
         self.told = True
-        names = [name[5:] for name in self.seen if name.startswith("tool ")]
-        waits = [name for name in names if any(
-            c.effect != "allow" for c in self.gate.rules.candidates(
-                f"mcp__{self.name}__{name}"))]
-        free = [name for name in names if name not in waits]
-        for words, group in (("wait for a person", waits),
+        waits = [tool for tool in self.tools if any(
+            match.effect != "allow" for match in self.gate.rules.candidates(
+                f"mcp__{self.name}__{tool}"))]
+        free = [tool for tool in self.tools if tool not in waits]
+        for words, names in (("wait for a person", waits),
                              ("run unasked", free)):
-            print(f"hitl: {self.name}: {words}: "
-                  + visible(", ".join(group) or "none of its tools"),
+            print(f"hitl: {self.name}: {words}:", visible(", ".join(names)),
                   file=sys.stderr, flush=True)
-
-
-def child_environment() -> dict[str, str]:
-    """This process's own, without what could approve (promise 5)."""
-    return {name: value for name, value in os.environ.items()
-            if name != "HITL_REVIEWER_TOKEN"}
 
 
 # ---- a command behind a prefix ----
@@ -8851,44 +8776,34 @@ def child_environment() -> dict[str, str]:
 def run_command(gate: Gate, tool: str, argv: list[str],
                 timeout: float | None) -> int:
     """Ask, then run exactly the approved argv, never through a shell -> its
-    exit status, 128 + the signal that ended it. HitlError if it may not, or
-    cannot, run."""
+    exit status. HitlError if it may not, or cannot, run."""
     import shutil
-    path = shutil.which(argv[0])
+    path, cwd = shutil.which(argv[0]), os.getcwd()
     if path is None:
         raise HitlError(f"no such command: {visible(argv[0])}",
                         reason="no-such-command")
-    call = {"argv": argv, "cwd": os.getcwd(),
-            "executable": os.path.abspath(path)}
-    match = gate.rules.first_match(tool, call, os.getcwd())
-    unlisted = match.checkpoint.checkpoint_id == "unmatched"
-    return gate.call(tool, call, execute, timeout_seconds=timeout,
-                     cwd=os.getcwd(),
-                     checkpoint="unmatched" if unlisted else None)
+    call = {"argv": argv, "cwd": cwd, "executable": os.path.abspath(path)}
+    how: How = {"timeout_seconds": timeout, "cwd": cwd}
+    match = gate.rules.first_match(tool, call, cwd)
+    if match.checkpoint.checkpoint_id == "unmatched":   # waits all the same
+        how["checkpoint"] = "unmatched"
+    return gate.call(tool, call, execute, **how)
 
 
 def execute(argv: list[str], cwd: str, executable: str) -> int:
     """The command, with this process's streams, and its signals passed on."""
-    import signal
     import subprocess
     child = subprocess.Popen(argv, executable=executable, cwd=cwd,
                              env=child_environment())
-    typed = (signal.SIGINT, getattr(signal, "SIGQUIT", 0))
 
     def pass_on(number: int, frame: Any) -> None:
-        if number in typed and sys.stdin and sys.stdin.isatty():
-            return                      # the terminal sends it by itself
         child.send_signal(number)
-    passed = [getattr(signal, name) for name in (
-        "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGQUIT", "SIGINT")
-        if hasattr(signal, name)]
-    before = {number: signal.signal(number, pass_on) for number in passed}
-    try:
-        status = child.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return 128 - status if status < 0 else status
+    on_signals("SIGTERM SIGHUP SIGUSR1 SIGUSR2", pass_on)
+    if sys.stdin and sys.stdin.isatty():    # the terminal sends these by itself
+        on_signals("SIGINT SIGQUIT", lambda *_: None)
+    else:
+        on_signals("SIGINT SIGQUIT", pass_on)
+    return shell_status(child.wait())
 
 
 # ================================= Evidence ================================
@@ -10217,12 +10132,10 @@ def cmd_token(args: Any) -> int:
 def cmd_hook(args: Any) -> int:
     """a coding agent's hook: its JSON on stdin, its answer on stdout"""
     if not args.snippet:
-        Hook(args.config and Path(args.config), args.deadline).run()
-    where, text = snippet(args.snippet, args.config)
-    print(f"put this into {where}", file=sys.stderr)
-    if args.snippet in ADVICE:
-        print(ADVICE[args.snippet], file=sys.stderr)
-    sys.stdout.write(text)
+        Hook(args.config, args.deadline).run()
+    print(f"put this into {SNIPPETS[args.snippet][0]}"
+          + ADVICE.get(args.snippet, ""), file=sys.stderr)
+    sys.stdout.write(snippet(args.snippet, args.config))
     return 0
 
 
@@ -10232,21 +10145,17 @@ def run_hook_at_once(words: list[str]) -> None:
     options = dict(zip(words[1::2], words[2::2], strict=False))
     if words[:1] == ["hook"] and len(words) == 1 + 2 * len(options) and (
             options.keys() <= {"--config", "--deadline"}):
-        config, deadline = options.get("--config"), options.get("--deadline")
         with contextlib.suppress(ValueError):
-            Hook(Path(config) if config else None,
-                 float(deadline) if deadline else None).run()
+            Hook(options.get("--config"),
+                 float(options.get("--deadline", 0))).run()
 
 
 def cmd_mcp(args: Any) -> int:
     """a proxy before an MCP server on stdio: -- SERVER CMD..."""
-    import signal
+    import asyncio
     command = command_behind(args)
     gate = Gate(find_configuration(args.config, local=False))
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), exit_by_signal)
-    import asyncio
+    on_signals("SIGTERM SIGHUP", exit_by_signal)
     try:
         return asyncio.run(Proxy(gate, command, args.name).run(0, 1))
     except OSError as error:
@@ -10256,6 +10165,7 @@ def cmd_mcp(args: Any) -> int:
 def cmd_run(args: Any) -> int:
     """ask, then run exactly this command: -- CMD..."""
     log.error = lambda *_: None         # it is printed below
+    on_signals("SIGTERM SIGHUP", exit_by_signal)
     try:
         gate = Gate(find_configuration(args.config, local=False))
         return run_command(gate, args.tool_name, command_behind(args),

@@ -6317,6 +6317,7 @@ def test_agent_name(make_gate, desk, monkeypatch):
 SHELL = """
 [gate]
 timeout_seconds = 20
+poll_seconds = 0.3
 
 [[checkpoint]]
 checkpoint_id = "shell-delete"
@@ -6339,7 +6340,6 @@ description_template = "Delete {path}"
 FLAT = {"session_id": "5fdd", "cwd": "/w"}
 CLAUDE = FLAT | {"transcript_path": "t.jsonl", "hook_event_name": "PreToolUse",
                  "tool_use_id": "toolu_1"}
-# dialect -> (input around a command, approved, rejected with WHY)
 WHY = ("rejected by ana: no. The call did not run. Do not retry it or rephrase "
        "it; tell the user, or do something else.")
 
@@ -6350,89 +6350,90 @@ def claude(decision, why):
         "permissionDecisionReason": why}}
 
 
-def permission(decision):
+def permission(**decision):
     return {"hookSpecificOutput": {"hookEventName": "PermissionRequest",
                                    "decision": decision}}
 
 
-HOOKS = {
-    "claude": (lambda c: CLAUDE | {"tool_name": "Bash", "tool_input": {
-        "command": c, "description": "demo"}},
-        claude("allow", "approved by ana"), claude("deny", WHY)),
-    "opencode": (lambda c: CLAUDE | {
-        "hook_source": "opencode-plugin", "tool_name": "bash",
-        "tool_input": {"command": c}}, claude("allow", "approved by ana"),
-        claude("deny", WHY)),
+def flat(tool, **more):
+    """A call in the form of Claude and most others, around a command."""
+    return lambda c: CLAUDE | {"tool_name": tool,
+                               "tool_input": {"command": c}} | more
+
+
+def camel(**more):
+    return lambda c: {"sessionId": "s", "cwd": "/w", "toolName": "bash",
+                      "toolArgs": {"command": c}} | more
+
+
+def cline(c):
+    return {"clineVersion": "", "taskId": "conv_1", "hookName": "tool_call",
+            "preToolUse": {"toolName": "run_commands", "parameters": {
+                "commands": json.dumps([c])}}}
+
+
+ALLOW, DENY = claude("allow", "approved by ana"), claude("deny", WHY)
+COPILOT = ({"permissionDecision": "allow"},
+           {"permissionDecision": "deny", "permissionDecisionReason": WHY})
+CLINE = {"cancel": False}, {"cancel": True, "errorMessage": WHY}
+HOOKS = {       # name -> input around a command, approved, rejected, and what
+    # an error exits with where it is printed as well, else None
+    "claude": (flat("Bash"), ALLOW, DENY, None),
+    "opencode": (flat("bash", hook_source="opencode-plugin"), ALLOW, DENY, 0),
+    "opencode session": (flat("bash", session_id="ses_1"), ALLOW, DENY, 0),
     "codex": (lambda c: CLAUDE | {"turn_id": "1", "tool_name": "shell",
-              "tool_input": {"command": ["bash", "-lc", c]}},
-              {}, claude("deny", WHY)),
-    "permission": (lambda c: CLAUDE | {
-        "hook_event_name": "PermissionRequest", "tool_name": "Bash",
-        "tool_input": {"command": c}}, permission({"behavior": "allow"}),
-        permission({"behavior": "deny", "message": WHY})),
-    "gemini": (lambda c: FLAT | {
-        "transcript_path": "t", "hook_event_name": "BeforeTool", "timestamp":
-        "2026-11-22T15:39:52.329Z", "tool_name": "run_shell_command",
-        "tool_input": {"command": c}}, {"decision": "allow"},
-        {"decision": "deny", "reason": WHY}),
-    "copilot": (lambda c: {
-        "sessionId": "s", "timestamp": 1795362086771, "cwd": "/w",
-        "toolName": "bash", "toolArgs": {"command": c}},
-        {"permissionDecision": "allow"},
-        {"permissionDecision": "deny", "permissionDecisionReason": WHY}),
-    "copilot text": (lambda c: {
-        "sessionId": "s", "toolName": "bash",
-        "toolArgs": json.dumps({"command": c})},
-        {"permissionDecision": "allow"},
-        {"permissionDecision": "deny", "permissionDecisionReason": WHY}),
-    "copilot permission": (lambda c: {
-        "hookName": "permissionRequest", "sessionId": "s", "toolName": "bash",
-        "toolArgs": {"command": c}}, {"behavior": "allow"},
-        {"behavior": "deny", "message": WHY, "interrupt": False}),
-    "cline": (lambda c: {
-        "clineVersion": "", "taskId": "conv_1", "workspaceRoots": ["/w"],
-        "hookName": "tool_call", "tool_call": {
-            "id": "call_1", "name": "run_commands", "input": {
-                "commands": [c]}}, "preToolUse": {
-            "toolName": "run_commands", "parameters": {
-                "commands": json.dumps([c])}}}, {"cancel": False},
-        {"cancel": True, "errorMessage": WHY}),
-    "cline parameters": (lambda c: {
-        "clineVersion": "", "taskId": "conv_1", "preToolUse": {
-            "toolName": "run_commands", "parameters": {
-                "commands": json.dumps([c])}}}, {"cancel": False},
-        {"cancel": True, "errorMessage": WHY}),
+              "tool_input": {"command": ["bash", "-lc", c]}}, {}, DENY, None),
+    "permission": (flat("Bash", hook_event_name="PermissionRequest"),
+                   permission(behavior="allow"),
+                   permission(behavior="deny", message=WHY), None),
+    "gemini": (flat("run_shell_command", hook_event_name="BeforeTool"),
+               {"decision": "allow"}, {"decision": "deny", "reason": WHY},
+               None),
+    "copilot": (camel(), *COPILOT, 0),
+    "copilot text": (lambda c: camel()(c) | {
+        "toolArgs": json.dumps({"command": c})}, *COPILOT, 0),
+    "copilot pascal": (lambda c: FLAT | {
+        "hook_event_name": "PreToolUse", "tool_name": "Bash",
+        "tool_input": {"command": c}}, ALLOW, DENY, 0),
+    "copilot permission": (
+        camel(hookName="permissionRequest"), {"behavior": "allow"},
+        {"behavior": "deny", "message": WHY, "interrupt": False}, 0),
+    "cline": (lambda c: cline(c) | {"tool_call": {
+        "name": "run_commands", "input": {"commands": [c]}}}, *CLINE, 0),
+    "cline parameters": (cline, *CLINE, 0),
     "cursor": (lambda c: {
         "hook_event_name": "beforeShellExecution", "conversation_id": "c",
-        "cursor_version": "2.0", "command": c, "cwd": "/w"},
-        {"permission": "allow"}, {"permission": "deny", "user_message": WHY,
-                                  "agent_message": WHY}),
+        "command": c, "cwd": "/w"}, {"permission": "allow"},
+        {"permission": "deny", "user_message": WHY, "agent_message": WHY}, 2),
 }
-PRINTS_ON_ERROR = {"opencode": 0, "copilot": 0, "copilot text": 0,
-                   "copilot permission": 0, "cline": 0, "cline parameters": 0,
-                   "cursor": 2}
 
 
-def run_hook(call, *words, folder, **environ):
-    """The hook as an agent runs it -> stdout, exit status, stderr."""
-    rules = folder / "rules.toml"
-    if not rules.exists():
-        rules.write_text(SHELL)
-    done = command("hook", "--config", str(rules), *words,
-                   folder=folder, stdin=call if isinstance(call, str)
-                   else json.dumps(call), **environ)
-    return done.stdout, done.returncode, done.stderr
+class Hooked(hitl.Hook):
+    """A hook without the alarm, to be asked in this process."""
+
+    def alarm(self, seconds):
+        self.seconds = seconds
+
+
+def ask_hook(call, folder, deadline=None, config="rules.toml"):
+    """A hook's answer to one call -> what it prints, exit status, stderr."""
+    if not (folder / "rules.toml").exists():
+        (folder / "rules.toml").write_text(SHELL)
+    data = call if isinstance(call, str) else json.dumps(call)
+    hook = Hooked(str(folder / config), deadline)
+    return hook.reply(data.encode)
 
 
 def check_refusal(dialect, out, status, *, decided=False) -> str:
     """The words of a refusal in the form its agent takes for one."""
-    said = HOOKS[dialect][2]
-    if not decided and dialect not in PRINTS_ON_ERROR:
-        assert (out, status) == ("", 2)
+    _, _, rejected, printed = HOOKS[dialect]
+    out = json.loads(out) if isinstance(out, str) and out else out
+    if not decided and printed is None:
+        assert (out or None, status) == (None, 2)
         return ""
-    assert status == (0 if decided else PRINTS_ON_ERROR[dialect])
-    why = max(out.split('"'), key=len)
-    assert json.loads(out) == json.loads(json.dumps(said).replace(WHY, why))
+    assert status == (0 if decided else printed)
+    why = max(json.dumps(out).split('"'), key=len)
+    assert out == json.loads(json.dumps(rejected).replace(WHY, why))
     return why
 
 
@@ -6440,41 +6441,38 @@ dialects = pytest.mark.parametrize("dialect", HOOKS)
 
 
 @dialects
-def test_hook_dialects(dialect, desk, tmp_path):
-    """Each agent's own answer for approve, reject and unmatched."""
-    call, approved, rejected = HOOKS[dialect]
-    url = {"HITL_SERVER_URL": desk.url, "HITL_REVIEWER_TOKEN": "x" * 20}
-    out, status, err = run_hook(call("ls -la"), folder=tmp_path, **url)
-    assert (out, status) == ("{}\n", 0)
-    assert err.count("HITL_REVIEWER_TOKEN") == err.count("\n") == 1
+def test_hook_dialects(dialect, desk, tmp_path, monkeypatch):
+    """Each agent's own answer for approve, reject and unmatched; `echo
+    hitl-selftest` shows that the hook is at work."""
+    monkeypatch.setenv("HITL_SERVER_URL", desk.url)
+    call, approved, rejected, _ = HOOKS[dialect]
+    assert ask_hook(call("ls -la"), tmp_path) == ({}, 0, "")
+    out, status, _ = ask_hook(call("echo hitl-selftest"), tmp_path)
+    assert check_refusal(dialect, out, status, decided=True).startswith(
+        "the hook works: this call was refused as a test")
     assert desk.rows("SELECT * FROM pending_reviews") == []
     for decision, answer in (("approved", approved), ("rejected", rejected)):
-        wait = in_background(lambda decision=decision: run_hook(
-            call(f"ls; rm -rf {decision}"), folder=tmp_path, **url))
+        wait = in_background(ask_hook, call(f"ls; rm -rf {decision}"), tmp_path)
         request, = desk.waiting()
         assert f"rm -rf {decision}" in json.dumps(request["arguments"])
         desk.decide(request["request_id"], decision, reason="no")
-        out, status, _ = wait()
-        assert (json.loads(out), status) == (answer, 0)
-        assert out.count("\n") == 1
+        assert wait() == (answer, 0, "")
 
 
 @dialects
-def test_hook_fails_closed(dialect, tmp_path):
+def test_hook_fails_closed(dialect, tmp_path, monkeypatch):
     """No server, no configuration, a fault: that dialect's refusal, which
     tells a model nothing that an operator could do."""
-    around = HOOKS[dialect][0]
-    for call, words, environ in (
-            (around("rm x"), (), {"HITL_SERVER_URL": "http://127.0.0.1:9"}),
-            (around("rm x"), ("--config", "missing.toml"), {}),
-            (around("rm \ud800"), (), {})):
-        out, status, err = run_hook(call, "--deadline", "0.3", *words,
-                                    folder=tmp_path, **environ)
+    monkeypatch.setenv("HITL_SERVER_URL", "http://127.0.0.1:9")
+    call = HOOKS[dialect][0]
+    for command_line, config in (("rm x", "rules.toml"), ("rm x", "missing"),
+                                 ("rm \ud800", "rules.toml")):
+        out, status, err = ask_hook(call(command_line), tmp_path, 0.1, config)
         check_refusal(dialect, out, status)
-        assert err.startswith("hitl: refused: ") and err.count("\n") == 1
-        assert ("surrogate" in err) == ("ud800" in json.dumps(call))
+        assert err.startswith("hitl: refused: ") and "\n" not in err
+        assert ("surrogate" in err) == ("ud800" in ascii(command_line))
         for hint in ("python3", "hitl.py init", "serve", "HITL_", "("):
-            assert hint not in err + out
+            assert hint not in f"{err} {out}"
 
 
 @pytest.mark.parametrize("text", [
@@ -6482,26 +6480,39 @@ def test_hook_fails_closed(dialect, tmp_path):
     '{"hook_event_name": "PreToolUse", "transcript_path": ""}',
     '{"hook_event_name": "BeforeTool", "tool_name": 3}', "[" * 5000,
     '{"hook_event_name": "PreToolUse", "transcript_path": "", "tool_name": '
-    '"Bash", "tool_input": {"command": 1e400}}'])
+    '"Bash", "tool_input": {"command": 1e400}}',
+    '{"hook_event_name": "BeforeTool", "tool_name": "Bash", "tool_input": '
+    '"{\\"command\\": \\"ls\\", \\"command\\": \\"rm x\\"}"}'])
 def test_hook_refuses_nonsense(text, tmp_path):
-    """What is not a call of a known agent is refused: nothing on stdout."""
-    out, status, err = run_hook(text, "--deadline", "0.3", folder=tmp_path,
-                                HITL_SERVER_URL="http://127.0.0.1:9")
-    assert (out, status) == ("", 2) and err.startswith("hitl: refused")
+    """What is not a call of a known agent, or can be read in two ways, is
+    refused: nothing on stdout."""
+    out, status, err = ask_hook(text, tmp_path)
+    assert (out, status) == (None, 2) and err.startswith("hitl: refused")
 
 
-@dialects
+def run_hook(call, *words, folder, argv=HITL, **environ):
+    """The hook as an agent runs it -> stdout, exit status, stderr."""
+    (folder / "rules.toml").write_text(SHELL)
+    done = command("hook", "--config", "rules.toml", *words, argv=argv,
+                   folder=folder, stdin=json.dumps(call), **environ)
+    return done.stdout, done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("dialect", ["claude", "cline"])
 def test_hook_is_never_late(dialect, tmp_path):
-    """A desk that hangs is refused by the deadline, in the agent's words."""
+    """A desk that hangs is refused by the deadline, in the agent's words; a
+    warning about the environment is for a person."""
     with socket.socket() as hangs:
         hangs.bind(("127.0.0.1", 0))
         hangs.listen()
         began = time.monotonic()
-        out, status, _ = run_hook(
+        out, status, err = run_hook(
             HOOKS[dialect][0]("rm x"), "--deadline", "0.7", folder=tmp_path,
+            HITL_REVIEWER_TOKEN="x" * 20,
             HITL_SERVER_URL=f"http://127.0.0.1:{hangs.getsockname()[1]}")
-        assert time.monotonic() - began < 1.5
-        check_refusal(dialect, out, status, decided=status == 0)
+    assert time.monotonic() - began < hitl.UNREACHABLE_SECONDS - 1
+    check_refusal(dialect, out, status, decided=status == 0)
+    assert err.count("HITL_REVIEWER_TOKEN") == (status == 0)
 
 
 def test_hook_ends_what_cannot_be_interrupted(tmp_path):
@@ -6513,10 +6524,10 @@ def test_hook_ends_what_cannot_be_interrupted(tmp_path):
         import hitl
         class Slow(hitl.Hook):
             def answer(self, data):
-                self.learn(hitl.parse_json(data))
+                self.dialect = hitl.dialect_of(hitl.parse_json(data))
                 re.search("(a+)+$", "a" * 60 + "b")
         Slow(None, 0.5).run()"""
-    done = command(argv=(sys.executable, "-c", script), seconds=5,
+    done = command(argv=(sys.executable, "-c", script), seconds=30,
                    stdin=json.dumps(HOOKS["claude"][0]("ls")))
     assert "no answer within 0.5 s" in check_refusal(
         "claude", done.stdout, done.returncode, decided=True)
@@ -6525,60 +6536,50 @@ def test_hook_ends_what_cannot_be_interrupted(tmp_path):
         assert "no answer within 0.5 s" in process.stderr.read()
 
 
-def test_hook_knows_how_long_its_agent_waits():
+def test_hook_knows_how_long_its_agent_waits(tmp_path):
     """A deadline beyond what the agent keeps is cut; without one, five
     seconds are left."""
-    class Watched(hitl.Hook):
-        def watch(self, seconds):
-            self.seconds = seconds
     for dialect, default, longest in (
             ("claude", 595, 86_395), ("codex", 595, 86_395),
             ("gemini", 55, 86_395), ("copilot", 25, 86_395),
             ("cline", 115, 115)):
         for given, seconds in ((None, default), (9, 9), (1e9, longest)):
-            hook = Watched(None, given)
-            hook.learn(HOOKS[dialect][0]("ls"))
-            assert hook.seconds == seconds, (dialect, given)
+            hook = Hooked(str(tmp_path), given)
+            hook.reply(json.dumps(HOOKS[dialect][0]("ls")).encode)
+            assert hook.ends_at - hook.began == pytest.approx(seconds)
+            assert seconds - 5 < hook.seconds <= seconds, (dialect, given)
 
 
-@dialects
-def test_hook_self_test(dialect, tmp_path):
-    """`echo hitl-selftest` shows, with no desk, that the hook is at work."""
-    out, status, _ = run_hook(HOOKS[dialect][0]("echo hitl-selftest"),
-                              folder=tmp_path)
-    why = check_refusal(dialect, out, status, decided=True)
-    assert why.startswith("the hook works: this call was refused as a test")
-
-
-def test_hook_deadline_and_repeat(desk, tmp_path):
+def test_hook_deadline_and_repeat(desk, tmp_path, monkeypatch):
     """The hook answers before its deadline; the request still waits, and
     exactly one repeat of the call, in the same session, claims it."""
-    call, url = HOOKS["claude"][0]("rm x"), {"HITL_SERVER_URL": desk.url}
+    monkeypatch.setenv("HITL_SERVER_URL", desk.url)
 
-    def ask(**more):
-        out, status, _ = run_hook(call | more, "--deadline", "0.6",
-                                  folder=tmp_path, **url)
+    def ask(seconds=0.2, **more):
+        out, status, _ = ask_hook(HOOKS["claude"][0]("rm x") | more, tmp_path,
+                                  seconds)
         assert status == 0
-        said = json.loads(out)["hookSpecificOutput"]
+        said = out["hookSpecificOutput"]
         return said["permissionDecision"], said["permissionDecisionReason"]
     decision, why = ask()
     assert decision == "deny" and "still waits" in why
     assert "Repeat this very call later" in why
     assert ask(tool_use_id="toolu_2")[0] == "deny"      # it attaches
     request, = desk.waiting()
+    assert request["agent"].startswith("claude /w session ")
     assert request["deadline"] > hitl.instant(time.time() + 86_000)
-    for more in ({"session_id": "other"}, {"cwd": "/other"}):
+    for more in ({"session_id": "5fde"}, {"cwd": "/other"}):
         assert ask(**more)[0] == "deny"                 # asks for itself
-    assert len(desk.waiting()) == 3
+    assert len({row["agent"] for row in desk.waiting(3)}) == 3
     asked = {row["request_id"] for row in desk.waiting(3)}
     desk.decide(request["request_id"])
-    results = [in_background(ask) for _ in range(3)]
+    results = [in_background(ask, 1) for _ in range(3)]
     said = sorted(result()[0] for result in results)
     assert said == ["allow", "deny", "deny"]            # claimed once
     again, = {row["request_id"] for row in desk.waiting(3)} - asked
     desk.decide(again, "rejected", reason="no")         # by the other two
     for _ in range(7):                                  # a person is asked once
-        decision, why = ask()
+        decision, why = ask(5)
         assert decision == "deny" and "rejected by ana" in why
     assert len(desk.waiting(2)) == 2
 
@@ -6592,7 +6593,7 @@ def test_hook_ignores_the_working_directory(desk, tmp_path):
     work = tmp_path / "work"
     work.mkdir()
     (work / "checkpoints.toml").write_text(RULES)
-    done = command("hook", "--deadline", "0.4", folder=work,
+    done = command("hook", "--deadline", "1", folder=work,
                    argv=[sys.executable, str(copy / "hitl.py")],
                    stdin=json.dumps(HOOKS["claude"][0]("rm x")),
                    HITL_SERVER_URL=desk.url)
@@ -6649,34 +6650,41 @@ def test_nothing_beside_the_file_is_imported(tmp_path):
     assert "is not this user's alone" in done.stderr and not done.stdout
 
 
-def start_hook(desk, folder, call, argv=HITL):
+@contextlib.contextmanager
+def waiting_hook(desk, folder, call, argv=HITL):
+    """A hook that waits for a decision, and its request; it ends by itself
+    whatever becomes of its agent."""
     (folder / "rules.toml").write_text(SHELL)
-    process = start(*argv, "hook", "--config", "rules.toml",
+    process = start(*argv, "hook", "--config", "rules.toml", "--deadline", "60",
                     stderr=subprocess.DEVNULL, folder=folder,
                     HITL_SERVER_URL=desk.url)
-    process.stdin.write(json.dumps(call))
-    process.stdin.close()
-    request, = desk.waiting()
-    assert until(lambda: attended(desk, request["request_id"]))
-    return process, request["request_id"]
+    try:
+        process.stdin.write(json.dumps(call))
+        process.stdin.close()
+        request, = desk.waiting()
+        assert until(lambda: attended(desk, request["request_id"]), 20)
+        yield process, request["request_id"]
+    finally:
+        process.stdout.close()
+        process.kill()
+        process.wait()
 
 
 def test_hook_killed(desk, tmp_path):
     """A hook killed while it waits: the card says nobody waits, and a late
     approval runs nothing by itself. A signal is a refusal."""
-    process, name = start_hook(desk, tmp_path, HOOKS["claude"][0]("rm x"))
-    process.kill()
-    process.wait()
-    process.stdout.close()
-    assert until(lambda: not attended(desk, name))
-    desk.decide(name)
-    assert desk.state(name)["outcome"] is None
-    process, name = start_hook(desk, tmp_path, HOOKS["cursor"][0]("rm y"))
-    process.terminate()
-    assert "deny" in process.stdout.read()
-    process.stdout.close()
-    assert process.wait() == 2
-    assert desk.state(name)["status"] == "withdrawn"
+    with waiting_hook(desk, tmp_path, HOOKS["claude"][0]("rm x")) as (
+            process, name):
+        process.kill()
+        assert until(lambda: not attended(desk, name))
+        desk.decide(name)
+        assert desk.state(name)["outcome"] is None
+    with waiting_hook(desk, tmp_path, HOOKS["cursor"][0]("rm y")) as (
+            process, name):
+        process.terminate()
+        assert "deny" in process.stdout.read()
+        assert process.wait() == 2
+        assert desk.state(name)["status"] == "withdrawn"
 
 
 @pytest.mark.parametrize("gone", ["parent", "reader"])
@@ -6684,17 +6692,19 @@ def test_hook_of_an_agent_that_is_gone(gone, desk, tmp_path):
     """A hook whose agent, or its shell, is gone withdraws, and claims nothing
     that is approved late."""
     shell = ("/bin/sh", "-c", '"$@"; :', "sh", *HITL)
-    process, name = start_hook(desk, tmp_path, HOOKS["cline"][0]("rm x"),
-                               shell)
-    if gone == "parent":
-        process.kill()
-        process.wait()
-        desk.decide(name)
-    process.stdout.close()
-    assert until(lambda: desk.state(name)["status"] != "waiting")
-    time.sleep(0.3 if gone == "parent" else 0)
-    assert desk.state(name)["outcome"] is None
-    process.wait(20)
+    with waiting_hook(desk, tmp_path, HOOKS["cline"][0]("rm x"), shell) as (
+            process, name):
+        if gone == "parent":
+            process.kill()
+            process.wait()
+            desk.decide(name)
+            process.stdout.read()               # until the hook has ended
+            assert desk.state(name)["status"] == "approved"
+        else:
+            process.stdout.close()
+            process.wait(30)
+            assert desk.state(name)["status"] == "withdrawn"
+        assert desk.state(name)["outcome"] is None
 
 
 @pytest.mark.skipif(os.name != "posix", reason="redirections of a shell")
@@ -6703,27 +6713,9 @@ def test_hook_of_an_agent_that_is_gone(gone, desk, tmp_path):
     ('"$@" 2>&-', "{}\n", 0), ('"$@"', "{}\n", 0)])
 def test_hook_with_closed_streams(shell, out, status, tmp_path):
     """The answer is whole on stdout, or the exit status is 2."""
-    (tmp_path / "rules.toml").write_text(SHELL)
-    done = command(*HITL, "hook", "--config", "rules.toml", folder=tmp_path,
-                   stdin=json.dumps(HOOKS["claude"][0]("ls")),
-                   argv=("/bin/sh", "-c", shell, "sh"))
-    assert (done.stdout, done.returncode) == (out, status), done
-
-
-def test_hook_names_the_agent(desk, tmp_path):
-    """The card names the agent, its folder, a digest of its session, and its
-    sub-agent; a file of 100 kB can be asked about."""
-    names = []
-    for call in (HOOKS["claude"][0]("rm x"), HOOKS["opencode"][0]("rm x"),
-                 HOOKS["claude"][0]("rm x") | {"session_id": "5fde"}):
-        call |= {"agent_type": "Explore", "agent_id": "a7"}
-        run_hook(call, "--deadline", "0.5", folder=tmp_path,
-                 HITL_SERVER_URL=desk.url)
-        names.append(desk.waiting(len(names) + 1)[-1]["agent"])
-    assert [re.sub("[0-9a-f]{8}", "#", name) for name in names] == [
-        f"{agent} /w session # agent_type Explore agent_id a7"
-        for agent in ("claude", "opencode", "claude")]
-    assert len(set(names)) == 3
+    done = run_hook(HOOKS["claude"][0]("ls"), folder=tmp_path,
+                    argv=("/bin/sh", "-c", shell, "sh", *HITL))
+    assert done[:2] == (out, status), done
 
 
 MOVABLE = SHELL.replace("[[checkpoint]]", """[[checkpoint]]
@@ -6743,27 +6735,26 @@ def decide_changed(desk, **changed):
     assert reply.status == 200, reply
 
 
-def test_hook_passes_changes_on(make_desk, make_rules, tmp_path):
+def test_hook_passes_changes_on(make_desk, make_rules, tmp_path, monkeypatch):
     """What a reviewer changed goes to Claude, with who changed what; other
     agents could not take it, so it is not offered there."""
     desk = make_desk(rules=make_rules(MOVABLE))
+    monkeypatch.setenv("HITL_SERVER_URL", desk.url)
     (tmp_path / "rules.toml").write_text(MOVABLE)
-    call = HOOKS["claude"][0]("") | {
-        "tool_name": "mcp__fs__move_file", "tool_input": {"path": "a"}}
-    wait = in_background(lambda: run_hook(call, folder=tmp_path,
-                                          HITL_SERVER_URL=desk.url))
+    call = CLAUDE | {"tool_name": "mcp__fs__move_file",
+                     "tool_input": {"path": "a"}}
+    wait = in_background(ask_hook, call, tmp_path)
     decide_changed(desk, path="b")
-    said = json.loads(wait()[0])["hookSpecificOutput"]
+    said = wait()[0]["hookSpecificOutput"]
     assert said["updatedInput"] == {"path": "b"}
     assert said["permissionDecision"] == "allow"
     assert "changed by ana" in said["permissionDecisionReason"]
-    wait = in_background(lambda: run_hook(
-        call | {"turn_id": "1"}, folder=tmp_path, HITL_SERVER_URL=desk.url))
+    wait = in_background(ask_hook, call | {"turn_id": "1"}, tmp_path)
     request, = desk.waiting()
     assert desk.decide(request["request_id"], digest=request["digest"],
                        arguments={"path": "b"}).status == 409
     desk.decide(request["request_id"])
-    assert wait()[0] == "{}\n"
+    assert wait() == ({}, 0, "")
 
 
 def test_hook_snippets(tmp_path):
@@ -6771,23 +6762,23 @@ def test_hook_snippets(tmp_path):
     URL where the agent shows it; its line blocks when nobody can be asked."""
     home = {"HOME": str(tmp_path), "HITL_SERVER_URL": "http://127.0.0.1:9"}
     (tmp_path / "rules.toml").write_text(SHELL)
-    for agent, dialect in zip(hitl.SNIPPETS, (
-            "claude", "codex", "gemini", "copilot", "cursor", "cline"),
-            strict=True):
+    for agent, (where, _) in hitl.SNIPPETS.items():
         done = command("hook", "--snippet", agent, "--config", "rules.toml",
                        folder=tmp_path, **home)
-        assert hitl.SNIPPETS[agent][0] in done.stderr
-        line = done.stdout
+        assert where in done.stderr
+        line, ask = done.stdout, json.dumps(HOOKS[agent][0]("rm x"))
         if agent != "cline":
             found = json.dumps(json.loads(line))
             assert (home["HITL_SERVER_URL"] in found) == (
                 agent in ("claude", "codex", "gemini"))
             line = json.loads(next(text for text in re.findall(
                 r'"(?:[^"\\]|\\.)*"', found) if " hook " in text))
-        ask = json.dumps(HOOKS[dialect][0]("rm x"))
-        out = command(argv=("/bin/sh", "-c", line.replace("86000", "0.5")),
-                      stdin=ask, folder=tmp_path, **home)
-        check_refusal(dialect, out.stdout, out.returncode)
+            line = line.replace("86000", "0.5")
+        else:
+            line = line.replace("rules.toml", "missing.toml")
+        out = command(argv=("/bin/sh", "-c", line), stdin=ask, folder=tmp_path,
+                      **home)
+        check_refusal(agent, out.stdout, out.returncode)
         broken = line.replace("SourceFileLoader", "Nothing")
         out = command(argv=("/bin/sh", "-c", broken), stdin=ask, **home)
         assert out.returncode == 2 or '"cancel":true' in out.stdout
@@ -7049,15 +7040,15 @@ def test_proxy_says_what_waits(mcp):
     assert mcp.said.count("fs: run unasked: read_file\n") == 1
 
 
-def test_proxy_child_dies(mcp):
-    """A server that dies has its open calls answered, and its exit status
-    passed on."""
-    mcp.call(1, "hang", {})
-    mcp.call(2, "die", {})
-    assert mcp.answer(1)["error"]["message"] == "the MCP server ended"
-    assert mcp.answer(2)["error"]["code"] == -32000
-    assert mcp.process.wait(10) == 7
-    assert mcp.close() == 7
+def test_proxy_child_dies(mcp, desk):
+    """A server that dies ends the proxy with its exit status, although what
+    it started holds its pipes, and withdraws what is held."""
+    mcp.call(1, "delete_file", {"path": "a"})
+    there, = desk.waiting()
+    mcp.call(2, "hang", {})
+    mcp.call(3, "die", {})
+    assert mcp.process.wait(20) == mcp.close() == 7
+    assert desk.state(there["request_id"])["status"] == "withdrawn"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
