@@ -771,8 +771,7 @@ def did_you_mean(word: Any, known: Any) -> str:
 # (effect = "allow") needs the call exactly as written, and nothing in doubt.
 
 CATEGORIES = ("high-impact", "data-risk", "destructive")
-EFFECTS = ("review", "allow", "deny")
-STRICTNESS = ("allow", "review", "deny")
+EFFECTS = ("allow", "review", "deny")    # the stricter the later
 KINDS = ("tool", "shell", "edit")
 SEARCH = re.IGNORECASE | re.DOTALL      # how a pattern that gates is looked for
 MAX_TOOL_NAME = 200             # characters: a longer name always waits
@@ -908,7 +907,7 @@ class Rules(NamedTuple):
                 found.append(Match(checkpoint, why))
         except ValueError as error:
             found.append(Match(ODD_NAME, str(error)))
-        return max(found, key=lambda match: STRICTNESS.index(match.effect))
+        return max(found, key=lambda match: EFFECTS.index(match.effect))
 
     def all_holding(self, tool: str, arguments: Mapping[str, Any]
                     ) -> list[Checkpoint]:

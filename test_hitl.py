@@ -767,7 +767,7 @@ WRONG_FILES = [     # text before a rule, place in the message, its cure
         ("arguments", ["{ table = '(' }"], "of table: is not a regular"),
         ("arguments", ["{ a.b = 'x' }"], 'needs quotes: "a.b" = "..."'),
         ("category", ['"destructiv"'], "did you mean destructive?"),
-        ("effect", ['"refuse"'], "one of review, allow, deny"),
+        ("effect", ['"refuse"'], "one of allow, review, deny"),
         ("timeout_seconds", ["0", "nan", "-inf", "true", '"30"', "9" * 400],
          "a number of seconds above 0"),
         ("description_template", ['" "', "7"], "in quotes, and not empty"),
