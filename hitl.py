@@ -1212,6 +1212,7 @@ def has_word(words: re.Pattern[str], tool: str) -> bool:
     return words.search(name) is not None
 
 
+@functools.lru_cache(64)
 def may_be(kind: str, tool: str) -> bool:
     """Whether a tool of this name can be of this kind. A shell can hold an
     edit, too: Codex sends `apply_patch <<EOF` as a shell command."""
@@ -9472,7 +9473,7 @@ def request_lines(request: dict[str, Any]) -> Iterator[str]:
 # ---- the commands ----
 
 def cmd_serve(args: Any) -> int:
-    """the desk: server, page and database, until Ctrl-C"""
+    """run the desk: server, page and database, until Ctrl-C"""
     import gc
     import signal
     # 1. what was asked for, unless it is unsafe
@@ -9784,7 +9785,7 @@ def limits_here() -> Limits:
 
 
 def cmd_check(args: Any) -> int:
-    """which checkpoint decides about a call; alone: is all well?"""
+    """say which checkpoint decides a call; without a call, check the file"""
     configuration = load_configuration(find_configuration(args.config))
     if args.replay:
         return replay(args, configuration)
@@ -9899,7 +9900,7 @@ def explain(configuration: Configuration, match: Match, tool: str,
 
 
 def cmd_init(args: Any) -> int:
-    """write a commented checkpoints.toml beside hitl.py, if there is none"""
+    """write a commented checkpoints.toml beside hitl.py, unless it exists"""
     path = absolute(args.config or os.environ.get("HITL_CONFIG")
                     or beside_this_file())
     text = coding_rules(path, absolute(".")) if args.coding_agent else EXAMPLE
@@ -9965,7 +9966,7 @@ def any_of(patterns: Iterable[str]) -> str:
 
 
 def cmd_list(args: Any) -> int:
-    """what waits; with --all what was reviewed too"""
+    """list what waits; with --all, what was reviewed too"""
     client = reviewer_client(args)
     rows = all_waiting(client)
     if args.all:
@@ -9987,18 +9988,18 @@ def list_line(request: dict[str, Any], size: int) -> str:
 
 
 def cmd_show(args: Any) -> int:
-    """one request in full"""
+    """show one request in full"""
     request = request_named(reviewer_client(args), args.id)
     return answer(args, request, request_lines(request))
 
 
 def cmd_approve(args: Any) -> int:
-    """say yes; on a terminal it shows the request and asks first"""
+    """approve a request; on a terminal it is shown and you are asked first"""
     return decide_as(args, "approved")
 
 
 def cmd_reject(args: Any) -> int:
-    """say no, with a reason the agent is told"""
+    """reject a request, with a reason that the agent is told"""
     return decide_as(args, "rejected")
 
 
@@ -10018,7 +10019,7 @@ def decide_as(args: Any, decision: str) -> int:
 
 
 def cmd_stop(args: Any) -> int:
-    """stop everything: reject what waits, refuse what comes, until lifted"""
+    """reject what waits and refuse what comes, until this is lifted"""
     stop = reply_of(reviewer_client(args), "POST", "/stop",
                     {"reason": args.reason or ""})
     return answer(args, stop, [
@@ -10027,14 +10028,14 @@ def cmd_stop(args: Any) -> int:
 
 
 def cmd_standing(args: Any) -> int:
-    """the standing decisions, which answer later calls too"""
+    """list the standing decisions, which answer later calls too"""
     rows = reply_of(reviewer_client(args), "GET", "/standing")["standing"]
     return answer(args, rows, [standing_line(row) for row in rows]
                   or ["no standing decisions"])
 
 
 def cmd_lift(args: Any) -> int:
-    """end a standing decision, or a stop"""
+    """end a standing decision or a stop"""
     row = reply_of(reviewer_client(args), "POST", f"/lift/{args.number}", {})
     return answer(args, row, [f"lifted: {standing_line(row)}"])
 
@@ -10055,7 +10056,7 @@ def standing_line(row: dict[str, Any]) -> str:
 
 
 def cmd_notify(args: Any) -> int:
-    """send a sample notice through each [[notify]], or through one of them"""
+    """send a sample notice through each [[notify]], or one of them"""
     configuration = configuration_for(args)
     file_warnings(configuration, serves=True)
     names = [entry["name"] for entry in configuration.notify]
@@ -10078,7 +10079,7 @@ def cmd_notify(args: Any) -> int:
 
 
 def cmd_log(args: Any) -> int:
-    """the audit log; with --verify: is it whole?"""
+    """print the audit log; with --verify, check it"""
     import sqlite3
     path = Path(server_settings(args, configuration_for(args, needed=False))
                 ["database"]).absolute()
@@ -10116,7 +10117,7 @@ def print_verified(args: Any, path: Path) -> int:
 
 
 def cmd_token(args: Any) -> int:
-    """make a token for a reviewer or an agent, and the lines that make it known"""
+    """make a token, and the lines for checkpoints.toml that make it known"""
     with config_error("the name"):
         name_value(args.name)
     token, kind = fresh_token(), "agent" if args.agent else "reviewer"
@@ -10129,7 +10130,7 @@ def cmd_token(args: Any) -> int:
 
 
 def cmd_hook(args: Any) -> int:
-    """a coding agent's hook: its JSON on stdin, its answer on stdout"""
+    """answer a coding agent's hook: its JSON on stdin, ours on stdout"""
     if not args.snippet:
         Hook(args.config, args.deadline).run()
     print(f"put this into {SNIPPETS[args.snippet][0]}"
@@ -10150,7 +10151,7 @@ def run_hook_at_once(words: list[str]) -> None:
 
 
 def cmd_mcp(args: Any) -> int:
-    """a proxy before an MCP server on stdio: -- SERVER CMD..."""
+    """start an MCP server (stdio) and hold the calls to its tools"""
     import asyncio
     command = command_behind(args)
     gate = Gate(find_configuration(args.config, local=False))
@@ -10162,7 +10163,7 @@ def cmd_mcp(args: Any) -> int:
 
 
 def cmd_run(args: Any) -> int:
-    """ask, then run exactly this command: -- CMD..."""
+    """ask, then run exactly this command"""
     log.error = lambda *_: None         # it is printed below
     on_signals("SIGTERM SIGHUP", exit_by_signal)
     try:
@@ -10192,14 +10193,14 @@ def cmd_demo(args: Any) -> int:
 
 
 def cmd_verify(args: Any) -> int:
-    """the guide's verification, for real; writes the evidence"""
+    """run the guide's verification and write the evidence"""
     output = Path(args.output).absolute()
     try:
         output.write_text("")           # before the work, not after it
     except OSError as error:
         raise ConfigError(f"{output}: {error.strerror}",
                           "name another file by --output") from None
-    evidence = verify(args.model, first_of(args.timeout, 3.0), say)
+    evidence = verify(args.model, first_of(args.timeout, 2.0), say)
     output.write_text(json.dumps(evidence, indent=2) + "\n")
     say(f"\n{'verified' if evidence['verified'] else 'NOT VERIFIED'}; the "
         f"evidence is in {output}")
@@ -10265,47 +10266,49 @@ COMMAND_LINES: tuple[tuple[Callable[[Any], int], str, str], ...] = (
 )
 FLAG = {"action": "store_true"}
 OPTIONS: dict[str, dict[str, Any]] = {
-    "--config": {"metavar": "FILE", "help": "checkpoints.toml"},
-    "--database": {"metavar": "FILE", "help": "hitl.db"},
+    "--config": {"metavar": "FILE", "help": "the checkpoints.toml to use"},
+    "--database": {"metavar": "FILE", "help": "the database (hitl.db)"},
     "--server-url": {"metavar": "URL", "help": "where the server is"},
-    "--json": FLAG | {"help": "for a program to read"},
-    "--reason": {"metavar": "TEXT", "help": "told to the agent"},
+    "--json": FLAG | {"help": "print JSON, for a program"},
+    "--reason": {"metavar": "TEXT", "help": "what the agent is told"},
     "--timeout": {"metavar": "SECONDS", "type": float,
-                  "help": "how long a call waits"},
+                  "help": "how long a call waits for a decision"},
     "id": {"help": "a request_id, or its beginning"},
     "command_words": {"nargs": "...", "metavar": "-- CMD",
-                      "help": "the command"},
+                      "help": "the command and its arguments"},
     "--host": {"help": "address to listen on (127.0.0.1)"},
     "--port": {"type": int, "help": "port (8765; 0: any free one)"},
-    "--public-url": {"metavar": "URL", "help": "where reviewers reach it"},
-    "--tls-certificate": {"metavar": "FILE", "help": "PEM: speak https"},
-    "--tls-key": {"metavar": "FILE", "help": "its key, if that is elsewhere"},
-    "--allow-clear-text": FLAG | {"help": "off loopback without https"},
-    "tool": {"nargs": "?", "help": "a tool's name"},
-    "arguments": {"nargs": "?", "default": "{}", "help": "its JSON"},
-    "--replay": FLAG | {"help": "try the rules on the requests in the database"},
-    "--coding-agent": FLAG | {"help": "commands wait unless they are listed"},
-    "--all": FLAG | {"help": "reviewed ones too"},
+    "--public-url": {"metavar": "URL",
+                     "help": "where reviewers reach it, if elsewhere"},
+    "--tls-certificate": {"metavar": "FILE",
+                          "help": "a PEM file: serve https with it"},
+    "--tls-key": {"metavar": "FILE", "help": "its key, if in another file"},
+    "--allow-clear-text": FLAG | {"help": "off loopback, without https"},
+    "tool": {"nargs": "?", "help": "the name of a tool"},
+    "arguments": {"nargs": "?", "default": "{}", "help": "its arguments, as JSON"},
+    "--replay": FLAG | {"help": "try these rules on the stored requests"},
+    "--coding-agent": FLAG | {"help": "shell commands wait unless listed"},
+    "--all": FLAG | {"help": "what was reviewed, too"},
     "--yes": FLAG | {"help": "do not ask y/N"},
     "--test": {"metavar": "NAME", "nargs": "?", "const": "", "required": True,
-               "help": "send a sample, by this entry or by all"},
-    "number": {"type": int, "help": "as `standing` lists it"},
-    "--verify": FLAG | {"help": "check the whole chain"},
+               "help": "the entry to try (without NAME, all)"},
+    "number": {"type": int, "help": "its number in `standing`"},
+    "--verify": FLAG | {"help": "check every row and request"},
     "--head": {"metavar": "HASH", "default": "",
-               "help": "a head noted before, to show a cut-off end"},
-    "name": {"help": "the reviewer, or the agent"},
-    "--agent": FLAG | {"help": "for an agent"},
+               "help": "noted before: was the end cut off since?"},
+    "name": {"help": "the name of the reviewer or agent"},
+    "--agent": FLAG | {"help": "it is for an agent"},
     "--tool": {"metavar": "NAME", "default": "run", "dest": "tool_name",
-               "help": "the name checkpoints see (run)"},
+               "help": "the tool name for checkpoints (run)"},
     "--deadline": {"metavar": "SECONDS", "type": float,
-                   "help": "answer before this (a default per agent)"},
+                   "help": "answer before this (default: by agent)"},
     "--snippet": {"metavar": "AGENT", "choices": list(SNIPPETS),
                   "help": f"print what to install: {', '.join(SNIPPETS)}"},
     "--name": {"metavar": "NAME", "default": "server",
-               "help": "the server's, in mcp__NAME__tool (server)"},
-    "--model": {"metavar": "NAME", "default": "", "help": "of the agent"},
+               "help": "its name, in mcp__NAME__tool (server)"},
+    "--model": {"metavar": "NAME", "default": "", "help": "the model of the agent"},
     "--output": {"metavar": "FILE", "default": "hitl-evidence.json",
-                 "help": "the evidence (hitl-evidence.json)"},
+                 "help": "the evidence file (hitl-evidence.json)"},
 }
 EXIT_STATUS = ((ConfigError, 2), (ReviewTimeoutError, 3),
                (UnreachableError, 4))

@@ -7982,131 +7982,105 @@ def test_the_readme_names_real_commands():
         assert given.version or given.command == words[1]
 
 
-@pytest.fixture(scope="module")
-def readme(tmp_path_factory):
-    """README.md's own lines, run by a shell in a folder that holds only
-    hitl.py -> (folder, what each printed, a wait for verify)."""
+def test_the_readme_runs(tmp_path):
+    """The lines of README.md run as printed, by a shell in a folder that
+    holds only hitl.py, and leave what they say they write. verify compares
+    each observation of the guide's verification with the expected one, and
+    writes the evidence so that it can be repeated."""
     if not all(map(shutil.which, ("sh", "curl", "sqlite3"))):
         pytest.skip("the README's lines need sh, curl and sqlite3")
-    folder = tmp_path_factory.mktemp("readme")
-    (folder / "tmp").mkdir()
-    shutil.copy(FILE, folder)
-    environ = {"PYTHON": sys.executable, "TMPDIR": str(folder / "tmp"),
+    (tmp_path / "tmp").mkdir()
+    shutil.copy(FILE, tmp_path)
+    environ = {"PYTHON": sys.executable, "TMPDIR": str(tmp_path / "tmp"),
                "HITL_REVIEWER_TOKEN": REVIEWER_TOKEN}
-    said = {}
 
     def argv(line: str) -> list[str]:
         return ["sh", "-c", re.sub(
             "^python3", 'exec "$PYTHON" -W error', line.strip())]
 
-    def run(name: str, line: str) -> None:
-        done = command(argv=argv(line), folder=folder, **environ)
+    def run(line: str, *expected: str) -> str:
+        done = command(argv=argv(line), folder=tmp_path, **environ)
         assert done.returncode == 0, (line, done)
-        said[name] = done.stdout
+        assert all(words in done.stdout for words in expected), done.stdout
+        return done.stdout
     inline, blocks = readme_parts()
     (init, check, serve), (ask, approve, look_at) = (
         next(block.splitlines()[1:] for block in blocks if word in block)
         for word in ("hitl.py init", "curl -u"))
     for line in ("python3 hitl.py verify", "python3 hitl.py log --verify"):
         assert line in inline
-    verified = in_background(run, "verify", "python3 hitl.py verify")
-    run("init", init)
-    run("check", check)
-    rules = folder / "checkpoints.toml"     # no fixed port: any free one
+    verified = in_background(run, "python3 hitl.py verify")
+    run(init, "next: python3 hitl.py serve")
+    run(check, "delete_users waits for a person")
+    rules = tmp_path / "checkpoints.toml"   # no fixed port: any free one
     rules.write_text(rules.read_text().replace("# port = 8765",
                                                "port = 0"))
-    with Running(*argv(serve), folder=folder, **environ) as desk:
+    with Running(*argv(serve), folder=tmp_path, **environ) as desk:
         url = environ["HITL_SERVER_URL"] = desk.said("(http://127.*)/")[1]
-        run("ask", ask.replace("http://127.0.0.1:8765", url))
-        run("approve", approve.replace("http://127.0.0.1:8765", url))
-        run("list", "python3 hitl.py list --all")
-        run("sqlite3", look_at)
-        run("log", "python3 hitl.py log --verify")
+        run(ask.replace("http://127.0.0.1:8765", url), '"status": "waiting"')
+        run(approve.replace("http://127.0.0.1:8765", url),
+            '"status": "approved"')
+        run("python3 hitl.py list --all", "approved  r-1 ")
+        run(look_at, "r-1|approved|reviewer:reviewer")
+        run("python3 hitl.py log --verify", ": whole")
         assert desk.stop() == 0
-        said["serve"] = desk.text
-    yield folder, said, verified
-    verified()
-
-
-def test_the_readme_runs(readme):
-    """The lines of README.md run as printed, from a folder that holds only
-    hitl.py, and leave what they say they write."""
-    folder, said, _ = readme
-    for name, words in (
-            ("init", "next: python3 hitl.py serve"),
-            ("check", "delete_users waits for a person"),
-            ("ask", '"status": "waiting"'), ("list", "approved  r-1 "),
-            ("approve", '"status": "approved"'), ("log", ": whole"),
-            ("sqlite3", "r-1|approved|reviewer:reviewer"),
-            ("serve", "[r-1] by agent:unauthenticated"),
-            ("serve", "[r-1] by reviewer:reviewer")):
-        assert words in said[name], said[name]
-    assert sorted(p.name for p in folder.iterdir()) == [
+    for words in ("[r-1] by agent:unauthenticated", "[r-1] by reviewer:reviewer"):
+        assert words in desk.text
+    said = verified()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
         "checkpoints.toml", "hitl-evidence.json", "hitl.db", "hitl.db.lock",
         "hitl.py", "tmp"]
+    assert not list((tmp_path / "tmp").iterdir()), "it leaves nothing behind"
+    evidence = json.loads((tmp_path / "hitl-evidence.json").read_text())
+    assert evidence["verified"] is True and evidence["model"] == "none"
+    assert evidence["hitl.py sha256"] == hitl.file_sha256(FILE)
+    assert shlex.split(evidence["command"])[::2] == [
+        evidence["executable"], "verify"]
+    assert [finding["step"] for finding in evidence["findings"]] == [
+        "trigger delete_records", "look at the page", "click Approve",
+        "look at the records", "trigger delete_records", "click Reject",
+        "read the log", "look at the records", "trigger delete_records",
+        "wait (time-out set to 2.0 s here)", "click too late",
+        "check the audit log"]
+    for finding in evidence["findings"]:
+        assert finding["holds"] and finding["expected"]
+        assert (f"ok   {finding['step']}\n     expected {finding['expected']}\n"
+                f"     observed {finding['observed']}\n") in said
+    for name in ("command", "python", "sqlite", "configuration sha256",
+                 "database", "server"):
+        assert re.search(f"^{name} +{re.escape(evidence[name])}$", said, re.M)
+    assert "CollaborationError: rejected" in str(evidence["log"])
 
 
-def on_the_page(link) -> None:
-    """Reject what a demo asks, over the link that it prints."""
-    me = hitl.Client(f"http://127.0.0.1:{link[2]}",
-                     hitl.basic("eva", link[1]))
-    row, = until(lambda: me.exchange("GET", "/pending", seconds=10
-                                     ).body["waiting"])
-    me.exchange("POST", f"/approve/{row['request_id']}",
-                {"decision": "rejected", "reason": "not yet"}, seconds=10)
-
-
-@pytest.mark.parametrize("terminal, keys, ending", (
-    (False, b"?\na\n", "approved, 2 records deleted"),
-    (True, b"r\n", "stopped by CollaborationError: rejected by terminal"),
-    (True, b"", "stopped by CollaborationError: rejected by eva: not yet")))
-def test_demo(tmp_path, terminal, keys, ending):
+@pytest.mark.parametrize("terminal, ending", (
+    (False, "stopped by CollaborationError: rejected by terminal"),
+    (True, "approved, 2 records deleted")))
+def test_demo(tmp_path, terminal, ending):
     """demo: a person decides by typing a or r, or on the page; on a terminal
     it stays open until Ctrl-C. It leaves nothing behind."""
     ours, theirs = pty.openpty() if terminal else os.pipe()[::-1]
     with Running(*HITL, "demo", folder=tmp_path, stdin=theirs,
                  TMPDIR=str(tmp_path)) as demo:
         link = demo.said(LINK)
-        os.write(ours, keys) if keys else on_the_page(link)
+        if terminal:
+            me = hitl.Client(f"http://127.0.0.1:{link[2]}",
+                             hitl.basic("eva", link[1]))
+            row, = until(lambda: me.exchange("GET", "/pending", seconds=10
+                                             ).body["waiting"])
+            me.exchange("POST", f"/approve/{row['request_id']}",
+                        {"decision": "approved"}, seconds=10)
+        else:
+            os.write(ours, b"?\nr\n")
+            assert demo.said("type a to approve, r to reject")
         assert demo.said(f"agent: {ending}")
         if terminal:
             assert demo.said(".*Ctrl-C to end.")
             demo.process.send_signal(signal.SIGINT)
         assert demo.process.wait(20) == (130 if terminal else 0)
-        assert ("'ben'" in demo.said("records now: .*")[0]) is (
-            "rejected" in ending)
+        assert ("'ben'" in demo.said("records now: .*")[0]) is not terminal
     os.close(ours)
     os.close(theirs)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_verify(readme):
-    """verify runs the guide's verification, compares each observation with
-    the expected one, and writes the evidence so that it can be repeated."""
-    folder, said, verified = readme
-    verified()
-    assert not list((folder / "tmp").iterdir()), "it leaves nothing behind"
-    evidence = json.loads((folder / "hitl-evidence.json").read_text())
-    assert evidence["verified"] is True and evidence["model"] == "none"
-    assert evidence["hitl.py sha256"] == hitl.file_sha256(FILE)
-    python, file, *words = shlex.split(evidence["command"])
-    assert (python, words) == (evidence["executable"], ["verify"])
-    assert (folder / "hitl.py").samefile(file)
-    assert [finding["step"] for finding in evidence["findings"]] == [
-        "trigger delete_records", "look at the page", "click Approve",
-        "look at the records", "trigger delete_records", "click Reject",
-        "read the log", "look at the records", "trigger delete_records",
-        "wait (time-out set to 3.0 s here)", "click too late",
-        "check the audit log"]
-    for finding in evidence["findings"]:
-        assert finding["holds"] and finding["expected"]
-        assert f"ok   {finding['step']}" in said["verify"]
-        assert f"observed {finding['observed']}" in said["verify"]
-    for name in ("command", "python", "sqlite", "configuration sha256",
-                 "database", "server"):
-        assert re.search(f"^{name} +{re.escape(evidence[name])}$",
-                         said["verify"], re.M)
-    assert "CollaborationError: rejected" in str(evidence["log"])
 
 
 # =============================== Command line ==============================
@@ -8186,6 +8160,35 @@ def test_list_show_approve_reject(desk):
     done = typed(desk, "approve", long_id)
     assert done.status == 1 and done.err.startswith(
         "hitl: error: this request is rejected by ana since ")
+
+
+def test_check_replay(desk, tmp_path):
+    """check --replay says what today's rules would do with each stored call:
+    the same, no longer wait, deny it, hold it by another checkpoint."""
+    for name, tool, was in (
+            ("a", "delete_rows", "delete-records"), ("b", None, None),
+            ("c", "read_rows", "delete-records"), ("d", "drop_rows", "drop"),
+            ("e", "delete_all", "all"), ("f", "purge", "delete-records"),
+            ("g", "purge", "gone"), ("h", "delete_rows", None)):
+        why = {"why": "the code names it"} if tool == "purge" else {}
+        fields = {"tool": tool, "arguments": {}, "checkpoint_id": was} | why
+        assert desk.post(name, **{k: v for k, v in fields.items()
+                                  if tool and v is not None}).status == 201
+    rules = tmp_path / "rules.toml"
+    rules.write_text(RULES + RULES.partition("[[")[2].join(("[[", "")).replace(
+        "delete", "drop") + 'effect = "deny"\n')
+    words = ("check", "--replay", "--config", str(rules))
+    assert typed(desk, *words).out.splitlines() == [
+        "8 calls: 4 as before, 2 would no longer wait, 1 denied, "
+        "1 by another checkpoint",
+        "  would no longer wait: c read_rows, delete-records -> unmatched",
+        "  denied: d drop_rows, drop -> drop-records",
+        "  by another checkpoint: e delete_all, all -> delete-records",
+        "  would no longer wait: g purge, gone -> unmatched"]
+    told = json.loads(typed(desk, *words, "--json").out)
+    assert (told["calls"], told["denied"], told["changed"][1]) == (8, 1, {
+        "request_id": "d", "tool": "drop_rows", "was": "drop",
+        "now": "drop-records", "became": "denied"})
 
 
 def test_no_line_of_show_imitates_another(desk):
