@@ -972,6 +972,20 @@ def test_all_argument_patterns_must_match(make_rules):
         assert match.effect == effect
 
 
+def disguises(name: str):
+    """Spellings of a tool's name that a view sees through."""
+    for prefix in ("", "mcp__a_b__c__", "a.b.", "a/b/", "a::", "re", "x y "):
+        for word in (name, name.upper(), name.title(), name + "_v2"):
+            yield prefix + word
+    for small in (0xff41, 0x1d41a, 0x1d5ee, 0x1d68a):     # width and style
+        yield "".join(chr(small + ord(c) - 97) if c.islower() else c
+                      for c in name)
+    for c in ("\u00ad\u034f\u061c\u115f\u180e\u200b\u200d\u202e\u2800\u3164"
+              "\ufe0f\ufeff\uffa0\U000e0041\n\r\t\0\x7f"):
+        for at in range(len(name) + 1):
+            yield name[:at] + c + name[at:]
+
+
 @pytest.mark.parametrize("name, decides", [
     ("delete_records", "delete-records"), ("deploy_model", "deploy-model"),
     ("send_email", "external-request"), ("http_post", "external-request"),
