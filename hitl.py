@@ -6911,8 +6911,9 @@ PREFIXED = (r"[A-Za-z][A-Za-z0-9]{1,9}(?:[-_][A-Za-z0-9]{1,8}){0,2}[-_]"
             r"(?P<tail>[A-Za-z0-9]{16,})")
 # Group 1 of each stays, the rest of the match is masked.
 SECRETS = (
-    r"()-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?:(?!-----END).)*+(?:-----END "
+    r"()-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?s:(?!-----END).)*+(?:-----END "
     r"[A-Z0-9 ]{0,40}-----)?",
+    r"(?m)()^[\w+/=]{4,80}$(?=\n-----END [A-Z ]{0,40}PRIVATE KEY)",
     # a header, a line of a file: what follows belongs to it
     r"""(?i)((?<!["'\\])(?:authorization|cookie): {0,4})[^\s"'\\][^\n]*+""",
     r"(?i)((?:authorization|cookie|x-[a-z-]{0,20}(?:key|token)): {0,4})"
@@ -7634,7 +7635,7 @@ class Held:
         """Make sure that this call, and no other, may run now (promise 3)."""
         self.check_approved()
         self.tick()                     # a last look: is anybody still there?
-        runs = self.state.approved_digest or self.digest
+        runs = first_of(self.state.approved_digest, self.digest)
         if runs != self.digest and not self.body.get("edits"):
             raise self.error(ChangedError, "the arguments were changed, which "
                              "this gate did not ask for")
@@ -7682,7 +7683,7 @@ class Held:
         self.learn(reply)
         if ((self.state.status, self.state.outcome)
                 != (Status.APPROVED, Outcome.RUNNING)
-                or (self.state.approved_digest or self.digest) != runs):
+                or first_of(self.state.approved_digest, self.digest) != runs):
             raise self.error(ChangedError, "the server's reply to the claim is "
                              "not this approval", "is server_url the right one?")
         if runs == self.digest:

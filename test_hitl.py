@@ -6175,7 +6175,8 @@ def test_a_large_context(make_gate, desk, monkeypatch):
     assert len(desk.rows("SELECT 1 FROM pending_reviews")) == 1
 
 
-CANARY = "c4n4ryAbCdEf0123456789XyZ"
+CANARY = "c4n4ryAbCdEf0123456789XyZ"      # like a token
+PASSWORD = "hunter2horse"                # like a person's
 
 
 @dataclass
@@ -6195,18 +6196,20 @@ NAMES = """password passwords db_password PGPASSWORD MYSQL_PWD token tokens
     cookie aws_secret_access_key credentials private_key session_id jwt otp
     pin Set-Cookie passphrase pass DB_PASS dbPass pw auth SIGNING_KEY
     ENCRYPTION_KEY SecretAccessKey SessionToken X-Api-Key""".split()
-SHAPES = """sk-# sk_live_# sk-ant-# ghp_# ghs_# github_pat_# glpat-# xoxb-1-#
+TOKENS = """sk-# sk_live_# sk-ant-# ghp_# ghs_# github_pat_# glpat-# xoxb-1-#
     AIza## hf_# npm_# pypi-# ya29.# GOCSPX-# gsk_# pplx-# ntn_# shpat_# SG.#.#
     hvs.# dapi0123456789abcdef01234567# dop_v1_# whsec_# 1//0# key-#
-    postgres://ana:#@db/x postgres://a:p@#@db/x postgres://a:p/#@db/x
-    redis://:#@host/0 https://#@github.com/o/r https://oauth2:#@gitlab.com/o/r
     https://api.telegram.org/bot9279055934:AA#AAAAAAAA/getMe
-    https://hooks.slack.com/services/T0/B0/# eyJhbGciOiJ9.#.# DB_PASSWORD=#
-    https://x/?access_token=# https://x/cb#sig=# https://x/?key=#
+    https://hooks.slack.com/services/T0/B0/# eyJhbGciOiJ9.#.# https://x/?key=#
+    https://x/cb#sig=# h:5432:db:user:# ##
+    """.split()
+PLACES = """postgres://ana:#@db/x postgres://a:p@#@db/x postgres://a:p/#@db/x
+    redis://:#@host/0 https://#@github.com/o/r https://oauth2:#@gitlab.com/o/r
+    DB_PASSWORD=# https://x/?access_token=#
     {"password":"#"} {"x":"{\\"password\\":\\"#\\"}"} <password>#</password>
-    <t:ApiToken\tx='1'>#</t:ApiToken> AccountKey=#== Pwd=#;Encrypt=yes
-    //registry.npmjs.org/:_authToken=# ana:$apr1$# h:5432:db:user:#
-    """.split() + """Authorization: Bearer #|basic #==|password='p) #'
+    AccountKey=#== Pwd=#;Encrypt=yes
+    //registry.npmjs.org/:_authToken=# ana:$apr1$# <t:ApiToken\tx='1'>#</t:ApiToken>
+    """.split(" ") + """Authorization: Bearer #|basic #==|password='p) #'
     {"password": "a b #"}|Authorization: Token #|{'Authorization': 'Token #'}
     -H "X-Auth-Token: #"|Cookie: a=123; connect.sid=#|Set-Cookie: auth=#; Path=/
     curl -u admin:# https://h|curl -b 'session=#' h|mysqldump --password # db
@@ -6223,19 +6226,20 @@ SHAPES = """sk-# sk_live_# sk-ant-# ghp_# ghs_# github_pat_# glpat-# xoxb-1-#
     "Password:\n#", "Password:\r\n#", "\npassword: |\n  #\n  #\nuser: ana",
     "\npassword: 'it''s #'", "\n| password | # |", "\npassword\t#",
     "-----BEGIN RSA PRIVATE KEY-----\n#\n-----END RSA PRIVATE KEY-----",
-    "\n#\n-----END RSA PRIVATE KEY-----", f"{CANARY}{CANARY}\n{CANARY}=="]
-SECRETS = [{name: CANARY} for name in NAMES] + [
-    f"text with {shape} in it".replace("#", CANARY) for shape in SHAPES] + [
+    "\n#\n-----END RSA PRIVATE KEY-----"]
+SECRETS = [{name: PASSWORD} for name in NAMES] + [
+    shape.replace("#", CANARY) for shape in TOKENS] + [
+    f"text with {shape} in it".replace("#", PASSWORD) for shape in PLACES] + [
     f"AKIA{CANARY.upper()[:16]}", {f"ghp_{CANARY}": 1}, State(), [(State(),)],
-    State().as_shown, FAR_STATE, {"password": {"deep": [CANARY]}},
-    {"auth": ["ana", CANARY]}, [["X-Api-Key", CANARY], ["Accept", "*/*"]],
-    ["Host", "h", "X-Api-Key", CANARY, "Accept", "*/*"],
-    [("Authorization", f"Token {CANARY}")], {"password": b"x" + CANARY.encode()},
-    {"headers": [{"name": "X-Api-Key", "value": CANARY}]},
-    {"headers": [f"Authorization: Basic {CANARY}="]},
-    ["curl", "-u", f"ana:{CANARY}"], ["tool", "--password", CANARY],
-    ["mysql", "-u", "root", f"-p{CANARY}"],
-    ["-----BEGIN PRIVATE KEY-----", CANARY, CANARY, "-----END PRIVATE KEY-----"]]
+    State().as_shown, FAR_STATE, {"password": {"deep": [PASSWORD]}},
+    {"auth": ["ana", PASSWORD]}, [["X-Api-Key", PASSWORD], ["Accept", "*/*"]],
+    ["Host", "h", "X-Api-Key", PASSWORD, "Accept", "*/*"],
+    [("Authorization", f"Token {PASSWORD}")], {"password": b"x" + PASSWORD.encode()},
+    {"headers": [{"name": "X-Api-Key", "value": PASSWORD}]},
+    {"headers": [f"Authorization: Basic {PASSWORD}="]},
+    ["curl", "-u", f"ana:{PASSWORD}"], ["tool", "--password", PASSWORD],
+    ["mysql", "-u", "root", f"-p{PASSWORD}"],
+    ["-----BEGIN PRIVATE KEY-----", PASSWORD, PASSWORD, "-----END PRIVATE KEY-----"]]
 PROSE = """\
 The password is wrong, so the token is expired, the secret is to be rotated.
 Please reset my password; authentication failed with status 401. Basic rules.
@@ -6256,7 +6260,7 @@ def masked(value):
 
 def leaks(value) -> bool:
     text = value if isinstance(value, str) else json.dumps(value)
-    return CANARY[:8].lower() in text.lower()
+    return CANARY[:8].lower() in text.lower() or PASSWORD in text
 
 
 def test_what_is_masked():
