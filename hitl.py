@@ -342,7 +342,7 @@ REQUEST_ID = regex(
 # Each arrow (an indent) is one guarded UPDATE in the Store, and a trigger in
 # the database refuses every other move. A new status would be added here, in
 # SCHEMA and database_faults, as a move of Store, in REFUSALS, in the page's
-# STYLE, SCRIPT and reviewed_row, and where Gate._wait and _claim look at it.
+# STYLE and endings, and where Gate._wait and _claim look at it.
 # The deadline is watched in four places: Loop.sweep and Store.decide (the
 # server's clock), Gate._wait and _give_up (the gate's own).
 
@@ -3949,95 +3949,86 @@ class Notices:
 # Templates are HTML a designer could read; fill() escapes every value that is
 # not Html already, after visible() has shown what cannot be seen (promise 7).
 # A request is one line that opens to everything about it: first what will
-# run, then who asks and what the agent says of it, then the buttons. No part
-# is cut where there are buttons; the page works without its script.
+# run, then who asks and what the agent says of it, then the buttons. Of what
+# will run no part is cut where there are buttons; the page works without its
+# script.
 
 HISTORY_ROWS = 100              # on one page of the history
 PAGE_CARDS = 100                # waiting requests on the page at once
 REVIEWED_CARDS = 20             # reviewed ones below them
-MANY_CARDS = 12                 # from here on the lines are set closer
 WIDE = 76                       # characters of JSON that stay on one line
+CONTEXT_SHOWN = 32 * 1024       # characters; of a longer one, both ends
 
 STYLE = """
-:root { color-scheme: light dark; --paper: #f6f5f2; --card: #fff; --ink: #1c1b19;
-  --soft: #5d5a54; --line: #dedbd3; --sunk: #f4f2ed; --on: #fff;
-  --amber: #8a4a00; --amber-bg: #ffe9b0; --green: #1a7340; --green-bg: #e0f4e6;
-  --red: #b3261e; --red-bg: #fde7e4; --grey: #66625b; --grey-bg: #eceae5;
-  --other: #2f5fa8; --other-bg: #e6eefa; }
-@media (prefers-color-scheme: dark) { :root { --paper: #161513; --card: #21201d;
-  --ink: #eeebe4; --soft: #a8a297; --line: #3a3732; --sunk: #191815; --on: #161513;
-  --amber: #ffb84d; --amber-bg: #3d2c0c; --green: #6fd195; --green-bg: #12331f;
-  --red: #ff8a7d; --red-bg: #431814; --grey: #b5afa4; --grey-bg: #33312c;
-  --other: #9cc0ff; --other-bg: #1c2a42; } }
-.waiting { --tone: var(--amber); --tint: var(--amber-bg); --edge: #f2a100; }
-.approved { --tone: var(--green); --tint: var(--green-bg); }
-.rejected { --tone: var(--red); --tint: var(--red-bg); }
-.expired, .withdrawn { --tone: var(--grey); --tint: var(--grey-bg); }
+:root { color-scheme: light dark; --paper: light-dark(#f6f5f2, #161513);
+  --card: light-dark(#fff, #21201d); --sunk: light-dark(#f4f2ed, #191815);
+  --ink: light-dark(#1c1b19, #eeebe4); --soft: light-dark(#5d5a54, #a8a297);
+  --line: light-dark(#dedbd3, #3a3732); }
+.waiting { --tone: light-dark(#8a4a00, #ffb84d); --edge: #f2a100;
+  --tint: light-dark(#ffe9b0, #3d2c0c); }
+.approved, .approve { --tone: light-dark(#1a7340, #6fd195);
+  --tint: light-dark(#e0f4e6, #12331f); }
+.rejected, .reject, .warn, mark { --tone: light-dark(#b3261e, #ff8a7d);
+  --tint: light-dark(#fde7e4, #431814); }
+.expired, .withdrawn { --tone: light-dark(#66625b, #b5afa4);
+  --tint: light-dark(#eceae5, #33312c); }
+bdi { --tone: light-dark(#2f5fa8, #9cc0ff); --tint: light-dark(#e6eefa, #1c2a42); }
+.status, .warn, mark, bdi { color: var(--tone); background: var(--tint); }
 
 * { box-sizing: border-box; overflow-wrap: anywhere; }
 body { margin: 0 auto; padding: 0 16px 48px; max-width: 1080px; color: var(--ink);
   background: var(--paper); font: 15px/1.45 system-ui, sans-serif; }
-body > header { display: flex; gap: 4px 18px; align-items: center; flex-wrap: wrap;
-  padding: 7px 0; font-size: 14px; }
-h1 { font-size: 19px; margin: 0 auto 0 0; white-space: nowrap; }
+body > header, form, .card > summary, li { display: flex; flex-wrap: wrap;
+  gap: 0 12px; align-items: baseline; }
+body > header, form { gap: 6px 10px; align-items: center; margin: 6px 0; }
+h1 { font-size: 19px; margin: 0 auto 0 0; }
 h1 a { text-decoration: none; }
 h2, h3 { font-size: 15px; margin: 10px 0 4px; }
-h4 { font-size: 12.5px; color: var(--soft); margin: 0; font-weight: 600; }
-p { margin: 6px 0; }
+p, ol { margin: 6px 0; padding: 0; }
 a { color: inherit; }
-h4 code { color: var(--ink); }
-.soft, .who, .body summary, label { color: var(--soft); font-size: 13.5px; }
-:focus-visible { outline: 3px solid var(--other); outline-offset: 1px; }
-[hidden], .said:empty { display: none !important; }
+.soft, .who, .body summary, label, h4, dt, .end { color: var(--soft);
+  margin: 3px 0 0; font-size: 13.5px; }
+:focus-visible { outline: 3px solid #4a86d8; outline-offset: -1px; }
 
 /* a request: one line, opened to everything about it */
 .card, .note, li { background: var(--card); border: 1px solid var(--line);
-  border-left: 5px solid var(--edge, var(--tone)); }
+  border-left: 5px solid var(--edge, var(--tone)); font-size: 14px; }
 .card + .card, li + li { border-top: 0; }
-.card > summary { display: flex; gap: 0 12px; align-items: baseline;
-  padding: 5px 10px; cursor: pointer; list-style: none; font-size: 14px; }
-.many > .card > summary { padding-block: 0; font-size: 13px; line-height: 17px; }
-.many summary code { font-size: 12px; line-height: 16px; }
-.card > summary::-webkit-details-marker { display: none; }
+.card > summary { flex-wrap: nowrap; padding: 5px 10px; list-style: none; }
+#waiting:has(.card:nth-child(13)) > .card > summary { padding-block: 0;
+  font-size: 13px; line-height: 17px; }
+summary { cursor: pointer; }
 .status, .tag { font-size: 12px; font-weight: 600; border-radius: 99px;
   padding: 0 8px; line-height: 16px; min-width: 74px; text-align: center; }
-.status { color: var(--tone); background: var(--tint); }
 .tag { color: var(--soft); box-shadow: inset 0 0 0 1px var(--line); }
-.headline { flex: 1 1 0; min-width: 0; font-weight: 600; }
+.headline { flex: 1 1 0; min-width: 0; }
 .tool, .agent { max-width: 12em; color: var(--soft); }
 .status, .tag, .left, .card:not([open]) > summary > * { white-space: nowrap;
   overflow: hidden; text-overflow: ellipsis; flex-shrink: 0; }
 .left { min-width: 4.5em; text-align: right; }
+summary .headline, .said { font-weight: 600; }
+.card[style][open] { height: var(--tall); overflow: auto; }
 .body { padding: 0 10px 10px; }
 .exact { background: var(--sunk); border: 1px solid var(--line);
   border-radius: 6px; padding: 7px 10px; }
-pre, code, .exact dd, .exact dt { margin: 0;
-  font: 13.5px/1.45 ui-monospace, Consolas, monospace; }
+pre, code, .exact dd, .exact dt { font: 13.5px/1.45 ui-monospace, monospace; }
+summary code { font-size: 12px; line-height: 16px; }
+h4 code { color: var(--ink); }
 pre, dd, h4 code, .full { white-space: break-spaces; unicode-bidi: isolate; }
 dl { display: grid; grid-template-columns: fit-content(38%) minmax(0, 1fr);
-  gap: 1px 12px; margin: 0; font-size: 13.5px; }
-dt { color: var(--soft); }
-dd { margin: 0; }
+  gap: 1px 12px; }
+dl, dd, dt, h4, pre { margin: 0; font-size: 13.5px; }
 .block { grid-column: 1 / -1; }
 pre { background: var(--card); padding: 5px 8px; border: 1px solid var(--line);
   border-left: 3px solid var(--soft); }
-.end { color: var(--soft); font: 12px/1.5 system-ui, sans-serif; }
-.body summary { cursor: pointer; padding: 3px 0; }
-.folds { display: flex; flex-wrap: wrap; gap: 0 18px; }
-.folds > details { max-width: 100%; }
-.folds > [open] { flex-basis: 100%; }
-.said { flex: 1 1 100%; margin: 0; font-weight: 600; white-space: pre-line;
-  overflow: auto; line-height: 1.3; }
+.said { white-space: pre-line; }
+.said:empty { display: none; }
 .warn, .note { padding: 3px 10px; border-radius: 5px; }
-.warn, mark { color: var(--red); background: var(--red-bg); }
 mark, bdi { border-radius: 3px; padding: 0 1px; }
 mark { font-size: .85em; margin: 0 1px; }
-bdi { color: var(--other); background: var(--other-bg);
-  text-decoration: underline 1px; text-underline-offset: 3px; }
+bdi { text-decoration: underline 1px; text-underline-offset: 3px; }
 
 /* deciding: buttons that have just appeared are dead */
-form { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; }
-.body form, label { margin-top: 6px; }
 textarea, button, select, input { font: inherit; color: inherit; padding: 7px 10px;
   border: 1px solid var(--soft); border-radius: 6px; background: var(--sunk); }
 textarea, main input[type=search] { flex: 1 1 220px; height: 40px; min-width: 0; }
@@ -4047,25 +4038,22 @@ header input, header button { padding: 3px 10px; max-width: 170px; }
 ::placeholder { color: var(--soft); opacity: 1; }
 button { background: transparent; cursor: pointer; }
 main button { font-weight: 600; min-height: 40px; padding: 6px 22px; }
-.approve { background: var(--green); border-color: var(--green); color: var(--on); }
-.reject { color: var(--red); border-color: var(--red); }
+.approve, .reject { color: var(--tone); border-color: var(--tone); }
+.body > form > .approve { color: var(--card); background: var(--tone); }
 @keyframes appear { 0%, 99% { opacity: .45; pointer-events: none; } }
 .card[open] form button { animation: appear .6s; }
-#stopped .note { background: var(--red-bg); margin-bottom: 8px; }
-#lost { position: fixed; bottom: 0; left: 16px; right: 16px; --tone: var(--red); }
+#stopped .note { background: var(--tint); margin-bottom: 8px; }
+#lost { position: fixed; bottom: 0; left: 16px; right: 16px; }
 
 /* what was reviewed */
-ol { list-style: none; padding: 0; margin: 0; font-size: 14px; }
-li { display: flex; flex-wrap: wrap; gap: 0 12px; align-items: baseline;
-  padding: 3px 10px; }
-li a { flex: 1 1 20em; }
+ol { list-style: none; }
+li { padding: 3px 10px; }
 li .soft { flex: 1 1 100%; }
 @media (max-width: 640px) {
   body { padding: 0 8px 32px; }
   header form { display: none; }
-  .card > summary, .many > .card > summary { flex-wrap: wrap; padding-block: 7px;
-    line-height: 1.4; }
-  .headline, li a, li .soft { order: 1; flex: 1 0 100%; }
+  .card[class] > summary { flex-wrap: wrap; padding-block: 7px; line-height: 1.4; }
+  summary .headline, li .headline, li .soft { order: 1; flex: 1 0 100%; }
   .card:not([open]) > summary .headline { white-space: normal; }
   .tool, .agent { order: 2; }
   .left, li time { margin-left: auto; }
@@ -4074,172 +4062,131 @@ li .soft { flex: 1 1 100%; }
 }
 """
 
-# The script decides by fetch, keeps the page live and moves by keys. Nothing
-# moves under a finger: a card settles where it is, new ones are added below.
-# Addresses start from location.origin: a page opened with credentials in its
-# link cannot fetch relative ones.
+# The script decides by fetch, keeps the page live and moves by keys. Its cards
+# are the server's own: it replaces one that has changed, and adds new ones
+# below. Nothing moves under a finger.
 SCRIPT = r"""
 const first = (css, root = document) => root.querySelector(css);
 const every = (css, root = document) => [...root.querySelectorAll(css)];
-const at = path => location.origin + path;      // a link may hold credentials
-const since = new WeakMap();                    // card -> when it was opened
-const DEAD = 600, page = document.body.dataset;
+const DEAD = 600, lost = first("#lost"), bell = first("#bell");
+let change = document.body.dataset.change, rest = 5000;
 
-// ---- what a card shows ----
-
-function words(seconds) {
-  for (const [size, unit] of [[86400, "days"], [3600, "h"], [60, "min"]])
-    if (seconds >= 2 * size) return `${Math.round(seconds / size)} ${unit}`;
-  return `${Math.max(0, Math.round(seconds))} s`;
+// A link may hold credentials, and then fetch refuses relative addresses.
+const ask = (path, more) => fetch(location.origin + path,
+                                  {cache: "no-store", ...more});
+async function read(path) {
+  const reply = await ask(path);
+  if (!reply.ok) throw new Error(reply.status);
+  const page = new DOMParser().parseFromString(await reply.text(), "text/html");
+  localise(page);
+  return page;
 }
-function tick() {
-  for (const left of every(".waiting .left[data-until]"))
-    left.textContent =
-      words((new Date(left.dataset.until) - Date.now() - skew) / 1000) + " left";
-}
-const skew = new Date(page.at) - Date.now();
-function prepare(root) {                        // of a page that was just read
-  for (const time of every("time", root)) {
+function localise(page) {
+  const today = new Date().toDateString();
+  for (const time of every("time", page)) {
     const moment = new Date(time.dateTime);
-    const today = moment.toDateString() === new Date().toDateString();
-    time.textContent = today ? moment.toLocaleTimeString()
-                             : moment.toLocaleString();
+    time.textContent = moment.toDateString() === today
+      ? moment.toLocaleTimeString() : moment.toLocaleString();
   }
-  for (const card of every(".waiting", root)) {
-    if (card.open) since.set(card, performance.now());
-    const reason = first("[name=reason]", card);
-    if (reason) reason.value ||= sessionStorage[card.id] || "";
-  }
-}
-function tell(form, text) { first(".said", form).textContent = text; }
-
-const height = element => element.getBoundingClientRect().height + "px";
-
-// The card stays as tall as it was: nothing moves under a finger.
-function settle(card, state, title = "") {
-  const [form, ...others] = every("form", card);
-  const typed = first("[name=reason]", card)?.value;
-  const by = (state.decided_by || "").split(":").slice(1).join(":");
-  const said = document.createElement("p");
-  said.className = "said";
-  said.textContent = (title ? title + ". " : "") + `${state.status}` +
-    (by && ` by ${by}`) + (state.reason ? `: ${state.reason}` : "");
-  if (typed && typed.trim() !== state.reason)
-    said.textContent += `\nYou had typed: ${typed}`;
-  const active = card.contains(document.activeElement);
-  card.style.minHeight = height(card);
-  if (form) said.style.maxHeight = height(form);
-  card.className = `card over ${state.status}`;
-  first(".status", card).textContent = state.status;
-  first(".left", card).textContent = "";
-  form ? form.replaceWith(said) : card.append(said);
-  for (const other of others) (other.closest(".body > details") || other).remove();
-  if (active) first("summary", card).focus({preventScroll: true});
-  delete sessionStorage[card.id];
 }
 
 // ---- deciding ----
 
+const alone = async card => (await read("/review/" + card.id.slice(8)))
+  .getElementById(card.id);
+const reason = card => first("[name=reason]", card)?.value || "";
+function tell(card, text) { first(".said", card).append(text); }
+
+// Replaces a card, which stays as tall and as open as it was.
+function put(card, fresh) {
+  const folds = every("details", fresh), typed = reason(card).trim();
+  const focused = card.contains(document.activeElement);
+  every("details", card).slice(0, folds.length).forEach(
+    (fold, n) => { folds[n].open = fold.open; });
+  fresh.open = card.open;
+  fresh.style.setProperty("--tall", card.getBoundingClientRect().height + "px");
+  if (typed && !first(".said", fresh).textContent.includes(typed))
+    tell(fresh, `\nYou had typed: ${typed}`);
+  card.replaceWith(fresh);
+  if (focused) first("summary", fresh).focus({preventScroll: true});
+  return fresh;
+}
+async function decide(card, form, button) {
+  const body = new URLSearchParams(new FormData(form, button));
+  body.set("reason", reason(card));
+  const reply = await ask(new URL(form.action).pathname,
+    {method: "POST", body, headers: {Accept: "application/json"}});
+  const answer = await reply.json();
+  if (reply.ok) return put(card, await alone(card));
+  if (answer.request && answer.request.status !== "waiting")
+    return tell(put(card, await alone(card)), `\nToo late: ${answer.title}`);
+  tell(card, `Not decided: ${answer.title}. ${answer.detail || ""}`);
+}
 document.addEventListener("submit", async event => {
   const form = event.target, card = form.closest(".card");
   if (!card) return;
   event.preventDefault();
-  if (form.dataset.busy) return;
-  if (!(performance.now() - since.get(card) >= DEAD))
-    return tell(form, "Too fast: look at it first.");
-  const body = new URLSearchParams(new FormData(form, event.submitter));
-  body.set("reason", first("[name=reason]", card).value);
-  form.dataset.busy = "yes";
+  if (card.busy) return;
+  first(".said", card).textContent = "";
+  if (performance.now() - (card.since || 0) < DEAD)
+    return tell(card, "Too fast: look at it first.");
+  card.busy = true;
   try {
-    const reply = await fetch(at(new URL(form.action).pathname),
-      {method: "POST", body, headers: {Accept: "application/json"}});
-    const answer = await reply.json();
-    if (reply.ok) settle(card, answer);
-    else if (answer.request && answer.request.status !== "waiting")
-      settle(card, answer.request, answer.title);
-    else tell(form, `Not decided: ${answer.title}. ${answer.detail || ""}`);
+    await decide(card, form, event.submitter);
   } catch {
-    tell(form, "The server does not answer. Your reason is kept: " +
+    tell(card, "The server does not answer. Your reason is kept: " +
                "decide again when it is back.");
   }
-  delete form.dataset.busy;
-});
-document.addEventListener("input", event => {
-  const card = event.target.closest(".card");
-  if (event.target.name === "reason") sessionStorage[card.id] = event.target.value;
+  card.busy = false;
 });
 document.addEventListener("toggle", event => {
-  const card = event.target;
-  if (!card.matches(".card")) return;
-  card.open ? since.set(card, performance.now()) : since.delete(card);
-  if (card.open) tidy(card);
+  event.target.since = performance.now();
 }, true);
-function tidy(card) {           // what is settled folds, once it is out of sight
-  const top = () => card.getBoundingClientRect().top, before = top();
-  for (const old of every(".over[open]")) {
-    if (old.getBoundingClientRect().bottom > 0) continue;
-    old.style.minHeight = "";
-    old.open = false;
-  }
-  scrollBy(0, top() - before);
-}
 
 // ---- live ----
 
-const list = first("#waiting"), lost = first("#lost");
-async function read(path, type) {
-  const reply = await fetch(at(path), {cache: "no-store",
-                                       headers: {Accept: type}});
-  if (!reply.ok) throw new Error(reply.status);
-  return reply;
-}
 async function refresh() {
-  const reply = await read(location.pathname + location.search, "text/html");
-  const now = new DOMParser().parseFromString(await reply.text(), "text/html");
-  prepare(now);
-  for (const card of every(".card:not(.over)")) {
-    const fresh = now.getElementById(card.id);
-    if (fresh && fresh.matches(".waiting"))
-      first(".live", card).replaceChildren(...first(".live", fresh).childNodes);
-    else if (fresh && !card.matches(".waiting")) card.replaceWith(fresh);
-    else {
-      const state = await (await read("/review/" + card.id.slice(8),
-                                      "application/json")).json();
-      if (state.status !== "waiting") settle(card, state);
-    }
+  const page = await read(location.pathname + location.search);
+  for (const card of every(".card")) {
+    const fresh = page.getElementById(card.id)
+      || card.matches(".waiting") && await alone(card);
+    if (!fresh) continue;
+    const now = every(".live", fresh);
+    if (fresh.className !== card.className) put(card, fresh);
+    else every(".live", card).forEach(
+      (part, n) => part.replaceChildren(...now[n].childNodes));
   }
-  const news = every("#waiting .card", now).filter(
+  const news = every("#waiting .card", page).filter(
     card => !document.getElementById(card.id));
   for (const card of news) {
     card.open = !first("#waiting .waiting");
-    since.delete(card);
-    list.append(card);
-    if (card.open) since.set(card, performance.now());
+    first("#waiting").append(card);
   }
   for (const css of ["#count", "#reviewed", "#more", "#stopped"]) {
-    const old = first(css), fresh = first(css, now);
-    if (old && fresh && old.innerHTML !== fresh.innerHTML)
-      old.replaceChildren(...fresh.childNodes);
+    const part = first(css), now = first(css, page);
+    if (part && now.innerHTML !== part.innerHTML)
+      part.replaceChildren(...now.childNodes);
   }
-  document.title = now.title;
-  first("link[rel=icon]").href = first("link[rel=icon]", now).href;
-  if (news.length && document.hidden && self.Notification?.permission ===
-      "granted") new Notification(now.title, {tag: "hitl",
-        body: first(".headline", news[0]).textContent});
+  document.title = page.title;
+  first("link[rel=icon]").href = first("link[rel=icon]", page).href;
+  if (news.length && document.hidden && self.Notification?.permission === "granted")
+    new Notification(page.title, {tag: "hitl", body: first(
+      ".headline", news[0]).textContent});
 }
-let change = page.change, wake = () => {}, poll = new AbortController();
+let poll = new AbortController(), wake = () => {};
+const pause = time => new Promise(done => { wake = done; setTimeout(done, time); });
 async function live() {
   for (;;) {
     poll = new AbortController();
     try {
-      const hidden = document.hidden, wait = hidden || !lost.hidden ? 0 : 25;
-      const reply = await fetch(at(`/changes?after=${change}&wait=${wait}`),
-        {cache: "no-store", signal: poll.signal});
-      if (!reply.ok) throw new Error(reply.status);
-      const now = String((await reply.json()).change);
-      if (now !== change || !lost.hidden) { await refresh(); change = now; }
+      const hidden = document.hidden, wait = hidden || !lost.hidden ? 0 : 10;
+      const reply = await ask(`/changes?after=${change}&wait=${wait}`,
+                              {signal: poll.signal});
+      const now = (await reply.json()).change;
+      if (now != change || !hidden && first(".waiting")) await refresh();
+      change = now;
       lost.hidden = true;
-      if (hidden) await pause(5000);
+      if (hidden) await pause(rest);
     } catch (error) {
       if (error.name === "AbortError") continue;
       lost.hidden = false;
@@ -4247,71 +4194,57 @@ async function live() {
     }
   }
 }
-const pause = time => new Promise(done => { wake = done;
-                                            setTimeout(done, time); });
-document.addEventListener("visibilitychange", () => {
-  document.hidden ? poll.abort() : wake();
-});
+document.addEventListener("visibilitychange", () => { poll.abort(); wake(); });
 
 // ---- the keyboard ----
 
+const current = () => document.activeElement.closest(".card");
 function go(step) {
-  const lines = every(".card > summary");
-  const here = lines.indexOf(current() && first("summary", current()));
-  const next = document.activeElement.closest(".card") ? here + step : here;
-  lines[Math.max(0, Math.min(lines.length - 1, next))]?.focus();
+  const cards = every("details.card"), next = cards.indexOf(current()) + step;
+  const card = cards[Math.max(0, Math.min(cards.length - 1, next))];
+  if (card) first("summary", card).focus();
 }
-const current = () => document.activeElement.closest(".card")
-  || first(".card.waiting") || first(".card");
-const KEYS = {
-  j: () => go(1), k: () => go(-1),
-  a: () => focusIn(".approve"), r: () => focusIn("[name=reason]"),
-  "/": () => first("#q").focus(),
-  "?": () => { first("#keys").open = !first("#keys").open; },
-};
-function focusIn(css) {
-  const card = current(), target = card && first(css, card);
+function reach(css) {
+  const card = current() || first(".card.waiting");
+  const target = card && first(css, card);
   if (!target) return;
   card.open = true;
   target.focus();
-  target.dataset.key = "yes";                   // then Enter rejects
+  target.reached = true;                        // then Enter rejects
 }
+const KEYS = {
+  j: () => go(1), k: () => go(-1),
+  a: () => reach(".approve"), r: () => reach("[name=reason]"),
+  "/": () => first("#q").focus(),
+  "?": () => { first("#keys").open = true; },
+};
 document.addEventListener("keydown", event => {
-  const target = event.target, typing = target.matches("textarea, input");
-  if (event.ctrlKey || event.altKey || event.metaKey) return;
-  if (event.key === "Enter" && event.repeat) return event.preventDefault();
-  if (typing && event.key === "Escape") target.blur();
-  if (target.dataset.key && typing && event.key === "Enter"
-      && !event.shiftKey && !event.isComposing) {
-    event.preventDefault();
-    target.form.requestSubmit(first(".reject", target.form));
-  } else if (!typing && KEYS[event.key]) {
-    event.preventDefault();
-    KEYS[event.key]();
-  }
-});
-document.addEventListener("focusout", event => {
-  delete event.target.dataset.key;
+  const field = event.target, typing = field.matches("textarea, input, select");
+  if (event.ctrlKey || event.altKey || event.metaKey || event.isComposing) return;
+  let act = typing ? null : KEYS[event.key];
+  if (typing && event.key === "Escape") act = () => field.blur();
+  if (typing && field.reached && event.key === "Enter" && !event.shiftKey)
+    act = () => field.form.requestSubmit(first(".reject", field.form));
+  if (!act) return;
+  event.preventDefault();
+  act();
 });
 
-const bell = first("#bell");
-if (bell && self.Notification?.permission === "default") {
-  bell.hidden = false;
-  bell.onclick = async () => {
-    await Notification.requestPermission();
-    bell.hidden = true;
-  };
-}
-prepare(document);
-if (page.change) { live(); tick(); setInterval(tick, 5000); }
+bell.hidden = self.Notification?.permission !== "default";
+bell.onclick = async () => {
+  await Notification.requestPermission();
+  bell.hidden = true;
+};
+localise(document);
+if (change) live();
 """
 
 
 def content_hash(text: str) -> str:
     """A hash source of a Content-Security-Policy (W3C CSP3)."""
-    import binascii
+    import base64
     digest = hashlib.sha256(text.encode()).digest()
-    return f"'sha256-{binascii.b2a_base64(digest, newline=False).decode()}'"
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
 CONTENT_POLICY = (
@@ -4324,18 +4257,7 @@ class Html(str):
     """Text that is markup already, and so is not escaped again."""
 
 
-CODE = regex(f"{BRACKETS[0]}([ -~]+){BRACKETS[1]}")
-WORD = regex(f"{BRACKETS[0]}([^{BRACKETS[1]}]*){BRACKETS[1]}")
-
-
-def marked(text: str) -> Html:
-    """Visible text as inert markup: its codes are marks, its words of other
-    scripts keep the order of the text, and their brackets where they touch a
-    Latin letter or a digit."""
-    text = escaped(text)
-    if BRACKETS[0] in text:
-        text = WORD.sub(marked_word, CODE.sub(r"<mark>\1</mark>", text))
-    return Html(text)
+MARK = regex(f"{BRACKETS[0]}(?:([ -~]+)|([^{BRACKETS[1]}]*)){BRACKETS[1]}")
 
 
 def escaped(text: str) -> Html:
@@ -4346,10 +4268,24 @@ def escaped(text: str) -> Html:
     return Html(text)
 
 
-def marked_word(found: re.Match[str]) -> str:
+def marked(text: str) -> Html:
+    """Visible text as inert markup: its codes are marks, its words of other
+    scripts keep the order of the text, and their brackets where they touch a
+    Latin letter or a digit."""
+    text = escaped(text)
+    return Html(MARK.sub(mark, text) if BRACKETS[0] in text else text)
+
+
+def mark(found: re.Match[str]) -> str:
+    if found[1]:
+        return f"<mark>{found[1]}</mark>"
     text, start, end = found.string, found.start(), found.end()
     touches = text[max(0, start - 1):start].isalnum() or text[end:end + 1].isalnum()
-    return f"<bdi>{found[0] if touches else found[1]}</bdi>"
+    return f"<bdi>{found[0] if touches else found[2]}</bdi>"
+
+
+def as_html(text: str) -> Html:
+    return marked(visible(text))
 
 
 @functools.lru_cache(maxsize=256)
@@ -4363,8 +4299,7 @@ def fill(template: str, **values: Any) -> Html:
     pieces = list(template_pieces(template))
     for n in range(1, len(pieces), 2):
         value = values[pieces[n]]
-        pieces[n] = value if isinstance(value, Html) else marked(
-            visible(str(value)))
+        pieces[n] = value if isinstance(value, Html) else as_html(str(value))
     return Html("".join(pieces))
 
 
@@ -4372,9 +4307,14 @@ def joined(parts: Iterable[Html], between: str = "") -> Html:
     return Html(between.join(parts))
 
 
-def tag(word: str | None, name: str, extra: str = "") -> Html:
-    """An element around a word; nothing where there is none."""
-    template = f"<{name}{extra}>{{word}}</{name.partition(' ')[0]}>"
+def in_a_line(parts: Iterable[str | Html]) -> Html:
+    return joined((part if isinstance(part, Html) else as_html(part)
+                   for part in parts), " \u00b7 ")
+
+
+def tag(word: str | None, name: str, kind: str) -> Html:
+    """An element of a class around a word; nothing where there is none."""
+    template = f'<{name} class="{kind}">{{word}}</{name}>'
     return fill(template, word=word) if word else Html("")
 
 
@@ -4395,8 +4335,13 @@ def layout(value: Any, depth: int = 1) -> str:
             isinstance(v, (str, dict, list)) for v in value):
         return "[" + ",".join(inner + layout(v, depth + 1)
                               for v in value) + outer + "]"
+    return broken(text, inner)
+
+
+def broken(text: str, indent: str = "\n") -> str:
+    """JSON with a line break after each `\\n` that does not end a text."""
     return re.sub(r'\\(.)(?!\\n|"$)', lambda escape: escape[0] + (
-        inner if escape[1] == "n" else ""), text)
+        indent if escape[1] == "n" else ""), text)
 
 
 def stored_json(text: str | None) -> Any:
@@ -4427,29 +4372,6 @@ def argument_rows(arguments: Any) -> Iterator[tuple[str, str, str]]:
             yield name, parts or "", text
 
 
-def exact_call(request: ReviewRequest) -> Html:
-    """What runs: the tool, and each argument as a row or a block."""
-    if request.tool is None and request.arguments is None:
-        return Html("<p>Only this description was sent: no tool, no "
-                    "arguments.</p>")
-    title = "Exactly this:"
-    if request.status == Status.WAITING:
-        title = "Runs exactly this:"
-    rows = Html("<p><em>without arguments</em></p>")
-    if request.runs is not None:
-        rows = fill("<dl>{rows}</dl>", rows=joined(map(argument_row, (
-            argument_rows(stored_json(request.runs))))) or "no arguments: {}")
-    return fill("<h4>{title} {tool}</h4>\n    {rows}", title=title, rows=rows,
-                tool=tag(request.tool, "code") or Html(
-                    "<em>without a tool's name</em>"))
-
-
-def argument_row(row: tuple[str, str, str]) -> Html:
-    name, size, text = row
-    return fill(BLOCK if size else "<dt>{name}</dt><dd>{text}</dd>\n    ",
-                name=name, size=size, text=marked(text))
-
-
 # ---- the templates ----
 
 PAGE = """<!doctype html>
@@ -4458,10 +4380,11 @@ PAGE = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
-<link rel="icon" href="data:image/svg+xml,{icon}">
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg'
+  viewBox='0 0 16 16'%3E%3Ccircle cx='8' cy='8' r='7' fill='%23{colour}'/%3E%3C/svg%3E">
 <style>{style}</style>
 </head>
-<body data-change="{change}" data-at="{at}">
+<body data-change="{change}">
 <header>
   <h1><a href="/">Review desk</a>
     <span id="count" class="soft" aria-live="polite">{count}</span></h1>
@@ -4474,13 +4397,21 @@ PAGE = """<!doctype html>
   {who}
 </header>
 <main>
-<p id="lost" class="note" role="status" hidden>The server does not answer;
-this page may be old. If it stays so, reload to sign in again.</p>
+<p id="lost" class="note rejected" role="status" hidden>The server does not
+answer; this page may be out of date. If this goes on, reload the page to sign
+in again.</p>
 <section id="stopped">{stop}</section>
 {main}
 </main>
 <footer class="soft">
-{standing}
+<p><a href="/standing">Standing decisions</a></p>
+<details><summary>Stop everything</summary>
+<form method="post" action="/stop">
+  <input name="reason" required maxlength="1000" aria-label="Why stop"
+    placeholder="Why">
+  <button class="reject">Stop: reject what waits, refuse what comes</button>
+</form>
+</details>
 <details id="keys"><summary>Keys</summary>
 <p><kbd>j</kbd> <kbd>k</kbd> move, <kbd>Enter</kbd> opens, <kbd>a</kbd> then
 <kbd>Enter</kbd> approves, <kbd>r</kbd> goes to the reason and
@@ -4492,143 +4423,108 @@ this page may be old. If it stays so, reload to sign in again.</p>
 </html>
 """
 
-STANDING_LINKS = """<p><a href="/standing">Standing decisions</a></p>
-<details><summary>Stop everything</summary>
-<form method="post" action="/stop">
-  <input name="reason" required maxlength="1000" aria-label="Why stop"
-    placeholder="Why">
-  <button class="reject">Stop: reject what waits, refuse what comes</button>
-</form>
-</details>"""
-
-BANNER = """<div class="note rejected"><h3>{who} stopped everything: {reason}</h3>
-<p>Since {since}. What waited is rejected; nothing is asked, approved or run.
-Calls that run already, and those that no checkpoint names, go on.</p>
-<form method="post" action="/lift/{number}"><button>Lift the stop</button>
-</form></div>"""
-
-STANDING_ROW = """<li class="{status}">
-  <span class="status">{decision}</span>
-  <span class="headline">{what}</span>
-  {until}
-  <form method="post" action="/lift/{number}"><button>Lift</button></form>
-  <span class="soft">{how}</span>
-</li>
+NOTE = """<div class="note rejected"><h3>{title}</h3>
+<p>{text}</p>
+{more}</div>
 """
 
-ICON = ("%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E"
-        "%3Ccircle cx='8' cy='8' r='7' fill='%23{colour}'/%3E%3C/svg%3E")
+STOPPED = """Since {since}. What waited was rejected; nothing can be asked,
+approved or run. Calls that already run, and those that no checkpoint names,
+go on."""
 
-DESK = """<section id="waiting"{many}>
-{waiting}
-</section>
+LIFT = '<form method="post" action="/lift/{number}"><button>Lift{what}</button></form>'
+
+DESK = """<section id="waiting">
+{waiting}</section>
 <div id="more">{more}</div>
-<section id="reviewed">
-{reviewed}
-</section>
+<section id="reviewed">{reviewed}</section>
 """
 
-CARD = """<details class="card {status}" id="request-{request_id}"{open}>
-  <summary>
+HISTORY = """<h2>History</h2>
+<form action="/history" role="search">
+  <input name="q" type="search" value="{q}" aria-label="Words"
+    placeholder="Words, all of which must be there">
+  <select name="status" aria-label="Status">{choices}</select>
+  <button>Search</button>
+</form>
+<p class="soft">{back}</p>
+{rows}
+<p>{older}</p>
+"""
+
+ROW = """<span class="status">{status}</span>
+  <span class="headline">{headline}</span>
+  {when}
+  {form}
+  <span class="soft">{how}</span>"""
+
+CARD = """<details class="card {state}" id="request-{request_id}"{open}>
+  {card}
+</details>
+"""
+
+INSIDE = """<summary>
     <span class="status">{status}</span>
     {category}
     <span class="headline" id="headline-{request_id}">{headline}</span>
     {tool}
     {agent}
-    <span class="left"{until}>{left}</span>
+    <span class="left live">{left}</span>
   </summary>
   <div class="body">
-  {body}
-  </div>
-</details>
-"""
-
-BODY = """<section class="exact">
-    {exact}
-  </section>
+  {notes}
+  {exact}
   <p class="who live">{who}</p>
-  <div class="folds">
-  <details class="context"><summary>{context_line}</summary>
-    <pre>{context}</pre>
-  </details>
-  <details class="more"><summary>More</summary>
-    <dl>
-      {facts}
-    </dl>
-    {rule}
-  </details>
-  </div>
-  {form}"""
+  {folds}
+  {forms}
+  <p class="said" role="status">{said}</p>
+  </div>"""
 
 BLOCK = """<div class="block"><dt>{name}: {size}</dt>
     <dd><pre>
 {text}</pre><span class="end">end of {name}</span></dd></div>
     """
 
-FORM_TEMPLATE = """<form id="form-{request_id}" method="post"
-    action="/approve/{request_id}">
-    {about}
-    <textarea name="reason" rows="1" maxlength="1000" placeholder="Reason"
-      aria-label="Reason (optional)" aria-describedby="headline-{request_id}"
-      >{reason}</textarea>
-    <button class="approve" name="decision" value="approved"
-      aria-describedby="headline-{request_id}">Approve</button>
-    <button class="reject" name="decision" value="rejected"
-      aria-describedby="headline-{request_id}">Reject</button>
-    <p class="said" role="status"></p>
-  </form>
-  {ways}"""
-
-WAYS = """<details><summary>Other ways to decide</summary>
-  {ways}
+FOLDS = """<details><summary>{context_line}</summary>
+    {context}
+  </details>
+  <details><summary>More</summary>
+    <dl>{facts}</dl>
+    {rule}
   </details>"""
 
-ABOUT = """<input type="hidden" name="shown_at" value="{shown_at}">
-    <input type="hidden" name="digest" value="{digest}">"""
-
-# `remember_seconds` 0: this decision does not stand for other calls.
-ASK_AGAIN = """<label><input form="form-{request_id}" type="checkbox"
-    name="remember_seconds" value="0"> If I reject it, ask me next time all the
-    same: a rejection answers the same call for ten minutes</label>
-  """
-
-REMEMBER = """<form method="post" action="/approve/{request_id}">
-    {about}
-    <input type="hidden" name="remember_seconds" value="3600">
-    <input type="hidden" name="remember_uses" value="10">
-    <button name="decision" value="approved"
-      aria-describedby="headline-{request_id}">Approve, and the same call for 1
-      hour, at most 10 times{files}</button>
-    <p class="said" role="status"></p>
+FORM = """<form id="{kind}-{request_id}" method="post"
+    action="/approve/{request_id}">
+    <input type="hidden" name="shown_at" value="{shown_at}">
+    <input type="hidden" name="digest" value="{digest}">
+    {fields}
+    {buttons}
   </form>
   """
 
-EDIT = """<form method="post" action="/approve/{request_id}">
-    {about}
-    {fields}
-    <button class="approve" name="decision" value="approved"
-      aria-describedby="headline-{request_id}">Approve as changed</button>
-    <p class="said" role="status"></p>
-  </form>"""
+BUTTON = """<button class="{kind}" name="decision" value="{decision}"
+      aria-describedby="headline-{request_id}">{label}</button>"""
+
+REASON = """<textarea name="reason" rows="1" maxlength="1000"
+      placeholder="Reason" aria-label="Reason (optional)"
+      aria-describedby="headline-{request_id}">
+{typed}</textarea>"""
+
+# `remember_seconds` 0: this decision does not stand for other calls.
+ASK_AGAIN = """<label><input form="decide-{request_id}" type="checkbox"
+    name="remember_seconds" value="0"> If I reject this call, ask me again the
+    next time: otherwise the rejection answers it for ten minutes</label>
+  """
+
+REMEMBER = """<input type="hidden" name="remember_seconds" value="3600">
+    <input type="hidden" name="remember_uses" value="10">"""
 
 # `argument:NAME` is a text as it is, and JSON for any other argument; those
 # that have no field stay as they are. Browsers send line breaks as CR LF.
-FIELD_TEMPLATE = """<label>{name}
+EDIT_FIELD = """<label>{name}
       <textarea name="argument:{field}" rows="{rows}">
 {value}</textarea></label>
     """
-
-LARGE = """<p>This request is large, {size}. <a
-  href="/review/{request_id}">Read all of it and decide</a>.</p>
-  <p class="who live">{who}</p>"""
-
-ROW = """<li class="{status}">
-  <span class="status">{status}</span>
-  <a href="/review/{request_id}">{headline}</a>
-  {times}
-  <span class="soft">{endings}</span>
-</li>
-"""
 
 
 # ---- the pages ----
@@ -4654,115 +4550,95 @@ class View(NamedTuple):
     rules: Rules | None = None          # the desk's own
     change: int | str = ""              # what GET /changes counts; "": not live
     offers: Callable[[ReviewRequest], Offers] = lambda request: Offers()
-    stands: bool = False                # GET /standing and POST /stop are there
     stop: Standing | None = None        # what stopped everything
 
 
-def page(title: str, main: Html, view: View, waits: int = 0,
-         q: str = "") -> Html:
+def page(title: str, main: Html, view: View, waits: int = 0, q: str = "") -> Html:
     return fill(
         PAGE, title=title, main=main, style=Html(STYLE), script=Html(SCRIPT),
-        icon=Html(ICON.replace("{colour}", "f2a100" if waits else "888")),
-        change=view.change, at=instant(view.at), q=escaped(q), stop=banner(view),
-        standing=Html(STANDING_LINKS if view.stands else ""),
-        count=f"{waits} waiting" if waits else "",
-        who=tag(view.who and f"signed in as {view.who}", "span",
-                ' class="soft"'))
+        colour="f2a100" if waits else "888", change=view.change, q=escaped(q),
+        stop=banner(view.stop), count=f"{waits} waiting" if waits else "",
+        who=tag(view.who and f"signed in as {view.who}", "span", "soft"))
 
 
 def desk_page(view: View, waiting: list[ReviewRequest], count: int,
               reviewed: list[ReviewRequest], start: int = 0) -> Html:
     """What waits, with its buttons, and what was reviewed last."""
-    more = Html('<p class="soft">Nothing waits. A new request appears here '
-                "by itself<noscript> when you reload</noscript>.</p>")
-    if count:
-        more = other_pages(start, len(waiting), count)
-    cards = [safe_card(view, request, opened=not n)
-             for n, request in enumerate(waiting)]
-    many = ' class="many"' if len(cards) > MANY_CARDS else ""
+    more, end = Html(""), start + len(waiting)
+    if not count:
+        more = Html('<p class="soft">Nothing waits. A new request appears here '
+                    "by itself<noscript> when you reload</noscript>.</p>")
+    elif end < count:
+        more = fill('<a class="note waiting" href="/?from={end}">{left} more '
+                    "wait</a>", end=end, left=count - end)
+    below = Html("<h2>Reviewed</h2>\n{rows}" if reviewed else "")
+    cards = (card(view, request, opened=not n) for n, request in enumerate(waiting))
     title = f"({count}) Review desk" if count else "Review desk"
-    return page(title, fill(
-        DESK, more=more, many=Html(many), waiting=joined(cards),
-        reviewed=fill("<h2>Reviewed</h2>\n<ol>\n{rows}</ol>", rows=joined(map(
-            reviewed_row, reviewed))) if reviewed else Html("")), view, count)
-
-
-def other_pages(start: int, shown: int, count: int) -> Html:
-    """Links to what waits before and after the cards on this page."""
-    links = []
-    if start:
-        links.append(fill('<a href="/?from={n}">those before</a>',
-                          n=max(0, start - PAGE_CARDS)))
-    if start + shown < count:
-        links.append(fill('<a href="/?from={n}">{more} more wait</a>',
-                          n=start + shown, more=count - start - shown))
-    return tag(joined(links, ", "), "p", ' class="note waiting"')
+    return page(title, fill(DESK, more=more, waiting=joined(cards),
+                            reviewed=fill(below, rows=reviewed_list(reviewed))),
+                view, count)
 
 
 def review_page(view: View, request: ReviewRequest) -> Html:
     """One request with everything about it, the buttons after it all."""
     return page(f"{request.status}: {request.request_id}",
-                safe_card(view, request, True, True), view,
+                card(view, request, whole=True), view,
                 int(request.status == Status.WAITING))
 
 
 def problem_page(status: int, refusal: Refusal,
-                 view: View | None = None, reason: str = "") -> Html:
+                 view: View | None = None, typed: str = "") -> Html:
     """Why something was refused. Where it was a decision about a request that
     is still there, its card again, with the reason that was typed."""
-    view = view or View()
-    main = fill(PROBLEM_TEMPLATE, message=refusal.message, hint=refusal.hint,
-                status=status, reason=refusal.reason)
-    request = refusal.about
-    if request and reason and request.status != Status.WAITING:
-        main = fill("{main}<p>You had typed: {reason}</p>", main=main,
-                    reason=reason)
+    view, request, parts = view or View(), refusal.about, []
+    back = fill('<p class="soft">{status} {reason} <a href="/">Back to the desk'
+                "</a></p>", status=status, reason=refusal.reason)
+    parts.append(fill(NOTE, title=refusal.message, text=refusal.hint, more=back))
+    if request and typed and request.status != Status.WAITING:
+        parts.append(fill("<p>You had typed: {typed}</p>", typed=typed))
     if request:
-        main = joined((main, safe_card(view, request, True, True, reason)))
-    return page(f"{status} {refusal.reason}", main, view)
+        parts.append(card(view, request, whole=True, typed=typed))
+    return page(f"{status} {refusal.reason}", joined(parts), view)
 
 
-PROBLEM_TEMPLATE = """<div class="note rejected"><h3>{message}</h3>
-<p>{hint}</p><p class="soft">{status} {reason} <a href="/">Back to the
-desk</a></p></div>
-"""
+def banner(stop: Standing | None) -> Html:
+    """That everything is stopped, where it is."""
+    if stop is None:
+        return Html("")
+    who, reason = stop.made_by.partition(":")[2], stop.reason or "no reason given"
+    return fill(NOTE, title=f"{who} stopped everything: {reason}",
+                text=fill(STOPPED, since=clock_time(stop.made_at)),
+                more=fill(LIFT, number=stop.number, what=" the stop"))
 
 
 def history_page(view: View, found: Page, asks: Mapping[str, str]) -> Html:
     """What was reviewed, the latest first, and how far back was looked."""
+    from urllib.parse import urlencode
     q, status = asks.get("q", ""), asks.get("status", "")
     choices = joined(fill(
         '<option value="{word}"{chosen}>{name}</option>', word=word,
         chosen=Html(" selected" if word == status else ""),
         name=word or "any status")
         for word in ("", *(s for s in Status if s != Status.WAITING)))
-    older, back = Html(""), Html("Looked through all that was reviewed.")
+    older, back = Html(""), Html("Searched everything that was reviewed.")
     if found.next:
         at, number = found.next
-        back = fill("Looked back to {at}.", at=clock_time(at))
-        older = fill('<a href="/history?{query}">Older</a>', query=Html(
-            url_query(q=q, status=status, before=f"{at}_{number}")))
-    rows = joined(map(reviewed_row, found.rows)) or Html(
-        '<li class="expired">Nothing was found.</li>')
+        query = urlencode({"q": q, "status": status, "before": f"{at}_{number}"})
+        back = fill("Searched back to {at}.", at=clock_time(at))
+        older = fill('<a href="/history?{query}">Older</a>', query=escaped(query))
+    rows = reviewed_list(found.rows) if found.rows else Html("<p>Nothing found.</p>")
     return page("History", fill(HISTORY, q=escaped(q), choices=choices, rows=rows,
                                 back=back, older=older), view, q=q)
 
 
-def banner(view: View) -> Html:
-    """That everything is stopped, where it is."""
-    if view.stop is None:
-        return Html("")
-    return fill(BANNER, who=view.stop.made_by.partition(":")[2],
-                reason=view.stop.reason or "no reason given",
-                since=clock_time(view.stop.made_at), number=view.stop.number)
-
-
 def standing_page(view: View, rows: list[tuple[Standing, int]]) -> Html:
     """The decisions that answer the next calls too, each with its use."""
-    found = joined(standing_row(*row) for row in rows) or Html(
-        '<li class="expired">No decision stands.</li>')
+    listed = in_a_list(
+        ("rejected" if standing.decision == "stopped" else standing.decision,
+         standing_row(standing, used)) for standing, used in rows)
     return page("Standing decisions", fill(
-        "<h2>Standing decisions</h2>\n<ol>\n{rows}</ol>", rows=found), view)
+        "<h2>Standing decisions</h2>\n{rows}", rows=listed if rows else Html(
+            "<p>There are none.</p>")), view)
 
 
 def standing_row(standing: Standing, used: int) -> Html:
@@ -4773,78 +4649,107 @@ def standing_row(standing: Standing, used: int) -> Html:
     if standing.until is not None:
         until = fill("until {at}", at=clock_time(standing.until))
     uses = "" if standing.uses is None else f" of {standing.uses}"
-    how = [f"by {standing.made_by.partition(':')[2]}",
-           f"used {used}{uses} times"]
+    how = [f"by {standing.made_by.partition(':')[2]}", f"used {used}{uses} times"]
     if standing.reason:
         how.append(f"reason: {standing.reason}")
-    status = standing.decision
-    return fill(STANDING_ROW, number=standing.number, what=what, until=until,
-                status="rejected" if status == "stopped" else status,
-                decision=status, how=joined(map(as_html, how), " \u00b7 "))
+    return fill(ROW, status=standing.decision, headline=what, when=until,
+                form=fill(LIFT, number=standing.number, what=""), how=in_a_line(how))
 
 
-def url_query(**fields: str) -> str:
-    from urllib.parse import urlencode
-    return urlencode(fields).replace("&", "&amp;")
+def reviewed_list(requests: Iterable[ReviewRequest]) -> Html:
+    return in_a_list((request.status, safely(reviewed_row, request))
+                     for request in requests)
 
 
-HISTORY = """<h2>History</h2>
-<form action="/history" role="search">
-  <input name="q" type="search" value="{q}" aria-label="Words"
-    placeholder="Words, all of which must be there">
-  <select name="status" aria-label="Status">{choices}</select>
-  <button>Search</button>
-</form>
-<p class="soft">{back}</p>
-<ol>
-{rows}
-</ol>
-<p>{older}</p>
-"""
+def in_a_list(rows: Iterable[tuple[str, Html]]) -> Html:
+    return fill("<ol>\n{rows}</ol>", rows=joined(fill(
+        '<li class="{kind}">\n  {row}\n</li>\n', kind=kind, row=row)
+        for kind, row in rows))
+
+
+def reviewed_row(request: ReviewRequest) -> Html:
+    """One line of what was reviewed, with who, why and what came of it."""
+    link = fill('<a href="/review/{request_id}">{headline}</a>',
+                request_id=request.request_id,
+                headline=marked(one_line(request.action_description)))
+    return fill(ROW, status=request.status, headline=link, form=Html(""),
+                when=clock_time(request.decided_at) or Html(""),
+                how=in_a_line(endings(request)))
+
+
+def safely(show: Callable[..., Html], request: ReviewRequest, *more: Any) -> Html:
+    """What is shown of a request, whatever is in its row: one bad row never
+    hides the others."""
+    try:
+        return show(request, *more)
+    except Exception:
+        log.exception("a request cannot be shown")
+        return fill("<summary>This request cannot be shown: {id}</summary>",
+                    id=request.request_id)
 
 
 # ---- a request ----
 
-def safe_card(view: View, request: ReviewRequest, opened: bool = False,
-              whole: bool = False, reason: str = "") -> Html:
-    """A card, whatever is in its row: one bad row never hides the others."""
-    try:
-        return card(view, request, opened, whole, reason)
-    except Exception:
-        log.exception("a card cannot be shown")
-        return fill('<article class="card rejected" id="request-{id}"><p>This '
-                    'request cannot be shown here: <span class="live"></span>'
-                    "{id}</p></article>", id=request.request_id)
-
-
-def card(view: View, request: ReviewRequest, opened: bool, whole: bool,
-         reason: str) -> Html:
+def card(view: View, request: ReviewRequest, opened: bool = True,
+         whole: bool = False, typed: str = "") -> Html:
     """A request: its line, what will run, who asks and why, the buttons."""
+    state = " ".join(filter(None, (request.status, request.outcome)))
+    return fill(CARD, state=state, request_id=request.request_id,
+                open=Html(" open" if opened else ""),
+                card=safely(inside_card, request, view, whole, typed))
+
+
+def inside_card(request: ReviewRequest, view: View, whole: bool, typed: str) -> Html:
     waits = request.status == Status.WAITING
     headline = one_line(request.action_description)
-    told = request.tool and not headline.startswith(request.tool)
+    named = request.tool and not headline.startswith(request.tool)
     known = request.category in CATEGORIES
-    large = request.size > LARGE_BYTES and not whole
-    if large:
-        body = fill(LARGE, size=readable_size(request.size), who=who_line(
-            view, request), request_id=request.request_id)
-    else:
-        body = card_body(view, request, reason)
-    parts = [tag(note, "p", ' class="warn"') for note in notes(view, request)]
+    notes = [tag(note, "p", "warn") for note in warnings(view, request)]
     if headline != visible(request.action_description):
-        parts.append(fill('<p class="full">{text}</p>',
-                          text=marked(full_description(request))))
-    until = Html("")
-    if waits and request.deadline:
-        until = fill(' data-until="{at}"', at=request.deadline)
+        notes.append(tag(marked(full_description(request)), "p", "full"))
+    exact, folds, forms = exact_call(request), Html(""), Html("")
+    if request.size > LARGE_BYTES and not whole:
+        exact = fill('<p>This request is large, {size}. <a href="/review/{id}">Read '
+                     "all of it and decide</a>.</p>", id=request.request_id,
+                     size=readable_size(request.size))
+    else:
+        folds = behind_folds(view, request)
+        if waits and request.intact and view.offers(request).decidable:
+            forms = decision_forms(view, request, typed)
     return fill(
-        CARD, status=request.status, request_id=request.request_id,
-        open=Html(" open" if opened else ""), headline=marked(headline),
-        category=tag(request.category if known else "", "span", ' class="tag"'),
-        tool=tag(request.tool if told else "", "code", ' class="tool"'),
-        agent=tag(request.agent, "span", ' class="agent"'), until=until,
-        left=time_left(view, request) if waits else "",
-        body=joined((*parts, body), "\n  "))
+        INSIDE, status=request.status, request_id=request.request_id,
+        headline=marked(headline), left=time_left(view, request) if waits else "",
+        category=tag(request.category if known else "", "span", "tag"),
+        tool=tag(request.tool if named else "", "code", "tool"),
+        agent=tag(request.agent, "span", "agent"), notes=joined(notes, "\n  "),
+        exact=exact, who=who_line(view, request), folds=folds, forms=forms,
+        said=Html("") if waits else in_a_line(endings(request)))
+
+
+def warnings(view: View, request: ReviewRequest) -> Iterator[str]:
+    """What a reviewer must not miss, most of it about who can be trusted."""
+    if not request.intact:
+        yield "DAMAGED: what is stored is not what was asked"
+    if request.status != Status.WAITING:
+        return
+    before = view.decided(request)
+    if before and before.decided_at:
+        ago = readable_seconds(view.at - unix_time(before.decided_at))
+        reason = f": {before.reason}" if before.reason else ""
+        yield (f"the same call was {before.status} by {decider(before)} "
+               f"{ago} ago{reason}")
+    if told := view.told(request.request_id):
+        yield told
+    if not view.offers(request).decidable:
+        yield "only the reviewers that its checkpoint names can decide this"
+    if view.rules is None or not view.rules.path or not request.checkpoint_id:
+        return
+    known = {c.checkpoint_id: c.digest for c in view.rules.checkpoints}
+    own = known.get(request.checkpoint_id)
+    if request.checkpoint_id not in (*known, "unmatched", "odd-name"):
+        yield f'this desk does not know the checkpoint "{request.checkpoint_id}"'
+    elif request.checkpoint_digest not in (None, own):
+        yield "the agent's rules and this desk's differ"
 
 
 def full_description(request: ReviewRequest) -> str:
@@ -4858,37 +4763,111 @@ def full_description(request: ReviewRequest) -> str:
     return visible_lines(text)
 
 
-def card_body(view: View, request: ReviewRequest, reason: str) -> Html:
-    decidable = (request.status == Status.WAITING and request.intact
-                 and view.offers(request).decidable)
-    context = visible_lines(layout(stored_json(request.agent_context)))
-    size = readable_size(len(request.agent_context.encode()))
-    first_line = f"Context, {size}: {context.partition(chr(10))[0]}"
-    if context.startswith(("{\n", "[\n")):
-        first_line = f"Context, {size}: {context.split(chr(10))[1].strip()}"
+def exact_call(request: ReviewRequest) -> Html:
+    """What runs: the tool, and each argument as a row or a block."""
+    if request.tool is None and request.arguments is None:
+        return Html('<section class="exact">Only this description was sent: no '
+                    "tool, no arguments.</section>")
+    title = "Exactly this:"
+    if request.status == Status.WAITING:
+        title = "Runs exactly this:"
+    rows = Html("<em>without arguments</em>")
+    if request.runs is not None:
+        rows = fill("<dl>{rows}</dl>", rows=joined(map(argument_row, (
+            argument_rows(stored_json(request.runs))))) or "no arguments: {}")
+    tool = tag(request.tool, "code", "name") or Html("<em>without a tool's name</em>")
+    return fill('<section class="exact"><h4>{title} {tool}</h4>\n    {rows}\n'
+                "  </section>", title=title, rows=rows, tool=tool)
+
+
+def argument_row(row: tuple[str, str, str]) -> Html:
+    name, size, text = row
+    return fill(BLOCK if size else "<dt>{name}</dt><dd>{text}</dd>\n    ",
+                name=name, size=size, text=marked(text))
+
+
+def who_line(view: View, request: ReviewRequest) -> Html:
+    """Who asks, under which checkpoint, since when, until when."""
+    credential = request.asked_by.partition(":")[2]
+    if credential == "unauthenticated":
+        credential = "unauthenticated agent"
+    asked = max(0, view.at - unix_time(request.received_at))
+    parts = [f"{request.agent or 'an agent'} ({credential})"]
+    if request.checkpoint_id:
+        parts.append(f"under {request.checkpoint_id}")
+    parts.append(fill("asked {ago} ago, {at}", ago=readable_seconds(asked),
+                      at=clock_time(request.received_at)))
+    if request.status != Status.WAITING:
+        return in_a_line(parts)
+    if request.deadline:
+        parts.append(fill("until {at}", at=clock_time(request.deadline)))
+    attended = "nobody waits for it now: an approval runs nothing by itself"
+    if view.attended(request.request_id):
+        attended = "an agent waits for it"
+    return in_a_line((*parts, attended))
+
+
+def behind_folds(view: View, request: ReviewRequest) -> Html:
+    """The context with its first line, and what is seldom needed: why it
+    matched, times, ids, digests."""
+    rules = request.config_digest
+    if rules and view.rules and view.rules.path and rules != view.rules.digest:
+        rules += ", not this desk's"
+    facts = (
+        ("why", request.why), ("category", request.category),
+        ("asked at", clock_time(request.timestamp)),
+        ("received", clock_time(request.received_at)),
+        ("sent by", request.asked_by), ("request_id", request.request_id),
+        ("digest", request.digest), ("rules", rules))
+    line, context = context_shown(request)
     return fill(
-        BODY, exact=exact_call(request), who=who_line(view, request),
-        context_line=marked(first_line), context=marked(context),
-        facts=definitions(facts(view, request)), rule=allow_rule(request),
-        form=decision_form(view, request, reason) if decidable else Html(""))
+        FOLDS, context_line=line, context=context, rule=allow_rule(request),
+        facts=joined(fill("<dt>{name}</dt><dd>{value}</dd>\n      ", name=name,
+                          value=value) for name, value in facts if value))
 
 
-def decision_form(view: View, request: ReviewRequest, reason: str) -> Html:
+def context_shown(request: ReviewRequest) -> tuple[Html, Html]:
+    """The first line of a context, and all of it: of a large one, which would
+    hold up the server, the beginning and the end."""
+    context, half = request.agent_context, CONTEXT_SHOWN // 2
+    template, end = "<pre>\n{text}</pre>", ""
+    text = visible_lines(layout(stored_json(context)) if len(context) <= 2 * half
+                         else broken(context[:half]))
+    if len(context) > 2 * half:
+        template += ('<p class="end">{left_out} are left out here; <code>hitl.py show '
+                     '{name} --json</code> has them.</p><pre>\n{end}</pre>')
+        end = visible_lines(broken(context[-half:]))
+    lines = text.split("\n", 2)
+    first = lines[1].strip() if lines[0] in ("{", "[") and lines[1:] else lines[0]
+    size = readable_size(len(context.encode()))
+    return marked(f"Context, {size}: {first[:WIDE]}"), fill(
+        template, text=marked(text), end=marked(end), name=request.request_id,
+        left_out=readable_size(len(context) - 2 * half))
+
+
+def decision_forms(view: View, request: ReviewRequest, typed: str) -> Html:
     """The buttons, and folded below them what else may be decided."""
     offers, name = view.offers(request), request.request_id
-    about = fill(ABOUT, shown_at=instant(view.at), digest=request.digest)
-    ways = Html("")
+
+    def button(label: str, kind: str = "approve", word: str = "approved") -> Html:
+        return fill(BUTTON, label=label, kind=kind, decision=word, request_id=name)
+
+    def form(kind: str, fields: Html, *buttons: Html) -> Html:
+        return fill(FORM, kind=kind, request_id=name, digest=request.digest,
+                    shown_at=instant(view.at), fields=fields, buttons=joined(buttons))
+    ways = []
     if offers.remember:
         files = ", whatever its files contain by then" if offers.files else ""
-        ways = joined((fill(ASK_AGAIN, request_id=name), fill(
-            REMEMBER, request_id=name, about=about, files=files)))
+        ways += [fill(ASK_AGAIN, request_id=name), form(
+            "remember", Html(REMEMBER), button(
+                "Approve, and the same call for 1 hour, at most 10 times" + files))]
     if offers.editable:
         fields = joined(edit_fields(stored_json(request.arguments)))
-        ways = joined((ways, fill(EDIT, request_id=name, about=about,
-                                  fields=fields)))
-    return fill(FORM_TEMPLATE, request_id=name, about=about,
-                reason=escaped(reason),
-                ways=fill(WAYS, ways=ways) if ways else ways)
+        ways.append(form("edit", fields, button("Approve as changed")))
+    template = "{main}<details><summary>Other ways to decide</summary>{ways}</details>"
+    return fill(template if ways else "{main}", ways=joined(ways), main=form(
+        "decide", fill(REASON, request_id=name, typed=escaped(typed)),
+        button("Approve"), button("Reject", "reject", "rejected")))
 
 
 def edit_fields(arguments: dict[str, Any]) -> Iterator[Html]:
@@ -4897,88 +4876,9 @@ def edit_fields(arguments: dict[str, Any]) -> Iterator[Html]:
     for name, value in arguments.items():
         text = value if isinstance(value, str) else READABLE.encode(value)
         if editable_text(name) and editable_text(text):
-            yield fill(FIELD_TEMPLATE, name=name, field=escaped(name),
-                       value=escaped(text), rows=min(
-                           12, text.count("\n") + 1 + len(text) // 80))
-
-
-def notes(view: View, request: ReviewRequest) -> Iterator[str]:
-    """What a reviewer must not miss, most of it about who can be trusted."""
-    if not request.intact:
-        yield "DAMAGED: what is stored is not what was asked"
-    if request.status != Status.WAITING:
-        return
-    before = view.decided(request)
-    if before and before.decided_at:
-        seconds = view.at - unix_time(before.decided_at)
-        yield (f"the same call was {before.status} by {decider(before)} "
-               f"{readable_seconds(seconds)} ago"
-               + (f": {before.reason}" if before.reason else ""))
-    if told := view.told(request.request_id):
-        yield told
-    if not view.offers(request).decidable:
-        yield "only the reviewers of its checkpoint can decide it"
-    if view.rules is None or not view.rules.path or not request.checkpoint_id:
-        return
-    known = {c.checkpoint_id: c.digest for c in view.rules.checkpoints}
-    own = known.get(request.checkpoint_id)
-    if request.checkpoint_id not in (*known, *OURS):
-        yield (f'this desk does not know the checkpoint '
-               f'"{request.checkpoint_id}"')
-    elif rules_differ(view, request) and own != request.checkpoint_digest:
-        yield RULES_DIFFER
-
-
-RULES_DIFFER = "the agent's rules and this desk's differ"
-
-
-def rules_differ(view: View, request: ReviewRequest) -> bool:
-    return bool(view.rules and view.rules.path and request.config_digest
-                and request.config_digest != view.rules.digest)
-
-
-def who_line(view: View, request: ReviewRequest) -> Html:
-    """Who asks, under which checkpoint, since when, until when."""
-    credential = request.asked_by.partition(":")[2]
-    if credential == "unauthenticated":
-        credential = "unauthenticated agent"
-    parts = [fill("{agent} ({credential})", agent=request.agent or "an agent",
-                  credential=credential)]
-    if request.checkpoint_id:
-        parts.append(fill("under {id}", id=request.checkpoint_id))
-    parts.append(fill("asked {ago} ago, {at}", at=clock_time(
-        request.received_at), ago=readable_seconds(max(0, view.at - unix_time(
-            request.received_at)))))
-    if request.status != Status.WAITING:
-        return joined((*parts, *map(as_html, endings(request))), " \u00b7 ")
-    if request.deadline:
-        parts.append(fill("until {at}", at=clock_time(request.deadline)))
-    parts.append(Html("an agent waits for it" if view.attended(
-        request.request_id) else
-        "nobody waits for it now: an approval runs nothing by itself"))
-    return joined(parts, " \u00b7 ")
-
-
-def as_html(text: str) -> Html:
-    return marked(visible(text))
-
-
-def facts(view: View, request: ReviewRequest) -> Iterator[tuple[str, Any]]:
-    """What is seldom needed: why it matched, times, ids, digests."""
-    yield "why", request.why
-    yield "category", request.category
-    yield "asked at", clock_time(request.timestamp)
-    yield "received", clock_time(request.received_at)
-    yield "sent by", request.asked_by
-    yield "request_id", request.request_id
-    yield "digest", request.digest
-    yield "rules", request.config_digest
-    yield "note", rules_differ(view, request) and RULES_DIFFER
-
-
-def definitions(pairs: Iterable[tuple[str, Any]]) -> Html:
-    return joined(fill("<dt>{name}</dt><dd>{value}</dd>\n      ", name=name,
-                       value=value) for name, value in pairs if value)
+            rows = min(12, text.count("\n") + 1 + len(text) // 80)
+            yield fill(EDIT_FIELD, name=name, field=escaped(name), rows=rows,
+                       value=escaped(text))
 
 
 def allow_rule(request: ReviewRequest) -> Html:
@@ -5052,19 +4952,6 @@ def endings(request: ReviewRequest) -> Iterator[str]:
     if request.outcome:
         yield "outcome: " + ": ".join(filter(None, (
             request.outcome, request.outcome_text)))
-
-
-def reviewed_row(request: ReviewRequest) -> Html:
-    """One line of what was reviewed, with who, why and what came of it."""
-    try:
-        return fill(ROW, status=request.status, request_id=request.request_id,
-                    headline=marked(one_line(request.action_description)),
-                    times=clock_time(request.decided_at) or Html(""),
-                    endings=joined(map(as_html, endings(request)), " \u00b7 "))
-    except Exception:
-        log.exception("a row cannot be shown")
-        return fill('<li class="expired">{id} cannot be shown</li>',
-                    id=request.request_id)
 
 
 # ============================ Rights and routes ============================
@@ -6101,7 +5988,7 @@ class Desk:
                     decided=self.store.asked_before,
                     rules=self.rules, change=self.store.head.sequence,
                     offers=lambda request: self.offers(request, http.who.name),
-                    stands=True, stop=self.store.stop_in_force)
+                    stop=self.store.stop_in_force)
 
     def told(self, request_id: str) -> str:
         """The mark of a request whose notices failed."""

@@ -462,7 +462,7 @@ class Browser:
         """Press a button once its card has been there long enough."""
         assert until(lambda: self.run(
             "const b = document.querySelector(arguments[0]); return b && "
-            "performance.now() - since.get(b.closest('.card')) > DEAD", css))
+            "performance.now() - (b.closest('.card').since || 0) > DEAD", css))
         self.click(css)
 
     def type(self, css: str, text: str) -> None:
@@ -7716,7 +7716,7 @@ def test_a_double_click_decides_one_request(desk, look, gap):
     page.run("document.querySelectorAll('.card').forEach(c => c.open = true)")
     assert until(lambda: page.run(
         "return [...document.querySelectorAll('.card')].every(c => "
-        "performance.now() - since.get(c) > DEAD)"))
+        "performance.now() - (c.since || 0) > DEAD)"))
     x, y = page.run("const b = document.querySelector('.approve')"
                     ".getBoundingClientRect(); return [b.x + 9, b.y + 9]")
     page.ask("POST", page.session + "/actions", {"actions": [{
@@ -7919,7 +7919,7 @@ def test_the_keyboard_decides(desk, look):
     def ready(name: str) -> bool:
         return until(lambda: page.run(
             "const c = document.getElementById('request-' + arguments[0]);"
-            "return performance.now() - since.get(c) > DEAD", name))
+            "return performance.now() - (c.since || 0) > DEAD", name))
     press("j", "j", "k", "j", "\ue007")        # Enter
     assert page.run("return document.getElementById('request-r-1').open")
     assert ready("r-1")
