@@ -3987,7 +3987,7 @@ h2, h3 { font-size: 15px; margin: 10px 0 4px; }
 p, ol { margin: 6px 0; padding: 0; }
 a { color: inherit; }
 .soft, .who, .body summary, label, h4, dt, .end { color: var(--soft);
-  margin: 3px 0 0; font-size: 13.5px; }
+  font-size: 13.5px; }
 :focus-visible { outline: 3px solid #4a86d8; outline-offset: -1px; }
 
 /* a request: one line, opened to everything about it */
@@ -4008,7 +4008,9 @@ summary { cursor: pointer; }
 .left { min-width: 4.5em; text-align: right; }
 summary .headline, .said { font-weight: 600; }
 .card[style][open] { height: var(--tall); overflow: auto; }
-.body { padding: 0 10px 10px; }
+.body { padding: 0 10px 4px; }
+.body > details:not([open]) { display: inline-block; margin-right: 18px; }
+.who { margin: 4px 0; }
 .exact { background: var(--sunk); border: 1px solid var(--line);
   border-radius: 6px; padding: 7px 10px; }
 pre, code, .exact dd, .exact dt { font: 13.5px/1.45 ui-monospace, monospace; }
@@ -4190,7 +4192,7 @@ async function live() {
     } catch (error) {
       if (error.name === "AbortError") continue;
       lost.hidden = false;
-      await pause(2000);
+      await pause(rest);
     }
   }
 }
@@ -4493,7 +4495,7 @@ FOLDS = """<details><summary>{context_line}</summary>
     {rule}
   </details>"""
 
-FORM = """<form id="{kind}-{request_id}" method="post"
+DECISION_FORM = """<form id="{kind}-{request_id}" method="post"
     action="/approve/{request_id}">
     <input type="hidden" name="shown_at" value="{shown_at}">
     <input type="hidden" name="digest" value="{digest}">
@@ -4853,8 +4855,9 @@ def decision_forms(view: View, request: ReviewRequest, typed: str) -> Html:
         return fill(BUTTON, label=label, kind=kind, decision=word, request_id=name)
 
     def form(kind: str, fields: Html, *buttons: Html) -> Html:
-        return fill(FORM, kind=kind, request_id=name, digest=request.digest,
-                    shown_at=instant(view.at), fields=fields, buttons=joined(buttons))
+        return fill(DECISION_FORM, kind=kind, request_id=name, fields=fields,
+                    buttons=joined(buttons), digest=request.digest,
+                    shown_at=instant(view.at))
     ways = []
     if offers.remember:
         files = ", whatever its files contain by then" if offers.files else ""
