@@ -41,8 +41,8 @@ The promises (the code cites them by number; test_hitl.py tests each)
    approve or reject them.
 6. Once the server has answered, nothing is lost: an acknowledged request or
    decision survives kill -9 and power loss on an honest disk.
-7. The page cannot mislead: nothing is cut or hidden where the buttons are,
-   and nothing an agent wrote can act as markup.
+7. The page cannot mislead: of what will run nothing is cut or hidden where the
+   buttons are, and nothing an agent wrote can act as markup.
 8. The audit log shows tampering.
 9. A reviewer is told: each notice that is configured was sent for every
    request, or the card and the log say that it was not.
@@ -72,7 +72,7 @@ what an approval is handed to: the MCP server, the coding agent, `run`.
   * Store             1077  the only SQL: requests, decisions, the audit log
     Database file      305  opens, locks and verifies it
     Notices            574  tells a reviewer; the only outgoing messages
-    Pages             1122  the only HTML; pure functions
+    Pages             1013  the only HTML; pure functions
   * Rights and routes 1045  who may do what, and the replies
     Loop               545  the only listening socket; one transaction a turn
   * Client             173  the only outgoing requests to the server
