@@ -101,6 +101,7 @@ change, kind = "shell" and "edit", and TLS.
 # /// script
 # requires-python = ">=3.11"
 # ///
+# ruff: noqa: E402 (what is imported is settled first)
 from __future__ import annotations
 
 import os
@@ -8215,7 +8216,7 @@ class Hook:
                 attach=True, tick=self.check_parent,
                 edits=self.dialect.name == "claude",    # others take none
                 timeout_seconds=max(0.1, round(wait, 1)),
-                lifetime_seconds=max(lifetime, wait + 1))
+                lifetime_seconds=lifetime)
         except AlreadyClaimedError:     # by the same call beside this one
             return self.hold(gate, tool, arguments, call)
 

@@ -6814,7 +6814,7 @@ for line in sys.stdin:
     if p.get("name") == "hang":
         subprocess.Popen(["sleep", "50"])       # which holds stdout
         continue
-    if p.get("name") == "delete_ask" and "requestState" not in p:
+    if p.get("name") in ("delete_ask", "move_ask") and "requestState" not in p:
         result = {"resultType": "input_required", "requestState": "S1"}
     print(json.dumps({"jsonrpc": "2.0", "id": m["id"], "result": result}),
           flush=True)
@@ -6875,81 +6875,107 @@ class Mcp:
 
 
 @pytest.fixture
-def mcp(desk, tmp_path):
-    it = Mcp(desk, tmp_path)
+def desk_of_mcp(make_desk, make_rules):
+    return make_desk(rules=make_rules(MOVABLE))
+
+
+@pytest.fixture
+def mcp(desk_of_mcp, tmp_path):
+    it = Mcp(desk_of_mcp, tmp_path)
     yield it
     it.close()
 
 
 def test_proxy_is_transparent(mcp):
-    """What is not gated passes as the very bytes, both ways; the child's
-    exit status is the proxy's."""
+    """What is not gated passes as the very bytes, both ways; stderr says once
+    which tools wait; the server does not get the reviewer's token; its exit
+    status is the proxy's."""
     odd = (b'{"id": 1,  "jsonrpc":"2.0", "method": "x/y", "params": {"a": '
            b'1.50, "\\u00e9": "\xc3\xa9"}}')
     mcp.send(odd)
     assert mcp.answer(1)["result"]["echo"] == (odd + b"\n").decode()
-    mcp.call(2, "read_file", {"path": "x"})
-    assert "read_file" in mcp.answer(2)["result"]["echo"]
+    for number in (2, 3):
+        mcp.send({"jsonrpc": "2.0", "id": number, "method": "tools/list"})
+        mcp.answer(number)
+    mcp.call(4, "env", {})
+    names = mcp.answer(4)["result"]["names"]
+    assert "HITL_REVIEWER_TOKEN" not in names and "HITL_SERVER_URL" in names
     assert mcp.close() == 0
+    assert mcp.said.count("fs: wait for a person: delete_file\n") == 1
+    assert mcp.said.count("fs: run unasked: read_file\n") == 1
 
 
-def test_proxy_gates(mcp, desk):
-    """Calls wait side by side; approved runs what was shown, rejected is a
-    tool's result with the reason, in the modern form where that was asked."""
+def test_proxy_gates(mcp, desk_of_mcp):
+    """Calls wait side by side; an approved one is built again from the members
+    that were read, a rejected one is a tool's result with the reason, in the
+    modern form where that was asked; the outcome is the server's own answer."""
+    desk = desk_of_mcp
     mcp.send({"jsonrpc": "2.0", "id": 0, "method": "tools/list"})
     mcp.answer(0)
-    mcp.call(1, "delete_file", {"path": "a"}, _meta={"progressToken": 7})
+    sent = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {
+        "name": "delete_file", "arguments": {"path": "a"},
+        "_meta": {"progressToken": 7}}}
+    mcp.send(sent | {"extra": 1, "params": sent["params"] | {"extra": 2}})
     mcp.call("two", "delete_file", {"path": "b"})
     mcp.call(3, "delete_file", {"path": "c"}, _meta={
         "io.modelcontextprotocol/protocolVersion": "2026-07-28"})
-    mcp.call(4, "read_file", {})
-    mcp.answer(4)                                   # meanwhile
-    ids = {r["arguments"]["path"]: r["request_id"] for r in desk.waiting(3)}
+    mcp.call(4, "delete_locked", {"path": "d"})
+    mcp.call(5, "read_file", {})
+    mcp.answer(5)                                   # meanwhile
+    ids = {r["arguments"]["path"]: r["request_id"] for r in desk.waiting(4)}
     whole = desk.reviewer().exchange("GET", f"/review/{ids['a']}", seconds=5)
     assert whole.body["tool"] == "mcp__fs__delete_file"
     assert "destructiveHint" in json.dumps(whole.body["agent_context"])
-    desk.decide(ids["a"])
-    desk.decide(ids["b"], "rejected", reason="no")
-    desk.decide(ids["c"], "rejected", reason="no")
-    assert '"path": "a"' in mcp.answer(1)["result"]["echo"]
+    for path, decision in (("a", "approved"), ("b", "rejected"),
+                           ("c", "rejected"), ("d", "approved")):
+        desk.decide(ids[path], decision, reason="no")
+    assert json.loads(mcp.answer(1)["result"]["echo"]) == sent
     refusal = {"content": [{"type": "text", "text": WHY}], "isError": True}
     assert mcp.answer("two")["result"] == refusal
     assert mcp.answer(3)["result"] == refusal | {"resultType": "complete"}
-    notes = [json.loads(line) for line in mcp.lines if b"progress" in line]
-    assert notes[0]["params"]["progressToken"] == 7
+    notes = [json.loads(line)["params"] for line in mcp.lines
+             if b"notifications/progress" in line]
+    assert notes[0]["progressToken"] == 7
+    assert all(0 < note["progress"] < 0.5 for note in notes)
     assert until(lambda: desk.state(ids["a"])["outcome"] == "executed")
+    assert until(lambda: desk.state(ids["d"])["outcome"] == "failed")
 
 
-def test_proxy_cancel(mcp, desk):
+def test_proxy_cancel(mcp, desk_of_mcp):
     """A cancelled call is withdrawn, never forwarded, never answered."""
     mcp.call(1, "delete_file", {"path": "a"})
-    there, = desk.waiting()
-    mcp.send({"jsonrpc": "2.0", "method": "notifications/cancelled",
-              "params": {"requestId": 1}})
-    assert until(lambda: desk.state(there["request_id"])["status"]
+    there, = desk_of_mcp.waiting()
+    for number in (1, 99):
+        mcp.send({"jsonrpc": "2.0", "method": "notifications/cancelled",
+                  "params": {"requestId": number}})
+    assert until(lambda: desk_of_mcp.state(there["request_id"])["status"]
                  == "withdrawn")
-    mcp.send({"jsonrpc": "2.0", "method": "notifications/cancelled",
-              "params": {"requestId": 99}})
-    assert until(lambda: any(b"saw/cancel" in line for line in mcp.lines))
-    assert not any(json.loads(line).get("id") == 1 for line in mcp.lines)
-    saw = [json.loads(line)["params"] for line in mcp.lines
-           if b"saw/cancel" in line]
-    assert saw == [{"requestId": 99}]
+    assert until(lambda: mcp.lines)
+    assert [json.loads(line) for line in mcp.lines] == [{
+        "jsonrpc": "2.0", "method": "saw/cancel", "params": {"requestId": 99}}]
 
 
-def test_proxy_request_state(mcp, desk):
-    """The repeat of an approved call with its requestState passes once, and
-    only with the state the server gave and the same arguments."""
-    mcp.call(1, "delete_ask", {"path": "a"})
-    desk.decide(desk.waiting()[0]["request_id"])
+def test_proxy_request_state(mcp, desk_of_mcp):
+    """The repeat of an approved call with its requestState passes once, with
+    what the reviewer approved, and only with the state the server gave and
+    the same arguments. What was changed the model is told first."""
+    mcp.call(0, "move_file", {"path": "a"})
+    decide_changed(desk_of_mcp, path="b")
+    first, second = (item["text"] for item in
+                     mcp.answer(0)["result"]["content"])
+    assert "changed by ana" in first
+    assert json.loads(second)["params"]["arguments"] == {"path": "b"}
+    mcp.call(1, "move_ask", {"path": "a"})
+    decide_changed(desk_of_mcp, path="b")
     assert mcp.answer(1)["result"]["requestState"] == "S1"
-    mcp.call(2, "delete_ask", {"path": "b"}, requestState="S1")
-    mcp.call(3, "delete_ask", {"path": "a"}, requestState="S2")
-    assert len(desk.waiting(2)) == 2                # both wait
-    mcp.call(4, "delete_ask", {"path": "a"}, requestState="S1")
-    assert "echo" in mcp.answer(4)["result"]        # passes
-    mcp.call(5, "delete_ask", {"path": "a"}, requestState="S1")
-    assert len(desk.waiting(3)) == 3                # once only
+    mcp.call(2, "move_ask", {"path": "b"}, requestState="S1")
+    mcp.call(3, "move_ask", {"path": "a"}, requestState="S2")
+    assert len(desk_of_mcp.waiting(2)) == 2         # both wait
+    mcp.call(4, "move_ask", {"path": "a"}, requestState="S1")
+    passed = json.loads(mcp.answer(4)["result"]["echo"])["params"]
+    assert passed["arguments"] == {"path": "b"}
+    mcp.call(5, "move_ask", {"path": "a"}, requestState="S1")
+    assert len(desk_of_mcp.waiting(3)) == 3         # once only
 
 
 WAYS_ROUND = (                      # a line -> the id it is refused under
@@ -6978,7 +7004,7 @@ WAYS_ROUND = (                      # a line -> the id it is refused under
     (b"\xff" + json.dumps(HELD).encode(), None))
 
 
-def test_proxy_ways_round(mcp, desk):
+def test_proxy_ways_round(mcp, desk_of_mcp):
     """What two readers could read as two messages is refused, under its id
     where that can be read, and never reaches the server."""
     for number, (line, key) in enumerate(WAYS_ROUND, 100):
@@ -6990,77 +7016,29 @@ def test_proxy_ways_round(mcp, desk):
         assert refused["error"]["code"] in (-32600, -32700)
     assert len(mcp.lines) == 2 * len(WAYS_ROUND)
     assert not any(b"delete_file" in line for line in mcp.lines)
-    assert desk.rows("SELECT * FROM pending_reviews") == []
+    assert desk_of_mcp.rows("SELECT * FROM pending_reviews") == []
 
 
-def test_proxy_sends_what_was_shown(mcp, desk):
-    """A gated call is built again from the members that were read; its
-    outcome is the server's own answer."""
-    for number, tool, outcome in ((1, "delete_file", "executed"),
-                                  (2, "delete_locked", "failed")):
-        mcp.send({"extra": 1, "jsonrpc": "2.0", "id": number, "method":
-                  "tools/call", "params": {"name": tool, "extra": 2,
-                  "arguments": {"path": "a"}, "_meta": {"progressToken": 7}}})
-        request, = desk.waiting()
-        desk.decide(request["request_id"])
-        answer = mcp.answer(number)["result"]
-        if number == 1:
-            assert json.loads(answer["echo"]) == {
-                "jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {
-                    "name": tool, "arguments": {"path": "a"},
-                    "_meta": {"progressToken": 7}}}
-        assert until(lambda name=request["request_id"], end=outcome:
-                     desk.state(name)["outcome"] == end)
-    steps = [json.loads(line)["params"]["progress"] for line in mcp.lines
-             if b"notifications/progress" in line]
-    assert steps and all(0 < step < 0.5 for step in steps)
-
-
-def test_proxy_passes_changes_on(make_desk, make_rules, tmp_path):
-    """What a reviewer changed is sent, and the model told so first."""
-    desk = make_desk(rules=make_rules(MOVABLE))
-    with contextlib.closing(Mcp(desk, tmp_path)) as mcp:
-        mcp.call(1, "move_file", {"path": "a"})
-        decide_changed(desk, path="b")
-        first, second = (item["text"] for item in
-                         mcp.answer(1)["result"]["content"])
-    assert "changed by ana" in first
-    assert json.loads(second)["params"]["arguments"] == {"path": "b"}
-
-
-def test_proxy_says_what_waits(mcp):
-    """stderr says once which of the server's tools wait; the server does not
-    get the reviewer's token."""
-    for number in (1, 2):
-        mcp.send({"jsonrpc": "2.0", "id": number, "method": "tools/list"})
-        mcp.answer(number)
-    mcp.call(3, "env", {})
-    names = mcp.answer(3)["result"]["names"]
-    assert "HITL_REVIEWER_TOKEN" not in names and "HITL_SERVER_URL" in names
-    assert mcp.close() == 0
-    assert mcp.said.count("fs: wait for a person: delete_file\n") == 1
-    assert mcp.said.count("fs: run unasked: read_file\n") == 1
-
-
-def test_proxy_child_dies(mcp, desk):
+def test_proxy_child_dies(mcp, desk_of_mcp):
     """A server that dies ends the proxy with its exit status, although what
     it started holds its pipes, and withdraws what is held."""
     mcp.call(1, "delete_file", {"path": "a"})
-    there, = desk.waiting()
+    there, = desk_of_mcp.waiting()
     mcp.call(2, "hang", {})
     mcp.call(3, "die", {})
     assert mcp.process.wait(20) == mcp.close() == 7
-    assert desk.state(there["request_id"])["status"] == "withdrawn"
+    assert desk_of_mcp.state(there["request_id"])["status"] == "withdrawn"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_proxy_ends_its_server(mcp, desk):
+def test_proxy_ends_its_server(mcp, desk_of_mcp):
     """SIGTERM withdraws what is held, and leaves no orphan."""
     mcp.call(1, "delete_file", {"path": "a"})
-    there, = desk.waiting()
+    there, = desk_of_mcp.waiting()
+    mcp.call(2, "hang", {})
     mcp.process.terminate()
-    assert mcp.process.wait(10) != 0
-    assert until(lambda: desk.state(there["request_id"])["status"]
+    assert mcp.process.wait(20) != 0
+    assert until(lambda: desk_of_mcp.state(there["request_id"])["status"]
                  == "withdrawn")
     mcp.reader.join(10)                 # the server's pipe is closed
     assert not mcp.reader.is_alive()
@@ -7068,13 +7046,17 @@ def test_proxy_ends_its_server(mcp, desk):
 
 # ---- run ----
 
-def start_run(desk, folder, *words, stdin="", **environ):
+@contextlib.contextmanager
+def waiting_run(desk, folder, *words, **environ):
+    """`run` with a command that waits -> the process, its request."""
     (folder / "rules.toml").write_text(SHELL)
-    process = start(*HITL, "run", "--config", "rules.toml", *words,
-                    folder=folder, HITL_SERVER_URL=desk.url, **environ)
-    if stdin:
-        process.stdin.write(stdin)
-    return process
+    with start(*HITL, "run", "--config", "rules.toml", "--", *words,
+               folder=folder, HITL_SERVER_URL=desk.url, **environ) as process:
+        try:
+            request, = desk.waiting()
+            yield process, request
+        finally:
+            process.kill()
 
 
 def test_run(desk, tmp_path):
@@ -7086,15 +7068,14 @@ def test_run(desk, tmp_path):
         "os.environ.get('HITL_REVIEWER_TOKEN')); " \
         "print('err', file=sys.stderr); sys.exit(3)"
     (tmp_path / "checkpoints.toml").write_text("nonsense")
-    process = start_run(desk, tmp_path, "--", sys.executable, "-c", script,
-                        "$(x); *", stdin="in", HITL_REVIEWER_TOKEN="x" * 20)
-    request, = desk.waiting()
     argv = [sys.executable, "-c", script, "$(x); *"]
-    assert request["arguments"] == {
-        "argv": argv, "cwd": str(tmp_path), "executable": sys.executable}
-    assert shlex.join(argv) in request["action_description"]
-    desk.decide(request["request_id"])
-    out, err = process.communicate(timeout=20)
+    with waiting_run(desk, tmp_path, *argv, HITL_REVIEWER_TOKEN="x" * 20) as (
+            process, request):
+        assert request["arguments"] == {
+            "argv": argv, "cwd": str(tmp_path), "executable": sys.executable}
+        assert shlex.join(argv) in request["action_description"]
+        desk.decide(request["request_id"])
+        out, err = process.communicate("in", timeout=20)
     assert (out, process.returncode) == ("$(x); * in None\n", 3)
     assert err.endswith("err\n")
     assert desk.state(request["request_id"])["outcome"] == "executed"
@@ -7102,9 +7083,9 @@ def test_run(desk, tmp_path):
 
 def test_run_refuses(desk, tmp_path):
     """Its own failures are 125: rejected, no such command, no server."""
-    process = start_run(desk, tmp_path, "--", "touch", "ran")
-    desk.decide(desk.waiting()[0]["request_id"], "rejected", reason="no")
-    _, err = process.communicate(timeout=20)
+    with waiting_run(desk, tmp_path, "touch", "ran") as (process, request):
+        desk.decide(request["request_id"], "rejected", reason="no")
+        _, err = process.communicate(timeout=20)
     assert process.returncode == 125
     assert "hitl: error: rejected by ana: no" in err
     for words, url in ((["no-such-command"], desk.url), ([], desk.url),
@@ -7120,17 +7101,22 @@ def test_run_refuses(desk, tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_run_signals(desk, tmp_path):
-    """Signals reach the command; one that ends by a signal is 128 + it."""
+    """Signals reach the command; one that ends by a signal is 128 + it. While
+    it waits, SIGTERM withdraws the request."""
     script = ("import signal, sys, time; signal.signal(signal.SIGUSR1, lambda "
               "*_: sys.exit(9)); print('up', flush=True); time.sleep(30)")
     for number, status in ((signal.SIGUSR1, 9),
                            (signal.SIGTERM, 128 + signal.SIGTERM)):
-        process = start_run(desk, tmp_path, "--", sys.executable, "-c", script)
-        desk.decide(desk.waiting()[0]["request_id"])
-        assert process.stdout.readline() == "up\n"
-        process.send_signal(number)
-        process.communicate(timeout=20)
-        assert process.returncode == status
+        with waiting_run(desk, tmp_path, sys.executable, "-c", script) as (
+                process, request):
+            desk.decide(request["request_id"])
+            assert process.stdout.readline() == "up\n"
+            process.send_signal(number)
+            assert process.wait(20) == status
+    with waiting_run(desk, tmp_path, "true") as (process, request):
+        process.terminate()
+        assert process.wait(20) == 128 + signal.SIGTERM
+    assert desk.state(request["request_id"])["status"] == "withdrawn"
 
 
 # ================================== Pages ==================================
