@@ -1152,22 +1152,16 @@ def test_a_long_name_waits_before_anything_is_cut(make_rules):
 
 # ---- shell commands and file edits ----
 
-SHELL_NAMES = """Bash bash PowerShell run_shell_command run_commands Shell
-    mcp__shell__run_command run_terminal_command runTerminalCommand process
-    execute_terminal_command mcp__jetbrains__execute_terminal_command pwsh
-    executePwsh bash_tool Execute execute_shell_command run_bash shell-exec
-    functions.Bash:0 mcp__ssh__ssh_exec execute_cmd local_shell run_in_terminal
-    container.exec RunCommand runcommand start_process launch-process
-    mcp__desktop-commander__start_process mcp_shell_run-command exec_command
-    shell_command Terminal Monitor sandbox_run zsh Console cmd.exe bashTool
-    terminal_run executeCommand execute_bash run_terminal_cmd""".split()
+SHELL_NAMES = """Bash PowerShell Shell Execute process pwsh run_shell_command
+    run_commands runTerminalCommand executePwsh bash_tool execute_cmd shell-exec
+    mcp__jetbrains__execute_terminal_command functions.Bash:0 mcp__ssh__ssh_exec
+    local_shell container.exec runcommand start_process Terminal Monitor zsh
+    sandbox_run Console cmd.exe mcp_shell_run-command exec_command""".split()
 EDIT_NAMES = """Write Update edit_notebook_file text_editor fs_write edit_block
-    mcp__filesystem__write_file replace_file_content write_to_file createFile
-    builtin_edit_existing_file WriteFile StrReplaceFile append_file MultiEdit
-    create_text_file delete_file EditNotebook mcp_filesystem_write_file
-    str_replace_based_edit_tool apply_patch replace_in_file insert_content
-    move_file fs.write:0 applyDiff search_replace write-file save_file
-    replace_symbol_body insert_at_line NotebookEdit rename_path""".split()
+    mcp__filesystem__write_file replace_file_content createFile StrReplaceFile
+    builtin_edit_existing_file WriteFile append_file MultiEdit delete_file
+    EditNotebook apply_patch insert_content move_file fs.write:0 applyDiff
+    write-file save_file search_replace NotebookEdit rename_path""".split()
 
 
 def kinds(effect='"review"', pattern=r"'\brm\b'", edit="'leash'") -> str:
