@@ -9398,7 +9398,6 @@ def cmd_serve(args: Any) -> int:
                           "another server may have it: try --port 0, which "
                           "takes a free one") from None
     # 3. where it is, and everything worth knowing at the start
-    warnings += address_warnings(desk, configuration)
     printer = Printer(bell="\a" if terminal else "")
     for line in (*greeting(desk, configuration, made),
                  *(f"warning: {warning}" for warning in warnings)):
@@ -9407,9 +9406,6 @@ def cmd_serve(args: Any) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: desk.stop())
     gc.set_threshold(50_000)        # large requests are made of many parts
-    with contextlib.suppress(ImportError, OSError, AttributeError):
-        import ctypes               # what compiling this file took: 18 MB
-        ctypes.CDLL(None).malloc_trim(0)
     desk.say = printer.say
     desk.start_notices(channels, configuration.rules)
     try:
@@ -9447,19 +9443,13 @@ def greeting(desk: Loop, configuration: Configuration,
                f"{getpass.getuser()}@{connection[2]}")
     if tokens.agent is None and not tokens.agents:
         yield "any program on this machine can ask; HITL_AGENT_TOKEN changes that"
-
-
-def address_warnings(desk: Loop, configuration: Configuration) -> list[str]:
-    """A warning where agents that read the same file look elsewhere."""
-    asked = os.environ.get("HITL_SERVER_URL") or str(
-        configuration.gate["server_url"])
+    asked = os.environ.get("HITL_SERVER_URL") or configuration.gate["server_url"]
     scheme, _, place = asked.rstrip("/").partition("://")
-    here = "https" if desk.tls else "http"
-    if asked.rstrip("/") == desk.url.rstrip("/") or (scheme, authority(
-            place, scheme)[1]) == (here, str(desk.server_port)):
-        return []
-    return [f"agents that read this configuration ask at {asked} (server_url), "
-            f"and this desk is {here} on port {desk.server_port}"]
+    here = ("https" if desk.tls else "http", str(desk.server_port))
+    if asked.rstrip("/") != desk.url.rstrip("/") and here != (
+            scheme, authority(place, scheme)[1]):
+        yield (f"warning: agents that read this configuration ask at {asked} "
+               f"(server_url), and this desk is {here[0]} on port {here[1]}")
 
 
 class Printer:
