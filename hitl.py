@@ -7571,10 +7571,9 @@ class Held:
         that was approved, and meet the same checkpoint (promise 2)."""
         if reply.status != 200:
             raise self.refused(reply)
+        approval = self.state
         self.learn(reply)
-        if ((self.state.status, self.state.outcome)
-                != (Status.APPROVED, Outcome.RUNNING)
-                or first_of(self.state.approved_digest, self.digest) != runs):
+        if self.state != approval._replace(outcome=Outcome.RUNNING):
             raise self.error(ChangedError, "the server's reply to the claim is "
                              "not this approval", "is server_url the right one?")
         if runs == self.digest:

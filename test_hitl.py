@@ -5030,7 +5030,7 @@ class Impostor(Wire):
             "outcome": ("approved", "executed")}
 
     def __init__(self) -> None:
-        self.lies, self.digests, self.claims = {}, {}, set()
+        self.lies, self.digests, self.claims, self.more = {}, {}, set(), {}
         super().__init__(self.lie)
 
     def lie(self, path: str, request: bytes):
@@ -5044,8 +5044,7 @@ class Impostor(Wire):
         good = dict(zip(("status", "outcome"), self.GOOD[step],
                         strict=True)) | {
             "request_id": request_id, "digest": self.digests[request_id],
-            "deadline": None, "decided_by": "reviewer:eve", "decided_at": None,
-            "reason": None}
+            "decided_by": "reviewer:eve", **self.more.get(step, {})}
         where, lie = self.lies[request_id]
         if where == step:
             return lie(good)
@@ -5439,6 +5438,36 @@ def test_changed_before_approval(make_gate, make_desk, way, caplog):
         pytest.raises(hitl.CollaborationError, result)
     else:
         assert result().startswith("rejected by ana.")
+
+
+def test_promise_2_a_false_claim(make_gate):
+    """Where the reviewer changed a call, what runs is what was approved: with
+    any byte of the claim's reply another, nothing runs, or just that."""
+    impostor, ran = Impostor(), {}
+    edited = CALL | {"table": "orders"}
+    digest = hitl.digest_of("Delete users where id = 3",
+                            hitl.canonical(edited), "delete_records")
+    impostor.more = {"poll": {"approved_digest": digest}, "claim": {
+        "approved_digest": digest, "arguments": edited}}
+    gate = make_gate(impostor, EDITABLE, on_reject="return")
+
+    def call(at: int) -> None:
+        def lie(good):
+            body = bytearray(json.dumps(good).encode())
+            if at >= 0:
+                body[at % len(body)] = ord("x" if body[at % len(body)] != ord(
+                    "x") else "y")
+            return [http_reply(bytes(body))]
+        impostor.lies[f"r{at}"] = "claim", lie
+        with contextlib.suppress(hitl.HitlError):
+            gate.call("delete_records", CALL, lambda **a: ran.update({at: a}),
+                      request_id=f"r{at}")
+    for start in range(-1, 420, 20):
+        for result in [in_background(call, n) for n in range(start, start + 20)]:
+            result()
+    assert set(map(str, ran.values())) == {str(edited)} and -1 in ran
+    assert len(ran) < 5
+    impostor.close()
 
 
 def test_sessions(make_gate, make_desk):
