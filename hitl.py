@@ -98,6 +98,8 @@ change, kind = "shell" and "edit", and TLS.
 # sell it, without conditions. Provided "AS IS", without warranty of any kind.
 # The whole text: https://spdx.org/licenses/MIT-0.html
 #
+# ruff: noqa: E402      imports come after the restart below
+#
 # /// script
 # requires-python = ">=3.11"
 # ///
@@ -122,8 +124,8 @@ LOADER = (
     "import gc, sys; gc.disable(); from importlib.machinery import SourceFileLoader; "
     "_, sys.pycache_prefix, file, *words = sys.argv; sys.argv = [file, *words]; "
     "hitl = sys.modules['hitl'] = type(sys)('hitl'); hitl.__file__ = file; "
-    "code = SourceFileLoader('hitl', file).get_code('hitl'); sys.pycache_prefix = None; "
-    "exec(code, hitl.__dict__); gc.enable(); sys.exit(hitl.main())")
+    "code = SourceFileLoader('hitl', file).get_code('hitl'); "
+    "sys.pycache_prefix = None; exec(code, hitl.__dict__); gc.enable(); sys.exit(hitl.main())")
 
 
 def bytecode_folder() -> str:
@@ -287,6 +289,20 @@ REFUSED_AS: dict[str, type[HitlError]] = {      # a reply's reason -> the error
     "lapsed": ReviewTimeoutError, "expired": ReviewTimeoutError,
     "id-taken": ChangedError, "bad-digest": ChangedError,
     "arguments-changed": ChangedError}
+
+
+# What the server refuses, one stable word each: its HTTP status.
+REFUSALS = {word: status for status, words in {
+    400: "bad-request bad-json missing-field bad-field bad-digest bad-decision",
+    401: "not-signed-in wrong-credentials",
+    403: "not-your-route not-your-request cross-site",
+    404: "no-such-route unknown", 405: "wrong-method",
+    409: "already-decided expired withdrawn lapsed id-taken not-approved stopped "
+         "already-claimed arguments-changed not-claimed already-finished too-fast "
+         "not-editable not-remembered",
+    411: "length-required", 413: "too-large", 415: "wrong-type", 421: "wrong-host",
+    429: "too-many-waiting", 431: "head-too-large", 500: "internal",
+    503: "damaged storage-failed"}.items() for word in words.split()}
 
 
 class Refusal(HitlError):
@@ -4976,25 +4992,6 @@ SEEN_SECONDS = 0.6              # a card is read first: double clicks are shorte
 MAX_RULINGS = 2000              # which checkpoints hold a call, remembered
 MAX_FORM_FIELDS = 256           # the arguments of a call, and a few
 
-# What is answered when something is refused: one stable word each.
-REFUSALS = {
-    "bad-request": 400, "bad-json": 400, "missing-field": 400,
-    "bad-field": 400, "bad-digest": 400, "bad-decision": 400,
-    "not-signed-in": 401, "wrong-credentials": 401, "not-your-route": 403,
-    "cross-site": 403, "no-such-route": 404, "unknown": 404,
-    "wrong-method": 405, "already-decided": 409, "too-fast": 409,
-    "expired": 409,
-    "withdrawn": 409, "id-taken": 409, "not-approved": 409,
-    "already-claimed": 409, "lapsed": 409, "arguments-changed": 409,
-    "not-claimed": 409, "already-finished": 409, "length-required": 411,
-    "stopped": 409, "not-editable": 409, "not-remembered": 409,
-    "not-your-request": 403,
-    "too-large": 413, "wrong-type": 415, "wrong-host": 421,
-    "too-many-waiting": 429, "head-too-large": 431, "internal": 500,
-    "damaged": 503, "storage-failed": 503,
-}
-
-
 class Route(NamedTuple):
     method: str
     path: str
@@ -5041,6 +5038,13 @@ class Principal(NamedTuple):
 NO_ROUTE, NOBODY = Route("", "", "", ""), Principal("nobody", "")
 
 
+class Missing(dict[str, str]):
+    """A header field that was not sent reads as nothing."""
+
+    def __missing__(self, name: str) -> str:
+        return ""
+
+
 class HttpRequest(NamedTuple):
     """A request's head, and once it is admitted, who may ask what. Header
     names are lower case; one that is not there reads as ""."""
@@ -5056,6 +5060,7 @@ class HttpRequest(NamedTuple):
     who: Principal = NOBODY
 
 
+UNREAD = HttpRequest("", "", "", Missing(), 0, True)    # what cannot be read
 REQUEST_LINE = regex(rb"([A-Z]{1,20}) (/[!-~]*) HTTP/1\.([01])")
 FIELD = regex(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):"
                    rb"[ \t]*+([!-~\x80-\xff][ \t!-~\x80-\xff]*+)?")
@@ -5099,13 +5104,6 @@ def parse_head(head: bytes) -> HttpRequest:
     path, _, query = start[2].decode("ascii").partition("?")
     return HttpRequest(start[1].decode("ascii"), path, query, headers, int(length),
                    close)
-
-
-class Missing(dict[str, str]):
-    """A header field that was not sent reads as nothing."""
-
-    def __missing__(self, name: str) -> str:
-        return ""
 
 
 def parse_fields(block: bytes) -> dict[str, str]:
@@ -5255,9 +5253,13 @@ def wait_in(query: str) -> float:
                MAX_POLL_SECONDS)
 
 
+def is_form(http: HttpRequest) -> bool:
+    return content_type(http.headers) == FORM
+
+
 def parse_body(http: HttpRequest, body: bytes) -> dict[str, Any]:
     """The fields of a JSON object, or of a form."""
-    if content_type(http.headers) == FORM:
+    if is_form(http):
         return parse_form(body)
     try:
         value = parse_json(body)
@@ -5286,37 +5288,27 @@ def parse_form(body: bytes) -> dict[str, Any]:
                       "send decision=approved or decision=rejected") from None
 
 
-def text_field(body: Mapping[str, Any], name: str, limit: int) -> str:
-    """A field that is a text and not blank."""
-    value = body.get(name)
-    if not isinstance(value, str) or not value.strip():
-        raise bad_field(name, "a text", f'send "{name}": "..."')
-    if len(value) > limit // 4 and len(value.encode()) > limit:
+FIELD_KINDS: dict[type, tuple[str, str]] = {   # what it must be, how it is sent
+    str: ("a text", '"..."'), bool: ("true or false", "true"),
+    dict: ("an object", '{"name": value, ...}')}
+
+
+def field(body: Mapping[str, Any], name: str, kind: type = str, *,
+          limit: int = MAX_NAME, needed: bool = False) -> Any:
+    """A field of a body, of this kind; a text has so many bytes at the most.
+    None where it is blank or left out; Refusal where it is needed then."""
+    value: Any = body.get(name)
+    blank = kind is str and isinstance(value, str) and not value.strip()
+    if (value is None or blank) and not needed:
+        return None
+    if blank or not isinstance(value, kind):
+        must, example = FIELD_KINDS[kind]
+        raise bad_field(name, must, f'send "{name}": {example}')
+    if isinstance(value, str) and len(value) * 4 > limit and (
+            len(value.encode()) > limit):
         raise Refusal("too-large", f'"{name}" is over {limit} bytes',
                       "send less of it")
     return value
-
-
-def optional_text(body: Mapping[str, Any], name: str, limit: int) -> str | None:
-    """The same, or None where it is blank or left out."""
-    value = body.get(name)
-    blank = value is None or isinstance(value, str) and not value.strip()
-    return None if blank else text_field(body, name, limit)
-
-
-def flag(body: Mapping[str, Any], name: str) -> bool:
-    """A field that is true or false; false where it may be left out."""
-    value = body.get(name)
-    if value is None or isinstance(value, bool):
-        return bool(value)
-    raise bad_field(name, "true or false", f'send "{name}": true')
-
-
-def object_field(body: Mapping[str, Any], name: str) -> dict[str, Any] | None:
-    value = body.get(name)
-    if value is None or isinstance(value, dict):
-        return value
-    raise bad_field(name, "an object", f'send "{name}": {{"name": value, ...}}')
 
 
 # ---- what an agent asks ----
@@ -5339,8 +5331,9 @@ def asked_from(body: dict[str, Any], by: Principal, at: float,
     if not isinstance(request_id, str) or not REQUEST_ID.fullmatch(request_id):
         raise bad_field("request_id", "1 to 128 of A-Z a-z 0-9 . _ : -, not . or "
                         ".., and not begin with standing:", "a UUID is fine")
-    description = text_field(body, "action_description", MAX_DESCRIPTION)
-    texts: dict[str, Any] = {name: optional_text(body, name, OPTIONAL_FIELDS[name])
+    description = field(body, "action_description", limit=MAX_DESCRIPTION,
+                        needed=True)
+    texts: dict[str, Any] = {name: field(body, name, limit=OPTIONAL_FIELDS[name])
                              for name in OPTIONAL_FIELDS.keys() & body.keys()}
     tool = texts.get("tool")
     if not re.fullmatch("[0-9a-f]{64}", texts.get("checkpoint_digest") or "0" * 64):
@@ -5362,7 +5355,7 @@ def asked_from(body: dict[str, Any], by: Principal, at: float,
         deadline_from(body.get("timeout_seconds"), at), received_at=now,
         timestamp=timestamp, asked_by=str(by), **texts,
         action_description=description, arguments=sent, agent_context=context,
-        edits=1 if flag(body, "edits") else None,
+        edits=1 if field(body, "edits", bool) else None,
         size=sum(len((text or "").encode()) for text in (
             description, arguments, context, texts.get("why"))))
 
@@ -5381,7 +5374,7 @@ def check_fields(body: dict[str, Any]) -> None:
 def arguments_from(body: dict[str, Any], tool: str | None
                    ) -> tuple[str | None, str | None]:
     """The arguments as they were sent, and as canonical JSON."""
-    arguments = object_field(body, "arguments")
+    arguments = field(body, "arguments", dict)
     if arguments is None:
         return None, None
     try:
@@ -5410,38 +5403,37 @@ def deadline_from(timeout: Any, at: float) -> str | None:
 
 # ---- what a reviewer decides ----
 
-def remember_from(asks: Mapping[str, Any], form: bool,
-                  decision: Status) -> Bounds | None:
-    """How long a decision stands for the same call: a rejection by itself,
-    unless it says null. A form says it in two fields, 0 seconds for null."""
-    if decision == Status.REJECTED and asks.keys().isdisjoint(
-            ("remember", "remember_seconds")):
-        return REJECTION_STANDS
-    wanted = asks.get("remember")
-    if form:
-        given = {name: asks.get(f"remember_{name}") for name in ("seconds", "uses")}
-        wanted = {name: int(text) if re.fullmatch("[0-9]{1,9}", text, re.ASCII)
-                  else text for name, text in given.items() if text}
-        wanted = wanted if wanted.get("seconds") else None
-    return None if wanted is None else bounds_from(wanted, decision)
+def reason_in(asks: Mapping[str, Any]) -> str | None:
+    return (field(asks, "reason", limit=MAX_WHY) or "").strip() or None
 
 
-def changed_by_form(asks: Mapping[str, Any], arguments: str | None
-                    ) -> dict[str, Any] | None:
-    """The arguments that a form wants instead, or None: it has a field for
-    each, a text as it is (with CR LF for a line break) and others as JSON."""
+
+def json_in(name: str, text: str) -> Any:
+    """What a form's field says as JSON."""
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise bad_field(name, f"JSON: {error}", "only its values change") from None
+
+
+def as_json_says(form: Mapping[str, str], arguments: str | None) -> dict[str, Any]:
+    """A page's form as the JSON that says the same: `remember` comes in two
+    fields, without seconds for null, and each argument in one: a text as it is
+    (with CR LF for a line break), another value as JSON."""
+    asks: dict[str, Any] = dict(form)
+    if "remember_seconds" in form:
+        bounds = {name: json_in("remember", form[f"remember_{name}"])
+                  for name in ("seconds", "uses") if form.get(f"remember_{name}")}
+        asks["remember"] = bounds if bounds.get("seconds") else None
     changed = json.loads(arguments or "{}")
-    fields = {name.removeprefix("argument:"): text for name, text in asks.items()
-              if name.startswith("argument:")}
-    for name, text in fields.items():
-        if isinstance(changed.get(name), str):
-            changed[name] = text.replace("\r\n", "\n")
-            continue
-        try:
-            changed[name] = parse_json(text)
-        except ValueError as error:
-            raise bad_field(name, f"JSON: {error}", "only its values change") from None
-    return changed if fields else None
+    for name, text in form.items():
+        if name.startswith("argument:"):
+            name = name.removeprefix("argument:")
+            is_text = isinstance(changed.get(name), str)
+            changed[name] = text.replace("\r\n", "\n") if is_text else json_in(
+                name, text)
+            asks["arguments"] = changed
+    return asks
 
 
 # Security headers, on every answer alike. No CORS, no cookie, ever.
@@ -5455,8 +5447,8 @@ SECURITY = (
     "Cross-Origin-Opener-Policy: same-origin\r\n"
     "Cross-Origin-Resource-Policy: same-origin\r\n"
     "Cache-Control: no-store\r\n")
-JSON, PROBLEM, HTML = ("application/json", "application/problem+json",
-                       "text/html; charset=utf-8")
+JSON, HTML = "application/json", "text/html; charset=utf-8"
+PROBLEM = "application/problem+json"
 FORM = "application/x-www-form-urlencoded"
 BASIC = 'WWW-Authenticate: Basic realm="hitl.py", charset="UTF-8"\r\n'
 SILENT = 'WWW-Authenticate: Script realm="hitl.py"\r\n'     # no dialog
@@ -5485,23 +5477,20 @@ def head_of(status: int, content_type: str, close: bool, second: int) -> bytes:
             f"Connection: {connection}\r\n").encode()
 
 
-REPLY_NAMES = [f'"{name}": ' for name in Summary._fields if name not in SELDOM]
-
-
-def wants_page(http: HttpRequest) -> bool:
-    return "text/html" in http.headers["accept"]
+def wants(http: HttpRequest, content_type: str) -> bool:
+    return content_type in http.headers["accept"]
 
 
 def standing_shape(row: Standing, used: int) -> dict[str, Any]:
-    return {"number": row.number, "decision": row.decision,
-            "made_by": row.made_by, "made_at": row.made_at, "until": row.until,
-            "uses": row.uses, "used": used, "request_id": row.request_id,
-            "reason": row.reason, "lifted_at": row.lifted_at}
+    return {name: getattr(row, name) for name in (
+        "number", "decision", "made_by", "made_at", "until", "uses", "request_id",
+        "reason", "lifted_at")} | {"used": used}
 
 
 class Poll(NamedTuple):
     """An answer that waits until something changes."""
 
+    http: HttpRequest
     about: str                          # a request_id; "": anything
     seconds: float                      # at most
 
@@ -5699,96 +5688,85 @@ class Desk:
         except Refusal as refusal:
             return self.problem(http, refusal)
 
-    def news(self, request_id: str, close: bool) -> bytes:
+    def news(self, poll: Poll) -> bytes:
         """What a parked poll is answered."""
         import sqlite3
-        if not request_id:
-            return self.message(200, JSON, self.change().encode(), close)
-        self.attended_until[request_id] = time.monotonic() + RECENT_SECONDS
+        if not poll.about:
+            return self.reply(poll.http, self.change)
+        self.attended_until[poll.about] = time.monotonic() + RECENT_SECONDS
         try:
-            summary = self.store.summary(request_id)
+            return self.reply(poll.http, self.store.summary(poll.about))
         except (Refusal, sqlite3.Error):
-            return self.problem(None, STORAGE_FAILED, close)
-        return self.message(200, JSON, self.shape_json(summary).encode(), close)
+            return self.problem(poll.http, STORAGE_FAILED)
 
-    def change(self) -> str:
+    @property
+    def change(self) -> dict[str, int]:
         """A number that grows with every change."""
-        return f'{{"change": {self.store.head.sequence}}}'
+        return {"change": self.store.head.sequence}
 
     def refused(self, head: bytes, refusal: Refusal) -> bytes:
         """The answer to a request that is not admitted."""
-        http = None
+        http = UNREAD
         with contextlib.suppress(Refusal):
             http = parse_head(head)
-        answer = self.problem(http, refusal, close=True)
-        if head.startswith(b"HEAD "):
-            answer = answer[:answer.index(b"\r\n\r\n") + 4]
-        return answer
+        return self.problem(http._replace(close=True), refusal)
 
-    def problem(self, http: HttpRequest | None, refusal: Refusal,
-                close: bool = False, **more: Any) -> bytes:
+    def problem(self, http: HttpRequest, refusal: Refusal, **more: Any) -> bytes:
         """A refusal as problem+json (RFC 9457), or as a page for a person."""
         status = REFUSALS[refusal.reason]
         headers = refusal.headers
         if status in (429, 503):
             headers += "Retry-After: 5\r\n"
-        close = close or bool(http and http.close)
-        if http and wants_page(http):
-            page = problem_page(status, refusal)
-            return self.message(status, HTML, page.encode(), close, headers)
-        body: dict[str, Any] = {
+        if wants(http, "text/html"):
+            return self.reply(http, problem_page(status, refusal), status, headers)
+        if refusal.about:
+            more["request"] = self.shape(refusal.about.summary)
+        return self.reply(http, {
             "type": "about:blank", "title": refusal.message, "status": status,
             "reason": refusal.reason,
-            "detail": refusal.hint or refusal.message, **more}
-        if refusal.about:
-            body["request"] = self.shape(refusal.about.summary)
-        return self.message(status, PROBLEM, json.dumps(body).encode(), close,
-                            headers)
+            "detail": refusal.hint or refusal.message, **more}, status, headers)
 
-    def message(self, status: int, content_type: str, body: bytes,
-                close: bool, headers: str = "") -> bytes:
-        """A whole answer. head_of() is the one place that writes its head."""
-        head = head_of(status, content_type, close, int(self.store.time))
+    def home(self, http: HttpRequest, path: str) -> bytes:
+        """Back to a page, once its form is answered."""
+        return self.reply(http, Html(), 303, f"Location: {path}\r\n")
+
+    def reply(self, http: HttpRequest, value: Any, status: int = 200,
+              headers: str = "") -> bytes:
+        """A whole answer: a page, or what is said of a request, or JSON."""
+        kind = PROBLEM if status >= 400 else JSON
+        if isinstance(value, Html):
+            kind, text = HTML, str(value)
+        elif isinstance(value, Summary):
+            text = self.shape_json(value)
+        else:
+            text = json.dumps(value)
+        body = text.encode()
         return b"%b%bContent-Length: %d\r\n\r\n%b" % (
-            head, headers.encode("latin-1", "replace"), len(body), body)
+            head_of(status, kind, http.close, int(self.store.time)),
+            headers.encode("latin-1", "replace"), len(body), body)
 
     def shape(self, summary: Summary) -> dict[str, Any]:
         """The one shape of every reply about a request."""
-        return {name: value for name, value in summary._asdict().items()
-                if value is not None or name not in SELDOM} | {
-                    "url": f"{self.url}/review/{summary.request_id}"}
-
-    def about(self, http: HttpRequest, summary: Summary, status: int = 200,
-              headers: str = "") -> bytes:
-        return self.message(status, JSON, self.shape_json(summary).encode(),
-                            http.close, headers)
+        said: dict[str, Any] = json.loads(self.shape_json(summary))
+        return said
 
     def shape_json(self, summary: Summary) -> str:
         """shape() as JSON; written out, since every poll takes this way."""
-        texts = [f"{name}{json_text(value)}" if value is not None else f"{name}null"
-                 for name, value in zip(REPLY_NAMES, summary, strict=False)]
-        for name, value in zip(SELDOM, summary[len(REPLY_NAMES):], strict=True):
-            if value is not None:
-                texts.append(f'"{name}": {json_text(value)}')
+        members = [f'"{name}": {"null" if value is None else json_text(value)}'
+                   for name, value in zip(Summary._fields, summary, strict=True)
+                   if value is not None or name not in SELDOM]
         url = json_text(f"{self.url}/review/{summary.request_id}")
-        return f'{{{", ".join(texts)}, "url": {url}}}'
-
-    def json(self, http: HttpRequest, value: Any) -> bytes:
-        return self.message(200, JSON, json.dumps(value).encode(),
-                            http.close)
-
-    def html(self, http: HttpRequest, text: str) -> bytes:
-        return self.message(200, HTML, text.encode(), http.close)
+        return f'{{{", ".join(members)}, "url": {url}}}'
 
     # ---- the routes: an agent's ----
 
     def post_pending(self, http: HttpRequest, body: bytes) -> bytes:
         asks = parse_body(http, body)
         asked = asked_from(asks, http.who, self.store.time, self.store.now)
-        summary, new = self.store.submit(asked, flag(asks, "attach"))
+        summary, new = self.store.submit(asked, bool(field(asks, "attach", bool)))
         if not new:
-            return self.about(http, summary)
-        return self.about(http, summary, 201,
+            return self.reply(http, summary)
+        return self.reply(http, summary, 201,
                           f"Location: /review/{asked.request_id}\r\n")
 
     def get_pending(self, http: HttpRequest) -> bytes | Poll:
@@ -5798,18 +5776,18 @@ class Desk:
             self.attended_until[http.request_id] = (
                 time.monotonic() + wait + RECENT_SECONDS)
             if wait:
-                return Poll(http.request_id, wait)
-        return self.about(http, summary)
+                return Poll(http, http.request_id, wait)
+        return self.reply(http, summary)
 
     def post_claim(self, http: HttpRequest, body: bytes) -> bytes:
         asks = parse_body(http, body)
         request = self.store.claim(
-            http.request_id, text_field(asks, "digest", 64),
-            text_field(asks, "claim", MAX_NAME),
-            str(http.who), flag(asks, "handed_over"))
+            http.request_id, field(asks, "digest", limit=64, needed=True),
+            field(asks, "claim", needed=True), str(http.who),
+            bool(field(asks, "handed_over", bool)))
         if request.approved_arguments is None:
-            return self.about(http, request.summary)
-        return self.json(http, self.shape(request.summary) | {
+            return self.reply(http, request.summary)
+        return self.reply(http, self.shape(request.summary) | {
             "arguments": stored_json(request.approved_arguments)})
 
     def post_outcome(self, http: HttpRequest, body: bytes) -> bytes:
@@ -5817,75 +5795,74 @@ class Desk:
         if asks.get("outcome") not in ("executed", "failed"):
             raise bad_field("outcome", "executed or failed",
                             'send {"claim": "...", "outcome": "executed"}')
-        return self.about(http, self.store.finish(
-            http.request_id, text_field(asks, "claim", MAX_NAME),
-            Outcome(asks["outcome"]), optional_text(asks, "text", MAX_WHY) or "",
+        return self.reply(http, self.store.finish(
+            http.request_id, field(asks, "claim", needed=True),
+            Outcome(asks["outcome"]), field(asks, "text", limit=MAX_WHY) or "",
             str(http.who)).summary)
 
     def post_withdraw(self, http: HttpRequest, body: bytes) -> bytes:
-        why = optional_text(parse_body(http, body), "why", MAX_WHY) or ""
-        return self.about(http, self.store.withdraw(
+        why = field(parse_body(http, body), "why", limit=MAX_WHY) or ""
+        return self.reply(http, self.store.withdraw(
             http.request_id, why, str(http.who)).summary)
 
     # ---- the routes: a reviewer's ----
 
     def post_approve(self, http: HttpRequest, body: bytes) -> bytes:
         """A decision, as JSON or from a page's form, which leads home."""
-        form = content_type(http.headers) == FORM
         asks = parse_body(http, body)
         if asks.get("decision") not in ("approved", "rejected"):
             raise Refusal("bad-decision", '"decision" must be "approved" or '
                           '"rejected"', 'send {"decision": "approved"} or '
                           '{"decision": "rejected", "reason": "..."}')
-        page = form and wants_page(http)
+        page = is_form(http) and wants(http, "text/html")
         try:
-            request = self.decided(http, asks, form)
+            request = self.decided(http, asks)
         except Refusal as refusal:
             if not page or refusal.about is None:
                 raise
             refusal.about = self.store.whole(http.request_id)
             status = REFUSALS[refusal.reason]
-            return self.message(status, HTML, problem_page(
-                status, refusal, self.view(http), asks.get("reason", "")
-                ).encode(), http.close)
-        if page:
-            return self.message(303, HTML, b"", http.close, "Location: /\r\n")
-        return self.about(http, request.summary)
+            return self.reply(http, problem_page(
+                status, refusal, self.view(http), asks.get("reason", "")), status)
+        return self.home(http, "/") if page else self.reply(http, request.summary)
 
-    def decided(self, http: HttpRequest, asks: Mapping[str, Any],
-                form: bool) -> ReviewRequest:
+    def decided(self, http: HttpRequest, asks: dict[str, Any]) -> ReviewRequest:
         """The request, decided. A form says when it was shown: nobody decides
         about a card that they cannot have seen."""
-        shown_at = optional_text(asks, "shown_at", 40)
-        if form and not self.was_seen(shown_at):
-            raise Refusal("too-fast", "this was decided before it could be "
-                          "read", "look at it first, then decide",
-                          about=self.store.request(http.request_id))
         request = self.store.request(http.request_id)
+        shown_at = field(asks, "shown_at", limit=40)
+        if is_form(http):
+            if not self.was_seen(shown_at):
+                raise Refusal("too-fast", "this was decided before it could be "
+                              "read", "look at it first, then decide",
+                              about=request)
+            asks = as_json_says(asks, request.arguments)
+        # 1. may this reviewer decide it, and so?
         decision = Status(asks["decision"])
         offers = self.offers(request, http.who.name)
         if not offers.decidable:
             raise Refusal("not-your-request", "this is for other reviewers",
                           "its checkpoint names who may decide it",
                           about=request)
-        arguments = object_field(asks, "arguments")
-        if form:
-            arguments = changed_by_form(asks, request.arguments)
+        arguments = field(asks, "arguments", dict)
         if arguments is not None and (not offers.editable
                                       or decision == Status.REJECTED):
             raise not_editable(request)
-        bounds = remember_from(asks, form, decision)
-        if bounds and not offers.remember:
-            if bounds is not REJECTION_STANDS:
+        # 2. does the decision stand? A rejection does so by itself
+        bounds = None
+        if asks.get("remember") is not None:
+            bounds = bounds_from(asks["remember"], decision)
+            if not offers.remember:
                 raise not_remembered(request)
-            bounds = None
-        read_digest = text_field if offers.editable else optional_text
+        elif (decision == Status.REJECTED and offers.remember
+              and "remember" not in asks):
+            bounds = REJECTION_STANDS
+        # 3. it is decided
         return self.store.decide(
-            http.request_id, decision, str(http.who),
-            reason=(optional_text(asks, "reason", MAX_WHY) or "").strip() or None,
+            http.request_id, decision, str(http.who), reason=reason_in(asks),
             signed_in=http.who.signed_in, shown_at=shown_at,
-            digest=read_digest(asks, "digest", 64), arguments=arguments,
-            remember=bounds)
+            digest=field(asks, "digest", limit=64, needed=offers.editable),
+            arguments=arguments, remember=bounds)
 
     def was_seen(self, shown_at: str | None) -> bool:
         try:
@@ -5898,7 +5875,7 @@ class Desk:
         """What waits, in the order of the page; `next` is where to go on."""
         start = int(number_in(http.query, "from"))
         rows = self.store.waiting(LISTED + 1, start, self.attended_until)
-        return self.json(http, {
+        return self.reply(http, {
             "waiting": list(map(self.listed, rows[:LISTED])),
             "next": start + LISTED if len(rows) > LISTED else None})
 
@@ -5906,23 +5883,21 @@ class Desk:
         """A page's poll: answered when anything is no longer as it was."""
         wait, after = wait_in(http.query), number_in(http.query, "after")
         if wait and after == self.store.head.sequence:
-            return Poll("", wait)
-        return self.message(200, JSON, self.change().encode(), http.close)
+            return Poll(http, "", wait)
+        return self.reply(http, self.change)
 
     # ---- decisions that stand ----
 
     def get_standing(self, http: HttpRequest) -> bytes:
         rows = self.store.standing()
-        if "application/json" not in http.headers["accept"]:
-            return self.html(http, standing_page(self.view(http), rows))
-        return self.json(http, {"standing": [
+        if not wants(http, JSON):
+            return self.reply(http, standing_page(self.view(http), rows))
+        return self.reply(http, {"standing": [
             standing_shape(*row) for row in rows]})
 
     def post_stop(self, http: HttpRequest, body: bytes) -> bytes:
-        asks = parse_body(http, body)
-        reason = (optional_text(asks, "reason", MAX_WHY) or "").strip() or None
         return self.stands(http, "/", self.store.stop(
-            str(http.who), reason, http.who.signed_in))
+            str(http.who), reason_in(parse_body(http, body)), http.who.signed_in))
 
     def post_lift(self, http: HttpRequest, body: bytes) -> bytes:
         parse_body(http, body)
@@ -5932,12 +5907,11 @@ class Desk:
         return self.stands(http, "/standing", self.store.lift(
             int(http.request_id), str(http.who)))
 
-    def stands(self, http: HttpRequest, home: str, row: Standing) -> bytes:
+    def stands(self, http: HttpRequest, path: str, row: Standing) -> bytes:
         """The answer about a standing decision; to a form it leads home."""
-        if content_type(http.headers) == FORM and wants_page(http):
-            return self.message(303, HTML, b"", http.close,
-                                f"Location: {home}\r\n")
-        return self.json(http, standing_shape(row, self.store.used(row)))
+        if is_form(http) and wants(http, "text/html"):
+            return self.home(http, path)
+        return self.reply(http, standing_shape(row, self.store.used(row)))
 
     # ---- reading ----
 
@@ -5951,7 +5925,7 @@ class Desk:
 
     def get_desk(self, http: HttpRequest) -> bytes:
         start = int(number_in(http.query, "from"))
-        return self.html(http, desk_page(
+        return self.reply(http, desk_page(
             self.view(http), self.store.waiting(PAGE_CARDS, start,
                                                 self.attended_until),
             self.store.waiting_count,
@@ -5965,9 +5939,9 @@ class Desk:
             request = self.store.whole(http.request_id)
         except Refusal as refusal:
             return self.problem(http, refusal, longer_ids=longer)
-        if "application/json" not in http.headers["accept"]:
-            return self.html(http, review_page(self.view(http), request))
-        return self.json(http, request._asdict() | self.listed(request) | {
+        if not wants(http, JSON):
+            return self.reply(http, review_page(self.view(http), request))
+        return self.reply(http, request._asdict() | self.listed(request) | {
             "longer_ids": longer,
             "agent_context": stored_json(request.agent_context), "claim": None,
             "attended": self.attended(request.request_id),
@@ -5981,9 +5955,9 @@ class Desk:
         before = (behind[1], int(behind[2])) if behind else None
         found = self.store.reviewed(HISTORY_ROWS, before, asks.get("q", ""),
                                     asks.get("status", ""))
-        if "application/json" not in http.headers["accept"]:
-            return self.html(http, history_page(self.view(http), found, asks))
-        return self.json(http, {
+        if not wants(http, JSON):
+            return self.reply(http, history_page(self.view(http), found, asks))
+        return self.reply(http, {
             "reviewed": list(map(self.listed, found.rows)),
             "next": found.next and "_".join(map(str, found.next))})
 
@@ -6000,7 +5974,7 @@ class Desk:
 
     def get_healthz(self, http: HttpRequest) -> bytes:
         self.store.reviewed(0)          # the database answers, or 503
-        return self.json(http, {"status": "ok"})
+        return self.reply(http, {"status": "ok"})
 
 
 # ================================== Loop ===================================
@@ -6015,22 +5989,21 @@ class Desk:
 class Limits(NamedTuple):
     """What one client may cost the others, in seconds, bytes and numbers."""
 
-    turn_seconds: float = 0.03      # then commit and answer, before more work
     request_seconds: float = 15     # from a request's first byte to its last
-    answer_seconds: float = 60      # for a client to take its answer
-    idle_seconds: float = 75        # a connection kept for the next request
+    idle_seconds: float = 75        # to take an answer, to send the next request
     linger_seconds: float = 2       # to let a refused client read the refusal
     slow_seconds: float = 1         # before wrong credentials are answered
     handshake_seconds: float = 5    # for TLS
     drain_seconds: float = 5        # for the last answers when stopping
-    sweep_seconds: float = 0.25     # how often deadlines are looked at
     connections: int = 8000         # file descriptors, and a page of memory
     unread_bytes: int = 64 << 20    # of all requests that are not answered
 
 
 LIMITS = Limits()
+TURN_SECONDS = 0.03             # then commit and answer, before more work
+BREAK_SECONDS = 0.001           # between turns: a reviewer's request may come in
+SWEEP_SECONDS = 0.25            # how often deadlines are looked at
 ACCEPTED = 64                   # connections in one round of asyncio
-ROUNDS = 6                      # of asyncio, from connect() to a whole request
 
 
 class Connection:
@@ -6038,24 +6011,27 @@ class Connection:
     requests to the queue. One request at a time, so answers keep their order.
     """
 
-    __slots__ = ("loop", "group", "transport", "inbox", "searched", "http", "body",
-                 "waits_for", "timer", "shaking_hands", "answering", "refused",
-                 "ended", "close_connection", "trusted", "until")
+    __slots__ = ("loop", "transport", "inbox", "searched", "http", "body", "poll",
+                 "timer", "shaking_hands", "answering", "refused",
+                 "close_connection", "trusted", "until")
 
     def __init__(self, loop: Loop) -> None:
         self.loop, self.inbox, self.body = loop, bytearray(), b""
-        self.group: dict[Connection, None] = loop.open
         self.searched = 0               # so far there is no end of a head
         self.http: HttpRequest | None = None     # its head is here
-        self.waits_for: str | None = None        # what its poll is about
+        self.poll: Poll | None = None   # it is parked
         self.timer: Any = None          # of a poll, or of a slow answer
         self.shaking_hands = False      # TLS is not agreed on so far
         self.answering = False          # an answer is not given so far
         self.refused = False            # what still comes in is discarded
-        self.ended = False              # the client sends no more
-        self.close_connection = False
+        self.close_connection = False   # after the next answer
         self.trusted = False            # a reviewer signed in here
         self.until = loop.clock() + loop.limits.request_seconds
+
+    @property
+    def unread(self) -> int:
+        """How many bytes of it are kept that have no answer so far."""
+        return len(self.inbox) + len(self.body)
 
     # ---- what asyncio calls ----
 
@@ -6071,15 +6047,13 @@ class Connection:
         self.inbox += data
         if not self.shaking_hands:
             self.advance()
-        if self.inbox or self.body:
-            self.loop.count_unread(self)
+        self.loop.count_unread(len(data))
         if self.answering and len(self.inbox) > MAX_HEAD + MAX_BODY:
             self.loop.drop(self)        # sends on and does not wait
 
     def eof_received(self) -> bool:
-        self.ended = True               # an answer on its way is still given
-        return (self.answering and self.waits_for is None
-                and self.loop.tls is None)
+        self.close_connection = True    # an answer on its way is still given
+        return self.answering and not (self.poll or self.loop.tls)
 
     def connection_lost(self, error: Exception | None) -> None:
         self.loop.forget(self)
@@ -6103,8 +6077,8 @@ class Connection:
             self.body = bytes(self.inbox[:length])
             del self.inbox[:length]
             self.answering = True
-            self.close_connection = self.http.close
-            self.until = self.loop.clock() + self.loop.limits.answer_seconds
+            self.close_connection = self.close_connection or self.http.close
+            self.until = self.loop.clock() + self.loop.limits.idle_seconds
             self.loop.enqueue(self)
 
     def admitted(self) -> HttpRequest | None:
@@ -6158,22 +6132,19 @@ class Connection:
 
     def send(self, answer: bytes) -> None:
         """Give the answer; then the next request, or the end."""
-        limits, now = self.loop.limits, self.loop.clock()
         self.transport.write(answer)
         self.answering = False
-        if not (self.close_connection or self.ended):
-            self.until = now + limits.idle_seconds
-            if self.transport.get_write_buffer_size():
-                self.until = now + limits.answer_seconds
+        seconds = self.loop.limits.idle_seconds
+        if not self.close_connection:
             self.loop.renew(self)
         elif self.refused and self.transport.can_write_eof():
             # more may be on its way: a close now would reset the connection,
             # and the answer with it
-            self.until = now + limits.linger_seconds
+            seconds = self.loop.limits.linger_seconds
             self.transport.write_eof()
         else:
-            self.until = now + limits.answer_seconds
             self.transport.close()
+        self.until = self.loop.clock() + seconds
 
 
 def change_line(change: Change) -> str:
@@ -6210,13 +6181,9 @@ class Loop:
         self.stopped = asyncio.Event()
         self.asyncio_loop.set_exception_handler(self.unexpected)
         self.fault: BaseException | None = None
-        # every connection is in one of these, the oldest first
-        self.open: dict[Connection, None] = {}
-        self.parked: dict[Connection, None] = {}
-        self.trusted: dict[Connection, None] = {}       # reviewers'
+        self.connections: dict[Connection, None] = {}   # the oldest first
         self.waiters: dict[str, dict[Connection, None]] = {}
-        self.unread: dict[Connection, int] = {}     # bytes not answered so far
-        self.unread_bytes = 0
+        self.unread_bytes = 0           # at most so many, see count_unread()
         self.queues: tuple[deque[Connection], deque[Connection]] = (
             deque(), deque())           # whole requests: reviewers', agents'
         self.reports: deque[tuple[str, str, Answer]] = deque()
@@ -6257,12 +6224,12 @@ class Loop:
         end = self.clock() + self.limits.drain_seconds
         while any(self.queues) and not self.fault and self.clock() < end:
             self.turn()
-        for connection in self.everybody():
+        for connection in list(self.connections):
             self.release(connection)
             connection.transport.close()
-        while self.everybody() and self.clock() < end:
+        while self.connections and self.clock() < end:
             await asyncio.sleep(0.001)
-        for connection in self.everybody():
+        for connection in list(self.connections):
             connection.transport.abort()
         others = asyncio.all_tasks() - {asyncio.current_task()}
         if others:                      # handshakes, which end by the abort
@@ -6289,39 +6256,30 @@ class Loop:
         self.turn_soon()
 
     def turn_soon(self) -> None:
-        """A turn, once all that is readable now has been read."""
+        """A turn, once all that is readable now has been read: two rounds of
+        asyncio, one to accept and one to read."""
         if not self.turn_is_due:
             self.turn_is_due = True
-            self.turn_after(2)
-
-    def turn_after(self, rounds: int) -> None:
-        """A turn, once asyncio has gone round so often and read what came
-        meanwhile: a reviewer's may be among it."""
-        if rounds:
-            self.asyncio_loop.call_soon(self.turn_after, rounds - 1)
-        else:
-            self.turn()
+            self.asyncio_loop.call_soon(self.asyncio_loop.call_soon, self.turn)
 
     def turn(self) -> None:
         """Answer what is whole, in one transaction; nothing more is begun
         when it is 30 ms old."""
         self.turn_is_due = False
-        end = self.clock() + self.limits.turn_seconds
+        end = self.clock() + TURN_SECONDS
         self.desk.store.tick()
         answers: list[tuple[Connection, HttpRequest, bytes | Poll]] = []
         while any(self.queues) and self.clock() < end:      # 1. run
             connection = (self.queues[0] or self.queues[1]).popleft()
             http, body = connection.http, connection.body
             connection.http, connection.body = None, b""
-            if body:
-                self.count_unread(connection)
             if http:                            # it is still there
                 answers.append((connection, http, self.desk.answer(http, body)))
         self.record_notices()
         self.commit(answers)
         if any(self.queues) or self.reports:    # 4. the rest, in another turn
             self.turn_is_due = True
-            self.turn_after(ROUNDS)
+            self.asyncio_loop.call_later(BREAK_SECONDS, self.turn)
 
     def commit(self, answers: list[tuple[Connection, HttpRequest,
                                          bytes | Poll]]) -> None:
@@ -6379,7 +6337,7 @@ class Loop:
     def record_notices(self) -> None:
         """The rows of what became of notices, for a fifth of a turn."""
         import sqlite3
-        end = self.clock() + self.limits.turn_seconds / 5
+        end = self.clock() + TURN_SECONDS / 5
         while self.reports and self.clock() < end:
             name, request_id, answer = self.reports.popleft()
             try:
@@ -6393,8 +6351,8 @@ class Loop:
         """What is past its time: connections, polls, requests."""
         import sqlite3
         now, more = self.clock(), False
-        for connection in self.everybody():
-            if connection.until <= now and connection.waits_for is None:
+        for connection in list(self.connections):
+            if connection.until <= now and not connection.poll:
                 self.drop(connection)
         if self.desk.rules_edited():
             self.print_lines(["the configuration was edited since this desk "
@@ -6414,43 +6372,34 @@ class Loop:
                 log.error("the database fails: %s", error)
             self.failing = True
         self.commit([])
-        pause = 0.01 if more else self.limits.sweep_seconds
+        pause = 0.01 if more else SWEEP_SECONDS
         self.asyncio_loop.call_later(pause, self.sweep)
 
     # ---- connections ----
 
-    def everybody(self) -> list[Connection]:
-        return [*self.open, *self.parked, *self.trusted]
-
-    def place(self, connection: Connection) -> None:
-        """Into the group it belongs to, as the youngest there."""
-        connection.group.pop(connection, None)
-        if connection.trusted:
-            connection.group = self.trusted
-        elif connection.waits_for is None:
-            connection.group = self.open
-        else:
-            connection.group = self.parked
-        connection.group[connection] = None
-
     def welcome(self, connection: Connection) -> None:
-        """A new connection. At the limit the oldest of the larger group goes,
-        open or parked; a parked poll is answered early. A signed-in
-        reviewer's is never pushed out."""
-        self.place(connection)
-        count = len(self.open) + len(self.parked) + len(self.trusted)
-        if count > self.limits.connections:
-            most_are_parked = len(self.parked) > len(self.open)
-            oldest = next(iter(self.parked if most_are_parked else self.open))
-            if oldest.waits_for is None:
-                self.drop(oldest)
-            else:
-                oldest.close_connection = True
-                self.release(oldest)
+        """A new connection: with TLS the handshake comes first."""
+        self.connections[connection] = None
+        if len(self.connections) > self.limits.connections:
+            self.make_room()
         if self.tls:
             connection.shaking_hands = True
             connection.transport.pause_reading()
             self.asyncio_loop.create_task(self.shake_hands(connection))
+
+    def make_room(self) -> None:
+        """Let the oldest of the larger group go, parked or not; a parked poll
+        is answered early. A signed-in reviewer's is never pushed out."""
+        others = [each for each in self.connections if not each.trusted]
+        parked = [each for each in others if each.poll]
+        idle = [each for each in others if not each.poll]
+        group = max(idle, parked, key=len)
+        for oldest in group[:1 + self.limits.connections // 100]:
+            if oldest.poll:
+                oldest.close_connection = True
+                self.release(oldest)
+            else:
+                self.drop(oldest)
 
     async def shake_hands(self, connection: Connection) -> None:
         """Put TLS between the socket and the connection."""
@@ -6471,7 +6420,9 @@ class Loop:
 
     def renew(self, connection: Connection) -> None:
         """An answer is out: the connection is the youngest again."""
-        self.place(connection)
+        if connection in self.connections:
+            del self.connections[connection]
+            self.connections[connection] = None
         if connection.inbox:
             self.asyncio_loop.call_soon(connection.advance)
 
@@ -6481,55 +6432,55 @@ class Loop:
 
     def forget(self, connection: Connection) -> None:
         """It is gone, and nothing is kept of it."""
-        connection.group.pop(connection, None)
+        self.connections.pop(connection, None)
         connection.http, connection.body = None, b""
         connection.inbox.clear()
         connection.refused = True
-        self.count_unread(connection)
-        key = self.unpark(connection)
-        if key and key not in self.waiters:
-            self.desk.attended_until.pop(key, None)
+        poll = self.unpark(connection)
+        if poll and poll.about not in self.waiters:
+            self.desk.attended_until.pop(poll.about, None)
 
-    def count_unread(self, connection: Connection) -> None:
-        """Count what a connection sent and had no answer to. All together
-        share a limit; above it the oldest goes, but no reviewer."""
-        size = len(connection.inbox) + len(connection.body)
-        self.unread_bytes += size - self.unread.get(connection, 0)
-        if size:
-            self.unread[connection] = size
-        else:
-            self.unread.pop(connection, None)
-        if self.unread_bytes > self.limits.unread_bytes:
-            for oldest in [c for c in self.unread if not c.trusted][:1]:
+    def count_unread(self, size: int) -> None:
+        """Count what came in. What is not answered shares a limit: above it
+        the oldest go until half is left, but no reviewer."""
+        self.unread_bytes += size
+        if self.unread_bytes <= self.limits.unread_bytes:
+            return
+        self.unread_bytes = sum(each.unread for each in self.connections)
+        if self.unread_bytes <= self.limits.unread_bytes:
+            return
+        for oldest in list(self.connections):
+            if oldest.unread and not oldest.trusted and (
+                    self.unread_bytes > self.limits.unread_bytes // 2):
+                self.unread_bytes -= oldest.unread
                 self.drop(oldest)
 
     # ---- polls ----
 
     def park(self, connection: Connection, poll: Poll) -> None:
         """Hold a poll until its request changes or its time is up."""
-        connection.waits_for = poll.about
+        connection.poll = poll
         connection.timer = self.asyncio_loop.call_later(
             poll.seconds, self.release, connection)
         self.waiters.setdefault(poll.about, {})[connection] = None
-        self.place(connection)
 
-    def unpark(self, connection: Connection) -> str | None:
-        """Out of the table of polls -> what it waited for."""
-        key, connection.waits_for = connection.waits_for, None
+    def unpark(self, connection: Connection) -> Poll | None:
+        """Out of the table of polls -> its poll, if it had one."""
+        poll, connection.poll = connection.poll, None
         if connection.timer:
             connection.timer.cancel()
-        if key is not None:
-            others = self.waiters[key]
+        if poll:
+            others = self.waiters[poll.about]
             del others[connection]
             if not others:
-                del self.waiters[key]
-        return key
+                del self.waiters[poll.about]
+        return poll
 
     def release(self, connection: Connection) -> None:
         """Answer a parked poll with what its request is now."""
-        key = self.unpark(connection)
-        if key is not None:
-            connection.send(self.desk.news(key, connection.close_connection))
+        poll = self.unpark(connection)
+        if poll:
+            connection.send(self.desk.news(poll))
 
 
 def open_desk(host: str, port: int, store: Store, tokens: Tokens,

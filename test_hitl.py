@@ -4781,22 +4781,25 @@ def test_when_connections_run_out(make_desk):
 
 def test_unfinished_bodies_share_a_limit(make_desk):
     """All that was sent and not answered shares a limit; above it the oldest
-    goes, but not a reviewer's, and nobody else notices."""
-    desk = make_desk(limits={"unread_bytes": 1 << 20})
+    go until half is left, but not a reviewer's, and nobody else notices."""
+    desk = make_desk(limits={"unread_bytes": 1_400_000})
     part = http(*P, "Content-Length: 320000", body=b"a" * 300_000)
     own = part.replace(b"/pending", b"/approve/r-1").replace(
         b"\r\n", f"\r\nAuthorization: {REVIEWER}\r\n".encode(), 1)
+
+    def unread():
+        return sum(each.unread for each in list(desk.server.connections))
     with contextlib.ExitStack() as stack:
-        socks = [stack.enter_context(knock(desk, data))
-                 for data in (own, *[part] * 5)]
-        for sock in socks[1:4]:
-            assert read_all(sock) == b""
+        socks = []
+        for data, total in ((own, 3), (part, 6), (part, 9), (part, 12), (part, 6)):
+            socks.append(stack.enter_context(knock(desk, data)))
+            assert until(lambda total=total: unread() == total * 100_000)
+        assert [read_all(sock) for sock in socks[1:4]] == [b""] * 3
         assert desk.post().status == 201
-        assert until(lambda: desk.server.unread_bytes == 900_000)
-        for sock in (socks[0], *socks[4:]):
+        for sock in (socks[0], socks[4]):
             sock.sendall(b"a" * 20_000)
             assert statuses(sock.recv(4096)) == [400]
-    assert until(lambda: desk.server.unread_bytes == 0)
+    assert until(lambda: unread() == 0)
 
 
 NESTED = "[" * 26 + "1" + "]" * 26
@@ -4903,7 +4906,7 @@ def test_tls_and_who_does_not_speak_it(tls_desk):
     with contextlib.ExitStack() as stack:
         socks = [stack.enter_context(knock(tls_desk, data)) for data in (
             http(HEALTH, LOCAL), half, half[:20], b"")]
-        assert until(lambda: len(tls_desk.server.everybody()) > 2)
+        assert until(lambda: len(tls_desk.server.connections) > 2)
         knock(tls_desk, half).close()
         with inside.wrap_socket(knock(tls_desk, b""),
                                 server_hostname="127.0.0.1") as sock:
@@ -4912,7 +4915,7 @@ def test_tls_and_who_does_not_speak_it(tls_desk):
         assert desk_ask(tls_desk, "GET", "/", REVIEWER)[0] == 200
         for sock in socks:
             assert b"HTTP" not in read_all(sock)
-    assert until(lambda: not tls_desk.server.everybody())
+    assert until(lambda: not tls_desk.server.connections)
     with inside.wrap_socket(knock(tls_desk, b""),
                             server_hostname="127.0.0.1") as sock:
         for byte in http(HEALTH, LOCAL, CLOSE):
@@ -4923,7 +4926,7 @@ def test_tls_and_who_does_not_speak_it(tls_desk):
 def test_who_does_not_read_is_dropped(make_desk):
     """A client that does not take its answer stops nobody, and is dropped
     when its time is up."""
-    desk = make_desk(limits={"answer_seconds": 0.2})
+    desk = make_desk(limits={"idle_seconds": 0.2})
     context = "\N{CAT}" * 260_000        # 3 MB in ASCII
     desk_ask(desk, "POST", "/pending", "", json.dumps(
         four() | {"agent_context": context}, ensure_ascii=False).encode())
@@ -4936,7 +4939,7 @@ def test_who_does_not_read_is_dropped(make_desk):
                           "Accept: application/json"))
         answer = sock.recv(4096)
         assert desk_ask(desk, "GET", "/healthz")[0] == 200
-        assert until(lambda: not desk.server.everybody())
+        assert until(lambda: not desk.server.connections)
         assert len(answer + read_all(sock)) < 12 * len(context)
 
 
