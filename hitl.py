@@ -6757,7 +6757,6 @@ SECRETS = (
     r"[A-Z0-9 ]{0,40}-----)?",
     r"(?m)()^[\w+/=]{4,80}$(?=\n-----END [A-Z ]{0,40}PRIVATE KEY)",
     # a header, a line of a file: what follows belongs to it
-    r"""(?i)((?<!["'\\])(?:authorization|cookie): {0,4})[^\s"'\\][^\n]*+""",
     r"(?i)((?:authorization|cookie|x-[a-z-]{0,20}(?:key|token)): {0,4})"
     r"""[^\s"'\\][^\n"'\\]*+""",
     rf"(?im)({START}{NAMED}:[ \t]{{0,8}}[|>][+-]?\r?\n)(?:[ \t]+[^\n]*\n?)++",
@@ -6793,7 +6792,6 @@ SECRETS = (
     r"(?m)(^[\w.*-]{1,80}:(?:\d{1,5}|\*):[^:\s]{1,60}:[^:\s]{1,60}:)\S++",
     r"()\$(?:apr1|2[abxy]|[156y]|argon2\w{1,2})\$[^\s:]{8}[^\s:]*+",
     # addresses
-    r"((?<!http)(?<!https)://[^\s:/@\"']{0,100}:)[^\s\"'<>]{1,120}(?=@)",
     r"(://[^\s:/@\"']{0,100}:)(?!\d{1,5}(?:[/?#]|$))[^\s\"'<>]{1,120}(?=@)",
     r"(://)[^\s:/@\"'<>]{8,120}(?=@)",
     r"(?i)([?&#;][\w.-]{0,30}(?:key|sig|signature|code|auth|hash|ticket)=)[^\s&\"'#]{6}"
@@ -6813,13 +6811,15 @@ def mask(text: str) -> str:
 def hidden(found: re.Match[str]) -> str:
     """What one of SECRETS found, masked but for its group 1."""
     kept, secret = found[1], found[0][len(found[1]):]
+    known = found.groupdict()
+    word, tail = known.get("word"), known.get("tail")
+    if word and not looks_random(word):
+        return found[0]
+    if tail and not (is_mixed(tail) or looks_random(tail)):
+        return found[0]
     counted = re.search(r"(?i)tokens?[\w.-]*\W*$", kept) and re.match(
         r"\d{1,9}(?![\w.-])", secret)      # max_tokens: 512
-    words = found.groupdict()
-    if counted or secret.strip("\"'\\ ").startswith("[masked") or (
-            "word" in words and not looks_random(words["word"])) or (
-            "tail" in words and not is_mixed(words["tail"])
-            and not looks_random(words["tail"])):
+    if counted or secret.strip("\"'\\ ").startswith("[masked"):
         return found[0]
     quote = re.match(r"\\?[\"']", secret)
     if quote and kept:
