@@ -9407,45 +9407,53 @@ class Printer:
     reads them they are lost, and counted."""
 
     def __init__(self, bell: str) -> None:
-        import queue
-        self.lines: queue.SimpleQueue[tuple[int, str] | None]
-        self.lines = queue.SimpleQueue()
-        self.lost, self.bell = 0, bell
+        self.lines: deque[tuple[int, str]] = deque()
+        self.lost, self.ended, self.bell = 0, False, bell
         # a file that is closed: its number may be a socket's by now
         self.open = {1: sys.stdout is not None, 2: sys.stderr is not None}
         handler = logging.Handler()
         handler.emit = lambda record: self.say(      # type: ignore[method-assign]
             handler.format(record), 2)
         logging.getLogger().addHandler(handler)
+        self.wake = threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
 
     def say(self, text: str, file: int = 1) -> None:
         if " submitted " in text:
             text += self.bell
-        if self.lines.qsize() < MAX_UNREAD_LINES:
-            self.lines.put((file, text))
-        else:
-            self.lost += 1
+        for line in text.split("\n"):
+            if len(self.lines) < MAX_UNREAD_LINES:
+                self.lines.append((file, f"{line}\n"))
+            else:
+                self.lost += 1
+        self.wake.set()
 
     def run(self) -> None:
         said = 0
-        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        while line := self.lines.get():
-            file, text = line
-            data = f"{text}\n".encode(encoding, "backslashreplace")
+        while not self.ended or self.lines or self.lost > said:
+            self.wake.wait()
+            self.wake.clear()
+            lines = [self.lines.popleft() for _ in range(len(self.lines))]
             if self.lost > said:
-                data += b"%d lines were lost here\n" % (self.lost - said)
+                lines.append((1, f"{self.lost - said} lines were lost here\n"))
                 said = self.lost
-            while data and self.open[file]:
-                try:
-                    data = data[os.write(file, data):]
-                except OSError:             # nobody is there any more
-                    self.open[file] = False
+            for file in self.open:
+                self.write(file, "".join(line for at, line in lines if at == file))
+
+    def write(self, file: int, text: str) -> None:
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        data = text.encode(encoding, "backslashreplace")
+        while data and self.open[file]:
+            try:
+                data = data[os.write(file, data):]
+            except OSError:                 # nobody is there any more
+                self.open[file] = False
 
     def close(self) -> None:
         """Wait for the last lines, but not for long."""
-        self.lines.put(None)
+        self.ended = True
+        self.wake.set()
         self.thread.join(1)
 
 
