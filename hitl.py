@@ -68,7 +68,7 @@ what an approval is handed to: the MCP server, the coding agent, `run`.
   * Vocabulary         288  statuses, canonical JSON, the digest
     Text               178  text that a person can trust to be what it shows
   * Matching           703  does a checkpoint match this call?
-    Configuration      523  reads and checks checkpoints.toml
+    Configuration      517  reads and checks checkpoints.toml
   * Store             1077  the only SQL: requests, decisions, the audit log
     Database file      305  opens, locks and verifies it
     Notices            574  tells a reviewer; the only outgoing messages
@@ -79,7 +79,7 @@ what an approval is handed to: the MCP server, the coding agent, `run`.
     Context            276  what the card says of the agent; secrets masked
     Guard              173  the decorator
   * Gate               786  match, ask, wait, claim, run, report: runs a tool
-    Adapters           747  coding-agent hooks, MCP proxy, command prefix
+    Adapters           738  coding-agent hooks, MCP proxy, command prefix
     Evidence           306  `verify` and `demo`: the whole path, for real
     Command line      1238  argv, environment, stdout
 
@@ -8020,7 +8020,7 @@ DIALECTS = (                    # the first whose sign is there
             {"permissionDecision": "deny", "permissionDecisionReason": WHY},
             25, 0),
 )
-UNKNOWN = Dialect("", (), {}, {}, 25)
+UNKNOWN = Dialect("", (), {}, {}, 25, None, 25)
 CALLS = (       # where a tool's name is, and its arguments; the first counts
     ("tool_call.name", "tool_call.input"),
     ("preToolUse.toolName", "preToolUse.parameters"),
@@ -8202,9 +8202,8 @@ class Hook:
 
     def watch(self) -> None:
         """Answer in time, whatever happens."""
-        seconds = min(self.deadline or math.inf, self.dialect.longest)
-        if not self.deadline or self.dialect is UNKNOWN:
-            seconds = min(seconds, self.dialect.seconds)
+        seconds = min(self.deadline or self.dialect.seconds,
+                      self.dialect.longest)
         self.ends_at = self.began + seconds
         self.alarm(max(0.001, self.ends_at - time.monotonic()))
 
@@ -8349,16 +8348,6 @@ def call_message(message: Json, arguments: Json) -> Json:
             "params": params | {"arguments": arguments}}
 
 
-def end_group(child: Any, name: str) -> None:
-    """Send a signal to a process and all it started, if any is left."""
-    import signal
-    with contextlib.suppress(OSError):
-        if os.name == "posix":
-            os.killpg(child.pid, getattr(signal, name))
-        else:
-            child.kill()
-
-
 class Open(NamedTuple):
     """A request of the client that is not answered yet."""
 
@@ -8366,9 +8355,6 @@ class Open(NamedTuple):
     call: str = ""              # of a held one: what the client asked
     held: Held | None = None    # once a person approved it
     task: Any = None            # while a person is waited for
-
-
-UNASKED = Open("")
 
 
 class Proxy:
@@ -8412,13 +8398,18 @@ class Proxy:
         """End what is held, which withdraws it, then the server and all it
         started; what it still says is passed on."""
         import asyncio
+        import signal
         held = [call.task for call in self.open.values() if call.task]
         for task in tasks[1:] + held:
             task.cancel()
         self.child.stdin.close()                # it should end by itself
         for name in ("SIGTERM", "SIGKILL"):
             await self.exited(3)
-            end_group(self.child, name)
+            with contextlib.suppress(OSError):  # nobody is left
+                if os.name == "posix":
+                    os.killpg(self.child.pid, getattr(signal, name))
+                else:
+                    self.child.kill()
         await self.exited(3)
         await asyncio.wait([*tasks, *held, *self.ending], timeout=3)
 
@@ -8566,10 +8557,10 @@ class Proxy:
             return line
         if not isinstance(message, dict) or "method" in message:
             return line
-        call = self.open.pop(canonical(message.get("id")), UNASKED)
-        if call.method == "tools/list":
+        call = self.open.pop(canonical(message.get("id")), None)
+        if call and call.method == "tools/list":
             self.learn_tools(message)
-        if call.held is None:
+        if not call or not call.held:
             return line
         if at_path(message, "result.resultType") == "input_required":
             state = canonical(at_path(message, "result.requestState"))
