@@ -64,7 +64,7 @@ alone, after the rooms above both. Tools are run in Gate.call and acall, and by
 what an approval is handed to: the MCP server, the coding agent, `run`.
 `grep -n '^# ====' hitl.py` prints this map with line numbers.
 
-  * Errors              92  the ways it can go wrong, each with its hint
+  * Errors              106  the ways it can go wrong, each with its hint
   * Vocabulary         288  statuses, canonical JSON, the digest
     Text               178  text that a person can trust to be what it shows
   * Matching           703  does a checkpoint match this call?
@@ -73,8 +73,8 @@ what an approval is handed to: the MCP server, the coding agent, `run`.
     Database file      305  opens, locks and verifies it
     Notices            574  tells a reviewer; the only outgoing messages
     Pages             1013  the only HTML; pure functions
-  * Rights and routes 1045  who may do what, and the replies
-    Loop               545  the only listening socket; one transaction a turn
+  * Rights and routes 1003  who may do what, and the replies
+    Loop               522  the only listening socket; one transaction a turn
   * Client             173  the only outgoing requests to the server
     Context            276  what the card says of the agent; secrets masked
     Guard              173  the decorator
