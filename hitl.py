@@ -9002,7 +9002,7 @@ category = "destructive"
 # timeout_seconds = 900         # over [gate]'s, for this one
 # effect = "deny"               # "review" (default), "allow": runs at once if
                                 # the whole name matches to the letter, "deny"
-# remember = false              # no decision stands for the same call again
+# remember = false              # no standing decisions about its calls
 # editable = true               # the reviewer may change its arguments
 '''
 MONEY = '''
@@ -9216,7 +9216,7 @@ def request_named(client: Client, start: str,
         cure = f'; "{start}" itself can be decided on the page'
     if ids and (cure or reply.reason == "unknown"):
         raise ConfigError(f'"{start}" begins {len(ids)} request_ids',
-                          f"say more of it: {', '.join(ids)}{cure}")
+                          f"write more of it: {', '.join(ids)}{cure}")
     return accepted(reply)
 
 
@@ -9480,7 +9480,7 @@ def serving_tokens(configuration: Configuration, terminal: bool
     for name in RESERVED_AGENTS:
         if name in tokens.agents:
             raise ConfigError(f'[[agent]] cannot be called "{name}"',
-                              "the log calls others so; choose another name")
+                              "the log uses this name for others: choose another")
     return tokens, made
 
 
@@ -9640,18 +9640,24 @@ def cmd_check(args: Any) -> int:
 def replay(args: Any, configuration: Configuration) -> int:
     """Today's rules over the stored requests, and which would end otherwise.
     Paths in them are relative to this folder."""
+    import sqlite3
     path = Path(server_settings(args, configuration)["database"]).absolute()
     counts, changed = Counter(REPLAYED), []
-    with contextlib.closing(open_for_reading(path)) as db:
-        for request in stored_requests(db):
-            became, now = replayed(configuration.rules, request)
-            counts[became] += 1
-            if became != "as before":
-                changed.append({
-                    "request_id": request.request_id, "tool": request.tool,
-                    "was": request.checkpoint_id, "now": now, "became": became})
-            if sys.stderr.isatty() and counts.total() % 1000 == 0:
-                print(f"\r{counts.total()} calls", end="\r", file=sys.stderr)
+    try:
+        with contextlib.closing(open_for_reading(path)) as db:
+            for request in stored_requests(db):
+                became, now = replayed(configuration.rules, request)
+                counts[became] += 1
+                if became != "as before":
+                    changed.append({
+                        "request_id": request.request_id, "tool": request.tool,
+                        "was": request.checkpoint_id, "now": now,
+                        "became": became})
+                if sys.stderr.isatty() and counts.total() % 1000 == 0:
+                    print(f"\r{counts.total()} calls", end="\r", file=sys.stderr)
+    except (sqlite3.DatabaseError, ValueError) as error:
+        raise HitlError(f"{path}: {error}", "`hitl.py log --verify` says more"
+                        ) from None
     told = ", ".join(f"{count} {became}" for became, count in counts.items())
     return answer(
         args, {"calls": counts.total(), **counts, "changed": changed},
@@ -9854,7 +9860,7 @@ def cmd_stop(args: Any) -> int:
     stop = reply_of(reviewer_client(args), "POST", "/stop",
                     {"reason": args.reason or ""})
     return answer(args, stop, [
-        standing_line(stop), "calls that run already go on; to end it: "
+        standing_line(stop), "calls that are running go on; to end this: "
         f"hitl.py lift {stop['number']}"])
 
 
@@ -9940,8 +9946,8 @@ def print_verified(args: Any, path: Path) -> int:
     lines = [*(f"FAULT {fault}" for fault in faults),
              f"{path}: {head.sequence} rows, head {head.hash}: {result}"]
     if not args.head:
-        lines.append("a cut-off end shows only against a head noted before: "
-                     "serve prints it, log --verify --head HASH checks it")
+        lines.append("to see whether the end was cut off, compare with a head "
+                     "noted before (serve prints it): log --verify --head HASH")
     answer(args, {"rows": head.sequence, "head": head.hash, "faults": faults},
            lines)
     return 1 if faults else 0
@@ -10030,7 +10036,7 @@ def cmd_verify(args: Any) -> int:
         output.write_text("")           # before the work, not after it
     except OSError as error:
         raise ConfigError(f"{output}: {error.strerror}",
-                          "name another file by --output") from None
+                          "choose another file with --output") from None
     evidence = verify(args.model, first_of(args.timeout, 2.0), say)
     output.write_text(json.dumps(evidence, indent=2) + "\n")
     say(f"\n{'verified' if evidence['verified'] else 'NOT VERIFIED'}; the "

@@ -8101,12 +8101,12 @@ def test_list_show_approve_reject(desk):
         {"table": "users"}, {"task": "clean up"})
     assert typed(desk, "approve", "ab") == (
         2, "", 'hitl: error: "ab" begins 2 request_ids\n'
-        f"hitl: hint: say more of it: abc-1, {long_id}\n")
+        f"hitl: hint: write more of it: abc-1, {long_id}\n")
     desk.post("abc")                    # an agent chose the beginning
     for verb in ("approve", "reject"):
         assert typed(desk, verb, "abc").err == (
             'hitl: error: "abc" begins 2 request_ids\n'
-            'hitl: hint: say more of it: abc-1, abc; "abc" itself can be '
+            'hitl: hint: write more of it: abc-1, abc; "abc" itself can be '
             "decided on the page\n")
     assert "abc-1" not in typed(desk, "show", "abc").out
     desk.decide("abc", "rejected")
@@ -8191,7 +8191,7 @@ SLIPS = (
     (2, "is a folder", "name a file", "serve --port 0 --database .", {}),
     (2, "a printable name without a colon", "", "token a:b", {}),
     (2, "no such database", "--database", "log --database none.db", {}),
-    (2, "No such file or directory", "name another file by --output",
+    (2, "No such file or directory", "choose another file with --output",
      "verify --output none/e.json", {}),
     (2, "JSON of the arguments: ", "", "check x [] --config rules.toml", {}),
     (2, "invalid choice: 'nope'", "", "nope", {}),
