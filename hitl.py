@@ -124,8 +124,8 @@ LOADER = (
     "import gc, sys; gc.disable(); from importlib.machinery import SourceFileLoader; "
     "_, sys.pycache_prefix, file, *words = sys.argv; sys.argv = [file, *words]; "
     "hitl = sys.modules['hitl'] = type(sys)('hitl'); hitl.__file__ = file; "
-    "code = SourceFileLoader('hitl', file).get_code('hitl'); "
-    "sys.pycache_prefix = None; exec(code, hitl.__dict__); gc.enable(); sys.exit(hitl.main())")
+    "code = SourceFileLoader('hitl', file).get_code('hitl'); sys.pycache_prefix = "
+    "None; exec(code, hitl.__dict__); gc.enable(); sys.exit(hitl.main())")
 
 
 def bytecode_folder() -> str:
@@ -5339,12 +5339,11 @@ def asked_from(body: dict[str, Any], by: Principal, at: float,
     if not re.fullmatch("[0-9a-f]{64}", texts.get("checkpoint_digest") or "0" * 64):
         raise bad_field("checkpoint_digest", "a SHA-256", "64 digits of 0-9 a-f")
     sent, arguments = arguments_from(body, tool)
+    context = READABLE.encode(body["agent_context"])
     try:
         timestamp = parse_timestamp(body["timestamp"])
-        context = READABLE.encode(body["agent_context"])
     except ValueError as error:
-        raise Refusal("bad-field", str(error), "numbers must be finite; a time is "
-                      f'like "{now}"') from None
+        raise Refusal("bad-field", str(error), f'a time is like "{now}"') from None
     digest = digest_of(description, arguments, tool)
     if body.get("digest") not in (None, digest):
         raise Refusal("bad-digest", "the digest sent is not that of the "
@@ -5377,15 +5376,13 @@ def arguments_from(body: dict[str, Any], tool: str | None
     arguments = field(body, "arguments", dict)
     if arguments is None:
         return None, None
-    try:
-        sent, text = as_sent(arguments), canonical(arguments)
-    except ValueError as error:
-        raise Refusal("bad-field", str(error), "numbers must be finite") from None
-    if len(text) > MAX_ARGUMENTS and len(text) > arguments_limit(tool, arguments):
+    text = canonical(arguments)
+    if len(text) > MAX_ARGUMENTS:
         limit = arguments_limit(tool, arguments)
-        raise Refusal("too-large", f"arguments over {limit} bytes",
-                      "pass a reference, such as a file's name and SHA-256")
-    return sent, text
+        if len(text) > limit:
+            raise Refusal("too-large", f"arguments over {limit} bytes",
+                          "pass a reference, such as a file's name and SHA-256")
+    return as_sent(arguments), text
 
 
 def deadline_from(timeout: Any, at: float) -> str | None:
@@ -5518,19 +5515,14 @@ class Desk:
     def rules_edited(self) -> bool:
         """Whether the file is no longer what was read; said once for each
         time that it is written."""
-        if self.rules.path is None:
-            return False
-        written_at = 0
+        path, before = self.rules.path, self.rules_written_at
         with contextlib.suppress(OSError):
-            written_at = os.stat(self.rules.path).st_mtime_ns
-        if written_at == self.rules_written_at:
-            return False
-        self.rules_written_at = written_at
-        try:
-            data = self.rules.path.read_bytes()
-            return hashlib.sha256(data).hexdigest() != self.rules.digest
-        except OSError:
-            return True
+            if path:
+                self.rules_written_at = os.stat(path).st_mtime_ns
+            if path and self.rules_written_at != before:
+                return hashlib.sha256(path.read_bytes()).hexdigest() != (
+                    self.rules.digest)
+        return False
 
     def close_overdue(self) -> bool:
         """Close requests past their deadline, approvals nobody claimed, and
@@ -5890,10 +5882,10 @@ class Desk:
 
     def get_standing(self, http: HttpRequest) -> bytes:
         rows = self.store.standing()
-        if not wants(http, JSON):
-            return self.reply(http, standing_page(self.view(http), rows))
-        return self.reply(http, {"standing": [
-            standing_shape(*row) for row in rows]})
+        if wants(http, JSON):
+            return self.reply(http, {"standing": [
+                standing_shape(*row) for row in rows]})
+        return self.reply(http, standing_page(self.view(http), rows))
 
     def post_stop(self, http: HttpRequest, body: bytes) -> bytes:
         return self.stands(http, "/", self.store.stop(
