@@ -1139,6 +1139,19 @@ def test_large_arguments_are_looked_through_in_time(make_rules):
         assert (match.effect == "review") == waits, match.why
 
 
+def test_a_call_is_free_where_no_argument_can_hold_it(make_rules):
+    """A tool that no checkpoint could mean runs without another look, unless
+    two names count as one, or a name is one that a dispatcher uses."""
+    rules = make_rules(rule('"put"', action_pattern='"put"', arguments=(
+        '{ a = "x" }')) + rule('"get"', action_pattern='"get"', arguments=(
+            '{ a = "x" }'), effect='"allow"'))
+    for tool, names, free in (
+            ("read", ["path", "n"], True), ("read", ["a", "A"], False),
+            ("read", ["toolName"], False), ("put", ["a"], False),
+            ("get", ["a"], False), ("l\u00f6schen", [], False)):
+        assert rules.is_free(tool, names) == free, tool
+
+
 def test_a_long_name_waits_before_anything_is_cut(make_rules):
     """A tool's name of more than 200 characters waits, whatever allows it."""
     rules = make_rules(rule() + rule('"b"', action_pattern='".*"',
@@ -1357,7 +1370,7 @@ def test_an_allow_rule_for_edits_needs_a_plain_path(make_rules, tmp_path):
     ("{gone} {o.gone} {a.gone} {tool}", "(not given) " * 3 + "t"),
     ("{a.__class__} {tool.upper} {o.keys} {a}", "(not given) " * 3 + "x"),
     ("{braces} {{tool}} {{{tool}}}", "{tool}{0}%s {tool} {t}"),
-    ("{x.y} {lines}", "dotted a\n\nb"),
+    ("{x.y} {lines}", "dotted a\n\nb"), ("all", "all"),
     ("{two.b}{a}", "(not given)x")])    # "two.b" and two's b: neither
 def test_a_template_takes_names_and_never_fails(make_rules, template, text):
     """{tool} and argument names, dotted for nested ones; no attribute or
