@@ -73,7 +73,7 @@ what an approval is handed to: the MCP server, the coding agent, `run`.
     Database file      305  opens, locks and verifies it
     Notices            574  tells a reviewer; the only outgoing messages
     Pages             1013  the only HTML; pure functions
-  * Rights and routes 1003  who may do what, and the replies
+  * Rights and routes  995  who may do what, and the replies
     Loop               522  the only listening socket; one transaction a turn
   * Client             173  the only outgoing requests to the server
     Context            276  what the card says of the agent; secrets masked
@@ -81,7 +81,7 @@ what an approval is handed to: the MCP server, the coding agent, `run`.
   * Gate               786  match, ask, wait, claim, run, report: runs a tool
     Adapters           738  coding-agent hooks, MCP proxy, command prefix
     Evidence           306  `verify` and `demo`: the whole path, for real
-    Command line      1238  argv, environment, stdout
+    Command line      1244  argv, environment, stdout
 
 Files: checkpoints.toml (rules); hitl.db, -wal, -shm (requests and audit log);
 hitl.db.lock (one server a database). Environment: HITL_SERVER_URL,
@@ -125,7 +125,8 @@ LOADER = (
     "_, sys.pycache_prefix, file, *words = sys.argv; sys.argv = [file, *words]; "
     "hitl = sys.modules['hitl'] = type(sys)('hitl'); hitl.__file__ = file; "
     "code = SourceFileLoader('hitl', file).get_code('hitl'); sys.pycache_prefix = "
-    "None; exec(code, hitl.__dict__); gc.enable(); sys.exit(hitl.main())")
+    "None; exec(code, hitl.__dict__); gc.enable(); "
+    "sys.exit(hitl.main())")
 
 
 def bytecode_folder() -> str:
@@ -8359,7 +8360,6 @@ class Proxy:
         self.open: dict[str, Open] = {}         # by JSON-RPC id
         # what was approved and answered input_required, by call and state
         self.resumes: dict[tuple[str, str], Held] = {}
-        self.client: Any = None                 # what it says of itself
         self.tools: Json = {}                   # what the server says of them
         self.told = False                       # which of them wait
         self.ending: set[Any] = set()           # what finishes by itself
@@ -8450,8 +8450,6 @@ class Proxy:
                 return                  # withdrawn, never sent or answered
         if "id" in message and method:
             self.open[canonical(message["id"])] = Open(method)
-        if method == "initialize":
-            self.client = at_path(message, "params.clientInfo")
         self.child.stdin.write(line)
 
     def reject(self, line: bytes, why: str) -> None:
@@ -8493,7 +8491,7 @@ class Proxy:
     async def wait(self, message: Json, tool: str, arguments: Json) -> None:
         """Hold one call until a person decides, then send it or refuse."""
         key = canonical(message["id"])
-        context = {"MCP server": self.command, "client": self.client,
+        context = {"MCP server": self.command,
                    "the server says of this tool (untrusted)":
                        self.tools.get(tool, "nothing")}
         try:
