@@ -4076,7 +4076,7 @@ li .soft { flex: 1 1 100%; }
   summary .headline, li .headline, li .soft { order: 1; flex: 1 0 100%; }
   .card:not([open]) > summary .headline { white-space: normal; }
   .tool, .agent { order: 2; }
-  .left, li time { margin-left: auto; }
+  .left, .when { margin-left: auto; }
   .body form button { flex: 1 1 40%; min-height: 46px; }
   textarea { flex-basis: 100%; font-size: 16px; }
 }
@@ -4474,7 +4474,7 @@ HISTORY = """<h2>History</h2>
 
 ROW = """<span class="status">{status}</span>
   <span class="headline">{headline}</span>
-  {when}
+  <span class="when">{when}</span>
   {form}
   <span class="soft">{how}</span>"""
 

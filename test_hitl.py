@@ -7253,37 +7253,6 @@ def clicked(desk, request_id: str, decision: str, name: str = "ana",
     return status, data.decode()
 
 
-def test_nothing_anybody_writes_is_markup(desk):
-    """Whatever an agent or a reviewer writes, in whatever field, the tags
-    and attributes of every page stay a clean one's, and the reader sees what
-    was written, to the letter."""
-    def story(name: str, text: str) -> list[list]:
-        """The tags of the four pages that this text comes to stand on."""
-        assert desk.post(name, **everywhere(text)).status == 201
-        home, review = pages_of(desk, name)
-        for page in home, review:
-            seen = page.cards[name]["text"]
-            assert seen.count(text) >= 8, text
-            assert seen.count(json.dumps(text)[1:-1]) >= 2, text
-        who = text.replace(":", ";")
-        assert clicked(desk, name, "approved", who, text)[0] == 303
-        desk.agent().exchange("POST", f"/claim/{name}", {
-            "digest": desk.state(name)["digest"], "claim": "c"}, seconds=10)
-        desk.agent().exchange("POST", f"/outcome/{name}", {
-            "claim": "c", "outcome": "failed", "text": text}, seconds=10)
-        done, history = (Page(desk.page(path)) for path in (
-            f"/review/{name}", "/history"))
-        for page in done, history:
-            assert who in page.text and f"failed: {text}" in page.text
-        newest = Page(re.search("<li .*?</li>", history.source, re.DOTALL)[0])
-        waiting = Page(home.source.partition('<section id="reviewed"')[0]
-                       + "</main></body></html>")
-        return [page.tags for page in (waiting, review, done, newest)]
-    clean = story("clean", "clean text")
-    for number, payload in enumerate(POLYGLOTS):
-        assert story(f"p-{number}", payload) == clean, payload
-
-
 HOSTILE = {
     "\u202e": "U+202E", "\u2066": "U+2066", "\u200b": "U+200B",
     "\ufeff": "U+FEFF", "\xad": "U+00AD", "\u2028": "U+2028",
@@ -7417,8 +7386,8 @@ def one_of_each(desk) -> None:
 
 def test_the_card_says_what_it_knows(desk):
     """Each status is a word, not a colour alone, with who decided and why;
-    what the agent claims stands apart from what the server knows, such as
-    whether anybody waits for the decision."""
+    what the agent claims is apart from what the server knows, such as whether
+    anybody waits, and how the same call was decided before."""
     one_of_each(desk)
     home = desk.page()
     for status in hitl.Status:
@@ -7430,20 +7399,12 @@ def test_the_card_says_what_it_knows(desk):
                   "nobody waits for it now: an approval runs nothing"):
         assert words in home
     desk.state("w-1")
-    assert "an agent waits for it" in desk.page()
-
-
-def test_what_was_said_before_is_said(desk):
-    """The same call asked again shows the last decision on it."""
-    desk.post("a-1", **FULL)
-    desk.decide("a-1", "rejected", reason="use the staging table")
-    desk.post("a-2", **FULL)
-    desk.post("b-1")
-    cards = Page(desk.page()).cards
-    assert re.search(r"the same call was rejected by ana \(shared token\) "
-                     r"[0-9]+ s ago: use the staging table",
-                     cards["a-2"]["text"])
-    assert "the same call" not in cards["b-1"]["text"]
+    desk.post("b-2", agent="b")                 # as b-1 was, which is rejected
+    desk.post("o-1", tool="other")
+    page = desk.page()
+    assert "an agent waits for it" in page
+    assert len(re.findall(r"the same call was rejected by ana \(shared token\) "
+                          r"[0-9]+ s ago: because I say so", page)) == 1
 
 
 def test_the_card_says_whose_rules_these_are():
@@ -7557,19 +7518,10 @@ def test_the_history_is_searched(desk):
     assert 'value="&lt;\u0444"' in desk.page("/history?q=%3C%D1%84")
 
 
-def test_a_second_click_is_told(desk):
-    """A second click changes nothing and gets a page that says what it is."""
-    desk.post()
-    assert clicked(desk, "r-1", "approved")[0] == 303
-    status, page = clicked(desk, "r-1", "rejected", "ben")
-    assert status == 409 and "approved by ana" in Page(page).text
-    assert "a decision is final; nothing was changed" in Page(page).text
-    assert desk.state("r-1")["decided_by"] == "reviewer:ana"
-
-
 def test_a_card_is_read_before_it_is_decided(desk):
     """A form that was not shown for 0.6 s, or does not say, is refused, and
-    its page has the request, the buttons and the reason that was typed."""
+    its page has the request, the buttons and the reason that was typed; a
+    second decision changes nothing, and its page says what was decided."""
     desk.post()
     for age in (0, 0.4, -5, None):
         status, source = clicked(desk, "r-1", "approved", "ana",
@@ -7580,7 +7532,11 @@ def test_a_card_is_read_before_it_is_decided(desk):
         assert ">\nso &amp; &lt;so&gt; \u2019\u0444</textarea>" in source
     assert desk.state("r-1")["status"] == "waiting"
     assert clicked(desk, "r-1", "approved", age=0.61)[0] == 303
-    assert "so, then" in clicked(desk, "r-1", "rejected", reason="so, then")[1]
+    status, page = clicked(desk, "r-1", "rejected", "ben", "so, then")
+    assert status == 409 and "so, then" in page
+    assert "approved by ana" in page
+    assert "a decision is final; nothing was changed" in page
+    assert desk.state("r-1")["decided_by"] == "reviewer:ana"
 
 
 def test_the_policy_fits_the_page(desk):
@@ -8312,27 +8268,35 @@ def test_a_printed_token_signs_in(make_desk, make_rules, tmp_path):
 
 # ================================ Promise 7 ================================
 
-def test_promise_7_the_page_cannot_mislead(desk):
-    """Nothing is cut or hidden where the buttons are, and nothing an agent
-    wrote can act as markup."""
-    evil = "".join(POLYGLOTS)
-    for name, text in (("clean", "clean text"), ("evil", evil)):
-        desk.post(name, **FULL | {
-            "action_description": text + "\u202e" + "z" * 9000, "why": text,
-            "arguments": {text: [text, *range(200)]},
-            "agent_context": {text: text}, "agent": text[:250],
-            "tool": text[:60], "category": text[:250]})
-    clean, page = (Page(desk.page(f"/review/{n}")) for n in ("clean", "evil"))
-    tags, clean_tags = ([tag for tag in it.tags if "mark" not in tag[0]]
-                        for it in (page, clean))
-    assert tags == clean_tags
-    card = page.cards["evil"]
-    assert card["buttons"] == BOTH and set(page.marks) == {"U+202E"}
-    assert evil + "U+202E" + "z" * 9000 in card["before"]
-    assert evil[:60] in page.exact[0]
-    assert f'[{json.dumps(evil)}, 0, 1,' in re.sub(
-        r"\s+", " ", page.exact[0]).replace("[ ", "[")
-    assert Page(desk.page()).cards["evil"]["buttons"] == []
+def test_nothing_anybody_writes_is_markup(desk):
+    """Whatever an agent or a reviewer writes, in whatever field, the tags
+    and attributes of every page stay a clean one's, and the reader sees what
+    was written, to the letter."""
+    def story(name: str, text: str) -> list[list]:
+        """The tags of the four pages that this text comes to stand on."""
+        assert desk.post(name, **everywhere(text)).status == 201
+        home, review = pages_of(desk, name)
+        for page in home, review:
+            seen = page.cards[name]["text"]
+            assert seen.count(text) >= 8, text
+            assert seen.count(json.dumps(text)[1:-1]) >= 2, text
+        who = text.replace(":", ";")
+        assert clicked(desk, name, "approved", who, text)[0] == 303
+        desk.agent().exchange("POST", f"/claim/{name}", {
+            "digest": desk.state(name)["digest"], "claim": "c"}, seconds=10)
+        desk.agent().exchange("POST", f"/outcome/{name}", {
+            "claim": "c", "outcome": "failed", "text": text}, seconds=10)
+        done, history = (Page(desk.page(path)) for path in (
+            f"/review/{name}", "/history"))
+        for page in done, history:
+            assert who in page.text and f"failed: {text}" in page.text
+        newest = Page(re.search("<li .*?</li>", history.source, re.DOTALL)[0])
+        waiting = Page(home.source.partition('<section id="reviewed"')[0]
+                       + "</main></body></html>")
+        return [page.tags for page in (waiting, review, done, newest)]
+    clean = story("clean", "clean text")
+    for number, payload in enumerate(POLYGLOTS):
+        assert story(f"p-{number}", payload) == clean, payload
 
 
 # ================================ The story ================================
