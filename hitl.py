@@ -4000,12 +4000,11 @@ body > header, form, .card > summary, li { display: flex; flex-wrap: wrap;
   gap: 0 12px; align-items: baseline; }
 body > header, form { gap: 6px 10px; align-items: center; margin: 6px 0; }
 h1 { font-size: 19px; margin: 0 auto 0 0; }
-h1 a { text-decoration: none; }
 h2, h3 { font-size: 15px; margin: 10px 0 4px; }
-p, ol { margin: 6px 0; padding: 0; }
+p, ol { margin: 6px 0; padding: 0; list-style: none; }
 a { color: inherit; }
-.soft, .who, .body summary, label, h4, dt, .end { color: var(--soft);
-  font-size: 13.5px; }
+.soft, .who, .body summary, label, h4, dt, .end, .tag, .tool, .agent {
+  color: var(--soft); font-size: 13.5px; }
 :focus-visible { outline: 3px solid #4a86d8; outline-offset: -1px; }
 
 /* a request: one line, opened to everything about it */
@@ -4015,12 +4014,11 @@ a { color: inherit; }
 .card > summary { flex-wrap: nowrap; padding: 5px 10px; list-style: none; }
 #waiting:has(.card:nth-child(13)) > .card > summary { padding-block: 0;
   font-size: 13px; line-height: 17px; }
-summary { cursor: pointer; }
 .status, .tag { font-size: 12px; font-weight: 600; border-radius: 99px;
   padding: 0 8px; line-height: 16px; min-width: 74px; text-align: center; }
-.tag { color: var(--soft); box-shadow: inset 0 0 0 1px var(--line); }
+.tag { box-shadow: inset 0 0 0 1px var(--line); }
 .headline { flex: 1 1 0; min-width: 0; }
-.tool, .agent { max-width: 12em; color: var(--soft); }
+.tool, .agent { max-width: 12em; }
 .status, .tag, .left, .card:not([open]) > summary > * { white-space: nowrap;
   overflow: hidden; text-overflow: ellipsis; flex-shrink: 0; }
 .left { min-width: 4.5em; text-align: right; }
@@ -4033,8 +4031,8 @@ summary .headline, .said { font-weight: 600; }
   border-radius: 6px; padding: 7px 10px; }
 pre, code, .exact dd, .exact dt { font: 13.5px/1.45 ui-monospace, monospace; }
 summary code { font-size: 12px; line-height: 16px; }
-h4 code { color: var(--ink); }
-pre, dd, h4 code, .full { white-space: break-spaces; unicode-bidi: isolate; }
+pre, dd, h4 code, .full { color: var(--ink); white-space: break-spaces;
+  unicode-bidi: isolate; }
 dl { display: grid; grid-template-columns: fit-content(38%) minmax(0, 1fr);
   gap: 1px 12px; }
 dl, dd, dt, h4, pre { margin: 0; font-size: 13.5px; }
@@ -4056,7 +4054,8 @@ label { flex: 1 1 100%; }
 label textarea { display: block; width: 100%; height: auto; }
 header input, header button { padding: 3px 10px; max-width: 170px; }
 ::placeholder { color: var(--soft); opacity: 1; }
-button { background: transparent; cursor: pointer; }
+button { background: transparent; }
+button, summary { cursor: pointer; }
 main button { font-weight: 600; min-height: 40px; padding: 6px 22px; }
 .approve, .reject { color: var(--tone); border-color: var(--tone); }
 .body > form > .approve { color: var(--card); background: var(--tone); }
@@ -4066,7 +4065,6 @@ main button { font-weight: 600; min-height: 40px; padding: 6px 22px; }
 #lost { position: fixed; bottom: 0; left: 16px; right: 16px; }
 
 /* what was reviewed */
-ol { list-style: none; }
 li { padding: 3px 10px; }
 li .soft { flex: 1 1 100%; }
 @media (max-width: 640px) {
@@ -4128,7 +4126,7 @@ function put(card, fresh) {
   if (typed && !first(".said", fresh).textContent.includes(typed))
     tell(fresh, `\nYou had typed: ${typed}`);
   card.replaceWith(fresh);
-  if (focused) first("summary", fresh).focus({preventScroll: true});
+  if (focused) first("summary", fresh)?.focus({preventScroll: true});
   return fresh;
 }
 async function decide(card, form, button) {
@@ -4308,19 +4306,15 @@ def as_html(text: str) -> Html:
     return marked(visible(text))
 
 
-@functools.lru_cache(maxsize=256)
-def template_pieces(template: str) -> list[str]:
-    """A template as text, name, text, name, ... text."""
-    return re.split(r"\{([a-z_]+)\}", template)
+PLACE = regex(r"\{([a-z_]+)\}")
 
 
 def fill(template: str, **values: Any) -> Html:
     """A template with its {names} filled in, escaped unless Html."""
-    pieces = list(template_pieces(template))
-    for n in range(1, len(pieces), 2):
-        value = values[pieces[n]]
-        pieces[n] = value if isinstance(value, Html) else as_html(str(value))
-    return Html("".join(pieces))
+    def value_of(found: re.Match[str]) -> str:
+        value = values[found[1]]
+        return value if isinstance(value, Html) else as_html(str(value))
+    return Html(PLACE.sub(value_of, template))
 
 
 def joined(parts: Iterable[Html], between: str = "") -> Html:
@@ -4472,18 +4466,17 @@ HISTORY = """<h2>History</h2>
 <p>{older}</p>
 """
 
-ROW = """<span class="status">{status}</span>
+ROW = """<li class="{kind}">
+  <span class="status">{status}</span>
   <span class="headline">{headline}</span>
   <span class="when">{when}</span>
   {form}
-  <span class="soft">{how}</span>"""
-
-CARD = """<details class="card {state}" id="request-{request_id}"{open}>
-  {card}
-</details>
+  <span class="soft">{how}</span>
+</li>
 """
 
-INSIDE = """<summary>
+CARD = """<details class="card {state}" id="request-{request_id}"{open}>
+  <summary>
     <span class="status">{status}</span>
     {category}
     <span class="headline" id="headline-{request_id}">{headline}</span>
@@ -4498,7 +4491,13 @@ INSIDE = """<summary>
   {folds}
   {forms}
   <p class="said" role="status">{said}</p>
-  </div>"""
+  </div>
+</details>
+"""
+
+UNSHOWN = """<p class="card rejected" id="request-{request_id}">This request
+cannot be shown: {request_id}</p>
+"""
 
 BLOCK = """<div class="block"><dt>{name}: {size}</dt>
     <dd><pre>
@@ -4632,7 +4631,7 @@ def banner(stop: Standing | None) -> Html:
 
 
 def history_page(view: View, found: Page, asks: Mapping[str, str]) -> Html:
-    """What was reviewed, the latest first, and how far back was looked."""
+    """What was reviewed, the latest first, and how far back it was searched."""
     from urllib.parse import urlencode
     q, status = asks.get("q", ""), asks.get("status", "")
     choices = joined(fill(
@@ -4646,19 +4645,16 @@ def history_page(view: View, found: Page, asks: Mapping[str, str]) -> Html:
         query = urlencode({"q": q, "status": status, "before": f"{at}_{number}"})
         back = fill("Searched back to {at}.", at=clock_time(at))
         older = fill('<a href="/history?{query}">Older</a>', query=escaped(query))
-    rows = reviewed_list(found.rows) if found.rows else Html("<p>Nothing found.</p>")
-    return page("History", fill(HISTORY, q=escaped(q), choices=choices, rows=rows,
-                                back=back, older=older), view, q=q)
+    return page("History", fill(HISTORY, q=escaped(q), choices=choices, back=back,
+                                rows=reviewed_list(found.rows), older=older),
+                view, q=q)
 
 
 def standing_page(view: View, rows: list[tuple[Standing, int]]) -> Html:
     """The decisions that answer the next calls too, each with its use."""
-    listed = in_a_list(
-        ("rejected" if standing.decision == "stopped" else standing.decision,
-         standing_row(standing, used)) for standing, used in rows)
+    listed = joined(standing_row(*row) for row in rows) or Html("There are none.")
     return page("Standing decisions", fill(
-        "<h2>Standing decisions</h2>\n{rows}", rows=listed if rows else Html(
-            "<p>There are none.</p>")), view)
+        "<h2>Standing decisions</h2>\n<ol>\n{rows}</ol>", rows=listed), view)
 
 
 def standing_row(standing: Standing, used: int) -> Html:
@@ -4672,19 +4668,15 @@ def standing_row(standing: Standing, used: int) -> Html:
     how = [f"by {standing.made_by.partition(':')[2]}", f"used {used}{uses} times"]
     if standing.reason:
         how.append(f"reason: {standing.reason}")
-    return fill(ROW, status=standing.decision, headline=what, when=until,
-                form=fill(LIFT, number=standing.number, what=""), how=in_a_line(how))
+    decision = standing.decision
+    return fill(ROW, kind="rejected" if decision == "stopped" else decision,
+                status=decision, headline=what, when=until, how=in_a_line(how),
+                form=fill(LIFT, number=standing.number, what=""))
 
 
 def reviewed_list(requests: Iterable[ReviewRequest]) -> Html:
-    return in_a_list((request.status, safely(reviewed_row, request))
-                     for request in requests)
-
-
-def in_a_list(rows: Iterable[tuple[str, Html]]) -> Html:
-    return fill("<ol>\n{rows}</ol>", rows=joined(fill(
-        '<li class="{kind}">\n  {row}\n</li>\n', kind=kind, row=row)
-        for kind, row in rows))
+    rows = joined(safely(reviewed_row, request) for request in requests)
+    return fill("<ol>\n{rows}</ol>", rows=rows or "Nothing was found.")
 
 
 def reviewed_row(request: ReviewRequest) -> Html:
@@ -4692,8 +4684,8 @@ def reviewed_row(request: ReviewRequest) -> Html:
     link = fill('<a href="/review/{request_id}">{headline}</a>',
                 request_id=request.request_id,
                 headline=marked(one_line(request.action_description)))
-    return fill(ROW, status=request.status, headline=link, form=Html(""),
-                when=clock_time(request.decided_at) or Html(""),
+    return fill(ROW, kind=request.status, status=request.status, headline=link,
+                when=clock_time(request.decided_at) or "", form=Html(""),
                 how=in_a_line(endings(request)))
 
 
@@ -4704,22 +4696,19 @@ def safely(show: Callable[..., Html], request: ReviewRequest, *more: Any) -> Htm
         return show(request, *more)
     except Exception:
         log.exception("a request cannot be shown")
-        return fill("<summary>This request cannot be shown: {id}</summary>",
-                    id=request.request_id)
+        return fill(UNSHOWN, request_id=request.request_id)
 
 
 # ---- a request ----
 
 def card(view: View, request: ReviewRequest, opened: bool = True,
          whole: bool = False, typed: str = "") -> Html:
+    return safely(open_card, request, view, opened, whole, typed)
+
+
+def open_card(request: ReviewRequest, view: View, opened: bool, whole: bool,
+              typed: str) -> Html:
     """A request: its line, what will run, who asks and why, the buttons."""
-    state = " ".join(filter(None, (request.status, request.outcome)))
-    return fill(CARD, state=state, request_id=request.request_id,
-                open=Html(" open" if opened else ""),
-                card=safely(inside_card, request, view, whole, typed))
-
-
-def inside_card(request: ReviewRequest, view: View, whole: bool, typed: str) -> Html:
     waits = request.status == Status.WAITING
     headline = one_line(request.action_description)
     named = request.tool and not headline.startswith(request.tool)
@@ -4737,8 +4726,10 @@ def inside_card(request: ReviewRequest, view: View, whole: bool, typed: str) -> 
         if waits and request.intact and view.offers(request).decidable:
             forms = decision_forms(view, request, typed)
     return fill(
-        INSIDE, status=request.status, request_id=request.request_id,
-        headline=marked(headline), left=time_left(view, request) if waits else "",
+        CARD, state=" ".join(filter(None, (request.status, request.outcome))),
+        open=Html(" open" if opened else ""), request_id=request.request_id,
+        status=request.status, headline=marked(headline),
+        left=time_left(view, request) if waits else "",
         category=tag(request.category if known else "", "span", "tag"),
         tool=tag(request.tool if named else "", "code", "tool"),
         agent=tag(request.agent, "span", "agent"), notes=joined(notes, "\n  "),
@@ -4839,9 +4830,9 @@ def behind_folds(view: View, request: ReviewRequest) -> Html:
         ("received", clock_time(request.received_at)),
         ("sent by", request.asked_by), ("request_id", request.request_id),
         ("digest", request.digest), ("rules", rules))
-    line, context = context_shown(request)
+    context_line, context = context_shown(request)
     return fill(
-        FOLDS, context_line=line, context=context, rule=allow_rule(request),
+        FOLDS, context_line=context_line, context=context, rule=allow_rule(request),
         facts=joined(fill("<dt>{name}</dt><dd>{value}</dd>\n      ", name=name,
                           value=value) for name, value in facts if value))
 
@@ -4849,20 +4840,20 @@ def behind_folds(view: View, request: ReviewRequest) -> Html:
 def context_shown(request: ReviewRequest) -> tuple[Html, Html]:
     """The first line of a context, and all of it: of a large one, which would
     hold up the server, the beginning and the end."""
-    context, half = request.agent_context, CONTEXT_SHOWN // 2
-    template, end = "<pre>\n{text}</pre>", ""
-    text = visible_lines(layout(stored_json(context)) if len(context) <= 2 * half
-                         else broken(context[:half]))
-    if len(context) > 2 * half:
-        template += ('<p class="end">{left_out} are left out here; <code>hitl.py show '
-                     '{name} --json</code> has them.</p><pre>\n{end}</pre>')
-        end = visible_lines(broken(context[-half:]))
-    lines = text.split("\n", 2)
+    context, half, left_out = request.agent_context, CONTEXT_SHOWN // 2, Html("")
+    if len(context) <= CONTEXT_SHOWN:
+        parts = [layout(stored_json(context))]
+    else:
+        parts = [broken(context[:half]), broken(context[-half:])]
+        left_out = fill('<p class="end">{size} are left out here; <code>hitl.py show '
+                        "{name} --json</code> has them.</p>", name=request.request_id,
+                        size=readable_size(len(context) - CONTEXT_SHOWN))
+    lines = parts[0].split("\n", 2)
     first = lines[1].strip() if lines[0] in ("{", "[") and lines[1:] else lines[0]
     size = readable_size(len(context.encode()))
-    return marked(f"Context, {size}: {first[:WIDE]}"), fill(
-        template, text=marked(text), end=marked(end), name=request.request_id,
-        left_out=readable_size(len(context) - 2 * half))
+    return as_html(f"Context, {size}: {first[:WIDE]}"), joined(
+        (fill("<pre>\n{text}</pre>", text=marked(visible_lines(part)))
+         for part in parts), left_out)
 
 
 def decision_forms(view: View, request: ReviewRequest, typed: str) -> Html:
