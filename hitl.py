@@ -72,7 +72,7 @@ what an approval is handed to: the MCP server, the coding agent, `run`.
   * Store             1077  the only SQL: requests, decisions, the audit log
     Database file      305  opens, locks and verifies it
     Notices            574  tells a reviewer; the only outgoing messages
-    Pages             1013  the only HTML; pure functions
+    Pages             1004  the only HTML; pure functions
   * Rights and routes  995  who may do what, and the replies
     Loop               522  the only listening socket; one transaction a turn
   * Client             173  the only outgoing requests to the server
@@ -4003,8 +4003,9 @@ h1 { font-size: 19px; margin: 0 auto 0 0; }
 h2, h3 { font-size: 15px; margin: 10px 0 4px; }
 p, ol { margin: 6px 0; padding: 0; list-style: none; }
 a { color: inherit; }
-.soft, .who, .body summary, label, h4, dt, .end, .tag, .tool, .agent {
-  color: var(--soft); font-size: 13.5px; }
+h1 a { text-decoration: none; }
+.soft, .who, .body summary, label, h4, dt, .end { color: var(--soft);
+  font-size: 13.5px; }
 :focus-visible { outline: 3px solid #4a86d8; outline-offset: -1px; }
 
 /* a request: one line, opened to everything about it */
@@ -4016,9 +4017,9 @@ a { color: inherit; }
   font-size: 13px; line-height: 17px; }
 .status, .tag { font-size: 12px; font-weight: 600; border-radius: 99px;
   padding: 0 8px; line-height: 16px; min-width: 74px; text-align: center; }
-.tag { box-shadow: inset 0 0 0 1px var(--line); }
+.tag { color: var(--soft); box-shadow: inset 0 0 0 1px var(--line); }
 .headline { flex: 1 1 0; min-width: 0; }
-.tool, .agent { max-width: 12em; }
+.tool, .agent { max-width: 12em; color: var(--soft); }
 .status, .tag, .left, .card:not([open]) > summary > * { white-space: nowrap;
   overflow: hidden; text-overflow: ellipsis; flex-shrink: 0; }
 .left { min-width: 4.5em; text-align: right; }
