@@ -2361,6 +2361,15 @@ def last_head(db: Any) -> Head:
     return Head(*(row or (0, GENESIS)))
 
 
+def standing_rows(db: Any, where: str, *values: Any) -> list[Standing]:
+    return list(map(Standing._make, db.execute(
+        f"SELECT {STANDING} FROM standing_decisions {where}", values)))
+
+
+# What is in force, where its time and uses are not over: by the clock.
+IN_FORCE = "WHERE lifted_at IS NULL AND (decision = 'stopped' OR until > ?)"
+
+
 class Store:
     """The requests, the standing decisions and the audit log in one SQLite
     file; open_store() opens it.
@@ -2421,11 +2430,7 @@ class Store:
     def reread_standing(self) -> None:
         """The stop that is in force, and until when anything else stands."""
         self.stop_in_force, self.stands_until = None, ""
-        for row in self.db.execute(
-                f"SELECT {STANDING} FROM standing_decisions WHERE lifted_at "
-                "IS NULL AND (decision = 'stopped' OR until > ?)",
-                (self.now,)):
-            standing = Standing._make(row)
+        for standing in standing_rows(self.db, IN_FORCE, self.now):
             if standing.decision == "stopped":
                 self.stop_in_force = self.stop_in_force or standing
             self.stands_until = max(self.stands_until, standing.until or "")
@@ -2584,7 +2589,7 @@ class Store:
             (*columns.values(), request.request_id, request.status,
              request.outcome)).rowcount
         if not done:
-            raise damaged(request)
+            raise refused("damaged", request)
         if request.status == Status.WAITING:
             self.count_waiting(request, -1)
         request = request._replace(**columns)
@@ -2608,7 +2613,7 @@ class Store:
             changed = changed_call(request, arguments)
             lapses_at = self.lapse_of(request)
         if remember and (changed or request.session is None):
-            raise not_remembered(request)
+            raise refused("not-remembered", request)
         detail = {"reason": reason, "signed_in": signed_in,
                   "shown_at": shown_at}
         if changed:
@@ -2627,13 +2632,14 @@ class Store:
         digest; Refusal."""
         request = self.request(request_id)
         if not request.intact:
-            raise damaged(request)
+            raise refused("damaged", request)
         request = self.expire(request)                              # promise 4
         if request.status != Status.WAITING:
-            raise decided_already(request)
+            by_a_person = request.decided_by is not None
+            raise refused("already-decided" if by_a_person else request.status,
+                          request)
         if digest not in (None, request.digest):
-            raise Refusal("arguments-changed", "this is not the request that "
-                          "was read", "look at it again", about=request)
+            raise refused("arguments-changed", request)
         return request
 
     def lapse_of(self, request: ReviewRequest) -> str | None:
@@ -2660,14 +2666,11 @@ class Store:
         request = self.expire(self.owned(request_id, by))
         self.check_not_stopped()
         if request.runs_digest != digest:
-            raise Refusal("arguments-changed", "the digest is not that of "
-                          "the approved request", about=request)
+            raise refused("arguments-changed", request)
         if not request.intact:
-            raise damaged(request)
+            raise refused("damaged", request)
         if request.status != Status.APPROVED:
-            raise Refusal("not-approved", f"this request is {request.status}",
-                          "only an approved request can be claimed",
-                          about=request)
+            raise refused("not-approved", request)
         if request.outcome is None:
             return self.move(request, "claimed", by, {}, claim=claim,
                              outcome=Outcome.RUNNING, outcome_at=self.now,
@@ -2675,25 +2678,21 @@ class Store:
         if (request.outcome, request.claim) == (Outcome.RUNNING, claim):
             return request
         if request.outcome == Outcome.LAPSED:
-            raise Refusal("lapsed", "nobody claimed this approval in time",
-                          "ask again with another request_id", about=request)
-        raise Refusal("already-claimed", "this approval was claimed already",
-                      "ask again with another request_id", about=request)
+            raise refused("lapsed", request)
+        raise refused("already-claimed", request)
 
     def finish(self, request_id: str, claim: str, outcome: Outcome,
                text: str, by: str) -> ReviewRequest:
         """Record what became of a claimed call; the same again is the same."""
         request = self.owned(request_id, by)
         if request.claim is None or request.claim != claim:
-            raise Refusal("not-claimed", "this claim does not hold this "
-                          "request", about=request)
+            raise refused("not-claimed", request)
         if request.outcome == Outcome.RUNNING:
             return self.move(request, outcome, by, {"text": text},
                              outcome=outcome, outcome_at=self.now,
                              outcome_text=text)
         if request.outcome != outcome:
-            raise Refusal("already-finished", f"this call is {request.outcome} "
-                          "already", about=request)
+            raise refused("already-finished", request)
         return request
 
     def overdue(self) -> list[ReviewRequest]:
@@ -2737,15 +2736,13 @@ class Store:
         and session, under a checkpoint that neither side has edited since."""
         if self.stands_until <= self.now:       # the usual case costs nothing
             return None
-        for row in self.db.execute(
-                f"SELECT {STANDING} FROM standing_decisions WHERE digest = ? "
-                "AND lifted_at IS NULL AND decision = ? AND until > ? AND "
-                "checkpoint_id IS ? AND checkpoint_digest IS ? AND session = ? "
-                "AND principal = ? AND desk_digest IS ? ORDER BY number",
-                (asked.digest, decision, self.now, asked.checkpoint_id,
-                 asked.checkpoint_digest, asked.session, asked.asked_by,
-                 self.desk_digest(asked))).fetchall():
-            standing = Standing._make(row)
+        for standing in standing_rows(
+                self.db, "WHERE digest = ? AND lifted_at IS NULL AND decision "
+                "= ? AND until > ? AND checkpoint_id IS ? AND checkpoint_digest "
+                "IS ? AND session = ? AND principal = ? AND desk_digest IS ? "
+                "ORDER BY number", asked.digest, decision, self.now,
+                asked.checkpoint_id, asked.checkpoint_digest, asked.session,
+                asked.asked_by, self.desk_digest(asked)):
             if standing.uses is None or self.used(standing) < standing.uses:
                 return standing
         return None
@@ -2796,12 +2793,11 @@ class Store:
 
     def lift(self, number: int, by: str) -> Standing:
         """End a standing decision; one that was lifted stays as it is."""
-        row = self.db.execute(f"SELECT {STANDING} FROM standing_decisions "
-                              "WHERE number = ?", (number,)).fetchone()
-        if row is None:
+        found = standing_rows(self.db, "WHERE number = ?", number)
+        if not found:
             raise Refusal("unknown", f"there is no standing decision {number}",
                           "`hitl.py standing` lists them")
-        standing = Standing._make(row)
+        standing = found[0]
         if standing.lifted_at is None:
             standing = standing._replace(lifted_at=self.now, lifted_by=by)
             self.db.execute("UPDATE standing_decisions SET lifted_at = ?, "
@@ -2821,12 +2817,8 @@ class Store:
     def standing(self) -> list[tuple[Standing, int]]:
         """What is in force, the newest first, each with how often it was
         used."""
-        rows = self.db.execute(
-            f"SELECT {STANDING} FROM standing_decisions WHERE lifted_at IS "
-            "NULL AND (decision = 'stopped' OR until > ?) ORDER BY number "
-            "DESC LIMIT 500", (self.now,)).fetchall()
-        found = [(standing, self.used(standing))
-                 for standing in map(Standing._make, rows)]
+        found = [(standing, self.used(standing)) for standing in standing_rows(
+            self.db, f"{IN_FORCE} ORDER BY number DESC LIMIT 500", self.now)]
         return [(standing, used) for standing, used in found
                 if standing.uses is None or used < standing.uses]
 
@@ -2996,30 +2988,48 @@ def check_owner(asked_by: str, by: str) -> None:
                       "use the credentials that asked it")
 
 
-def decided_already(request: ReviewRequest) -> Refusal:
-    who = (request.decided_by or "").partition(":")[2]
-    if who:
-        return Refusal(
-            "already-decided", f"this request is {request.status} by {who} "
-            f"since {request.decided_at}",
-            "a decision is final; nothing was changed", about=request)
-    return Refusal(
-        request.status, f"this request is {request.status} since "
-        f"{request.decided_at}", "nobody waits for a decision any more; "
-        "nothing will run", about=request)
+# What is said when a request cannot do what was asked of it: why, and the cure.
+SAID_OF = {
+    "already-decided": (
+        "this request is {status} by {person} since {decided_at}",
+        "a decision is final; nothing was changed"),
+    "expired": (
+        "this request is expired since {decided_at}",
+        "nobody waits for a decision any more; nothing will run"),
+    "withdrawn": (
+        "this request is withdrawn since {decided_at}",
+        "nobody waits for a decision any more; nothing will run"),
+    "not-remembered": (
+        "this decision cannot stand for other calls",
+        "only an unchanged call of a known session can, where its checkpoint "
+        "allows it; decide this one alone"),
+    "not-editable": (
+        "the arguments of this request cannot be changed",
+        "approve it as it is, or reject it and say what should change"),
+    "arguments-changed": (
+        "the digest is not that of this request", "look at it again"),
+    "not-approved": (
+        "this request is {status}", "only an approved request can be claimed"),
+    "lapsed": (
+        "nobody claimed this approval in time",
+        "ask again with another request_id"),
+    "already-claimed": (
+        "this approval was claimed already",
+        "ask again with another request_id"),
+    "not-claimed": ("this claim does not hold this request", ""),
+    "already-finished": ("this call is {outcome} already", ""),
+    "damaged": (
+        'what is stored of "{request_id}" is not what was asked: the database '
+        "was damaged or edited", "`hitl.py log --verify`; restore a backup"),
+}
 
 
-def not_remembered(request: ReviewRequest) -> Refusal:
-    return Refusal("not-remembered", "this decision cannot stand for other "
-                   "calls", "only an unchanged call of a known session can, "
-                   "where its checkpoint allows it; decide this one alone",
-                   about=request)
-
-
-def not_editable(request: ReviewRequest) -> Refusal:
-    return Refusal("not-editable", "the arguments of this request cannot be "
-                   "changed", "approve it as it is, or reject it and say what "
-                   "should change", about=request)
+def refused(reason: str, request: ReviewRequest) -> Refusal:
+    """What SAID_OF has for a reason, of this request."""
+    message, cure = SAID_OF[reason]
+    person = (request.decided_by or "").partition(":")[2]
+    return Refusal(reason, message.format(person=person, **request._asdict()),
+                   cure, about=request)
 
 
 def changed_call(request: ReviewRequest,
@@ -3029,7 +3039,7 @@ def changed_call(request: ReviewRequest,
     if arguments is None:
         return {}
     if not request.edits or request.arguments is None:
-        raise not_editable(request)
+        raise refused("not-editable", request)
     text = as_sent(changed_value(parse_json(request.arguments), arguments,
                                  "arguments"))
     if text == request.arguments:
@@ -3073,12 +3083,6 @@ def names_of(value: Any) -> list[Any]:
 def unknown(request_id: str) -> Refusal:
     return Refusal("unknown", f'there is no request "{request_id}"',
                    "check the id: `hitl.py list --all` prints them")
-
-
-def damaged(request: ReviewRequest) -> Refusal:
-    return Refusal("damaged", f'what is stored of "{request.request_id}" is '
-                   "not what was asked: the database was damaged or edited",
-                   "`hitl.py log --verify`; restore a backup", about=request)
 
 
 # ============================== Database file ==============================
@@ -3291,8 +3295,7 @@ def request_faults(db: Any, where: str = "") -> Iterator[str]:
 
 def standing_faults(db: Any, where: str = "") -> Iterator[str]:
     """The same of standing decisions; and votes, which nobody can cast yet."""
-    for row in db.execute(f"SELECT {STANDING} FROM standing_decisions {where}"):
-        standing = Standing._make(row)
+    for standing in standing_rows(db, where):
         yield from seal_faults(
             db, f"standing decision {visible(str(standing.number))}",
             standing.subject, seal_of(standing))
@@ -5832,13 +5835,13 @@ class Desk:
         arguments = field(asks, "arguments", dict)
         if arguments is not None and (not offers.editable
                                       or decision == Status.REJECTED):
-            raise not_editable(request)
+            raise refused("not-editable", request)
         # 2. does the decision stand? A rejection does so by itself
         bounds = None
         if asks.get("remember") is not None:
             bounds = bounds_from(asks["remember"], decision)
             if not offers.remember:
-                raise not_remembered(request)
+                raise refused("not-remembered", request)
         elif (decision == Status.REJECTED and offers.remember
               and "remember" not in asks):
             bounds = REJECTION_STANDS
