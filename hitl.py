@@ -1167,9 +1167,13 @@ def read_json(text: str) -> list[Any]:
 def has_plain_values(arguments: Mapping[str, Any]) -> bool:
     """Whether no value could hold another call: numbers, and texts that
     are not JSON."""
-    return all(type(value) in PLAIN_TYPES or type(value) is str and not (
-        "{" in value or "[" in value or '"' in value)
-        for value in arguments.values())
+    for value in arguments.values():        # all() would take three times as long
+        if type(value) is not str:
+            if type(value) not in PLAIN_TYPES:
+                return False
+        elif "{" in value or "[" in value or '"' in value:
+            return False
+    return True
 
 
 # ---- shell commands and file edits ----
