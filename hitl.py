@@ -9141,6 +9141,7 @@ def server_settings(args: Any, configuration: Configuration) -> dict[str, Any]:
                 settings[name] = check(given[name])
         elif name in PATHS_OF_SERVER and settings[name]:
             settings[name] = folder / settings[name]
+    settings["database"] = Path(settings["database"]).absolute()
     return settings
 
 
@@ -9309,15 +9310,12 @@ def cmd_serve(args: Any) -> int:
                 for entry in configuration.notify]
     terminal = sys.stdout is not None and sys.stdout.isatty()
     tokens, made = serving_tokens(configuration, terminal)
-    if configuration.reviewers and os.environ.get("HITL_REVIEWER_TOKEN"):
-        warnings.append("HITL_REVIEWER_TOKEN is not used: each [[reviewer]] has "
-                        "a token")
     tls = tls_context(server["tls_certificate"], server["tls_key"])
     if not is_loopback(host):
         check_exposure(host, tokens, args.allow_clear_text or bool(tls)
                        or server["public_url"].startswith("https://"))
     # 2. the database and the socket
-    store = open_store(Path(server["database"]).absolute())
+    store = open_store(server["database"])
     try:
         desk = open_desk(host, port, store, tokens, server["public_url"],
                          tls=tls, rules=configuration.rules,
@@ -9360,6 +9358,9 @@ def greeting(desk: Loop, configuration: Configuration,
                "serve")
     elif tokens.named:
         yield "sign in with your name and your own token"
+        if os.environ.get("HITL_REVIEWER_TOKEN"):
+            yield ("warning: HITL_REVIEWER_TOKEN is not used: each [[reviewer]] "
+                   "has a token")
     else:
         yield "sign in with any name and HITL_REVIEWER_TOKEN"
     yield f"configuration {configuration.path or 'none found: defaults of [server]'}"
@@ -9630,7 +9631,7 @@ def replay(args: Any, configuration: Configuration) -> int:
     """Today's rules over the stored requests, and which would end otherwise.
     Paths in them are relative to this folder."""
     import sqlite3
-    path = Path(server_settings(args, configuration)["database"]).absolute()
+    path = server_settings(args, configuration)["database"]
     counts, changed = Counter(REPLAYED), []
     try:
         with contextlib.closing(open_for_reading(path)) as db:
@@ -9907,8 +9908,8 @@ def cmd_notify(args: Any) -> int:
 def cmd_log(args: Any) -> int:
     """print the audit log; with --verify, check it"""
     import sqlite3
-    path = Path(server_settings(args, configuration_for(args, needed=False))
-                ["database"]).absolute()
+    configuration = configuration_for(args, needed=False)
+    path = server_settings(args, configuration)["database"]
     if not re.fullmatch("([0-9a-f]{64})?", args.head):
         raise ConfigError("--head must be a SHA-256 in hex",
                           "serve prints the head at start and stop")

@@ -8160,6 +8160,8 @@ SLIPS = (
     (2, "is a folder", "name a file", "serve --port 0 --database .", {}),
     (2, "a printable name without a colon", "", "token a:b", {}),
     (2, "no such database", "--database", "log --database none.db", {}),
+    (2, "no such database", "--database",
+     "check --replay --database none.db --config rules.toml", {}),
     (2, "No such file or directory", "choose another file with --output",
      "verify --output none/e.json", {}),
     (2, "JSON of the arguments: ", "", "check x [] --config rules.toml", {}),
