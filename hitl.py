@@ -7305,10 +7305,9 @@ class Held:
             raise self.refused(reply)
         request_id = reply.body.get("request_id")
         if (self.how.get("attach") and isinstance(request_id, str)
-                and REQUEST_ID.fullmatch(request_id)
-                and reply.body.get("digest") == self.digest):
-            self.request_id = request_id    # of the very call, asked before
-        self.learn(reply)
+                and REQUEST_ID.fullmatch(request_id)):
+            self.request_id = request_id    # asked before
+        self.learn(reply)                   # and the very call, or it raises
         if self.state.status == Status.WAITING:
             log.warning('%s waits for a person: "%s"; review it at %s (%s)',
                         visible(self.tool),
@@ -7489,7 +7488,8 @@ class Held:
                     self.changed and f"; {visible(self.changed)}")
 
     def check_approved(self) -> None:
-        """An error unless the request is approved and not yet claimed."""
+        """An error unless the request is approved; whether it was claimed
+        before, the server decides at the claim."""
         state = self.state
         self.approved_by = visible((state.decided_by or "").partition(":")[2])
         if state.status == Status.REJECTED:
@@ -7497,16 +7497,12 @@ class Held:
             raise CollaborationError(
                 f"rejected by {self.approved_by}{ago(state)}{reason}",
                 request_id=self.request_id)
-        again = "ask again with another request_id"
         if state.status != Status.APPROVED or state.outcome == Outcome.LAPSED:
             ended = state.outcome or state.status
             raise self.error(
                 ReviewTimeoutError,
-                f'"{visible(self.description)}" is {ended}', again, ended)
-        if state.outcome is not None:
-            raise self.error(
-                AlreadyClaimedError, "this approval was used already: the call "
-                f"is {state.outcome}", again)
+                f'"{visible(self.description)}" is {ended}',
+                "ask again with another request_id", ended)
 
     def check_claimed(self, reply: Reply, runs: str) -> None:
         """Nothing runs unless this is a claim of this approval. Where the

@@ -5463,7 +5463,8 @@ def test_changed_before_approval(make_gate, make_desk, way, caplog):
 
 def test_promise_2_a_false_claim(make_gate):
     """Where the reviewer changed a call, what runs is what was approved: with
-    any byte of the claim's reply another, nothing runs, or just that."""
+    any byte of the claim's reply another, nothing runs, or just that; where
+    no change was asked for, nothing is claimed."""
     impostor, ran = Impostor(), {}
     edited = CALL | {"table": "orders"}
     digest = hitl.digest_of("Delete users where id = 3",
@@ -5488,6 +5489,13 @@ def test_promise_2_a_false_claim(make_gate):
             result()
     assert set(map(str, ran.values())) == {str(edited)} and -1 in ran
     assert len(ran) < 5
+    impostor.claims.clear()
+    impostor.lies["r"] = "", None
+    for rules, edits in ((EDITABLE, False), (RULES, True)):
+        with pytest.raises(hitl.ChangedError, match="did not ask for"):
+            make_gate(impostor, rules).call("delete_records", CALL, dict,
+                                            request_id="r", edits=edits)
+    assert impostor.claims == set()
     impostor.close()
 
 
