@@ -9193,17 +9193,16 @@ def request_named(client: Client, start: str,
         raise ConfigError(f'"{visible(start)}" is not a request_id',
                           "`hitl.py list --all` prints them")
     reply = client.exchange("GET", f"/review/{start}", seconds=15)
+    unknown, cure = reply.reason == "unknown", ""
     ids = reply.body.get("longer_ids") or []
-    if reply.reason == "unknown" and len(ids) == 1:
+    if not ids or not unknown and not alone:
+        return accepted(reply)
+    if unknown and len(ids) == 1:
         return reply_of(client, "GET", f"/review/{ids[0]}")
-    cure = ""
-    if alone and reply.reason != "unknown" and ids:
-        ids = [*ids, start]
-        cure = f'; "{start}" itself can be decided on the page'
-    if ids and (cure or reply.reason == "unknown"):
-        raise ConfigError(f'"{start}" begins {len(ids)} request_ids',
-                          f"write more of it: {', '.join(ids)}{cure}")
-    return accepted(reply)
+    if not unknown:
+        ids, cure = [*ids, start], f'; "{start}" itself can be decided on the page'
+    raise ConfigError(f'"{start}" begins {len(ids)} request_ids',
+                      f"write more of it: {', '.join(ids)}{cure}")
 
 
 def all_waiting(client: Client) -> list[dict[str, Any]]:
@@ -9284,9 +9283,6 @@ def request_lines(request: dict[str, Any]) -> Iterator[str]:
         yield "  an agent waits for it"
     elif request["status"] == Status.WAITING:
         yield "  nobody waits for it now"
-
-
-# ---- the commands ----
 
 
 # ---- the commands ----
