@@ -2654,7 +2654,7 @@ class Store:
     def withdraw(self, request_id: str, why: str, by: str) -> ReviewRequest:
         """Nobody waits any more -> the request as it is now, which tells
         whether a reviewer was faster."""
-        request = self.owned(request_id, by)
+        request = self.request(request_id, by)
         if request.status != Status.WAITING:
             return request
         status = Status.EXPIRED if why == "timeout" else Status.WITHDRAWN
@@ -2667,7 +2667,7 @@ class Store:
         for the same claim, whose reply may have been lost (promise 3).
         `digest` is that of what will run; `handed_over` says that its end
         will not be reported."""
-        request = self.expire(self.owned(request_id, by))
+        request = self.expire(self.request(request_id, by))
         self.check_not_stopped()
         if request.runs_digest != digest:
             raise refused("arguments-changed", request)
@@ -2688,7 +2688,7 @@ class Store:
     def finish(self, request_id: str, claim: str, outcome: Outcome,
                text: str, by: str) -> ReviewRequest:
         """Record what became of a claimed call; the same again is the same."""
-        request = self.owned(request_id, by)
+        request = self.request(request_id, by)
         if request.claim is None or request.claim != claim:
             raise refused("not-claimed", request)
         if request.outcome == Outcome.RUNNING:
@@ -2846,34 +2846,29 @@ class Store:
         return list(map(ReviewRequest._make, self.db.execute(
             f"SELECT {columns} FROM pending_reviews {where}", values)))
 
-    def find(self, request_id: str,
-             columns: str = WITHOUT_CONTEXT) -> ReviewRequest | None:
-        rows = self.select("WHERE request_id = ?", request_id, columns=columns)
+    def find(self, request_id: str) -> ReviewRequest | None:
+        rows = self.select("WHERE request_id = ?", request_id)
         return rows[0] if rows else None
 
-    def request(self, request_id: str,
+    def request(self, request_id: str, by: str | None = None,
                 columns: str = WITHOUT_CONTEXT) -> ReviewRequest:
-        """A request; Refusal "unknown" if there is none."""
-        request = self.find(request_id, columns)
-        if request is None:
+        """A request; Refusal "unknown", or where another agent than `by`
+        asked it."""
+        found = self.select("WHERE request_id = ?", request_id, columns=columns)
+        if not found:
             raise unknown(request_id)
-        return request
-
-    def owned(self, request_id: str, by: str) -> ReviewRequest:
-        """A request, for the agent that asked it."""
-        request = self.request(request_id)
-        check_owner(request.asked_by, by)
-        return request
+        if by is not None:
+            check_owner(found[0].asked_by, by)
+        return found[0]
 
     def whole(self, request_id: str) -> ReviewRequest:
         """A request with its context."""
-        return self.request(request_id, WHOLE)
+        return self.request(request_id, columns=WHOLE)
 
     def summary(self, request_id: str, by: str = "") -> Summary:
         """The few columns that a poll needs; Refusal "unknown", or where it
         is another agent's than `by`."""
-        row = self.db.execute(
-            SELECT_SUMMARY, (request_id,)).fetchone()
+        row = self.db.execute(SELECT_SUMMARY, (request_id,)).fetchone()
         if row is None:
             raise unknown(request_id)
         if by:
