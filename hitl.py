@@ -4089,8 +4089,8 @@ li .soft { flex: 1 1 100%; }
 SCRIPT = r"""
 const first = (css, root = document) => root.querySelector(css);
 const every = (css, root = document) => [...root.querySelectorAll(css)];
-const DEAD = 600, lost = first("#lost"), bell = first("#bell");
-let change = document.body.dataset.change, rest = 5000;
+const lost = first("#lost"), bell = first("#bell");
+let change = document.body.dataset.change, DEAD = 600, REST = 5000;
 
 // A link may hold credentials, and then fetch refuses relative addresses.
 const ask = (path, more) => fetch(location.origin + path,
@@ -4207,11 +4207,11 @@ async function live() {
       if (now != change || !hidden && first(".waiting")) await refresh();
       change = now;
       lost.hidden = true;
-      if (hidden) await pause(rest);
+      if (hidden) await pause(REST);
     } catch (error) {
       if (error.name === "AbortError") continue;
       lost.hidden = false;
-      await pause(rest);
+      await pause(REST);
     }
   }
 }
@@ -4446,7 +4446,7 @@ NOTE = """<div class="note rejected"><h3>{title}</h3>
 """
 
 STOPPED = """Since {since}. What waited was rejected; nothing can be asked,
-approved or run. Calls that already run, and those that no checkpoint names,
+approved or run. Calls already running, and those that no checkpoint names,
 go on."""
 
 LIFT = '<form method="post" action="/lift/{number}"><button>Lift{what}</button></form>'
@@ -4460,7 +4460,7 @@ DESK = """<section id="waiting">
 HISTORY = """<h2>History</h2>
 <form action="/history" role="search">
   <input name="q" type="search" value="{q}" aria-label="Words"
-    placeholder="Words, all of which must be there">
+    placeholder="Words to find, all of them">
   <select name="status" aria-label="Status">{choices}</select>
   <button>Search</button>
 </form>
@@ -4534,8 +4534,8 @@ REASON = """<textarea name="reason" rows="1" maxlength="1000"
 
 # `remember_seconds` 0: this decision does not stand for other calls.
 ASK_AGAIN = """<label><input form="decide-{request_id}" type="checkbox"
-    name="remember_seconds" value="0"> If I reject this call, ask me again the
-    next time: otherwise the rejection answers it for ten minutes</label>
+    name="remember_seconds" value="0"> If I reject this call, ask me again
+    next time; otherwise the rejection answers it for ten minutes</label>
   """
 
 REMEMBER = """<input type="hidden" name="remember_seconds" value="3600">
@@ -4588,8 +4588,8 @@ def desk_page(view: View, waiting: list[ReviewRequest], count: int,
     """What waits, with its buttons, and what was reviewed last."""
     more, end = Html(""), start + len(waiting)
     if not count:
-        more = Html('<p class="soft">Nothing waits. A new request appears here '
-                    "by itself<noscript> when you reload</noscript>.</p>")
+        more = Html('<p class="soft">Nothing waits. New requests appear here'
+                    "<noscript> when you reload</noscript>.</p>")
     elif end < count:
         more = fill('<a class="note waiting" href="/?from={end}">{left} more '
                     "wait</a>", end=end, left=count - end)
@@ -4849,7 +4849,7 @@ def context_shown(request: ReviewRequest) -> tuple[Html, Html]:
     else:
         parts = [broken(context[:half]), broken(context[-half:])]
         left_out = fill('<p class="end">{size} are left out here; <code>hitl.py show '
-                        "{name} --json</code> has them.</p>", name=request.request_id,
+                        "{name} --json</code> shows all of it.</p>", name=request.request_id,
                         size=readable_size(len(context) - CONTEXT_SHOWN))
     lines = parts[0].split("\n", 2)
     first = lines[1].strip() if lines[0] in ("{", "[") and lines[1:] else lines[0]
@@ -4911,8 +4911,8 @@ def allow_rule(request: ReviewRequest) -> Html:
                          for name, value in arguments.items())
     if patterns:
         lines.append(f"arguments = {{ {patterns} }}")
-    return fill("<p>To be asked no more about exactly this call, put this "
-                "above the other checkpoints:</p>\n    <pre>{lines}</pre>",
+    return fill("<p>To allow exactly this call without being asked, put "
+                "this above the other checkpoints:</p>\n    <pre>{lines}</pre>",
                 lines=marked("\n".join(lines)))
 
 
