@@ -8788,8 +8788,9 @@ def verify(model: str, timeout: float, say: Callable[[str], None]
                      "server": shop.desk.url}
             rules = shop.rules.read_text()
             say("\n".join(f"{name:20} {state[name]}" for name in state))
-            for step, expected, observed, holds in verification(
-                    shop, timeout, lines):
+            for step, expected, observed, holds in itertools.chain(
+                    verify_approval(shop), verify_rejection(shop, lines),
+                    verify_silence(shop, timeout), verify_log(shop)):
                 findings.append({"step": step, "expected": expected,
                                  "observed": observed, "holds": holds})
                 say(f"\n{'ok  ' if holds else 'FAIL'} {step}\n     expected "
@@ -8816,17 +8817,6 @@ def starting_state(model: str) -> dict[str, str]:
 
 
 Finding = tuple[str, str, str, bool]    # step, expected, observed, it holds
-
-
-def verification(shop: Workshop, timeout: float, lines: list[str]
-                 ) -> Iterator[Finding]:
-    """Trigger, approve; trigger, reject; trigger, and nobody decides."""
-    yield from verify_approval(shop, Trial(shop))
-    yield from verify_rejection(shop, Trial(shop), lines)
-    yield from verify_silence(shop, Trial(shop), timeout)
-    _, faults = verified(shop.database)
-    yield ("check the audit log", "whole", "; ".join(faults) or "whole",
-           not faults)
 
 
 class Trial:
@@ -8875,8 +8865,9 @@ class Trial:
             Origin=self.me.server_url, Sec_Fetch_Site="same-origin")[0]
 
 
-def verify_approval(shop: Workshop, trial: Trial) -> Iterator[Finding]:
+def verify_approval(shop: Workshop) -> Iterator[Finding]:
     """The card is on the page; after a click on Approve the tool runs."""
+    trial = Trial(shop)
     yield trial.finding
     status, card = trial.card()
     expected = ['class="card waiting"', f'action="/approve/{trial.request_id}"',
@@ -8895,9 +8886,9 @@ def verify_approval(shop: Workshop, trial: Trial) -> Iterator[Finding]:
            (end, shop.left()) == (2, "1 of 3 records left"))
 
 
-def verify_rejection(shop: Workshop, trial: Trial, lines: list[str]
-                     ) -> Iterator[Finding]:
+def verify_rejection(shop: Workshop, lines: list[str]) -> Iterator[Finding]:
     """A click on Reject reaches the caller and the log; nothing runs."""
+    trial = Trial(shop)
     yield trial.finding
     trial.click("rejected")
     end = trial.end()
@@ -8910,9 +8901,9 @@ def verify_rejection(shop: Workshop, trial: Trial, lines: list[str]
            shop.left(), shop.left() == "3 of 3 records left")
 
 
-def verify_silence(shop: Workshop, trial: Trial, timeout: float
-                   ) -> Iterator[Finding]:
+def verify_silence(shop: Workshop, timeout: float) -> Iterator[Finding]:
     """Nobody decides: TimeoutError, and a late click decides nothing."""
+    trial = Trial(shop)
     yield trial.finding
     end = trial.end(timeout + 10)
     yield (f"wait (time-out set to {timeout} s here)", "TimeoutError",
@@ -8923,6 +8914,12 @@ def verify_silence(shop: Workshop, trial: Trial, timeout: float
            f"{reply.status}, {reply.reason}, {shop.left()}",
            (reply.status, reply.reason, shop.left()) ==
            (409, "expired", "3 of 3 records left"))
+
+
+def verify_log(shop: Workshop) -> Iterator[Finding]:
+    _, faults = verified(shop.database)
+    yield ("check the audit log", "whole", "; ".join(faults) or "whole",
+           not faults)
 
 
 # =============================== Command line ==============================

@@ -8079,13 +8079,15 @@ def test_no_line_of_show_imitates_another(desk):
     could be read as either is in quotes."""
     desk.post(tool="send", arguments={
         "text": "one\nend of text\n", "| two": "x", "end of text": "y",
-        "long": "z" * 70})
+        "long": "z" * 70, "wide": "\u6f22" * 40})
     shown = typed(desk, "show", "r-1", COLUMNS="60").out.splitlines()
     start = shown.index("    text: text, 16 bytes, 3 lines")
-    assert shown[start + 1:start + 9] == [
+    assert shown[start + 1:start + 11] == [
         "    | one", "    | end of text", "    | ", "    end of text",
         '    "| two"      "x"', '    "end of text" "y"',
-        '    long         "' + "z" * 42, "    + " + "z" * 28 + '"']
+        '    long         "' + "z" * 42, "    + " + "z" * 28 + '"',
+        '    wide         "\u27e6' + "\u6f22" * 20,
+        "    + " + "\u6f22" * 20 + '\u27e7"']
 
 
 SILENT = "http://127.0.0.1:1"           # a port that nobody listens on
