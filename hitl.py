@@ -69,7 +69,7 @@ what an approval is handed to: the MCP server, the coding agent, `run`.
     Text               178  text that a person can trust to be what it shows
   * Matching           703  does a checkpoint match this call?
     Configuration      517  reads and checks checkpoints.toml
-  * Store             1077  the only SQL: requests, decisions, the audit log
+  * Store             1083  the only SQL: requests, decisions, the audit log
     Database file      305  opens, locks and verifies it
     Notices            574  tells a reviewer; the only outgoing messages
     Pages             1004  the only HTML; pure functions

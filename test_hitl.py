@@ -6776,9 +6776,10 @@ def test_hook_snippets(tmp_path):
         out = command(argv=("/bin/sh", "-c", line), stdin=ask, folder=tmp_path,
                       **home)
         check_refusal(agent, out.stdout, out.returncode)
-        broken = line.replace("SourceFileLoader", "Nothing")
-        out = command(argv=("/bin/sh", "-c", broken), stdin=ask, **home)
-        assert out.returncode == 2 or '"cancel":true' in out.stdout
+        if agent in ("claude", "cline"):
+            broken = line.replace("SourceFileLoader", "Nothing")
+            out = command(argv=("/bin/sh", "-c", broken), stdin=ask, **home)
+            assert out.returncode == 2 or '"cancel":true' in out.stdout
 
 
 # ---- the MCP proxy ----
