@@ -5030,6 +5030,7 @@ class Principal(NamedTuple):
         return f"{self.kind}:{self.name}"
 
 
+Query = Mapping[str, str]               # what a GET asks
 NO_ROUTE, NOBODY = Route("", "", "", ""), Principal("nobody", "")
 
 
@@ -5224,7 +5225,7 @@ def content_type(headers: Mapping[str, str]) -> str:
 
 
 @functools.lru_cache(maxsize=256)
-def parse_query(query: str) -> Mapping[str, str]:
+def parse_query(query: str) -> Query:
     from urllib.parse import parse_qsl
     try:
         return unique_pairs(parse_qsl(query, max_num_fields=16))
@@ -5232,19 +5233,18 @@ def parse_query(query: str) -> Mapping[str, str]:
         raise bad_head("the query cannot be read") from None
 
 
-def number_in(query: str, name: str, pattern: str = "[0-9]{1,15}") -> float:
+def number_in(asks: Query, name: str,
+              pattern: str = "[0-9]{1,15}") -> float:
     """A number of the query; 0 where it is left out."""
-    if not query:
-        return 0.0
-    text = parse_query(query).get(name, "0")
+    text = asks.get(name, "0")
     if not re.fullmatch(pattern, text, re.ASCII):
         raise bad_field(name, "a number", f"ask for ?{name}=5")
     return float(text)
 
 
-def wait_in(query: str) -> float:
+def wait_in(asks: Query) -> float:
     """How many seconds a poll may be held."""
-    return min(number_in(query, "wait", r"[0-9]{1,9}(\.[0-9]{1,9})?"),
+    return min(number_in(asks, "wait", r"[0-9]{1,9}(\.[0-9]{1,9})?"),
                MAX_POLL_SECONDS)
 
 
@@ -5653,11 +5653,10 @@ class Desk:
         """Run a route, inside a savepoint if it can change something. Whoever
         asked is told only after the commit."""
         import sqlite3
-        route = getattr(self, http.route.answer)
         try:
             if http.method == "POST":
-                return self.store.attempt(self.answered, route, http, body)
-            return self.answered(route, http)
+                return self.store.attempt(self.answered, http, body)
+            return self.answered(http, body)
         except sqlite3.Error as error:
             log.error("the database fails: %s", visible(str(error)))
             return self.problem(http, STORAGE_FAILED)
@@ -5667,11 +5666,14 @@ class Desk:
                 "internal", "a fault of ours; nothing was changed",
                 "the server's log has it"))
 
-    def answered(self, route: Callable[..., bytes | Poll], http: HttpRequest,
-                 *body: bytes) -> bytes | Poll:
-        """A route's answer; a refusal is one too."""
+    def answered(self, http: HttpRequest, body: bytes) -> bytes | Poll:
+        """A route's answer to what the body or the query asks; a refusal is
+        an answer too."""
+        route: Callable[..., bytes | Poll] = getattr(self, http.route.answer)
         try:
-            return route(http, *body)
+            if http.method == "POST":
+                return route(http, parse_body(http, body))
+            return route(http, parse_query(http.query))
         except Refusal as refusal:
             return self.problem(http, refusal)
 
@@ -5747,8 +5749,7 @@ class Desk:
 
     # ---- the routes: an agent's ----
 
-    def post_pending(self, http: HttpRequest, body: bytes) -> bytes:
-        asks = parse_body(http, body)
+    def post_pending(self, http: HttpRequest, asks: dict[str, Any]) -> bytes:
         asked = asked_from(asks, http.who, self.store.time, self.store.now)
         summary, new = self.store.submit(asked, bool(field(asks, "attach", bool)))
         if not new:
@@ -5756,9 +5757,9 @@ class Desk:
         return self.reply(http, summary, 201,
                           f"Location: /review/{asked.request_id}\r\n")
 
-    def get_pending(self, http: HttpRequest) -> bytes | Poll:
+    def get_pending(self, http: HttpRequest, asks: Query) -> bytes | Poll:
         summary = self.store.summary(http.request_id, str(http.who))
-        wait = wait_in(http.query)
+        wait = wait_in(asks)
         if summary.status == Status.WAITING:
             self.attended_until[http.request_id] = (
                 time.monotonic() + wait + RECENT_SECONDS)
@@ -5766,8 +5767,7 @@ class Desk:
                 return Poll(http, http.request_id, wait)
         return self.reply(http, summary)
 
-    def post_claim(self, http: HttpRequest, body: bytes) -> bytes:
-        asks = parse_body(http, body)
+    def post_claim(self, http: HttpRequest, asks: dict[str, Any]) -> bytes:
         request = self.store.claim(
             http.request_id, field(asks, "digest", limit=64, needed=True),
             field(asks, "claim", needed=True), str(http.who),
@@ -5777,8 +5777,7 @@ class Desk:
         return self.reply(http, self.shape(request.summary) | {
             "arguments": stored_json(request.approved_arguments)})
 
-    def post_outcome(self, http: HttpRequest, body: bytes) -> bytes:
-        asks = parse_body(http, body)
+    def post_outcome(self, http: HttpRequest, asks: dict[str, Any]) -> bytes:
         if asks.get("outcome") not in ("executed", "failed"):
             raise bad_field("outcome", "executed or failed",
                             'send {"claim": "...", "outcome": "executed"}')
@@ -5787,16 +5786,15 @@ class Desk:
             Outcome(asks["outcome"]), field(asks, "text", limit=MAX_WHY) or "",
             str(http.who)).summary)
 
-    def post_withdraw(self, http: HttpRequest, body: bytes) -> bytes:
-        why = field(parse_body(http, body), "why", limit=MAX_WHY) or ""
+    def post_withdraw(self, http: HttpRequest, asks: dict[str, Any]) -> bytes:
+        why = field(asks, "why", limit=MAX_WHY) or ""
         return self.reply(http, self.store.withdraw(
             http.request_id, why, str(http.who)).summary)
 
     # ---- the routes: a reviewer's ----
 
-    def post_approve(self, http: HttpRequest, body: bytes) -> bytes:
+    def post_approve(self, http: HttpRequest, asks: dict[str, Any]) -> bytes:
         """A decision, as JSON or from a page's form, which leads home."""
-        asks = parse_body(http, body)
         if asks.get("decision") not in ("approved", "rejected"):
             raise Refusal("bad-decision", '"decision" must be "approved" or '
                           '"rejected"', 'send {"decision": "approved"} or '
@@ -5858,36 +5856,35 @@ class Desk:
             return False
         return SEEN_SECONDS <= age
 
-    def get_waiting(self, http: HttpRequest) -> bytes:
+    def get_waiting(self, http: HttpRequest, asks: Query) -> bytes:
         """What waits, in the order of the page; `next` is where to go on."""
-        start = int(number_in(http.query, "from"))
+        start = int(number_in(asks, "from"))
         rows = self.store.waiting(LISTED + 1, start, self.attended_until)
         return self.reply(http, {
             "waiting": list(map(self.listed, rows[:LISTED])),
             "next": start + LISTED if len(rows) > LISTED else None})
 
-    def get_changes(self, http: HttpRequest) -> bytes | Poll:
+    def get_changes(self, http: HttpRequest, asks: Query) -> bytes | Poll:
         """A page's poll: answered when anything is no longer as it was."""
-        wait, after = wait_in(http.query), number_in(http.query, "after")
+        wait, after = wait_in(asks), number_in(asks, "after")
         if wait and after == self.store.head.sequence:
             return Poll(http, "", wait)
         return self.reply(http, self.change)
 
     # ---- decisions that stand ----
 
-    def get_standing(self, http: HttpRequest) -> bytes:
+    def get_standing(self, http: HttpRequest, asks: Query) -> bytes:
         rows = self.store.standing()
         if wants(http, JSON):
             return self.reply(http, {"standing": [
                 standing_shape(*row) for row in rows]})
         return self.reply(http, standing_page(self.view(http), rows))
 
-    def post_stop(self, http: HttpRequest, body: bytes) -> bytes:
+    def post_stop(self, http: HttpRequest, asks: dict[str, Any]) -> bytes:
         return self.stands(http, "/", self.store.stop(
-            str(http.who), reason_in(parse_body(http, body)), http.who.signed_in))
+            str(http.who), reason_in(asks), http.who.signed_in))
 
-    def post_lift(self, http: HttpRequest, body: bytes) -> bytes:
-        parse_body(http, body)
+    def post_lift(self, http: HttpRequest, asks: dict[str, Any]) -> bytes:
         if not re.fullmatch("[0-9]{1,15}", http.request_id, re.ASCII):
             raise Refusal("unknown", "this is not a number",
                           "`hitl.py standing` lists them")
@@ -5910,15 +5907,15 @@ class Desk:
             "received_at": request.received_at,
             "large": request.size > LARGE_BYTES}      # then its url has it all
 
-    def get_desk(self, http: HttpRequest) -> bytes:
-        start = int(number_in(http.query, "from"))
+    def get_desk(self, http: HttpRequest, asks: Query) -> bytes:
+        start = int(number_in(asks, "from"))
         return self.reply(http, desk_page(
             self.view(http), self.store.waiting(PAGE_CARDS, start,
                                                 self.attended_until),
             self.store.waiting_count,
             self.store.reviewed(REVIEWED_CARDS).rows, start))
 
-    def get_review(self, http: HttpRequest) -> bytes:
+    def get_review(self, http: HttpRequest, asks: Query) -> bytes:
         """All about a request, as a page, or as JSON with those whose ids
         begin with its own."""
         longer = self.store.beginning_with(http.request_id)
@@ -5934,9 +5931,8 @@ class Desk:
             "attended": self.attended(request.request_id),
             "notices": self.told(request.request_id)})
 
-    def get_history(self, http: HttpRequest) -> bytes:
+    def get_history(self, http: HttpRequest, asks: Query) -> bytes:
         """What was reviewed, with all the words of `q`, of one `status`."""
-        asks = parse_query(http.query)
         behind = re.fullmatch("([0-9TZ:.-]{24})_([0-9]{1,18})",
                               asks.get("before", ""))
         before = (behind[1], int(behind[2])) if behind else None
@@ -5959,7 +5955,7 @@ class Desk:
         """The mark of a request whose notices failed."""
         return notice_mark(self.store.notices_of(request_id))
 
-    def get_healthz(self, http: HttpRequest) -> bytes:
+    def get_healthz(self, http: HttpRequest, asks: Query) -> bytes:
         self.store.reviewed(0)          # the database answers, or 503
         return self.reply(http, {"status": "ok"})
 
@@ -6250,41 +6246,39 @@ class Loop:
             self.asyncio_loop.call_soon(self.asyncio_loop.call_soon, self.turn)
 
     def turn(self) -> None:
-        """Answer what is whole, in one transaction; nothing more is begun
-        when it is 30 ms old."""
+        """Answer what is whole, in one transaction (promise 6)."""
         self.turn_is_due = False
         end = self.clock() + TURN_SECONDS
         self.desk.store.tick()
         answers: list[tuple[Connection, HttpRequest, bytes | Poll]] = []
-        while any(self.queues) and self.clock() < end:      # 1. run
+        # 1. run it, reviewers' first; nothing more once the turn is 30 ms old
+        while any(self.queues) and self.clock() < end:
             connection = (self.queues[0] or self.queues[1]).popleft()
             http, body = connection.http, connection.body
             connection.http, connection.body = None, b""
-            if http:                            # it is still there
+            if http:                            # its client is still there
                 answers.append((connection, http, self.desk.answer(http, body)))
         self.record_notices()
-        self.commit(answers)
-        if any(self.queues) or self.reports:    # 4. the rest, in another turn
-            self.turn_is_due = True
-            self.asyncio_loop.call_later(BREAK_SECONDS, self.turn)
-
-    def commit(self, answers: list[tuple[Connection, HttpRequest,
-                                         bytes | Poll]]) -> None:
-        """End the transaction, then answer; if it is not on disk, every
-        answer of the turn becomes a 503 (promise 6)."""
-        changes = self.desk.store.commit()      # 2. on disk
-        for connection, http, answer in answers:            # 3. answer
+        # 2. commit; if it is not on disk, every answer becomes a 503
+        changes = self.desk.store.commit()
+        # 3. answer
+        for connection, http, answer in answers:
             if changes is None:
                 answer = self.desk.problem(http, STORAGE_FAILED)
             if isinstance(answer, Poll):
                 self.park(connection, answer)
             else:
                 connection.send(answer)
-        if changes:
-            self.tell(changes)
+        # 4. tell who waits for what changed; the rest, in another turn
+        self.tell(changes)
+        if any(self.queues) or self.reports:
+            self.turn_is_due = True
+            self.asyncio_loop.call_later(BREAK_SECONDS, self.turn)
 
-    def tell(self, changes: list[Change]) -> None:
+    def tell(self, changes: list[Change] | None) -> None:
         """Wake who waits for what changed, print lines, send notices."""
+        if not changes:
+            return
         for connection in list(self.waiters.get("", ())):
             self.release(connection)
         changes = [change for change in changes if change.event not in (
@@ -6358,7 +6352,7 @@ class Loop:
             if not self.failing:            # once, not four times a second
                 log.error("the database fails: %s", error)
             self.failing = True
-        self.commit([])
+        self.tell(self.desk.store.commit())
         pause = 0.01 if more else SWEEP_SECONDS
         self.asyncio_loop.call_later(pause, self.sweep)
 
