@@ -8226,7 +8226,7 @@ def test_a_printed_token_signs_in(make_desk, make_rules, tmp_path):
 
 # ================================ Promise 7 ================================
 
-def test_nothing_anybody_writes_is_markup(desk):
+def test_promise_7_nothing_anybody_writes_is_markup(desk):
     """Whatever an agent or a reviewer writes, in whatever field, the tags
     and attributes of every page stay a clean one's, and the reader sees what
     was written, to the letter."""
