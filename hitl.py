@@ -72,7 +72,7 @@ what an approval is handed to: the MCP server, the coding agent, `run`.
   * Store             1083  the only SQL: requests, decisions, the audit log
     Database file      305  opens, locks and verifies it
     Notices            574  tells a reviewer; the only outgoing messages
-    Pages             1004  the only HTML; pure functions
+    Pages             1000  the only HTML; pure functions
   * Rights and routes  995  who may do what, and the replies
     Loop               522  the only listening socket; one transaction a turn
   * Client             173  the only outgoing requests to the server
@@ -4050,12 +4050,12 @@ mark { font-size: .85em; margin: 0 1px; }
 bdi { text-decoration: underline 1px; text-underline-offset: 3px; }
 
 /* deciding: buttons that have just appeared are dead */
-textarea, button, select, input { font: inherit; color: inherit; padding: 7px 10px;
+textarea, button, input { font: inherit; color: inherit; padding: 7px 10px;
   border: 1px solid var(--soft); border-radius: 6px; background: var(--sunk); }
-textarea, main input[type=search] { flex: 1 1 220px; height: 40px; min-width: 0; }
+textarea { flex: 1 1 220px; height: 40px; min-width: 0; }
 label { flex: 1 1 100%; }
 label textarea { display: block; width: 100%; height: auto; }
-header input, header button { padding: 3px 10px; max-width: 170px; }
+header input, header button { padding: 3px 10px; max-width: 200px; }
 ::placeholder { color: var(--soft); opacity: 1; }
 button { background: transparent; }
 button, summary { cursor: pointer; }
@@ -4072,7 +4072,6 @@ li { padding: 3px 10px; }
 li .soft { flex: 1 1 100%; }
 @media (max-width: 640px) {
   body { padding: 0 8px 32px; }
-  header form { display: none; }
   .card[class] > summary { flex-wrap: wrap; padding-block: 7px; line-height: 1.4; }
   summary .headline, li .headline, li .soft { order: 1; flex: 1 0 100%; }
   .card:not([open]) > summary .headline { white-space: normal; }
@@ -4240,7 +4239,7 @@ const KEYS = {
   "?": () => { first("#keys").open = true; },
 };
 document.addEventListener("keydown", event => {
-  const field = event.target, typing = field.matches("textarea, input, select");
+  const field = event.target, typing = field.matches("textarea, input");
   if (event.ctrlKey || event.altKey || event.metaKey || event.isComposing) return;
   let act = typing ? null : KEYS[event.key];
   if (typing && event.key === "Escape") act = () => field.blur();
@@ -4409,7 +4408,7 @@ PAGE = """<!doctype html>
   <a href="/history">History</a>
   <form action="/history" role="search">
     <input id="q" type="search" name="q" value="{q}" placeholder="Search"
-      aria-label="Search the history">
+      aria-label="Search the history for all of these words">
   </form>
   {who}
 </header>
@@ -4458,12 +4457,7 @@ DESK = """<section id="waiting">
 """
 
 HISTORY = """<h2>History</h2>
-<form action="/history" role="search">
-  <input name="q" type="search" value="{q}" aria-label="Words"
-    placeholder="Words to find, all of them">
-  <select name="status" aria-label="Status">{choices}</select>
-  <button>Search</button>
-</form>
+<p class="soft">{statuses}</p>
 <p class="soft">{back}</p>
 {rows}
 <p>{older}</p>
@@ -4637,20 +4631,22 @@ def history_page(view: View, found: Page, asks: Mapping[str, str]) -> Html:
     """What was reviewed, the latest first, and how far back it was searched."""
     from urllib.parse import urlencode
     q, status = asks.get("q", ""), asks.get("status", "")
-    choices = joined(fill(
-        '<option value="{word}"{chosen}>{name}</option>', word=word,
-        chosen=Html(" selected" if word == status else ""),
-        name=word or "any status")
-        for word in ("", *(s for s in Status if s != Status.WAITING)))
+
+    def link(words: str, **changed: str) -> Html:
+        query = urlencode({"q": q, "status": status} | changed)
+        return fill('<a href="/history?{query}">{words}</a>', words=words,
+                    query=escaped(query))
+    choices = ["", *(word for word in Status if word != Status.WAITING)]
+    statuses = in_a_line(
+        tag(word or "any status", "strong", "now") if word == status
+        else link(word or "any status", status=word) for word in choices)
     older, back = Html(""), Html("Searched everything that was reviewed.")
     if found.next:
         at, number = found.next
-        query = urlencode({"q": q, "status": status, "before": f"{at}_{number}"})
         back = fill("Searched back to {at}.", at=clock_time(at))
-        older = fill('<a href="/history?{query}">Older</a>', query=escaped(query))
-    return page("History", fill(HISTORY, q=escaped(q), choices=choices, back=back,
-                                rows=reviewed_list(found.rows), older=older),
-                view, q=q)
+        older = link("Older", before=f"{at}_{number}")
+    return page("History", fill(HISTORY, statuses=statuses, back=back, older=older,
+                                rows=reviewed_list(found.rows)), view, q=q)
 
 
 def standing_page(view: View, rows: list[tuple[Standing, int]]) -> Html:
@@ -4849,7 +4845,8 @@ def context_shown(request: ReviewRequest) -> tuple[Html, Html]:
     else:
         parts = [broken(context[:half]), broken(context[-half:])]
         left_out = fill('<p class="end">{size} are left out here; <code>hitl.py show '
-                        "{name} --json</code> shows all of it.</p>", name=request.request_id,
+                        "{name} --json</code> shows all of it.</p>",
+                        name=request.request_id,
                         size=readable_size(len(context) - CONTEXT_SHOWN))
     lines = parts[0].split("\n", 2)
     first = lines[1].strip() if lines[0] in ("{", "[") and lines[1:] else lines[0]
