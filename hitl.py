@@ -6479,9 +6479,9 @@ def open_desk(host: str, port: int, store: Store, tokens: Tokens,
 
 # ================================== Client =================================
 # How another process talks to the server, and the only outgoing requests to
-# it. http.client, which knows no proxies (the environment could route
-# approvals through a stranger) and no redirects, with a bounded answer in a
-# bounded time: whatever answers instead of the server is an UnreachableError.
+# it. urllib.request, without proxies (the environment could route approvals
+# through a stranger), without redirects, with a bounded answer in a bounded
+# time: whatever answers instead of the server is an UnreachableError.
 
 MAX_REPLY = 64 << 20            # bytes: `list` of a full desk is the largest
 FINAL = ("bad-reply", "bad-certificate")    # asking again would not help
@@ -6511,55 +6511,45 @@ class Client:
         nothing whole comes back within `seconds`. A header's name is written
         with _ for -."""
         import http.client
-        end, connection = time.monotonic() + seconds, self.connection(seconds)
-        headers |= {"User_Agent": f"hitl.py/{__version__}",
-                    "Connection": "close"}
+        import urllib.request
+        headers = {"User-Agent": f"hitl.py/{__version__}", **{
+            name.replace("_", "-"): value for name, value in headers.items()}}
         if self.authorization:
             headers["Authorization"] = self.authorization
         try:
-            connection.connect()
-            connection.sock.settimeout(max(0.001, end - time.monotonic()))
-            connection.response_class = functools.partial(timely(), end)
-            connection.request(method, path, data, {
-                name.replace("_", "-"): v for name, v in headers.items()})
-            with connection.getresponse() as reply:
+            ask = urllib.request.Request(self.server_url + path, data, headers,
+                                         method=method)
+            with self.opener().open(ask, timeout=seconds) as reply:
                 text = reply.read(MAX_REPLY + 1)
-                endless = reply.length is None and not reply.chunked
-                if len(text) <= MAX_REPLY and (reply.length or endless):
+                if len(text) <= MAX_REPLY and (reply.length or (
+                        not reply.chunked and reply.length is None)):
                     raise http.client.IncompleteRead(b"")
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise self.no_answer(error) from None
-        finally:
-            connection.close()
         if len(text) > MAX_REPLY:
             raise self.nonsense("without end")
         return reply.status, reply.headers, text
 
-    def connection(self, seconds: float) -> Any:
-        import http.client
-        scheme, _, host = self.server_url.partition("://")
-        if scheme == "http":
-            return http.client.HTTPConnection(host, timeout=seconds)
-        return http.client.HTTPSConnection(
-            host, timeout=seconds, context=authorities(
-                self.tls_ca, os.environ.get("SSL_CERT_FILE")))
+    def opener(self) -> Any:
+        return opener(self.server_url.startswith("https:"), self.tls_ca,
+                      os.environ.get("SSL_CERT_FILE"))
 
     def no_answer(self, error: Exception) -> UnreachableError:
         """What went wrong on the way; never quotes what was sent."""
         import http.client
-        if distrust := getattr(error, "verify_message", ""):
+        why = getattr(error, "reason", error)
+        if distrust := getattr(why, "verify_message", ""):
             return UnreachableError(
                 f"the certificate of {self.server_url} is not trusted: "
                 f"{visible(str(distrust))}", "name the authority that signed "
                 'it: [gate] tls_ca = "ca.pem", or SSL_CERT_FILE',
                 reason="bad-certificate")
-        why = str(error)
         if isinstance(error, http.client.HTTPException):
             why = f"the answer is cut short ({type(error).__name__})"
         elif isinstance(error, ValueError):     # it could quote the token
             why = "the request could not be written"
         return UnreachableError(
-            f"no answer from {self.server_url}: {visible(why)}",
+            f"no answer from {self.server_url}: {visible(str(why))}",
             "is it running? `python3 hitl.py serve` starts it; "
             "server_url or HITL_SERVER_URL says where it is")
 
@@ -6597,9 +6587,10 @@ class Client:
 
 @functools.cache
 def timely() -> Any:
-    """http.client's response with one end for all it reads. A socket's own
-    time-out is for each step, and a server that sends a byte a second would
-    hold a call for ever; so every step gets only what is left."""
+    """A function that gives http.client's connection with one end for all it
+    does. A socket's own time-out is for each step, and a server that sends a
+    byte a second would hold a call for ever; so every step gets only what is
+    left of the whole."""
     import http.client
     import io
 
@@ -6622,31 +6613,61 @@ def timely() -> Any:
             self.file.close()           # which holds the socket open
 
     class Response(http.client.HTTPResponse):
-        def __init__(self, end: float, sock: Any, **more: Any) -> None:
+        def __init__(self, sock: Any, end: float, **more: Any) -> None:
             super().__init__(sock, **more)
             self.fp = io.BufferedReader(Bounded(sock, self.fp, end), 1 << 16)
-    return Response
+
+    def timed(http_class: Any, end: float) -> Any:
+        class Timed(http_class):  # type: ignore[misc]
+            response_class = staticmethod(functools.partial(Response, end=end))
+
+            def connect(self) -> None:
+                super().connect()
+                self.sock.settimeout(max(0.001, end - time.monotonic()))
+        return Timed
+    return timed
 
 
 @functools.cache
-def authorities(tls_ca: str, ssl_cert_file: str | None) -> Any:
-    """Whose certificates are trusted; the second is read by ssl itself."""
+def opener(tls: bool, tls_ca: str, ssl_cert_file: str | None) -> Any:
+    """urllib's opener, as above; the last is what ssl itself reads."""
+    import urllib.request
+
+    class Timely(urllib.request.AbstractHTTPHandler):
+        def do_open(self, http_class: Any, req: Any, **more: Any) -> Any:
+            end = time.monotonic() + req.timeout
+            return super().do_open(timely()(http_class, end), req, **more)
+
+    class Plain(Timely, urllib.request.HTTPHandler):
+        pass
+
+    class Secure(Timely, urllib.request.HTTPSHandler):
+        pass
+
+    made = urllib.request.OpenerDirector()      # no proxies, no redirects,
+    if not tls:                                 # no file:, and an error's
+        made.add_handler(Plain())               # answer is an answer
+        return made
     import ssl
-    return ssl.create_default_context(cafile=tls_ca or None)
+    made.add_handler(Secure(context=ssl.create_default_context(
+        cafile=tls_ca or None)))
+    return made
 
 
 def checked_authorities(configuration: Configuration) -> str:
     """[gate] tls_ca as a path beside the configuration; ConfigError if it
     cannot be read."""
     name = configuration.gate["tls_ca"]
+    if not name:
+        return ""
     path = (configuration.path or Path()).parent / name
     try:
-        if name:
-            authorities(str(path), None)
+        import ssl
+        ssl.create_default_context(cafile=str(path))
     except (OSError, ValueError) as error:
         raise ConfigError(f"[gate] tls_ca: {path}: {error}",
                           "name a PEM file of certificates") from None
-    return str(path) if name else ""
+    return str(path)
 
 
 # ================================= Context =================================
