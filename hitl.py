@@ -94,16 +94,28 @@ named reviewers and agents, decisions that stand, arguments a reviewer may
 change, kind = "shell" and "edit", and TLS.
 """
 # SPDX-License-Identifier: MIT-0
-# Copyright 2026 the authors of hitl.py. MIT No Attribution: copy, change and
-# sell it, without conditions. Provided "AS IS", without warranty of any kind.
-# The whole text: https://spdx.org/licenses/MIT-0.html
 #
-# ruff: noqa: E402      imports come after the restart below
+# Copyright 2026 the authors of hitl.py
+#
+# Permission is hereby granted, free of charge, to any person obtaining a copy
+# of this software and associated documentation files (the "Software"), to deal
+# in the Software without restriction, including without limitation the rights
+# to use, copy, modify, merge, publish, distribute, sublicense, and/or sell
+# copies of the Software, and to permit persons to whom the Software is
+# furnished to do so.
+#
+# THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+# IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
+# FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+# AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
+# LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+# OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
+# SOFTWARE.
 #
 # /// script
 # requires-python = ">=3.11"
 # ///
-# ruff: noqa: E402 (what is imported is settled first)
+# ruff: noqa: E402 (what may be imported is settled first)
 from __future__ import annotations
 
 import os
