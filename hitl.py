@@ -72,7 +72,7 @@ what an approval is handed to: the MCP server, the coding agent, `run`.
   * Store             1083  the only SQL: requests, decisions, the audit log
     Database file      305  opens, locks and verifies it
     Notices            574  tells a reviewer; the only outgoing messages
-    Pages             1000  the only HTML; pure functions
+    Pages             1007  the only HTML; pure functions
   * Rights and routes  995  who may do what, and the replies
     Loop               522  the only listening socket; one transaction a turn
   * Client             173  the only outgoing requests to the server
@@ -4174,6 +4174,10 @@ document.addEventListener("submit", async event => {
 document.addEventListener("toggle", event => {
   event.target.since = performance.now();
 }, true);
+document.addEventListener("input", event => {
+  const card = event.target.closest(".card");
+  if (card) sessionStorage[card.id] = reason(card);
+});
 
 // ---- live ----
 
@@ -4268,6 +4272,8 @@ bell.onclick = async () => {
   bell.hidden = true;
 };
 localise(document);
+for (const field of every(".card [name=reason]"))       // after a reload
+  field.value ||= sessionStorage[field.closest(".card").id] || "";
 if (change) live();
 """
 

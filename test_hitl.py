@@ -7758,7 +7758,7 @@ def test_a_new_card_appears_at_once(desk, look):
 @needs_browser
 def test_a_typed_reason_is_never_lost(desk, look):
     """Not by another's decision, seen at once or only by a late click, a
-    server that is away, or one that is back."""
+    server that is away, one that is back, or a page that is loaded again."""
     for n in range(3):
         desk.post(f"r-{n}")
     page = look()
@@ -7786,9 +7786,11 @@ def test_a_typed_reason_is_never_lost(desk, look):
     assert until(lambda: not page.run(hidden))
     desk.start(desk.port)
     assert until(lambda: page.run(hidden))
+    assert top(page, "r-2") == before
+    look()
+    assert alive(page)
     page.click("#decide-r-2 .reject")
     assert said(2, "rejected by ana", "reason: because 2")
-    assert top(page, "r-2") == before
 
 
 @needs_browser
