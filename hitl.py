@@ -5071,7 +5071,7 @@ class HttpRequest(NamedTuple):
     who: Principal = NOBODY
 
 
-UNREAD = HttpRequest("", "", "", Missing(), 0, True)    # what cannot be read
+UNREAD = HttpRequest("", "", "", Missing(), 0, True)    # what is not kept
 REQUEST_LINE = regex(rb"([A-Z]{1,20}) (/[!-~]*) HTTP/1\.([01])")
 FIELD = regex(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):"
                    rb"[ \t]*+([!-~\x80-\xff][ \t!-~\x80-\xff]*+)?")
@@ -5497,9 +5497,9 @@ def standing_shape(row: Standing, used: int) -> dict[str, Any]:
 class Poll(NamedTuple):
     """An answer that waits until something changes."""
 
-    http: HttpRequest
     about: str                          # a request_id; "": anything
     seconds: float                      # at most
+    close: bool                         # the connection, once it is answered
 
 
 class Desk:
@@ -5695,13 +5695,14 @@ class Desk:
     def news(self, poll: Poll) -> bytes:
         """What a parked poll is answered."""
         import sqlite3
+        http = UNREAD._replace(close=poll.close)
         if not poll.about:
-            return self.reply(poll.http, self.change)
+            return self.reply(http, self.change)
         self.attended_until[poll.about] = time.monotonic() + RECENT_SECONDS
         try:
-            return self.reply(poll.http, self.store.summary(poll.about))
+            return self.reply(http, self.store.summary(poll.about))
         except (Refusal, sqlite3.Error):
-            return self.problem(poll.http, STORAGE_FAILED)
+            return self.problem(http, STORAGE_FAILED)
 
     @property
     def change(self) -> dict[str, int]:
@@ -5779,7 +5780,7 @@ class Desk:
             self.attended_until[http.request_id] = (
                 time.monotonic() + wait + RECENT_SECONDS)
             if wait:
-                return Poll(http, http.request_id, wait)
+                return Poll(http.request_id, wait, http.close)
         return self.reply(http, summary)
 
     def post_claim(self, http: HttpRequest, asks: dict[str, Any]) -> bytes:
@@ -5883,7 +5884,7 @@ class Desk:
         """A page's poll: answered when anything is no longer as it was."""
         wait, after = wait_in(asks), number_in(asks, "after")
         if wait and after == self.store.head.sequence:
-            return Poll(http, "", wait)
+            return Poll("", wait, http.close)
         return self.reply(http, self.change)
 
     # ---- decisions that stand ----
