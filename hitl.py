@@ -84,9 +84,10 @@ what an approval is handed to: the MCP server, the coding agent, `run`.
     Command line      1244  argv, environment, stdout
 
 Files: checkpoints.toml (rules); hitl.db, -wal, -shm (requests and audit log);
-hitl.db.lock (one server a database). Environment: HITL_SERVER_URL,
-HITL_CONFIG, HITL_DATABASE, HITL_AGENT_TOKEN, HITL_AGENT, HITL_REVIEWER,
-HITL_REVIEWER_TOKEN. A flag wins over the environment, that over the file.
+hitl.db.lock (one server a database); ~/.cache/hitl (this file's bytecode).
+Environment: HITL_SERVER_URL, HITL_CONFIG, HITL_DATABASE, HITL_AGENT_TOKEN,
+HITL_AGENT, HITL_REVIEWER, HITL_REVIEWER_TOKEN. A flag wins over the
+environment, that over the file.
 
 Is this copy whole and current? `python3 hitl.py --version` prints its version
 and its own SHA-256, to compare with the one you trust. 2.0.0 added notices,

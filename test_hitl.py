@@ -323,12 +323,13 @@ class Served(Running):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def clean_environment():
+def clean_environment(tmp_path_factory):
     """What is set for hitl.py is not for its tests: they set what they
     mean; and they talk to this machine alone, without a proxy."""
     for name in list(os.environ):
         if re.search("(?i)^HITL_|_proxy$", name):
             del os.environ[name]
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 @pytest.fixture
 def desk(tmp_path):
@@ -6620,7 +6621,8 @@ def test_nothing_beside_the_file_is_imported(tmp_path):
     tool = tmp_path / "tool"
     shutil.copy(FILE, tool)
     (tool / "checkpoints.toml").write_text(SHELL)
-    environ = {"HOME": str(tmp_path / "home"), "PYTHONNOUSERSITE": "1"}
+    environ = {"HOME": str(tmp_path / "home"), "PYTHONNOUSERSITE": "1",
+               "XDG_CACHE_HOME": ""}
     script = (sys.executable, str(tool / "hitl.py"))
     done = command("hook", "--snippet", "claude", folder=tmp_path / "work",
                    argv=script, **environ)
@@ -6643,8 +6645,10 @@ def test_nothing_beside_the_file_is_imported(tmp_path):
             assert done.stdout == "{}\n"
     folder = tmp_path / "home/.cache/hitl"
     assert folder.stat().st_mode & 0o777 == 0o700
-    assert list(folder.rglob("hitl.*.pyc"))
-    folder.chmod(0o755)
+    kept, = folder.rglob("hitl.*.pyc")
+    shutil.copy(cache_from_source(str(tool / "hitl.py")), kept)
+    folder.chmod(0o755)                 # others could have put it there
+    assert command("--version", argv=script, **environ).stdout.startswith("hitl.py")
     done = command("hook", "--snippet", "claude", **environ)
     assert "is not this user's alone" in done.stderr and not done.stdout
 
