@@ -9752,7 +9752,8 @@ def cmd_init(args: Any) -> int:
             file.write(text)
     except FileExistsError:
         raise ConfigError(f"{path} is there already", "it was not changed; "
-                          "next: python3 hitl.py serve") from None
+                          "move it away for a new one, or go on with "
+                          "python3 hitl.py serve") from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     say(f"wrote {path}; next: python3 hitl.py serve")
@@ -9867,7 +9868,7 @@ def cmd_stop(args: Any) -> int:
                     {"reason": args.reason or ""})
     return answer(args, stop, [
         standing_line(stop), "calls that are running go on; to end this: "
-        f"hitl.py lift {stop['number']}"])
+        f"python3 hitl.py lift {stop['number']}"])
 
 
 def cmd_standing(args: Any) -> int:
@@ -9908,7 +9909,8 @@ def cmd_notify(args: Any) -> int:
         raise ConfigError(
             f"{configuration.path}: no [[notify]]{missing}"
             f"{did_you_mean(args.test, names)}",
-            f"there are: {', '.join(names) or 'none'}")
+            f"there are: {', '.join(names)}" if names else
+            "add a [[notify]] table to it; README.md has one for each service")
     server = configuration.server
     url = server["public_url"] or f"http://{server['host']}:{server['port']}"
     failed = 0
@@ -9965,7 +9967,7 @@ def cmd_token(args: Any) -> int:
         name_value(args.name)
     token, kind = fresh_token(), "agent" if args.agent else "reviewer"
     print(f"the {kind} {args.name}'s token, shown once: {token}\n"
-          "what follows is for checkpoints.toml: add >> checkpoints.toml",
+          "the lines on stdout belong in checkpoints.toml; then restart serve",
           file=sys.stderr, flush=True)
     say(f"\n[[{kind}]]\nname = {json.dumps(args.name, ensure_ascii=False)}\n"
         f'token_sha256 = "{token_hash(token)}"')
@@ -10062,7 +10064,7 @@ def command_line() -> Any:
             print_error(ConfigError(message, f"{self.prog} --help"))
             sys.exit(2)
     parser = Parser(
-        prog="hitl", formatter_class=plain,
+        prog="python3 hitl.py", formatter_class=plain,
         description="A person decides before an AI agent acts.",
         epilog="first: python3 hitl.py demo\n`COMMAND --help` has an example.")
     parser.add_argument("--version", action="store_true",

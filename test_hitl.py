@@ -1461,7 +1461,8 @@ def test_init_writes_four_rules_and_never_overwrites(tmp_path):
         done = command("init", "--config", str(there), folder=tmp_path)
         assert (done.returncode, done.stdout, done.stderr) == (2, "", (
             f"hitl: error: {there} is there already\n"
-            "hitl: hint: it was not changed; next: python3 hitl.py serve\n"))
+            "hitl: hint: it was not changed; move it away for a new one, or "
+            "go on with python3 hitl.py serve\n"))
     assert not (tmp_path / "gone").exists()
 
 
