@@ -2813,7 +2813,7 @@ class Store:
         found = standing_rows(self.db, "WHERE number = ?", number)
         if not found:
             raise Refusal("unknown", f"there is no standing decision {number}",
-                          "`hitl.py standing` lists them")
+                          "`python3 hitl.py standing` lists them")
         standing = found[0]
         if standing.lifted_at is None:
             standing = standing._replace(lifted_at=self.now, lifted_by=by)
@@ -2848,7 +2848,7 @@ class Store:
         raise Refusal(
             "stopped", f"{stop.made_by.partition(':')[2]} stopped everything "
             f"at {stop.made_at}{why}", "nothing is asked, approved or run "
-            f"until a reviewer lifts it: hitl.py lift {stop.number}")
+            f"until a reviewer lifts it: python3 hitl.py lift {stop.number}")
 
     # ---- reading ----
 
@@ -3094,7 +3094,7 @@ def names_of(value: Any) -> list[Any]:
 
 def unknown(request_id: str) -> Refusal:
     return Refusal("unknown", f'there is no request "{request_id}"',
-                   "check the id: `hitl.py list --all` prints them")
+                   "check the id: `python3 hitl.py list --all` prints them")
 
 
 # ============================== Database file ==============================
@@ -5904,7 +5904,7 @@ class Desk:
     def post_lift(self, http: HttpRequest, asks: dict[str, Any]) -> bytes:
         if not re.fullmatch("[0-9]{1,15}", http.request_id, re.ASCII):
             raise Refusal("unknown", "this is not a number",
-                          "`hitl.py standing` lists them")
+                          "`python3 hitl.py standing` lists them")
         return self.stands(http, "/standing", self.store.lift(
             int(http.request_id), str(http.who)))
 
@@ -9215,7 +9215,7 @@ def request_named(client: Client, start: str,
     `1f0c`, and was approved in another's place."""
     if not REQUEST_ID.fullmatch(start):
         raise ConfigError(f'"{visible(start)}" is not a request_id',
-                          "`hitl.py list --all` prints them")
+                          "`python3 hitl.py list --all` prints them")
     reply = client.exchange("GET", f"/review/{start}", seconds=15)
     unknown, cure = reply.reason == "unknown", ""
     ids = reply.body.get("longer_ids") or []
