@@ -12,7 +12,7 @@ for a human being before it deletes, deploys, sends or pays.
     python3 hitl.py init      # write checkpoints.toml: what needs a person
     python3 hitl.py serve     # the desk: prints the link where you review
 
-and in the agent, where TOOLS[name](**arguments) stood:
+and in the agent, in place of TOOLS[name](**arguments):
 
     import hitl
     gate = hitl.Gate("checkpoints.toml")
@@ -65,23 +65,23 @@ what an approval is handed to: the MCP server, the coding agent, `run`.
 `grep -n '^# ====' hitl.py` prints this map with line numbers.
 
   * Errors              106  the ways it can go wrong, each with its hint
-  * Vocabulary         288  statuses, canonical JSON, the digest
-    Text               178  text that a person can trust to be what it shows
-  * Matching           703  does a checkpoint match this call?
+  * Vocabulary         289  statuses, canonical JSON, the digest
+    Text               173  text that a person can trust to be what it shows
+  * Matching           707  does a checkpoint match this call?
     Configuration      517  reads and checks checkpoints.toml
-  * Store             1083  the only SQL: requests, decisions, the audit log
+  * Store             1078  the only SQL: requests, decisions, the audit log
     Database file      305  opens, locks and verifies it
-    Notices            574  tells a reviewer; the only outgoing messages
-    Pages             1007  the only HTML; pure functions
-  * Rights and routes  995  who may do what, and the replies
-    Loop               522  the only listening socket; one transaction a turn
-  * Client             173  the only outgoing requests to the server
-    Context            276  what the card says of the agent; secrets masked
+    Notices            575  tells a reviewer; the only outgoing messages
+    Pages             1008  the only HTML; pure functions
+  * Rights and routes  993  who may do what, and the replies
+    Loop               520  the only listening socket; one transaction a turn
+  * Client             193  the only outgoing requests to the server
+    Context            272  what the card says of the agent; secrets masked
     Guard              173  the decorator
-  * Gate               786  match, ask, wait, claim, run, report: runs a tool
-    Adapters           738  coding-agent hooks, MCP proxy, command prefix
-    Evidence           306  `verify` and `demo`: the whole path, for real
-    Command line      1244  argv, environment, stdout
+  * Gate               781  match, ask, wait, claim, run, report: runs a tool
+    Adapters           735  coding-agent hooks, MCP proxy, command prefix
+    Evidence           303  `verify` and `demo`: the whole path, for real
+    Command line      1243  argv, environment, stdout
 
 Files: checkpoints.toml (rules); hitl.db, -wal, -shm (requests and audit log);
 hitl.db.lock (one server a database); ~/.cache/hitl (this file's bytecode).
@@ -131,7 +131,7 @@ if sys.version_info < (3, 11):  # said in words that Python 3.8 can still read
                      "`uv run hitl.py`, which fetches one\n")
     sys.exit(2)                         # to a coding agent: refused
 
-# What `python -I -c` is given to run this file, and nothing that lies beside it
+# What `python -I -c` is given to run this file, and nothing that is beside it
 # or that the environment names; with its bytecode, but only from that folder.
 LOADER = (
     "import gc, sys; gc.disable(); from importlib.machinery import SourceFileLoader; "
@@ -373,9 +373,9 @@ REQUEST_ID = regex(
 # Each arrow (an indent) is one guarded UPDATE in the Store, and a trigger in
 # the database refuses every other move. A new status would be added here, in
 # SCHEMA and database_faults, as a move of Store, in REFUSALS, in the page's
-# STYLE and endings, and where Gate._wait and _claim look at it.
-# The deadline is watched in four places: Loop.sweep and Store.decide (the
-# server's clock), Gate._wait and _give_up (the gate's own).
+# STYLE and endings, and where Held.wait and check_approved look at it.
+# The deadline is watched in four places: Loop.sweep and Store.expire (the
+# server's clock), Held.wait and give_up (the gate's own).
 
 
 class Status(enum.StrEnum):
@@ -623,7 +623,7 @@ def parse_timestamp(value: Any) -> str:
 
 
 # ================================== Text ===================================
-# How text is shown so that it cannot lie, and how durations, sizes and calls
+# How text is shown so that it cannot mislead, and how durations, sizes and calls
 # are put into words.
 #
 # One rule decides for every character (CVE-2024-27936 in Deno's prompt;
@@ -966,7 +966,7 @@ class Rules(NamedTuple):
 
     def is_free(self, tool: str, names: Iterable[str]) -> bool:
         """Whether every call of this tool with arguments of these names runs
-        unasked, as long as their values are has_plain_values."""
+        unasked, as long as has_plain_values() is true of their values."""
         first = self.candidates(tool)[0]
         keys = [bare_name(name) for name in names]
         return (first.effect == "allow" and first.checkpoint.unconditional
@@ -1168,7 +1168,7 @@ LENIENT = json.JSONDecoder(object_pairs_hook=both_members, strict=False)
 
 
 def read_json(text: str) -> list[Any]:
-    """The value of a JSON text in a list, which is empty if it is not one."""
+    """The value of a JSON text, alone in a list; an empty list for other text."""
     try:
         return [LENIENT.decode(text)]
     except RecursionError:
@@ -2434,7 +2434,7 @@ class Store:
         self.now = instant(self.time)
 
     def reread(self) -> None:
-        """What is remembered of the database, from the database itself."""
+        """Read again what is remembered of the database."""
         self.head = last_head(self.db)
         self.counts: Counter[tuple[str | None, ...]] = Counter()
         for asked_by, agent, count in self.db.execute(
@@ -2793,8 +2793,8 @@ class Store:
 
     def stop(self, by: str, reason: str | None,
              signed_in: str | None = None) -> Standing:
-        """Everything is refused until this is lifted; a stop that is in force
-        already is met."""
+        """Everything is refused until this is lifted; a stop already in force
+        is returned."""
         return self.stop_in_force or self.keep("stopped", Standing(
             0, "stopped", by, self.now, reason=reason, signed_in=signed_in))
 
@@ -3207,8 +3207,8 @@ def check_ours(db: Any, path: Path) -> None:
 
 
 def check_header(path: Path) -> None:
-    """ConfigError for a file that SQLite would take for an empty database, or
-    that is none; SQLite itself finds out what else may be wrong."""
+    """ConfigError for a file that is not a database, or that SQLite would take
+    for an empty one; SQLite itself finds out what else may be wrong."""
     try:
         with open(path, "rb") as file:
             beginning, size = file.read(16), os.stat(path).st_size
@@ -3860,7 +3860,7 @@ class Bell:
         heapq.heappush(self.queue, (job.due, job.notice.request_id))
 
     def drop(self, request_id: str) -> bool:
-        """The request waits no more: no further try -> whether its notice was
+        """The request no longer waits: no further try -> whether its notice was
         due, and nobody has sent it."""
         with self.changed:
             job = self.jobs.pop(request_id, None)
@@ -3880,7 +3880,7 @@ class Bell:
                     if wake > now:
                         break
                     job = self.jobs.get(heapq.heappop(self.queue)[1])
-                    if job is not None:             # else it waits no more
+                    if job is not None:             # else it no longer waits
                         job.trying = True
                         taken.append(job)
                 if not taken:
@@ -3950,7 +3950,7 @@ class Notices:
                 bell.add(notice, waited)
 
     def ended(self, request_id: str) -> None:
-        """It waits no more: no further try."""
+        """It no longer waits: no further try."""
         self.waiting.discard(request_id)
         for bell in self.bells:
             if bell.drop(request_id):
@@ -4579,7 +4579,7 @@ class View(NamedTuple):
     who: str = ""                       # the reviewer signed in
     at: float = 0.0                     # now, in Unix seconds
     attended: Callable[[str], bool] = lambda request_id: False
-    told: Callable[[str], str] = lambda request_id: ""      # whom no notice met
+    told: Callable[[str], str] = lambda request_id: ""      # of its failed notices
     decided: Callable[[ReviewRequest], ReviewRequest | None] = (
         lambda request: None)           # the last decision of the same call
     rules: Rules | None = None          # the desk's own
@@ -4987,7 +4987,7 @@ def endings(request: ReviewRequest) -> Iterator[str]:
 
 # ============================ Rights and routes ============================
 # The desk's answers, without a socket: what a request's head may say, who it
-# comes from, whether he may ask that, and what the Store and the Pages say.
+# comes from, whether they may ask that, and what the Store and the Pages say.
 # http.server's own parser is lenient (two Content-Lengths, Transfer-Encoding
 # ignored, a bare CR ends a line: cpython#150499), so heads are parsed here.
 # ROUTES is the table of rights; what it does not list is refused.
@@ -5646,7 +5646,8 @@ class Desk:
         return self.rulings[key]
 
     def ruling_digest(self, request: ReviewRequest) -> str | None:
-        """What stands only while the desk's own checkpoints for a call stay."""
+        """The digest of the desk's own checkpoints for a call: a standing
+        decision ends when it changes."""
         digests = sorted({c.digest for c in self.ruling(request)[0]})
         if len(digests) > 1:
             return sha256_of(digests)
@@ -6017,12 +6018,12 @@ class Connection:
 
     def __init__(self, loop: Loop) -> None:
         self.loop, self.inbox, self.body = loop, bytearray(), b""
-        self.searched = 0               # so far there is no end of a head
+        self.searched = 0               # no end of a head before this byte
         self.http: HttpRequest | None = None     # its head is here
         self.poll: Poll | None = None   # it is parked
         self.timer: Any = None          # of a poll, or of a slow answer
-        self.shaking_hands = False      # TLS is not agreed on so far
-        self.answering = False          # an answer is not given so far
+        self.shaking_hands = False      # the TLS handshake is not finished
+        self.answering = False          # a request has no answer yet
         self.refused = False            # what still comes in is discarded
         self.close_connection = False   # after the next answer
         self.trusted = False            # a reviewer signed in here
@@ -6059,7 +6060,7 @@ class Connection:
         self.loop.forget(self)
 
     def pause_writing(self) -> None:
-        """An answer is written whole; sweep() drops who does not take it."""
+        """An answer is written whole; sweep() drops a client that does not take it."""
 
     resume_writing = pause_writing
 
@@ -6239,8 +6240,8 @@ class Loop:
         self.asyncio_loop.call_soon_threadsafe(self.stopped.set)
 
     def unexpected(self, loop: Any, context: dict[str, Any]) -> None:
-        """A callback raised what nobody expected: serve ends by it, because
-        nobody knows what was not done. Sockets fail as they like."""
+        """An unexpected exception in a callback ends serve, because it is not
+        known what was left undone. A socket's OSError is expected."""
         error = context.get("exception")
         if error is None or isinstance(error, OSError):
             log.warning("%s: %s", context["message"], error)
@@ -6286,14 +6287,14 @@ class Loop:
                 self.park(connection, answer)
             else:
                 connection.send(answer)
-        # 4. tell who waits for what changed; the rest, in another turn
+        # 4. tell whoever waits for what changed; the rest, in another turn
         self.tell(changes)
         if any(self.queues) or self.reports:
             self.turn_is_due = True
             self.asyncio_loop.call_later(BREAK_SECONDS, self.turn)
 
     def tell(self, changes: list[Change] | None) -> None:
-        """Wake who waits for what changed, print lines, send notices."""
+        """Wake whoever waits for what changed, print lines, send notices."""
         if not changes:
             return
         for connection in list(self.waiters.get("", ())):
@@ -6882,7 +6883,7 @@ def names_secret(name: Any) -> bool:
 def plain_json(value: Any, path: tuple[int, ...] = (),
           left: list[int] | None = None) -> Any:
     """A value as JSON: a dataclass as its fields, another object as its
-    repr(); what contains itself, lies very deep or far, as words."""
+    repr(); a few words for what contains itself, is too deep or too much."""
     left = [CONTEXT_NODES] if left is None else left
     left[0] -= 1
     if value is None or type(value) in (bool, str):
@@ -6975,8 +6976,8 @@ def guarded(gate: Gate, function: Any, *, checkpoint: str | None = None,
     tool = name or tool_name(function)
     check_held(gate.rules, tool, checkpoint, optional)
     how: How = {"checkpoint": checkpoint, "context": context}
-    if binder.hidden:           # not all is shown: no decision stands
-        how["session"] = ""     # for the next such call
+    if binder.hidden:           # not all is shown: no decision may
+        how["session"] = ""     # answer the next such call
     call: Any = gate.acall if is_async(function) else gate.call
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -7152,7 +7153,7 @@ MAX_FREE = 10_000               # calls remembered as free: names can be made up
 # ---- what can be asked ----
 
 class How(TypedDict, total=False):
-    """What one call may say for itself, over the gate and the configuration.
+    """What one call may set, in place of the gate's or the file's value.
 
     request_id: the same one with the same call is the same request.
     checkpoint: the id of one that holds it, whatever the tool's name.
@@ -7760,7 +7761,7 @@ class Gate:
         await held.areport()
         return told_of_changes(held, result)
 
-    # ---- for whoever runs the tool himself ----
+    # ---- for whoever runs the tool themselves ----
 
     def hold(self, tool: str, arguments: Mapping[str, Any],
              **how: Unpack[How]) -> Held | None:
