@@ -64,24 +64,24 @@ alone, after the rooms above both. Tools are run in Gate.call and acall, and by
 what an approval is handed to: the MCP server, the coding agent, `run`.
 `grep -n '^# ====' hitl.py` prints this map with line numbers.
 
-  * Errors              106  the ways it can go wrong, each with its hint
-  * Vocabulary         289  statuses, canonical JSON, the digest
-    Text               173  text that a person can trust to be what it shows
-  * Matching           707  does a checkpoint match this call?
-    Configuration      517  reads and checks checkpoints.toml
-  * Store             1078  the only SQL: requests, decisions, the audit log
-    Database file      305  opens, locks and verifies it
-    Notices            575  tells a reviewer; the only outgoing messages
-    Pages             1008  the only HTML; pure functions
-  * Rights and routes  993  who may do what, and the replies
-    Loop               520  the only listening socket; one transaction a turn
-  * Client             193  the only outgoing requests to the server
-    Context            272  what the card says of the agent; secrets masked
-    Guard              173  the decorator
-  * Gate               781  match, ask, wait, claim, run, report: runs a tool
-    Adapters           735  coding-agent hooks, MCP proxy, command prefix
-    Evidence           303  `verify` and `demo`: the whole path, for real
-    Command line      1243  argv, environment, stdout
+  * Errors             105  the ways it can go wrong, each with its hint
+  * Vocabulary         288  statuses, canonical JSON, the digest
+    Text               172  text that a person can trust to be what it shows
+  * Matching           706  does a checkpoint match this call?
+    Configuration      516  reads and checks checkpoints.toml
+  * Store             1077  the only SQL: requests, decisions, the audit log
+    Database file      304  opens, locks and verifies it
+    Notices            574  tells a reviewer; the only outgoing messages
+    Pages             1007  the only HTML; pure functions
+  * Rights and routes  992  who may do what, and the replies
+    Loop               519  the only listening socket; one transaction a turn
+  * Client             192  the only outgoing requests to the server
+    Context            271  what the card says of the agent; secrets masked
+    Guard              172  the decorator
+  * Gate               780  match, ask, wait, claim, run, report: runs a tool
+    Adapters           734  coding-agent hooks, MCP proxy, command prefix
+    Evidence           302  `verify` and `demo`: the whole path, for real
+    Command line      1242  argv, environment, stdout
 
 Files: checkpoints.toml (rules); hitl.db, -wal, -shm (requests and audit log);
 hitl.db.lock (one server a database); ~/.cache/hitl (this file's bytecode).

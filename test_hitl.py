@@ -7703,8 +7703,8 @@ def alive(page) -> bool:
     """Open all cards and wait until their buttons are no longer dead."""
     page.run("document.querySelectorAll('.card').forEach(c => c.open = true)")
     return until(lambda: page.run(
-        "return [...document.querySelectorAll('.card')].every(c => c.since && "
-        "performance.now() - c.since > DEAD)"))
+        "return [...document.querySelectorAll('.card')].every(c => "
+        "performance.now() - (c.since || 0) > DEAD)"))
 
 
 @needs_browser
