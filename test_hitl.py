@@ -7701,10 +7701,11 @@ def top(page, name: str) -> float:
 
 def alive(page) -> bool:
     """Open all cards and wait until their buttons are no longer dead."""
-    page.run("document.querySelectorAll('.card').forEach(c => c.open = true)")
+    page.run("for (const c of document.querySelectorAll('.card')) "
+             "{ c.open = true; c.since = performance.now(); }")
     return until(lambda: page.run(
         "return [...document.querySelectorAll('.card')].every(c => "
-        "performance.now() - (c.since || 0) > DEAD)"))
+        "performance.now() - c.since > DEAD)"))
 
 
 @needs_browser
