@@ -1197,19 +1197,23 @@ def has_plain_values(arguments: Mapping[str, Any]) -> bool:
 SHELL_WORDS = regex(
     "bash|shell|pwsh|zsh|ksh|fish|terminal|console|command|cmd|exec|process|"
     "stdin|script|ssh|tty|run|eval|invoke|spawn|launch|system|monitor|sandbox|"
-    "container|remote|tmux|python|xonsh|(?<![a-z])(?:sh|start|job|task|batch|cli|"
-    "repl|host|wsl|sudo)(?![a-z])", re.IGNORECASE)
+    "container|remote|tmux|python|xonsh|interpreter|popen|xterm|iterm|busybox|"
+    "(?<![a-z])(?:sh|start|job|task|batch|cli|repl|host|wsl|sudo|keys|perl|ruby|"
+    "node|deno|dash|ash|csh|tcsh|nu)(?![a-z])", re.IGNORECASE)
 EDIT_WORDS = regex(
     "write|edit|patch|replace|create|update|insert|append|delete|remove|"
     "rename|modify|notebook|refactor|restore|revert|truncate|upload|download|"
+    "upsert|mkfile|codemod|transform|extract|unzip|untar|trash|checkout|generate|"
+    "produce|populate|scaffold|"
     "(?<![a-z])(?:save|move|copy|put|apply|add|set|mv|cp|rm|touch|link|"
     "unlink|diff|change|make|new|fix|format|store|dump|undo|symlink|mkdir|chmod|"
-    "ln)(?![a-z])", re.IGNORECASE)
+    "ln|sed|emit|export|output|import|push|commit)(?![a-z])", re.IGNORECASE)
 HUMP = regex("(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 COMMANDS = frozenset(
     "command commands cmd cmds script argv commandline cmdline shellcommand "
     "bashcommand commandtext fullcommand code program input stdin chars keys "
-    "keystrokes text".split())
+    "keystrokes text shell bash exec run line lines commandstring cmdstring "
+    "shellscript executable args expression snippet".split())
 PATHS = frozenset(
     "path paths filepath filepaths file files filename targetfile targetpath "
     "notebookpath absolutepath uri relativepath relativeworkspacepath source "
@@ -1284,7 +1288,7 @@ class Call:
             known = INNER_TOOLS if given else INNER_ALONE
             tools = [value for key, value in keyed
                      if key in known and isinstance(value, str) and value]
-            for tool, value in itertools.product(tools, given or [{}]):
+            for tool, value in itertools.product(tools, given or [members]):
                 if isinstance(value, str):
                     value = next(iter(read_json(value)), value)
                 if not isinstance(value, Mapping):
@@ -2590,10 +2594,10 @@ class Store:
         found = self.select(
             "WHERE digest = ? AND status IN ('waiting', 'approved') AND "
             "outcome IS NULL AND standing IS NULL AND checkpoint_id IS ? AND "
-            "session IS ? AND asked_by = ? AND "
+            "session IS ? AND asked_by = ? AND edits IS ? AND "
             "coalesce(lapses_at, deadline, '~') > ? ORDER BY id DESC LIMIT 1",
             asked.digest, asked.checkpoint_id, asked.session, asked.asked_by,
-            self.now)
+            asked.edits, self.now)
         return found[0] if found else None
 
     def move(self, request: ReviewRequest, event: str, actor: str,
@@ -9086,12 +9090,13 @@ EXAMPLE = HEAD + MISSION + MONEY + TRIPWIRES_HEAD + commented(
 READ_ONLY = (
     r"pwd|whoami|date|nproc|uname( -[a-z])?|true|false|man [a-z][\w-]*",
     r"(ls|cat|head|tail|wc|stat|du|df|realpath|which|cut)( [\w ./:=@%+,-]*)?",
-    r"echo( .*)?|grep( .*)?|sort( -[bdfghnruV]+)?|uniq( -[cdu]+)?",
+    r"echo( .*)?|sort( -[bdfghnruV]+)?|uniq( -[cdu]+)?",
+    r"grep(?!.*([ '\"]/|\.\.)) [ -~]*",           # -r from / reads all of it
     r"test -[defrsx] [\w./-]+|sed -n '[0-9,$]{1,9}p'( [\w./][\w./-]*)?",
     r"awk '\{print \$[0-9]+\}'( [\w./][\w./-]*)?",
     r"find(?!.*(''|\w'\w|'-|-'| -(exec|ok|del|fpr|fls)))( [\w ./*'-]*)?",
     r"git (status|diff|log|show|rev-parse|ls-files|blame|shortlog)"
-    r"(?!.* --(ou|ext))( [\w ./:=@%+,-]*)?",
+    r"(?!.* --(ou|ext|no-in))( [\w ./:=@%+,-]*)?",
     r"git (branch( -[av]+| --show-current)?|remote( -v)?|stash list)",
 )
 BUILDS = (
@@ -9099,7 +9104,7 @@ BUILDS = (
     r"(go|cargo) (build|test|vet|check|clippy)( [\w ./:=@%+,-]*)?",
     r"npm (test|run (build|lint|test))",
 )
-OWN_PROGRAM = r"\bhitl\.py\b|-m hitl\b|import hitl\b|(?<![\w.])/proc\b"
+OWN_PROGRAM = r"\bhitl\.py\b|-m hitl\b|import hitl\b|(?<!\w)/(proc|dev/fd)\b"
 MCP_TOOLS = "^mcp_.*(delete|drop|purge|deploy|send|publish|pay|refund|transfer)"
 CODING_HEAD = """
 # A coding agent's shell, the safe way round: the commands listed here run
@@ -9787,7 +9792,8 @@ def leash(path: Path, project: Path) -> list[str]:
     own, path = absolute(__file__), path.absolute()
     files = {re.escape(file) for file in (
         ".codex/config.toml", ".clinerules/hooks/", ".github/hooks/",
-        ".opencode/plugin", "opencode.json", ".mcp.json",
+        ".opencode/plugin", "opencode.json", ".mcp.json", ".claude.json",
+        ".cursor/mcp.json", ".claude/hooks/", ".vscode/tasks.json", ".envrc",
         *(where.partition(" (")[0].removeprefix("~/")
           for where, _ in SNIPPETS.values()))}
     folders = {file.partition("/")[0] for file in files if "/" in file}

@@ -1590,14 +1590,22 @@ def test_a_coding_agents_commands_wait_unless_listed(coding):
             find . -exec rm@@find . -fprint x@@uniq a b@@awk '{system(1)}'
             test -v 'a[$(x)]'@@printf -v x@@git branch -D x@@git branch new
             git logx@@rg --pre x@@date -s x@@file -C@@git remote add x y@@cd x
-            pytest@@make@@git grep -Ox y@@git stash@@env@@which@@
+            pytest@@make@@git grep -Ox y@@git stash@@env@@which@@grep -r x /
+            grep x ''/y@@grep -r x a/../..@@git diff --no-index /a /b@@
             """.replace("\n            ", "\n    ")):
         known = effect(text) == "review" or text in ("git log -x", "which")
         assert known, text
     for text in ("cat hitl.py", "python3 ../tool/hitl.py serve",
                  "python3 -m hitl serve", "cat /proc/7/environ",
+                 "cat x/../proc/1/environ", "cat /./proc/1/environ",
+                 "cat /dev/fd/../../1/environ",
                  "python3 -c 'import hitl'", "echo x; h''itl.py"):
         assert effect(text) == "deny", text
+    for tool, arguments in (
+            ("dispatch", {"toolName": "Bash", "command": "rm x"}),
+            ("Bash", {"exec": "rm x"}), ("Bash", {"executable": "rm"}),
+            ("code_interpreter", {"code": "rm"}), ("ruby", {"code": "rm"})):
+        assert rules.first_match(tool, arguments).effect == "review", tool
 
 
 def test_a_coding_agent_cannot_edit_its_leash(coding):
@@ -1619,6 +1627,7 @@ def test_a_coding_agent_cannot_edit_its_leash(coding):
             checkpoints.toml hitl.db-wal ../tool/new.py notes.md lib/x .git
             .git/config sub/.git/hooks/x sub/HEAD ./x/../hitl.py /home/u/.bashrc
             /home/u/.gitconfig %2egit/config .claude .codex/ ../tool lib
+            .claude.json .cursor/mcp.json .claude/hooks/x.sh .envrc
             """.split():
         assert effect(path) == "deny", path
         assert effect(path, "delete_file") == "deny", path
@@ -2148,6 +2157,9 @@ def test_the_order_in_which_a_call_is_answered(store):
     assert same(store, "a-3").standing == 1
     act(store, "withdraw", "r-1")
     assert same(store, "a-4", attach=True).request_id == "a-4"
+    turn(store, put, store, "e-1", tool="third")        # its arguments may change
+    assert same(store, "e-2", attach=True, tool="third", edits=None
+                ).request_id == "e-2"
     for name in ("r-3", "r-4"):
         turn(store, put, store, name, tool="other")
     turn(store, store.decide, "r-4", hitl.Status.REJECTED, "reviewer:ana",
