@@ -67,7 +67,7 @@ what an approval is handed to: the MCP server, the coding agent, `run`.
   * Errors             105  the ways it can go wrong, each with its hint
   * Vocabulary         288  statuses, canonical JSON, the digest
     Text               172  text that a person can trust to be what it shows
-  * Matching           706  does a checkpoint match this call?
+  * Matching           710  does a checkpoint match this call?
     Configuration      516  reads and checks checkpoints.toml
   * Store             1077  the only SQL: requests, decisions, the audit log
     Database file      304  opens, locks and verifies it
@@ -79,9 +79,9 @@ what an approval is handed to: the MCP server, the coding agent, `run`.
     Context            271  what the card says of the agent; secrets masked
     Guard              172  the decorator
   * Gate               780  match, ask, wait, claim, run, report: runs a tool
-    Adapters           734  coding-agent hooks, MCP proxy, command prefix
+    Adapters           738  coding-agent hooks, MCP proxy, command prefix
     Evidence           302  `verify` and `demo`: the whole path, for real
-    Command line      1242  argv, environment, stdout
+    Command line      1244  argv, environment, stdout
 
 Files: checkpoints.toml (rules); hitl.db, -wal, -shm (requests and audit log);
 hitl.db.lock (one server a database); ~/.cache/hitl (this file's bytecode).
@@ -8147,7 +8147,11 @@ class Hook:
         """What to print if the call may go on; raises if it may not."""
         self.dialect = dialect_of(read_loosely(data))               # 1 read
         self.watch()                    # an error too is told in its dialect
-        call = parse_json(data)
+        try:
+            call = parse_json(data)
+        except ValueError as error:
+            raise HitlError(f"the hook's input is not strict JSON: {error}",
+                            reason="bad-json") from None
         if self.dialect is UNKNOWN:
             raise HitlError("this is not a call of a coding agent that hitl.py "
                             "knows", reason="bad-hook")
