@@ -6544,24 +6544,20 @@ class Client:
         try:
             ask = urllib.request.Request(self.server_url + path, data, headers,
                                          method=method)
-            with self.opener().open(ask, timeout=seconds) as reply:
+            made = opener(self.server_url.startswith("https:"), self.tls_ca,
+                          os.environ.get("SSL_CERT_FILE"))
+            with made.open(ask, timeout=seconds) as reply:
                 text = reply.read(MAX_REPLY + 1)
-                if len(text) <= MAX_REPLY and (reply.length or (
-                        not reply.chunked and reply.length is None)):
+                if len(text) > MAX_REPLY:
+                    raise self.nonsense("without end")
+                if reply.length != 0 and not reply.chunked:
                     raise http.client.IncompleteRead(b"")
+                return reply.status, reply.headers, text
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise self.no_answer(error) from None
-        if len(text) > MAX_REPLY:
-            raise self.nonsense("without end")
-        return reply.status, reply.headers, text
-
-    def opener(self) -> Any:
-        return opener(self.server_url.startswith("https:"), self.tls_ca,
-                      os.environ.get("SSL_CERT_FILE"))
 
     def no_answer(self, error: Exception) -> UnreachableError:
         """What went wrong on the way; never quotes what was sent."""
-        import http.client
         why = getattr(error, "reason", error)
         if distrust := getattr(why, "verify_message", ""):
             return UnreachableError(
@@ -6569,10 +6565,10 @@ class Client:
                 f"{visible(str(distrust))}", "name the authority that signed "
                 'it: [gate] tls_ca = "ca.pem", or SSL_CERT_FILE',
                 reason="bad-certificate")
-        if isinstance(error, http.client.HTTPException):
-            why = f"the answer is cut short ({type(error).__name__})"
-        elif isinstance(error, ValueError):     # it could quote the token
+        if isinstance(error, ValueError):       # it could quote the token
             why = "the request could not be written"
+        elif not isinstance(error, OSError):
+            why = f"the answer is cut short ({type(error).__name__})"
         return UnreachableError(
             f"no answer from {self.server_url}: {visible(str(why))}",
             "is it running? `python3 hitl.py serve` starts it; "
@@ -6582,7 +6578,8 @@ class Client:
                  seconds: float) -> Reply:
         """One request and its JSON answer; UnreachableError for anything
         else that comes back."""
-        data = None if body is None else READABLE.encode(body).encode()
+        data = None if body is None else READABLE.encode(body).encode(
+            errors="replace")
         status, headers, text = self.fetch(
             method, path, data, seconds=seconds, Accept="application/json",
             Content_Type="application/json")
@@ -6591,17 +6588,13 @@ class Client:
             raise self.nonsense(f"a redirect ({status})")
         if kind not in ("application/json", "application/problem+json"):
             if status >= 500:           # a proxy, whose server is away
-                raise UnreachableError(
-                    f"no answer from {self.server_url}: {status} from what "
-                    "stands between", "is hitl.py's server running?")
+                raise self.no_answer(OSError(f"{status} from a proxy"))
             raise self.nonsense(f"{status} with {visible(kind)}, not JSON")
-        try:
+        with contextlib.suppress(ValueError):
             value = parse_json(text)
-        except ValueError:
-            raise self.nonsense("JSON that is not valid") from None
-        if not isinstance(value, dict):
-            raise self.nonsense("JSON that is not an object")
-        return Reply(status, value)
+            if isinstance(value, dict):
+                return Reply(status, value)
+        raise self.nonsense("no valid JSON object")
 
     def nonsense(self, what: str) -> UnreachableError:
         return UnreachableError(
@@ -6611,88 +6604,69 @@ class Client:
 
 
 @functools.cache
-def timely() -> Any:
-    """A function that gives http.client's connection with one end for all it
-    does. A socket's own time-out is for each step, and a server that sends a
-    byte a second would hold a call for ever; so every step gets only what is
-    left of the whole."""
+def opener(tls: bool, tls_ca: str, ssl_cert_file: str | None) -> Any:
+    """urllib's opener, as above; `ssl_cert_file` is what ssl itself reads.
+
+    A socket's own time-out is for each step, and a server that sends a byte a
+    second would hold a call for ever: so each step of an answer gets only
+    what is left of the whole.
+    """
     import http.client
-    import io
+    import socket
+    import urllib.request
 
-    class Bounded(io.RawIOBase):
-        def __init__(self, sock: Any, file: Any, end: float) -> None:
-            self.sock, self.file, self.end = sock, file, end
+    class Timely(socket.SocketIO):
+        end: float
 
-        def readable(self) -> bool:
-            return True
-
-        def readinto(self, buffer: Any) -> int:
+        def readinto(self, buffer: Any) -> int | None:
             left = self.end - time.monotonic()
             if left <= 0:
                 raise TimeoutError("timed out")
-            self.sock.settimeout(left)
-            return int(self.sock.recv_into(buffer))
+            self._sock.settimeout(left)  # type: ignore[attr-defined]
+            return super().readinto(buffer)
 
-        def close(self) -> None:
-            super().close()
-            self.file.close()           # which holds the socket open
+    def connection(host: str, **more: Any) -> Any:
+        end = time.monotonic() + more["timeout"]
 
-    class Response(http.client.HTTPResponse):
-        def __init__(self, sock: Any, end: float, **more: Any) -> None:
-            super().__init__(sock, **more)
-            self.fp = io.BufferedReader(Bounded(sock, self.fp, end), 1 << 16)
-
-    def timed(http_class: Any, end: float) -> Any:
-        class Timed(http_class):  # type: ignore[misc]
-            response_class = staticmethod(functools.partial(Response, end=end))
-
-            def connect(self) -> None:
-                super().connect()
-                self.sock.settimeout(max(0.001, end - time.monotonic()))
-        return Timed
-    return timed
-
-
-@functools.cache
-def opener(tls: bool, tls_ca: str, ssl_cert_file: str | None) -> Any:
-    """urllib's opener, as above; the last is what ssl itself reads."""
-    import urllib.request
-
-    class Timely(urllib.request.AbstractHTTPHandler):
-        def do_open(self, http_class: Any, req: Any, **more: Any) -> Any:
-            end = time.monotonic() + req.timeout
-            return super().do_open(timely()(http_class, end), req, **more)
-
-    class Plain(Timely, urllib.request.HTTPHandler):
-        pass
-
-    class Secure(Timely, urllib.request.HTTPSHandler):
-        pass
-
-    made = urllib.request.OpenerDirector()      # no proxies, no redirects,
-    if not tls:                                 # no file:, and an error's
-        made.add_handler(Plain())               # answer is an answer
+        def response(sock: Any, **how: Any) -> Any:
+            reply: Any = http.client.HTTPResponse(sock, **how)
+            reply.fp.raw.__class__, reply.fp.raw.end = Timely, end
+            return reply
+        made: Any = kind(host, **more)
+        made.response_class = response
         return made
-    import ssl
-    made.add_handler(Secure(context=ssl.create_default_context(
-        cafile=tls_ca or None)))
-    return made
+
+    class Handler(urllib.request.HTTPHandler):
+        https_request = urllib.request.HTTPHandler.http_request
+
+        def http_open(self, request: Any) -> Any:
+            return self.do_open(connection, request, **trust)
+        https_open = http_open
+
+    kind: Any = http.client.HTTPConnection
+    trust: dict[str, Any] = {}
+    if tls:
+        import ssl
+        kind = http.client.HTTPSConnection
+        trust["context"] = ssl.create_default_context(cafile=tls_ca or None)
+    made = urllib.request.OpenerDirector()      # no proxies, no redirects,
+    made.add_handler(Handler())                 # no file:, and an error's
+    return made                                 # answer is an answer
 
 
 def checked_authorities(configuration: Configuration) -> str:
     """[gate] tls_ca as a path beside the configuration; ConfigError if it
     cannot be read."""
-    name = configuration.gate["tls_ca"]
-    if not name:
+    if not configuration.gate["tls_ca"]:
         return ""
-    path = (configuration.path or Path()).parent / name
+    path = str((configuration.path or Path()).parent
+               / configuration.gate["tls_ca"])
     try:
-        import ssl
-        ssl.create_default_context(cafile=str(path))
+        opener(True, path, None)
     except (OSError, ValueError) as error:
         raise ConfigError(f"[gate] tls_ca: {path}: {error}",
                           "name a PEM file of certificates") from None
-    return str(path)
+    return path
 
 
 # ================================= Context =================================
