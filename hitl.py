@@ -1688,32 +1688,32 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def notice_url_value(value: Any) -> str:
-    """A url that notices go to. Its host is never a {placeholder}, or an agent
-    could choose who is told; a ${NAME} in it is checked again by serve."""
-    text = text_value(value)
-    origin = re.split(r"(?<![:/])/|[?#]", text)[0]
-    if "${" in origin:
-        return str(text)
-    found = re.fullmatch(f"(https?)://{HOST}", origin, re.ASCII)
-    if not found or not re.fullmatch("[!-~]+", text) or (
-            int(found[3] or 0) > 65535):
-        raise ValueError('must be like "https://ntfy.sh/": https, a plain host, '
-                         "a path")
-    if found[1] == "http" and not is_loopback(found[2]):
-        raise ValueError("would leave this machine in clear text: write https://")
-    return str(text)
+def target_value(like: str, *schemes: str, rest: str = "/?") -> Callable[[Any], str]:
+    """A check of where notices go; the last scheme, in clear text, on this
+    machine alone. The host is never a {placeholder}, or an agent could choose
+    who is told; a ${NAME} in that of a url is checked again by serve."""
+    def check(value: Any) -> str:
+        text = str(text_value(value))
+        found = re.fullmatch(f"({'|'.join(schemes)})://{HOST}{rest}", text, re.ASCII)
+        if rest != "/?" and "${" in re.split(r"(?<![:/])/|[?#]", text)[0]:
+            return text
+        if not found or int(found[3] or 0) > 65535:
+            raise ValueError(f"must be like {like}")
+        if found[1] == schemes[-1] and not is_loopback(found[2]):
+            safe = " or ".join(f"{scheme}://" for scheme in schemes[:-1])
+            raise ValueError(f"would leave this machine in clear text: write {safe}")
+        return text
+    return check
 
 
-def smtp_value(value: Any) -> str:
-    found = re.fullmatch(f"(starttls|tls|plain)://{HOST}/?", str(value), re.ASCII)
-    if not found or int(found[3] or 0) > 65535:
-        raise ValueError('must be like "starttls://mail.example.org:587" or '
-                         '"tls://mail.example.org:465"')
-    if found[1] == "plain" and not is_loopback(found[2]):
-        raise ValueError("would leave this machine in clear text: write "
-                         "starttls:// or tls://")
-    return str(value)
+notice_url_value = target_value('"https://ntfy.sh/": https, a plain host, a path',
+                                "https", "http", rest="(?:[/?#][!-~]*)?")
+smtp_value = target_value('"starttls://mail.example.org:587" or '
+                          '"tls://mail.example.org:465"', "starttls", "tls", "plain")
+sign_value = check_that(
+    '"whsec_" and base64: `openssl rand -base64 32` makes some',
+    lambda v: re.fullmatch("whsec_(?=.)([A-Za-z0-9+/]{4})*"
+                           "([A-Za-z0-9+/]{2}(==|[A-Za-z0-9+/]=))?", v))
 
 
 def headers_value(value: Any) -> dict[str, str]:
@@ -1760,17 +1760,6 @@ def list_of(words: str, test: Callable[[Any], Any]) -> Callable[[Any], Any]:
                       all(isinstance(item, str) and test(item) for item in value))
 
 
-def leaves(value: Any) -> Iterator[str]:
-    """The texts in a value, at any depth."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from leaves(item)
-    elif isinstance(value, dict):
-        yield from leaves(list(value.values()))
-
-
 def check_notify(entry: Mapping[str, Any]) -> None:
     """ValueError where the keys of a [[notify]] do not go together, or a
     placeholder names nothing."""
@@ -1779,27 +1768,27 @@ def check_notify(entry: Mapping[str, Any]) -> None:
         raise ValueError(f"has {' and '.join(kinds) or 'no target'}: it needs "
                          "exactly one of url, smtp, command")
     for kind, keys in NOTIFY_KINDS.items():
-        for key in keys if kind != kinds[0] else ():
-            if entry[key] is not None:
+        for key in keys:
+            if kind != kinds[0] and entry[key] is not None:
                 raise ValueError(f"{key}: belongs to an entry with {kind}, and "
                                  f"this one has {kinds[0]}")
     if kinds == ["smtp"] and not (entry["from"] and entry["to"]):
         raise ValueError('smtp: needs from = "..." and to = ["..."]')
     if (entry["login"] is None) != (entry["password"] is None):
         raise ValueError("login and password: give both or neither")
-    for text in leaves([entry[key] for key in (
-            "url", "headers", "body", "sign", "login", "password", "command")]):
-        if "${" in PLACEHOLDER.sub("", text):
-            raise ValueError("${ is not closed: write ${NAME}, a variable of "
-                             "serve's environment")
-        for _, word in PLACEHOLDER.findall(text):
-            if word == "details" and not entry["details"]:
-                raise ValueError("{details} is what the agent wrote: to send it, "
-                                 "set details = true")
-            if word and word not in (*NOTICE_FIELDS, "details"):
-                raise ValueError(f"unknown placeholder {{{word}}}: known are "
-                                 f"{', '.join(NOTICE_FIELDS)}, details"
-                                 f"{did_you_mean(word, NOTICE_FIELDS)}")
+    text = json.dumps([entry[key] for key in (
+        "url", "headers", "body", "sign", "login", "password", "command")])
+    if "${" in PLACEHOLDER.sub("", text):
+        raise ValueError("${ is not closed: write ${NAME}, a variable of "
+                         "serve's environment")
+    for _, word in PLACEHOLDER.findall(text):
+        if word == "details" and not entry["details"]:
+            raise ValueError("{details} is what the agent wrote: to send it, "
+                             "set details = true")
+        if word and word not in (*NOTICE_FIELDS, "details"):
+            raise ValueError(f"unknown placeholder {{{word}}}: known are "
+                             f"{', '.join(NOTICE_FIELDS)}, details"
+                             f"{did_you_mean(word, NOTICE_FIELDS)}")
 
 
 REQUIRED = object()
@@ -3413,15 +3402,16 @@ def audit_faults(db: Any, noted: str = "") -> Iterator[str]:
 # letters, digits and _; with details = true the description as well.
 #
 # Each [[notify]] has a thread of its own, so that one that hangs holds up no
-# other and no POST waits. The threads never touch SQLite: what became of a
-# notice comes back to the loop, which writes it into the audit log. So what is
-# owed after a restart is what waits, times the entries, less those rows.
+# other and no POST waits. It hears from the loop what waits and what has ended,
+# and never touches SQLite: what became of a notice comes back to the loop, which
+# writes it into the audit log. So what is owed after a restart is what waits,
+# times the entries, less those rows.
 
 MAX_ANSWER = 200                # characters of an answer that are kept
 MAX_DETAILS = 900               # characters: every receiver takes so many
 MAX_HANGING = 5                 # tries of one entry that hang for good
 MAX_RETRY_AFTER = 600           # seconds: a receiver cannot silence us
-DESK_TOKENS = ("HITL_REVIEWER_TOKEN", "HITL_AGENT_TOKEN")
+WORTH_ANOTHER_TRY = (408, 425, 429, *range(500, 600))
 
 
 class Pace(NamedTuple):
@@ -3432,22 +3422,6 @@ class Pace(NamedTuple):
     patience: float = 10        # for all of one try
 
 
-PACE = Pace()
-
-
-class Notice(NamedTuple):
-    """What is kept of a request in order to tell of it."""
-
-    request_id: str
-    tool: str | None
-    agent: str | None
-    checkpoint: str | None
-    category: str
-    deadline: str | None
-    received_at: str
-    details: str
-
-
 class Answer(NamedTuple):
     """What became of one try; `after` is the receiver's Retry-After."""
 
@@ -3455,59 +3429,53 @@ class Answer(NamedTuple):
     status: str                 # "204", "exit 1", "ConnectionRefusedError"
     text: str = ""
     again: bool = False
-    after: float | None = None
+    after: float = 0.0
 
 
-def notice_of(request: ReviewRequest, known: Mapping[str, str]) -> Notice:
-    """A request as it is told of. `known` has the category of each checkpoint
-    in serve's own file, which counts more than what the agent says."""
-    category = known.get(request.checkpoint_id or "", request.category)
-    return Notice(
-        request.request_id, request.tool, request.agent, request.checkpoint_id,
-        category if category in CATEGORIES else "", request.deadline,
-        request.received_at, request.action_description[:MAX_DETAILS])
+class Job(NamedTuple):
+    """A notice that an entry owes."""
+
+    request: ReviewRequest
+    due: float                  # on the monotonic clock, as is `first`
+    first: float = 0.0          # when it was first tried
+    tries: int = 0
 
 
-def notice_fields(notices: list[Notice], desk_url: str, waiting: int,
-                  at: float) -> dict[str, Any]:
+def notice_fields(requests: list[ReviewRequest], desk_url: str, waiting: int
+                  ) -> dict[str, Any]:
     """All that a message can say of these requests, the newest one last."""
-    newest, one = notices[-1], len(notices) == 1
-    shared = Notice(*(column[-1] if len(set(column)) == 1 else "several"
-                      for column in zip(*notices, strict=True)))
-    deadline = min(filter(None, (notice.deadline for notice in notices)),
-                   default=None)
-    names = {"tool": plain_name(shared.tool), "agent": plain_name(shared.agent),
-             "checkpoint": plain_name(shared.checkpoint),
-             "category": shared.category}
+    def common(name: str) -> str:
+        values = {getattr(request, name) or "" for request in requests}
+        return values.pop() if len(values) == 1 else "several"
+    names = {"tool": plain_name(common("tool")), "agent": plain_name(common("agent")),
+             "checkpoint": plain_name(common("checkpoint_id")),
+             "category": common("category")}
     text = [f"{name}: {value or 'none'}" for name, value in names.items()]
-    title, url = f"{len(notices)} requests wait", f"{desk_url}/"
-    if one:
+    deadline = min(filter(None, (request.deadline for request in requests)),
+                   default=None)
+    if deadline is None:
+        text.append("no deadline")
+    else:
+        left = datetime.fromisoformat(deadline).timestamp() - time.time()
+        text.append(f"expires in {readable_seconds(max(0, left))}, at "
+                    f"{deadline[11:19]} UTC")
+    title, url = f"{len(requests)} requests wait", f"{desk_url}/"
+    if len(requests) == 1:
         title = f"{names['tool'] or 'A request'} waits for a decision"
-        url += f"review/{newest.request_id}"
-    details = "\n".join(visible(notice.details) for notice in notices[-9:])
+        url += f"review/{requests[0].request_id}"
+    last = requests[-9:]
+    details = "\n".join(one_line(request.action_description,
+                                 MAX_DETAILS // len(last) - 1) for request in last)
     return names | {
-        "title": title, "url": url, "request_id": newest.request_id,
-        "text": "\n".join([*text, deadline_words(deadline, at)]),
-        "status": str(Status.WAITING), "deadline": deadline, "waiting": waiting,
-        "details": shortened(details, MAX_DETAILS)}
+        "title": title, "text": "\n".join(text), "url": url,
+        "request_id": requests[-1].request_id, "status": str(Status.WAITING),
+        "deadline": deadline, "waiting": waiting, "details": details}
 
 
-def plain_name(text: str | None) -> str:
+def plain_name(text: str) -> str:
     """A name as it may leave the house: agents choose names, and
     `https://evil`, `@/etc/passwd` and `-x` are some."""
-    return re.sub("[^A-Za-z0-9]", "_", (text or "")[:64])
-
-
-def deadline_words(deadline: str | None, at: float) -> str:
-    if deadline is None:
-        return "no deadline"
-    left = datetime.fromisoformat(deadline).timestamp() - at
-    return (f"expires in {readable_seconds(max(0, left))}, at "
-            f"{deadline[11:19]} UTC")
-
-
-def shortened(text: str, size: int) -> str:
-    return text if len(text) <= size else text[:size - 3] + "..."
+    return re.sub("[^A-Za-z0-9]", "_", text[:64])
 
 
 def notice_mark(outcomes: Iterable[tuple[str, str, str]]) -> str:
@@ -3536,31 +3504,16 @@ def record_notice(store: Store, name: str, request_id: str,
     return "" if answer.told else notice_mark(store.notices_of(request_id))
 
 
-def retry_after(text: str | None) -> float | None:
-    """A Retry-After in seconds from now, bounded: seconds or a date."""
-    from email.utils import parsedate_to_datetime
-    text = text or ""
-    try:
-        if re.fullmatch("[0-9]{1,9}", text):
-            seconds = float(text)
-        else:
-            seconds = parsedate_to_datetime(text).timestamp() - time.time()
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return min(max(seconds, 0.0), MAX_RETRY_AFTER)
-
-
 def failure(error: BaseException) -> Answer:
     """An exception as an answer: its class, never its words, which could quote
     a secret. What the network did is worth another try."""
     import http.client
-    import smtplib
     reason = getattr(error, "reason", None)         # urllib's wrapper
     if isinstance(reason, BaseException):
         error = reason
-    code = getattr(error, "smtp_code", 0)
-    if isinstance(error, smtplib.SMTPRecipientsRefused):
-        code = max(code for code, _ in error.recipients.values())
+    refused = getattr(error, "recipients", {})      # smtplib's: all of them
+    code = max((code for code, _ in refused.values()),
+               default=getattr(error, "smtp_code", 0))
     name = type(error).__name__
     if code > 0:
         return Answer(False, f"{code} {name}", again=code < 500)
@@ -3569,37 +3522,56 @@ def failure(error: BaseException) -> Answer:
 
 
 class Channel:
-    """One [[notify]] and its secrets: how a message is filled in and sent."""
+    """One [[notify]]: how its messages are filled in and sent, and those that
+    it owes, which are its own thread's alone."""
 
     def __init__(self, path: Path | None, entry: Mapping[str, Any],
-                 environ: Mapping[str, str], pace: Pace = PACE) -> None:
-        self.entry, self.name, self.pace = entry, str(entry["name"]), pace
-        self.kind = next(kind for kind in NOTIFY_KINDS if entry[kind])
-        where = f'{path}: notify "{self.name}":'
-        self.secrets = resolve(where, entry, environ)
-        if self.kind == "url":
-            with config_error(f"{where} url"):
-                notice_url_value(self.text(entry["url"], None))
-        with config_error(f"{where} sign"):
-            self.key = webhook_key(self.text(entry["sign"] or "", None))
+                 environ: Mapping[str, str], pace: Pace | None = None) -> None:
+        import queue
+        self.entry, self.name, self.pace = entry, str(entry["name"]), pace or Pace()
+        self.read_secrets(f'{path}: notify "{self.name}":', environ)
+        how = {"url": self.post, "smtp": self.mail, "command": self.start}
+        self.how = next(how[kind] for kind in NOTIFY_KINDS if entry[kind])
         # a url without a body is for machines: an event a request
-        self.bundles = self.kind != "url" or entry["body"] is not None
+        self.bundles = not entry["url"] or entry["body"] is not None
         self.hanging: list[threading.Thread] = []
         self.curious = False            # what does it say when all is well?
+        self.inbox: queue.SimpleQueue[Job | str] = queue.SimpleQueue()
+        self.jobs: dict[str, Job] = {}              # by request_id
+        self.heap: list[tuple[float, str]] = []     # the same, by when it is due
+        self.quiet_until = 0.0
+
+    def read_secrets(self, where: str, environ: Mapping[str, str]) -> None:
+        """The values of the entry's ${NAME}s, which nothing but a message to its
+        receiver ever holds; ConfigError for one that is missing or unfit."""
+        names = PLACEHOLDER.findall(json.dumps(self.entry))
+        self.secrets = {name: environ.get(name, "") for name, _ in names if name}
+        for name, value in self.secrets.items():
+            for wrong, problem, cure in (
+                    (name in ("HITL_REVIEWER_TOKEN", "HITL_AGENT_TOKEN"),
+                     "is a credential of this desk", "send another one"),
+                    (not value, "is not set",
+                     f"set {name} where `serve` is started"),
+                    (not value.isprintable(), "holds a line break, or another "
+                     "character that cannot be seen", f"set {name} without it")):
+                if wrong:
+                    raise ConfigError(f"{where} ${{{name}}} {problem}", cure)
+        for key, check in (("url", notice_url_value), ("sign", sign_value)):
+            if self.entry[key]:
+                with config_error(f"{where} {key}"):
+                    check(self.text(self.entry[key], {}))
 
     # ---- filling in ----
 
-    def text(self, template: str, fields: Mapping[str, Any] | None,
+    def text(self, template: str, fields: Mapping[str, Any],
              code: Callable[[str], str] = str) -> str:
         """A text with its placeholders filled in, in one pass: what comes in
-        is never read as a placeholder. Without fields, the secrets alone."""
+        is never read as a placeholder."""
         def value(found: re.Match[str]) -> str:
             if found[1]:
                 return self.secrets[found[1]]
-            if fields is None:
-                return found[0]
-            field = fields[found[2]]
-            return code("" if field is None else str(field))
+            field = fields.get(found[2], found[0])
+            return "" if field is None else code(str(field))
         return PLACEHOLDER.sub(value, template)
 
     def filled(self, template: Any, fields: Mapping[str, Any]) -> Any:
@@ -3623,26 +3595,26 @@ class Channel:
         for secret in sorted(self.secrets.values(), key=len, reverse=True):
             for form in (secret, percent_encoded(secret), json.dumps(secret)[1:-1]):
                 text = text.replace(form, "***")
-        return shortened(visible(text), MAX_ANSWER)
+        return visible(text)[:MAX_ANSWER]
 
     # ---- one try ----
 
-    def tell(self, notices: list[Notice], desk_url: str, waiting: int) -> Answer:
+    def tell(self, requests: list[ReviewRequest], desk_url: str, waiting: int
+             ) -> Answer:
         """Tell of these requests, once. The id of the message is the same over
         all tries, and after a restart."""
-        names = json.dumps([self.name, *(n.request_id for n in notices)])
+        names = json.dumps([self.name, *(each.request_id for each in requests)])
         message_id = "msg_" + hashlib.sha256(names.encode()).hexdigest()[:32]
-        fields = notice_fields(notices, desk_url, waiting, time.time())
-        return self.send(fields, notices[-1].received_at, message_id)
+        return self.send(notice_fields(requests, desk_url, waiting),
+                         requests[-1].received_at, message_id)
 
     def sample(self, desk_url: str) -> Answer:
         """Send a text that is hard to send, once."""
-        self.curious = True
-        now = instant(time.time())
+        self.curious, now = True, instant(time.time())
         hard = '"quotes", a \\, an emoji \U0001f514'
-        fields = notice_fields([Notice("test", "test", "test", "test", "", None,
-                                       now, hard)], desk_url, 1, time.time())
-        return self.send(fields | {
+        request = ReviewRequest("test", "waiting", None, "", None, tool="test",
+                                agent="test", action_description=hard)
+        return self.send(notice_fields([request], desk_url, 1) | {
             "title": f"A test of hitl.py: {hard}", "url": f"{desk_url}/",
             "text": f"{hard},\na line break, {{title}}"}, now, "msg_test" + now)
 
@@ -3653,12 +3625,12 @@ class Channel:
         if not self.entry["details"]:
             del fields["details"]
         event = {"type": "request.waiting", "timestamp": at, "data": fields}
-        answers = [Answer(False, "TimeoutError", again=self.kind != "command")]
-        how = {"url": self.post, "smtp": self.mail, "command": self.start}
+        answers = [Answer(False, "TimeoutError", again=True)]
 
         def run() -> None:
             try:
-                how[self.kind](event, message_id, answers)
+                for answer in self.how(event, message_id):
+                    answers.append(answer)
             except Exception as error:
                 if len(answers) == 1:
                     answers.append(failure(error))
@@ -3668,21 +3640,20 @@ class Channel:
             self.hanging.append(thread)
             thread.start()
             thread.join(self.pace.patience)
-        return answers[-1]
+        answer = answers[-1]        # a program is never started again
+        return answer._replace(again=answer.again and not self.entry["command"])
 
-    def post(self, event: dict[str, Any], message_id: str,
-             answers: list[Answer]) -> None:
+    def post(self, event: dict[str, Any], message_id: str) -> Iterator[Answer]:
         """An HTTP POST, through the environment's proxies. Without redirects:
         it goes where the file says."""
-        import http.client
         import urllib.request
         fields, body = event["data"], self.entry["body"]
         data = json.dumps(event if body is None else self.filled(body, fields)
                           ).encode()
         headers = {"Content-Type": "application/json",
                    "User-Agent": f"hitl.py/{__version__}"}
-        if self.key or body is None:
-            headers |= signature(self.key, message_id, data)
+        if self.entry["sign"] or body is None:
+            headers |= self.signature(message_id, data)
         for name, template in (self.entry["headers"] or {}).items():
             text = " ".join(self.text(template, fields).split())
             headers[name] = text.encode("latin-1", "replace").decode("latin-1")
@@ -3693,48 +3664,58 @@ class Channel:
             opener.add_handler(handler())
         with opener.open(urllib.request.Request(url, data, headers),
                          timeout=self.pace.patience) as reply:
-            status = reply.status
-            answer = Answer(200 <= status < 300, str(status))
-            if status in (408, 425, 429) or status >= 500:
-                answer = Answer(False, str(status), again=True, after=retry_after(
-                    reply.headers["Retry-After"]))
-            answers.append(answer)
-            if answer.told and not self.curious:
-                return                  # and wait for no body that never ends
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                answers.append(answer._replace(text=self.shown(reply.read(4096))))
+            answer = Answer(200 <= reply.status < 300, str(reply.status))
+            if reply.status in WORTH_ANOTHER_TRY:
+                seconds = re.fullmatch("[0-9]{1,9}", reply.headers["Retry-After"] or "")
+                after = min(int(seconds[0]), MAX_RETRY_AFTER) if seconds else 0
+                answer = answer._replace(again=True, after=after)
+            yield answer
+            if not answer.told or self.curious:     # else its body may never end
+                yield answer._replace(text=self.shown(reply.read(4096)))
 
-    def mail(self, event: dict[str, Any], message_id: str,
-             answers: list[Answer]) -> None:
+    def signature(self, message_id: str, data: bytes) -> dict[str, str]:
+        """The headers of Standard Webhooks 1.0.0."""
+        import base64
+        import hmac
+        at = str(int(time.time()))
+        headers = {"webhook-id": message_id, "webhook-timestamp": at}
+        if self.entry["sign"]:
+            key = self.text(self.entry["sign"], {}).removeprefix("whsec_")
+            signed = hmac.digest(base64.b64decode(key), f"{message_id}.{at}.".encode()
+                                 + data, "sha256")
+            headers["webhook-signature"] = f"v1,{base64.b64encode(signed).decode()}"
+        return headers
+
+    def mail(self, event: dict[str, Any], message_id: str) -> Iterator[Answer]:
         """An e-mail. The server's certificate is checked."""
         import smtplib
         import ssl
-        scheme, host, port = re.fullmatch(          # type: ignore[union-attr]
-            f"(.*)://{HOST}/?", self.entry["smtp"], re.ASCII).groups()
-        default = {"tls": 465, "starttls": 587, "plain": 25}[scheme]
-        kind: Any = smtplib.SMTP
-        if scheme == "tls":
-            kind = functools.partial(smtplib.SMTP_SSL,
-                                     context=ssl.create_default_context())
-        with contextlib.closing(kind(       # localhost: getfqdn can take minutes
-                host.strip("[]"), int(port or default), "localhost",
-                timeout=self.pace.patience)) as server:
-            if scheme == "starttls":
-                server.starttls(context=ssl.create_default_context())
-            if self.entry["login"] is not None:
-                server.login(self.text(self.entry["login"], event["data"]),
-                             self.text(self.entry["password"], event["data"]))
+        from urllib.parse import urlsplit
+        entry, context = self.entry, ssl.create_default_context()
+        where = urlsplit(entry["smtp"])
+        port = where.port or {"tls": 465, "starttls": 587, "plain": 25}[where.scheme]
+        connect: Any = smtplib.SMTP
+        if where.scheme == "tls":
+            connect = functools.partial(smtplib.SMTP_SSL, context=context)
+        # as localhost: to find this machine's own name can take minutes
+        with connect(where.hostname, port, "localhost",
+                     timeout=self.pace.patience) as server:
+            if where.scheme == "starttls":
+                server.starttls(context=context)
+            if entry["login"] is not None:
+                server.login(self.text(entry["login"], event["data"]),
+                             self.text(entry["password"], event["data"]))
             refused = server.send_message(self.letter(event["data"], message_id))
-            status = f"250, but {len(refused)} refused" if refused else "250"
-            answers.append(Answer(True, status))
-            server.quit()
+            yield Answer(True, f"250, but {len(refused)} refused" if refused
+                         else "250")
 
     def letter(self, fields: Mapping[str, Any], message_id: str) -> Any:
         from email.message import EmailMessage
         from email.utils import format_datetime
-        entry, letter = self.entry, EmailMessage()
+        letter = EmailMessage()
         letter["Subject"] = fields["title"]
-        letter["From"], letter["To"] = entry["from"], ", ".join(entry["to"])
+        letter["From"] = self.entry["from"]
+        letter["To"] = ", ".join(self.entry["to"])
         letter["Date"] = format_datetime(datetime.now(timezone.utc))
         letter["Message-ID"] = f"<{message_id}@hitl.invalid>"
         letter["Auto-Submitted"] = "auto-generated"
@@ -3742,8 +3723,7 @@ class Channel:
             fields["text"], fields.get("details"), fields["url"]))) + "\n")
         return letter
 
-    def start(self, event: dict[str, Any], message_id: str,
-              answers: list[Answer]) -> None:
+    def start(self, event: dict[str, Any], message_id: str) -> Iterator[Answer]:
         """A program with its arguments, never a shell, and the event on stdin.
         It gets no token of this desk; any end but exit 0 is final."""
         import subprocess
@@ -3755,168 +3735,83 @@ class Channel:
                 word = f" {word}"       # an agent chooses no options
             words.append(word)
         environ = {name: value for name, value in os.environ.items()
-                   if not re.fullmatch("(HITL)_.*TOKEN", name)}
-        with tempfile.TemporaryFile() as output:
-            try:
-                code = subprocess.run(
-                    words, input=json.dumps(event).encode(), stdout=output,
-                    stderr=output, env=environ, timeout=self.pace.patience
-                    ).returncode
-            except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-                answers.append(failure(error)._replace(again=False))
-                return
+                   if not re.fullmatch("HITL_.*TOKEN", name)}
+        with tempfile.TemporaryFile() as output:    # no pipe, which a program
+            done = subprocess.run(                  # left behind would hold
+                words, input=json.dumps(event).encode(), stdout=output,
+                stderr=output, env=environ, timeout=self.pace.patience)
             output.seek(0)
-            answers.append(Answer(code == 0, f"exit {code}",
-                                  self.shown(output.read(4096))))
+            yield Answer(done.returncode == 0, f"exit {done.returncode}",
+                         self.shown(output.read(4096)))
 
+    # ---- what is owed, and when ----
 
-def resolve(where: str, entry: Mapping[str, Any], environ: Mapping[str, str]
-            ) -> dict[str, str]:
-    """The values of an entry's ${NAME}s; ConfigError for a missing one.
-    Nothing but a message to its receiver ever holds them."""
-    secrets = {name: environ.get(name, "") for name, _ in PLACEHOLDER.findall(
-        "\n".join(leaves(dict(entry)))) if name}
-    for name, value in secrets.items():
-        what = f"{where} ${{{name}}}"
-        if name in DESK_TOKENS:
-            raise ConfigError(f"{what} is a credential of this desk",
-                              "send another one")
-        if not value:
-            raise ConfigError(f"{what} is not set",
-                              f"set {name} where `serve` is started")
-        if not value.isprintable():
-            raise ConfigError(f"{what} holds a line break, or another character "
-                              "that cannot be seen", f"set {name} without it")
-    return secrets
+    def ring(self, notices: Notices) -> None:
+        """The entry's thread: it hears what waits and what has ended, and makes
+        one try after the other, each when it is due."""
+        import queue
+        while True:
+            wait = 3600.0
+            if self.heap:
+                wait = max(self.heap[0][0], self.quiet_until) - time.monotonic()
+            try:
+                self.hear(self.inbox.get(timeout=min(max(wait, 0), 3600)), notices)
+            except queue.Empty:
+                self.try_due(notices)
 
+    def hear(self, news: Job | str, notices: Notices) -> None:
+        """A notice to send, or the id of a request that no longer waits: no
+        further try, and a row if its notice was due."""
+        if isinstance(news, Job):
+            self.owe(news)
+            return
+        job = self.jobs.pop(news, None)
+        if job and (job.tries or job.due <= time.monotonic()):
+            notices.report(self.name, [news],
+                           Answer(False, "it stopped waiting first"))
 
-def webhook_key(secret: str) -> bytes:
-    """The key of Standard Webhooks: base64 behind whsec_; empty for none."""
-    import base64
-    if not secret:
-        return b""
-    with contextlib.suppress(ValueError):
-        key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
-        if key and secret.startswith("whsec_"):
-            return key
-    raise ValueError('must be "whsec_" and base64: `openssl rand -base64 32` '
-                     "makes some")
+    def owe(self, job: Job) -> None:
+        import heapq
+        self.jobs[job.request.request_id] = job
+        heapq.heappush(self.heap, (job.due, job.request.request_id))
 
-
-def signature(key: bytes, message_id: str, data: bytes) -> dict[str, str]:
-    """The headers of Standard Webhooks 1.0.0."""
-    import base64
-    import hmac
-    at = str(int(time.time()))
-    headers = {"webhook-id": message_id, "webhook-timestamp": at}
-    if key:
-        signed = hmac.digest(key, f"{message_id}.{at}.".encode() + data, "sha256")
-        headers["webhook-signature"] = "v1," + base64.b64encode(signed).decode()
-    return headers
+    def try_due(self, notices: Notices) -> None:
+        """One try: all that is due in one message, or the one event that is due
+        first. Then it is owed again, or done with."""
+        import heapq
+        started, taken = time.monotonic(), list[Job]()
+        while self.heap and self.heap[0][0] <= started and (
+                self.bundles or not taken):
+            job = self.jobs.pop(heapq.heappop(self.heap)[1], None)
+            if job:                     # else it no longer waits
+                taken.append(job)
+        if not taken:
+            return
+        try:
+            answer = self.tell([job.request for job in taken], notices.desk_url,
+                               len(notices.waiting))
+        except Exception as error:
+            answer = failure(error)
+        now, pace, done = time.monotonic(), self.pace, []
+        for job in taken:
+            tries, first = job.tries + 1, job.first or started
+            if not answer.again or tries == len(pace.tries):
+                done.append(job.request.request_id)
+                continue
+            due = now + answer.after if answer.after else first + pace.tries[tries]
+            self.owe(Job(job.request, due, first, tries))
+        if answer.after:
+            self.quiet_until = now + answer.after
+        elif self.bundles:              # a burst rings once
+            self.quiet_until = started + (
+                pace.tries[1] if answer.again else pace.window)
+        if done:
+            notices.report(self.name, done, answer)
 
 
 def percent_encoded(text: str) -> str:
     from urllib.parse import quote
     return quote(text, safe="")
-
-
-# ---- what is owed, and when ----
-
-class Job:
-    """A notice that one channel still owes."""
-
-    def __init__(self, notice: Notice, due: float) -> None:
-        self.notice = notice
-        self.due = due          # on the monotonic clock, as is `first`
-        self.first = 0.0        # when it was first tried
-        self.tries = 0
-        self.trying = False
-
-
-class Bell:
-    """What one channel owes, for the loop's thread and for its own."""
-
-    def __init__(self, channel: Channel) -> None:
-        self.channel, self.pace = channel, channel.pace
-        self.jobs: dict[str, Job] = {}              # by request_id
-        self.queue: list[tuple[float, str]] = []    # a heap, by when it is due
-        self.quiet_until = 0.0
-        self.changed = threading.Condition()
-
-    def wants(self, notice: Notice) -> bool:
-        """Whether the filters of the entry let a request through."""
-        entry = self.channel.entry
-        return ((not entry["category"] or notice.category in entry["category"])
-                and (not entry["checkpoint"]
-                     or notice.checkpoint in entry["checkpoint"]))
-
-    def add(self, notice: Notice, waited: float) -> None:
-        """Owe this notice of a request that has waited for so long already."""
-        delay = max(0.0, self.channel.entry["after_seconds"] - waited)
-        with self.changed:
-            self.owe(Job(notice, time.monotonic() + delay))
-            self.changed.notify()
-
-    def owe(self, job: Job) -> None:
-        import heapq
-        job.trying = False
-        self.jobs[job.notice.request_id] = job
-        heapq.heappush(self.queue, (job.due, job.notice.request_id))
-
-    def drop(self, request_id: str) -> bool:
-        """The request no longer waits: no further try -> whether its notice was
-        due, and nobody has sent it."""
-        with self.changed:
-            job = self.jobs.pop(request_id, None)
-            return (job is not None and not job.trying
-                    and (job.tries > 0 or job.due <= time.monotonic()))
-
-    def take(self) -> list[Job]:
-        """Wait until something is due -> what goes out now: all that is due in
-        one message, or the one event that is due first."""
-        import heapq
-        taken: list[Job] = []
-        with self.changed:
-            while not taken:
-                now, wake = time.monotonic(), math.inf
-                while self.queue and (not taken or self.channel.bundles):
-                    wake = max(self.queue[0][0], self.quiet_until)
-                    if wake > now:
-                        break
-                    job = self.jobs.get(heapq.heappop(self.queue)[1])
-                    if job is not None:             # else it no longer waits
-                        job.trying = True
-                        taken.append(job)
-                if not taken:
-                    self.changed.wait(min(wake - now, 3600))
-        return taken
-
-    def settle(self, taken: list[Job], started: float, answer: Answer
-               ) -> list[str]:
-        """After a try: owe it again, or be done with it -> the requests that it
-        is done with, told or not."""
-        done, tries = [], self.pace.tries
-        now = time.monotonic()
-        with self.changed:
-            for job in taken:
-                request_id = job.notice.request_id
-                job.first = job.first or started
-                job.tries += 1
-                if (not answer.again or job.tries >= len(tries)
-                        or request_id not in self.jobs):
-                    self.jobs.pop(request_id, None)
-                    done.append(request_id)
-                    continue
-                job.due = job.first + tries[job.tries]
-                if answer.after is not None:
-                    job.due = now + answer.after
-                self.owe(job)
-            if answer.after is not None:
-                self.quiet_until = now + answer.after
-            elif self.channel.bundles:              # a burst rings once
-                self.quiet_until = started + (
-                    tries[1] if answer.again else self.pace.window)
-        return done
 
 
 class Notices:
@@ -3925,47 +3820,35 @@ class Notices:
 
     def __init__(self, channels: list[Channel], rules: Rules, desk_url: str,
                  report: Callable[[str, list[str], Answer], None]) -> None:
-        self.bells = [Bell(channel) for channel in channels]
+        self.channels, self.desk_url, self.report = channels, desk_url, report
         self.known = {c.checkpoint_id: c.category for c in rules.checkpoints}
-        self.desk_url, self.report = desk_url, report
         self.waiting: set[str] = set()
-        for bell in self.bells:
-            threading.Thread(target=self.ring, args=(bell,), daemon=True).start()
+        for channel in channels:
+            threading.Thread(target=channel.ring, args=(self,), daemon=True).start()
 
-    def ring(self, bell: Bell) -> None:
-        """An entry's thread: all that is owed, one try after the other."""
-        while True:
-            taken, started = bell.take(), time.monotonic()
-            try:
-                answer = bell.channel.tell([job.notice for job in taken],
-                                           self.desk_url, len(self.waiting))
-            except Exception as error:
-                answer = failure(error)
-            if done := bell.settle(taken, started, answer):
-                self.report(bell.channel.name, done, answer)
-
-    def submitted(self, request: ReviewRequest, waited: float = 0.0,
-                  told: Iterable[str] = ()) -> None:
-        """Tell of a request that waits, through the entries that have not."""
+    def begins(self, request: ReviewRequest, told: Iterable[str] = ()) -> None:
+        """A request waits: the entries owe it that let it through and have not
+        told of it. Its category is that of the checkpoint in serve's own file,
+        which counts more than what the agent says."""
         self.waiting.add(request.request_id)
-        notice = notice_of(request, self.known)
-        for bell in self.bells:
-            if bell.channel.name not in told and bell.wants(notice):
-                bell.add(notice, waited)
+        category = self.known.get(request.checkpoint_id or "", request.category)
+        request = request._replace(
+            category=category if category in CATEGORIES else "", arguments=None,
+            action_description=request.action_description[:MAX_DETAILS])
+        begun = datetime.fromisoformat(request.received_at).timestamp()
+        for channel in self.channels:
+            entry = channel.entry
+            if (channel.name not in told and all(
+                    not entry[key] or value in entry[key] for key, value in (
+                        ("category", request.category),
+                        ("checkpoint", request.checkpoint_id)))):
+                delay = begun + entry["after_seconds"] - time.time()
+                channel.inbox.put(Job(request, time.monotonic() + max(0, delay)))
 
-    def ended(self, request_id: str) -> None:
-        """It no longer waits: no further try."""
+    def ends(self, request_id: str) -> None:
         self.waiting.discard(request_id)
-        for bell in self.bells:
-            if bell.drop(request_id):
-                self.report(bell.channel.name, [request_id],
-                            Answer(False, "it stopped waiting first"))
-
-    def catch_up(self, store: Store) -> None:
-        """Owe what the log does not have, after a start."""
-        for request, told in store.owed():
-            begun = datetime.fromisoformat(request.received_at).timestamp()
-            self.submitted(request, store.clock() - begun, told)
+        for channel in self.channels:
+            channel.inbox.put(request_id)
 
     def follow(self, store: Store, changes: list[Change]) -> None:
         """Tell of what has begun to wait (not of what was decided in its own
@@ -3973,12 +3856,12 @@ class Notices:
         import sqlite3
         for change in changes:
             if change.event != "submitted":
-                self.ended(change.request_id)
+                self.ends(change.request_id)
                 continue
             with contextlib.suppress(sqlite3.Error):    # owed after a restart
                 request = store.find(change.request_id)
                 if request and request.status == Status.WAITING:
-                    self.submitted(request)
+                    self.begins(request)
 
 
 # ================================== Pages ==================================
@@ -6329,7 +6212,8 @@ class Loop:
         if not channels:
             return
         self.notices = Notices(channels, rules, self.url, self.report)
-        self.notices.catch_up(self.desk.store)
+        for request, told in self.desk.store.owed():
+            self.notices.begins(request, told)
 
     def report(self, name: str, request_ids: list[str], answer: Answer) -> None:
         """What became of a notice, from any thread: a turn records it."""

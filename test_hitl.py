@@ -40,7 +40,6 @@ import unicodedata
 import urllib.request
 from dataclasses import dataclass
 from email import message_from_bytes
-from email.utils import formatdate
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import cache_from_source
@@ -3124,7 +3123,7 @@ def tell(make_rules):
             channels(make_rules, text, pace, **environ), make_rules(RULES),
             "https://desk.example", lambda *result: done.append(result))
         for request in requests or [a_request()]:
-            notices.submitted(request)
+            notices.begins(request)
         assert until(lambda: len(done) >= count), done
         run.notices = notices
         return done
@@ -3231,11 +3230,6 @@ def test_retry_after_is_minded(tell):
                     a_request("r-2"), count=2)
         assert all(answer.told for _, _, answer in done)
         assert receiver.at[1] - receiver.at[0] >= 0.99
-    at = formatdate(time.time() + 9, usegmt=True)
-    assert 7 < hitl.retry_after(at) < 10
-    assert [hitl.retry_after(text) for text in (
-        None, "", "x", "-1", "nan", "9" * 30, "99999999", "7")] == [
-            None] * 6 + [600, 7]
 
 
 def test_the_event_is_signed(tell):
@@ -3292,7 +3286,7 @@ def test_a_burst_rings_once(tell, answer):
                     + notify("siem", url=quoted(siem.url)), a_request("r-0"),
                     count=2)
         for n in range(1, 50):
-            tell.notices.submitted(a_request(f"r-{n}", agent=f"a{n % 3}"))
+            tell.notices.begins(a_request(f"r-{n}", agent=f"a{n % 3}"))
         assert until(lambda: len(done) == 52)
         assert len(receiver.got) == 2
         assert receiver.at[1] - receiver.at[0] >= SOON.window / 2
@@ -3312,12 +3306,13 @@ def test_no_try_after_it_stopped_waiting(tell):
         text = notify(url=quoted(receiver.url), body="{}") + notify(
             "later", url=quoted(receiver.url), after_seconds=60)
         done = tell(text, pace=slow, count=0)
-        phone, later = tell.notices.bells
-        assert until(lambda: phone.jobs["r-1"].tries == 1)
-        tell.notices.ended("r-1")
+        phone, later = tell.notices.channels
+        assert until(lambda: "r-1" in phone.jobs and phone.jobs["r-1"].tries == 1)
+        tell.notices.ends("r-1")
+        assert until(lambda: done and not later.jobs)
         assert [(n, i, a.told, a.status) for n, i, a in done] == [
             ("phone", ["r-1"], False, "it stopped waiting first")]
-        assert len(receiver.got) == 1 and not later.jobs
+        assert len(receiver.got) == 1
 
 
 @pytest.mark.parametrize("keys, sent", [
@@ -3328,9 +3323,10 @@ def test_filters_go_by_serves_own_file(make_rules, keys, sent):
     """A filter goes by the category that serve's own file has for the
     checkpoint, whatever the agent says."""
     channel, = channels(make_rules, notify(command=["true"], **keys))
-    notice = hitl.notice_of(a_request(category="data-risk"),
-                            {"delete-records": "destructive"})
-    assert hitl.Bell(channel).wants(notice) is sent
+    notices = hitl.Notices([], make_rules(RULES), "", print)
+    notices.channels = [channel]
+    notices.begins(a_request(category="data-risk"))
+    assert channel.inbox.empty() is not sent
 
 
 def test_a_command_gets_arguments_and_no_credential(tell, tmp_path, monkeypatch):
@@ -3380,7 +3376,7 @@ def test_an_answer_shows_no_secret(make_rules):
         channel, = channels(make_rules, notify(
             url=quoted(receiver.url + "${A}/${B}"), headers='{ X = "${B}" }'),
             A="pa/th+1", B='sec"ret\\2')
-        answer = channel.tell([hitl.notice_of(a_request(), {})], "", 1)
+        answer = channel.tell([a_request()], "", 1)
         assert answer.status == "403" and len(answer.text) == 200
         assert answer.text.startswith("***/***/***")
         assert not re.search("pa|th.1|sec|ret|\x1b|\u202e", answer.text)
@@ -3471,7 +3467,8 @@ def test_what_was_decided_is_not_told(desk, make_rules):
             ("notified", "r-2", {"name": "phone", "status": "204"})]
         desk.server.notices.follow(
             desk.store, [hitl.Change("submitted", "r-1", "agent:a", "")])
-        assert not desk.server.notices.bells[0].jobs
+        channel = desk.server.notices.channels[0]
+        assert channel.inbox.empty() and not channel.jobs
 
 
 def test_promise_9_what_is_owed_is_told_once(tmp_path):
@@ -3600,8 +3597,7 @@ def test_the_notices_of_the_readme(tmp_path, entry):
     hitl.check_notify(values)
     channel = hitl.Channel(None, values, environ)
     assert not hitl.writes_secret(entry)
-    fields = hitl.notice_fields([hitl.notice_of(a_request(), {})],
-                                "https://desk.example", 1, time.time())
+    fields = hitl.notice_fields([a_request()], "https://desk.example", 1)
     assert len(fields["title"]) <= 100 and len(fields["text"]) <= 900
     sent = json.dumps([
         channel.filled(entry.get("body", {}) if not isinstance(
