@@ -7796,38 +7796,15 @@ def at_path(data: Any, path: str) -> Any:
 
 
 def read_loosely(data: bytes | str) -> Any:
-    """JSON that strict reading refused, to see who is to be told, or None."""
+    """JSON of which nothing is decided but who is to be told, or None."""
     with contextlib.suppress(ValueError, RecursionError):
         return json.loads(data)
     return None
 
 
-def lines_from(file: int) -> Iterator[bytes]:
-    """The lines of a file descriptor; unbuffered, since a thread that waits
-    inside a buffered stdin makes Python abort at exit."""
-    rest = b""
-    while data := os.read(file, 1 << 16):
-        *lines, rest = (rest + data).split(b"\n")
-        for line in lines:
-            yield line + b"\n"
-    if rest:
-        yield rest
-
-
 def write_whole(file: int, data: bytes) -> None:
     while data:
         data = data[os.write(file, data):]
-
-
-def child_environment() -> dict[str, str]:
-    """This process's own, without what could approve (promise 5)."""
-    return {name: value for name, value in os.environ.items()
-            if name != "HITL_REVIEWER_TOKEN"}
-
-
-def shell_status(status: int) -> int:
-    """An exit status as a shell gives it: 128 + the signal that ended it."""
-    return 128 - status if status < 0 else status
 
 
 def on_signals(names: str, handler: Callable[[int, Any], None]) -> None:
@@ -7838,15 +7815,9 @@ def on_signals(names: str, handler: Callable[[int, Any], None]) -> None:
             signal.signal(getattr(signal, name), handler)
 
 
-def exit_by_signal(number: int, frame: Any) -> NoReturn:
-    """End as by an exception, so that what waits is withdrawn."""
-    sys.exit(128 + number)
-
-
 # ---- the hook: what each coding agent says and accepts ----
 
 DAY = 86_400                    # a request outlives the hook that asked
-SPARE_SECONDS = 5               # an answer comes so long before it is too late
 MAX_HOOK_INPUT = 16 << 20       # bytes: a whole file may be written by a call
 PRE, ASK, WHY = "PreToolUse", "PermissionRequest", "{why}"
 
@@ -7861,7 +7832,7 @@ class Dialect(NamedTuple):
     seconds: float              # answers by then, if nothing else is said
     status: int | None = None   # of an error, which is told as `rejected` is;
                                 # None: not on stdout, and exits with 2
-    longest: float = DAY - SPARE_SECONDS        # what its agent keeps
+    longest: float = DAY - 5    # the latest answer that its agent waits for
 
 
 def claude(event: str, **answer: Any) -> Json:
@@ -7902,9 +7873,7 @@ UNKNOWN = Dialect("", (), {}, {}, 25, None, 25)
 CALLS = (       # where a tool's name is, and its arguments; the first counts
     ("tool_call.name", "tool_call.input"),
     ("preToolUse.toolName", "preToolUse.parameters"),
-    ("tool_name", "tool_input"),
-    ("toolName", "toolArgs"),
-)
+    ("tool_name", "tool_input"), ("toolName", "toolArgs"))
 SESSIONS = ("session_id", "sessionId", "taskId", "conversation_id",
             "transcript_path")
 
@@ -7938,28 +7907,6 @@ def proposed(call: Json) -> tuple[str, Json]:
     return tool, {"input": arguments}
 
 
-def session_key(call: Json) -> str:
-    """A digest of the session and its folder: a decision that comes late is
-    picked up by the same session only."""
-    session = next((call[name] for name in SESSIONS if call.get(name)), None)
-    key = canonical([session, call.get("cwd")])
-    return hashlib.sha256(key.encode()).hexdigest()
-
-
-def hook_agent(name: str, call: Json) -> str:
-    """The name on the card: agent, folder, session."""
-    own = os.environ.get("HITL_AGENT") or name.partition("-")[0]
-    return cut(f"{own} {call.get('cwd', '')} session {session_key(call)[:8]}",
-               MAX_NAME)
-
-
-def is_self_test(arguments: Json) -> bool:
-    """Whether a command is `echo hitl-selftest`, which shows the hook at work.
-    """
-    text = canonical(arguments).replace("\\", "")    # JSON inside JSON
-    return re.search('"echo(","| )hitl-selftest"', text) is not None
-
-
 def filled(shape: Json, **words: str) -> str:
     """A shape as JSON in which each text "{word}" is replaced."""
     text = json.dumps(shape, indent=2)
@@ -7979,8 +7926,7 @@ class Hook:
     def __init__(self, config: str | None, deadline: float | None) -> None:
         self.config, self.deadline = config, deadline
         self.began, self.parent = time.monotonic(), os.getppid()
-        self.ends_at, self.ended = math.inf, False
-        self.dialect = UNKNOWN
+        self.dialect, self.ended = UNKNOWN, False
         self.notes: list[str] = []      # warnings, for a person only
 
     def run(self) -> NoReturn:
@@ -8014,12 +7960,19 @@ class Hook:
             raise HitlError("this is not a call of a coding agent that hitl.py "
                             "knows", reason="bad-hook")
         tool, arguments = proposed(call)
-        gate = Gate(find_configuration(self.config, local=False),
-                    context=call, agent=hook_agent(self.dialect.name, call))
-        if is_self_test(arguments):
+        cwd = call.get("cwd")
+        own = os.environ.get("HITL_AGENT") or self.dialect.name.partition("-")[0]
+        session = next((call[name] for name in SESSIONS if call.get(name)), None)
+        key = hashlib.sha256(canonical([session, cwd]).encode()).hexdigest()
+        gate = Gate(find_configuration(self.config, local=False), session=key,
+                    context=call, agent=cut(f"{own} {cwd or ''} session {key[:8]}",
+                                            MAX_NAME))
+        text = canonical(arguments).replace("\\", "")       # JSON inside JSON
+        if re.search('"echo(","| )hitl-selftest"', text):
             raise CollaborationError("the hook works: this call was refused "
                                      "as a test", reason="self-test")
-        held = self.hold(gate, tool, arguments, call)               # 2 hold
+        held = self.hold(gate, tool, arguments,                     # 2 hold
+                         cwd if isinstance(cwd, str) else None)
         if held is None:
             return {}                   # no opinion: its own flow goes on
         why = held.changed or f"approved by {held.approved_by}"     # 3 answer
@@ -8028,38 +7981,33 @@ class Hook:
             answer["hookSpecificOutput"]["updatedInput"] = held.arguments
         return answer
 
-    def hold(self, gate: Gate, tool: str, arguments: Json, call: Json
+    def hold(self, gate: Gate, tool: str, arguments: Json, cwd: str | None
              ) -> Held | None:
-        """This call, approved, None if nothing matches; raises as the gate
-        does. The same call in the same session attaches to the request that
-        still waits, or picks up what was decided meanwhile."""
-        cwd = call["cwd"] if isinstance(call.get("cwd"), str) else None
-        match = gate.rules.first_match(tool, arguments, cwd)
-        if match.effect == "allow":
-            return None
+        """As Gate.hold. The same call in the same session attaches to the
+        request that still waits, or picks up what was decided meanwhile."""
+        rule = gate.rules.first_match(tool, arguments, cwd).checkpoint
         left = self.ends_at - time.monotonic()
         wait = min(left - min(1, left / 10),
-                   first_of(match.checkpoint.timeout_seconds, math.inf))
-        lifetime = first_of(match.checkpoint.lifetime_seconds,
+                   first_of(rule.timeout_seconds, math.inf))
+        lifetime = first_of(rule.lifetime_seconds,
                             gate.configuration.gate["lifetime_seconds"], DAY)
         try:
             return gate.hold(
-                tool, arguments, cwd=cwd, session=session_key(call),
-                attach=True, tick=self.check_parent,
+                tool, arguments, cwd=cwd, attach=True, tick=self.check_parent,
                 edits=self.dialect.name == "claude",    # others take none
                 timeout_seconds=max(0.1, round(wait, 1)),
                 lifetime_seconds=lifetime)
         except AlreadyClaimedError:     # by the same call beside this one
-            return self.hold(gate, tool, arguments, call)
+            return self.hold(gate, tool, arguments, cwd)
 
     def check_parent(self) -> None:
         """End, which withdraws the request, where nobody reads the answer."""
+        import select
         gone = os.getppid() != self.parent
-        if not gone and os.name == "posix":
-            import select
+        if hasattr(select, "poll"):
             reader = select.poll()
             reader.register(1, 0)
-            gone = bool(reader.poll(0))
+            gone = gone or bool(reader.poll(0))
         if gone:
             sys.exit("the coding agent is gone")
 
@@ -8068,8 +8016,10 @@ class Hook:
         an answer; an error is one only where the agent shows it."""
         decided = type(fault) in (CollaborationError, DeniedError,
                                   ReviewTimeoutError)
-        if not isinstance(fault, HitlError):
-            fault = HitlError(visible(f"{type(fault).__name__}: {fault}"))
+        if isinstance(fault, SystemExit):
+            fault = HitlError(str(fault))
+        elif not isinstance(fault, HitlError):
+            fault = HitlError(visible(error_text(fault)))
         why = fault.told if decided else f"hitl: refused: {fault.told}"
         if fault.reason == "still-waiting":
             said = fault.message.partition("; nothing ran")[0]
@@ -8084,9 +8034,9 @@ class Hook:
 
     def watch(self) -> None:
         """Answer in time, whatever happens."""
-        seconds = min(self.deadline or self.dialect.seconds,
-                      self.dialect.longest)
-        self.ends_at = self.began + seconds
+        self.seconds = min(self.deadline or self.dialect.seconds,
+                           self.dialect.longest)
+        self.ends_at = self.began + self.seconds
         self.alarm(max(0.001, self.ends_at - time.monotonic()))
 
     def alarm(self, seconds: float) -> None:
@@ -8096,15 +8046,14 @@ class Hook:
             signal.signal(signal.SIGALRM, self.too_late)
             signal.setitimer(signal.ITIMER_REAL, seconds)
             seconds += 1
-        on_signals("SIGTERM", exit_by_signal)
+        on_signals("SIGTERM", lambda *_: sys.exit("the hook was ended by SIGTERM"))
         faulthandler.dump_traceback_later(
             seconds, exit=True, file=os.open(os.devnull, os.O_WRONLY))
 
     def too_late(self, *_: Any) -> None:
         if not self.ended:
-            seconds = self.ends_at - self.began
             self.end(*self.refusal(ReviewTimeoutError(
-                f"no answer within {seconds:g} s", reason="still-waiting")))
+                f"no answer within {self.seconds:g} s", reason="still-waiting")))
 
     def end(self, answer: Json | None, status: int, words: str) -> NoReturn:
         """The one answer, whole, and the end of this process; exit status 2
@@ -8125,13 +8074,8 @@ class Hook:
 
 # ---- the hook: what to install, and where ----
 
-COMMAND, WAITING = "{command}", "{waiting}"
-ADVICE = {"codex": "; trust it once with /hooks: untrusted hooks are skipped",
-          "cline": "; make it executable"}
-
-
 def nested(event: str, matcher: str, timeout: int, **more: Any) -> Json:
-    hook = {"type": "command", "command": COMMAND, "timeout": timeout, **more}
+    hook = {"type": "command", "command": "{command}", "timeout": timeout, **more}
     return {"hooks": {event: [{"matcher": matcher, "hooks": [hook]}]}}
 
 
@@ -8141,16 +8085,17 @@ def flat(*events: str, **hook: Any) -> Json:
 
 SNIPPETS: dict[str, tuple[str, Json]] = {       # agent -> its file, what is in it
     "claude": (".claude/settings.json", nested(
-        PRE, "*", DAY, onFailure="block", statusMessage=WAITING)),
-    "codex": (".codex/hooks.json", nested(PRE, "*", DAY, statusMessage=WAITING)),
+        PRE, "*", DAY, onFailure="block", statusMessage="{waiting}")),
+    "codex": (".codex/hooks.json (trust it once with /hooks: untrusted hooks are "
+              "skipped)", nested(PRE, "*", DAY, statusMessage="{waiting}")),
     "gemini": ("~/.gemini/settings.json", nested(
-        "BeforeTool", ".*", DAY * 1000, name=WAITING)),
+        "BeforeTool", ".*", DAY * 1000, name="{waiting}")),
     "copilot": (".github/hooks/hitl.json", flat(
-        PRE, type="command", bash=COMMAND, timeoutSec=DAY)),
+        PRE, type="command", bash="{command}", timeoutSec=DAY)),
     "cursor": (".cursor/hooks.json", flat(
-        "beforeShellExecution", "beforeMCPExecution", command=COMMAND,
+        "beforeShellExecution", "beforeMCPExecution", command="{command}",
         timeout=DAY, failClosed=True)),
-    "cline": (".clinerules/hooks/PreToolUse", {}),      # a shell script
+    "cline": (".clinerules/hooks/PreToolUse (make it executable)", {}),  # a script
 }
 
 
@@ -8185,7 +8130,7 @@ MODERN = "io.modelcontextprotocol/protocolVersion"
 CALL = "tools/call"
 MESSAGE = ("jsonrpc", "id", "method", "params", "result", "error")
 PARAMS = ("name", "arguments", "_meta", "task", "requestState",
-          "inputResponses")
+          "inputResponses")         # of a call; no others are sent
 
 
 def read_message(line: bytes) -> Json:
@@ -8198,19 +8143,14 @@ def read_message(line: bytes) -> Json:
         raise ValueError("send messages one by one")
     check_names(message, MESSAGE)
     method, params = message.get("method"), message.get("params")
-    if method != CALL:
-        if isinstance(method, str) and folded(method) == CALL:
-            raise ValueError(f"a method that can be read as {CALL}")
+    if folded(str(method)) != CALL:
         return message
-    if type(message.get("id")) not in (str, int):
-        raise ValueError(f"{CALL} needs an id")
-    if not isinstance(params, dict) or not isinstance(params.get("name"), str):
-        raise ValueError(f"{CALL} without a tool's name")
+    if not (method == CALL and type(message.get("id")) in (str, int)
+            and isinstance(params, dict) and isinstance(params.get("name"), str)
+            and isinstance(params.get("arguments") or {}, dict)):
+        raise ValueError(f"{CALL} needs an id, a name and an object of arguments")
     check_names(params, PARAMS)
-    arguments = params.get("arguments")
-    if not (arguments is None or isinstance(arguments, dict)):
-        raise ValueError("arguments must be an object")
-    if Call("", {"": arguments}).ambiguous:
+    if Call("", {"": params.get("arguments")}).ambiguous:
         raise ValueError("two arguments whose names are one name")
     return message
 
@@ -8221,38 +8161,22 @@ def check_names(members: Json, known: tuple[str, ...]) -> None:
             raise ValueError(f"a member that can be read as {folded(name)}")
 
 
-def call_message(message: Json, arguments: Json) -> Json:
-    """A tools/call with these arguments, of the members that were read and
-    no others."""
-    params = {name: value for name, value in message["params"].items()
-              if name in PARAMS}
-    return {"jsonrpc": "2.0", "id": message["id"], "method": CALL,
-            "params": params | {"arguments": arguments}}
-
-
-class Open(NamedTuple):
-    """A request of the client that is not answered yet."""
-
-    method: str
-    call: str = ""              # of a held one: what the client asked
-    held: Held | None = None    # once a person approved it
-    task: Any = None            # while a person is waited for
-
-
 class Proxy:
-    """Bytes pass both ways as they are, but for tools/call: each that a
-    checkpoint holds waits in a task of its own while everything else goes on,
-    and is sent rebuilt from the members that were read."""
+    """Bytes pass both ways as they are, but for tools/call: each has a task
+    of its own, in which a person may be waited for while everything else goes
+    on, and is then sent rebuilt from the members that were read."""
 
     def __init__(self, gate: Gate, command: list[str], name: str) -> None:
-        self.gate, self.name, self.command = gate, name, command
-        self.open: dict[str, Open] = {}         # by JSON-RPC id
+        self.gate, self.command, self.name = gate, command, name
+        self.cwd = os.getcwd()
+        self.tasks: set[Any] = set()
+        # by JSON-RPC id: the task of a call that is not sent yet; and what the
+        # server is to answer, as a future or, where it simply passes, None
+        self.held: dict[str, Any] = {}
+        self.open: dict[str, Any] = {}
         # what was approved and answered input_required, by call and state
         self.resumes: dict[tuple[str, str], Held] = {}
         self.tools: Json = {}                   # what the server says of them
-        self.told = False                       # which of them wait
-        self.ending: set[Any] = set()           # what finishes by itself
-        self.child: Any = None
 
     # ---- the two processes ----
 
@@ -8260,28 +8184,29 @@ class Proxy:
         """Serve until the client or the server ends -> the server's exit
         status."""
         import asyncio
-        self.sink = sink
+        self.sink, self.loop = sink, asyncio.get_running_loop()
         self.child = await asyncio.create_subprocess_exec(
             *self.command, stdin=-1, stdout=-1, limit=1 << 26,
-            env=child_environment(), start_new_session=True)
-        tasks = [asyncio.ensure_future(work) for work in (
-            self.pump_out(), self.pump_in(source), self.exited())]
+            start_new_session=True)
+        pumps = [asyncio.ensure_future(work) for work in (
+            self.pump_out(), self.pump_in(source), self.exited(math.inf))]
         try:
             done, _ = await asyncio.wait(
-                tasks, return_when=asyncio.FIRST_COMPLETED)
+                pumps, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            await self.close(tasks)
+            await self.close(pumps)
         for task in done:
             task.result()                       # a fault of ours ends all
         return shell_status(self.child.returncode)
 
-    async def close(self, tasks: list[Any]) -> None:
+    async def close(self, pumps: list[Any]) -> None:
         """End what is held, which withdraws it, then the server and all it
-        started; what it still says is passed on."""
+        started; what it still says is passed on, and then answered for it
+        what it left open."""
         import asyncio
         import signal
-        held = [call.task for call in self.open.values() if call.task]
-        for task in tasks[1:] + held:
+        self.open |= dict.fromkeys(self.held)
+        for task in [pumps[1], *self.held.values()]:
             task.cancel()
         self.child.stdin.close()                # it should end by itself
         for name in ("SIGTERM", "SIGKILL"):
@@ -8292,9 +8217,15 @@ class Proxy:
                 else:
                     self.child.kill()
         await self.exited(3)
-        await asyncio.wait([*tasks, *held, *self.ending], timeout=3)
+        await asyncio.wait(pumps, timeout=3)
+        for key in list(self.open):
+            self.from_server(b'{"jsonrpc": "2.0", "id": %b, "error": {"code": '
+                             b'-32000, "message": "the MCP server has ended"}}\n'
+                             % key.encode())
+        if self.tasks:
+            await asyncio.wait(self.tasks, timeout=3)
 
-    async def exited(self, seconds: float = math.inf) -> None:
+    async def exited(self, seconds: float) -> None:
         """Wait for the server itself; what it started may hold its pipes."""
         import asyncio
         end = time.monotonic() + seconds
@@ -8302,14 +8233,15 @@ class Proxy:
             await asyncio.sleep(0.05)
 
     async def pump_in(self, source: int) -> None:
-        lines = lines_from(source)
-        while line := await in_thread(next, lines, b""):
-            self.from_client(line)
-            await self.child.stdin.drain()
+        lines = open(source, "rb", closefd=False)  # noqa: SIM115
+        with contextlib.suppress(ConnectionError):      # the server is gone
+            while line := await in_thread(lines.readline):
+                self.from_client(line)
+                await self.child.stdin.drain()
 
     async def pump_out(self) -> None:
         async for line in self.child.stdout:
-            self.to_client(self.from_server(line))
+            self.from_server(line)
 
     def to_client(self, line: bytes) -> None:
         with contextlib.suppress(OSError):      # the client is gone
@@ -8319,26 +8251,31 @@ class Proxy:
         self.to_client(json.dumps({"jsonrpc": "2.0", **message}).encode()
                        + b"\n")
 
-    # ---- from the client ----
+    # ---- what passes ----
 
     def from_client(self, line: bytes) -> None:
         if not line.strip():
             return
         try:
             message = read_message(line)
+            method, key = message.get("method"), json.dumps(message.get("id"))
+            if method == CALL and (key in self.held or key in self.open):
+                raise ValueError("this id is in use already")
         except ValueError as error:     # a server might read it as a call
             self.reject(line, visible(str(error)))
             return
-        method = message.get("method")
-        if method == CALL and self.gated(message):
+        if method == CALL:
+            self.held[key] = task = self.loop.create_task(self.call(message, line))
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
             return
         if method == "notifications/cancelled":
-            key = canonical(at_path(message, "params.requestId"))
-            if key in self.open and self.open[key].task:
-                self.open.pop(key).task.cancel()
+            asked = json.dumps(at_path(message, "params.requestId"))
+            if asked in self.held:
+                self.held.pop(asked).cancel()
                 return                  # withdrawn, never sent or answered
         if "id" in message and method:
-            self.open[canonical(message["id"])] = Open(method)
+            self.open[key] = None
         self.child.stdin.write(line)
 
     def reject(self, line: bytes, why: str) -> None:
@@ -8352,135 +8289,102 @@ class Proxy:
             self.answer(id=key, error={"code": code,
                                        "message": f"hitl: refused: {why}"})
 
-    def gated(self, message: Json) -> bool:
-        """Whether a tools/call does not simply pass: it was refused, sent by
-        an earlier approval, or waits in a task of its own."""
-        import asyncio
-        key, params = canonical(message["id"]), message["params"]
-        tool, arguments = params["name"], params.get("arguments") or {}
-        call = canonical([tool, arguments])
-        state = call, canonical(params.get("requestState"))
-        if state in self.resumes:       # the rest of a call approved before
-            self.send(message, call, self.resumes.pop(state))
-            return True
-        try:
-            match = self.gate.rules.first_match(
-                f"mcp__{self.name}__{tool}", arguments, os.getcwd())
-            if match.effect == "allow":
-                return False
-            if key in self.open:
-                raise HitlError("this id is in use already")
-        except HitlError as error:
-            self.refuse(message, logged(error))
-            return True
-        task = asyncio.ensure_future(self.wait(message, tool, arguments))
-        self.open[key] = Open(CALL, call, task=task)
-        return True
+    def from_server(self, line: bytes) -> None:
+        message = read_loosely(line)
+        if isinstance(message, dict) and "method" not in message:
+            self.learn_tools(at_path(message, "result.tools"))
+            reply = self.open.pop(json.dumps(message.get("id")), None)
+            if reply and not reply.done():
+                reply.set_result(line)          # call() goes on with it
+                return
+        self.to_client(line)
 
-    async def wait(self, message: Json, tool: str, arguments: Json) -> None:
-        """Hold one call until a person decides, then send it or refuse."""
-        key = canonical(message["id"])
-        context = {"MCP server": self.command,
-                   "the server says of this tool (untrusted)":
-                       self.tools.get(tool, "nothing")}
+    def learn_tools(self, tools: Any) -> None:
+        """Keep what the server says of its tools; say once on stderr which of
+        them wait for a person."""
+        said: dict[str, list[str]] = {"wait for a person": [], "run unasked": []}
+        for tool in tools if isinstance(tools, list) else []:
+            name = str(at_path(tool, "name"))
+            free = all(match.effect == "allow" for match in
+                       self.gate.rules.candidates(f"mcp__{self.name}__{name}"))
+            if name not in self.tools:
+                said["run unasked" if free else "wait for a person"].append(name)
+            self.tools[name] = at_path(tool, "annotations")
+        for words, names in said.items():
+            if names:
+                print(f"hitl: {self.name}: {words}:", visible(", ".join(names)),
+                      file=sys.stderr, flush=True)
+
+    # ---- one call ----
+
+    async def call(self, message: Json, line: bytes) -> None:
+        """1 wait for a person, 2 send what was approved (promise 2), 3 pass
+        the answer on, with what a reviewer changed as its first content, and
+        4 report it."""
+        key, params = json.dumps(message["id"]), message["params"]
+        tool, arguments = params["name"], params.get("arguments") or {}
+        resumed = canonical([tool, arguments]), json.dumps(params.get("requestState"))
+        held = self.resumes.pop(resumed, None)  # the rest of one approved before
         try:
-            held = await self.gate.ahold(
-                f"mcp__{self.name}__{tool}", arguments, cwd=os.getcwd(),
-                edits=True, context=context, tick=self.progress(
-                    at_path(message, "params._meta.progressToken")))
+            held = held or await self.gate.ahold(
+                f"mcp__{self.name}__{tool}", arguments, cwd=self.cwd, edits=True,
+                tick=self.progress(at_path(params, "_meta.progressToken")),
+                context={"MCP server": self.command,
+                         "the server says of this tool (untrusted)":
+                             self.tools.get(tool, "nothing")})
         except HitlError as error:
-            self.open.pop(key, None)
             self.refuse(message, error)
             return
-        if held is not None:            # or nothing would be sent
-            self.send(message, canonical([tool, arguments]), held)
-
-    def send(self, message: Json, call: str, held: Held) -> None:
-        """An approved call, with what was shown (promise 2)."""
-        self.open[canonical(message["id"])] = Open(CALL, call, held)
-        data = json.dumps(call_message(message, held.arguments))
-        self.child.stdin.write(data.encode() + b"\n")
+        finally:
+            self.held.pop(key, None)
+        self.open[key] = None
+        if held is None:
+            self.child.stdin.write(line)
+            return
+        self.open[key] = reply = self.loop.create_future()
+        sent = {name: value for name, value in params.items() if name in PARAMS}
+        sent["arguments"] = held.arguments
+        self.child.stdin.write(json.dumps({
+            "jsonrpc": "2.0", "id": message["id"], "method": CALL,
+            "params": sent}).encode() + b"\n")
+        line = await reply
+        answer = json.loads(line)
+        content, failure = at_path(answer, "result.content"), None
+        if "error" in answer:
+            failure = json.dumps(answer["error"])
+        elif at_path(answer, "result.isError"):
+            failure = json.dumps(content)
+        if held.changed and isinstance(content, list):
+            content.insert(0, {"type": "text", "text": held.changed})
+            line = json.dumps(answer).encode() + b"\n"
+        self.to_client(line)
+        if at_path(answer, "result.resultType") == "input_required":
+            state = json.dumps(at_path(answer, "result.requestState"))
+            self.resumes[resumed[0], state] = held
+        else:
+            await held.areport(failure)
 
     def refuse(self, message: Json, error: HitlError) -> None:
         """A refusal as a tool's result: agents drop the reason of a JSON-RPC
         error."""
         result: Json = {"isError": True, "content": [
             {"type": "text", "text": error.told}]}
-        if MODERN in (message["params"].get("_meta") or {}):
+        if MODERN in json.dumps(message["params"].get("_meta")):
             result["resultType"] = "complete"
         self.answer(id=message["id"], result=result)
 
-    def progress(self, token: Any) -> Callable[[], None]:
+    def progress(self, token: Any) -> Callable[[], None] | None:
         """What tells the client, at each look at the status, that a person
         is waited for, if it asked to be told; below any progress that the
         server itself reports later."""
-        import asyncio
-        loop, steps = asyncio.get_running_loop(), itertools.count(1)
+        steps = itertools.count(1)
 
         def tick() -> None:
-            loop.call_soon_threadsafe(functools.partial(
+            self.loop.call_soon_threadsafe(functools.partial(
                 self.answer, method="notifications/progress", params={
                     "progressToken": token, "progress": next(steps) / 1000,
                     "message": "waiting for a person's approval"}))
-        return tick if type(token) in (str, int) else lambda: None
-
-    # ---- from the server ----
-
-    def from_server(self, line: bytes) -> bytes:
-        """Note what passes by: answers, and what tools say of themselves ->
-        the line for the client, with what a reviewer changed as its first
-        content."""
-        try:
-            message = parse_json(line)
-        except ValueError:
-            return line
-        if not isinstance(message, dict) or "method" in message:
-            return line
-        call = self.open.pop(canonical(message.get("id")), None)
-        if call and call.method == "tools/list":
-            self.learn_tools(message)
-        if not call or not call.held:
-            return line
-        if at_path(message, "result.resultType") == "input_required":
-            state = canonical(at_path(message, "result.requestState"))
-            self.resumes[call.call, state] = call.held
-            return line
-        content, failure = at_path(message, "result.content"), None
-        if "error" in message:
-            failure = canonical(message["error"])
-        elif at_path(message, "result.isError"):
-            failure = canonical(content)
-        self.report(call.held, failure)
-        if not call.held.changed or not isinstance(content, list):
-            return line
-        content.insert(0, {"type": "text", "text": call.held.changed})
-        return json.dumps(message).encode() + b"\n"
-
-    def report(self, held: Held, failure: str | None) -> None:
-        """Record what became of an approved call, beside everything else."""
-        import asyncio
-        task = asyncio.ensure_future(held.areport(failure))
-        self.ending.add(task)
-        task.add_done_callback(self.ending.discard)
-
-    def learn_tools(self, message: Json) -> None:
-        """Keep what the server says of its tools; say once on stderr which of
-        them wait for a person."""
-        tools = at_path(message, "result.tools")
-        for tool in tools if isinstance(tools, list) else []:
-            self.tools[str(at_path(tool, "name"))] = at_path(
-                tool, "annotations")
-        if self.told or at_path(message, "result.nextCursor"):
-            return
-        self.told = True
-        waits = [tool for tool in self.tools if any(
-            match.effect != "allow" for match in self.gate.rules.candidates(
-                f"mcp__{self.name}__{tool}"))]
-        free = [tool for tool in self.tools if tool not in waits]
-        for words, names in (("wait for a person", waits),
-                             ("run unasked", free)):
-            print(f"hitl: {self.name}: {words}:", visible(", ".join(names)),
-                  file=sys.stderr, flush=True)
+        return tick if type(token) in (str, int) else None
 
 
 # ---- a command behind a prefix ----
@@ -8505,17 +8409,19 @@ def run_command(gate: Gate, tool: str, argv: list[str],
 def execute(argv: list[str], cwd: str, executable: str) -> int:
     """The command, with this process's streams, and its signals passed on."""
     import subprocess
-    child = subprocess.Popen(argv, executable=executable, cwd=cwd,
-                             env=child_environment())
+    child = subprocess.Popen(argv, executable=executable, cwd=cwd)
+    terminal = sys.stdin and sys.stdin.isatty()
 
     def pass_on(number: int, frame: Any) -> None:
-        child.send_signal(number)
-    on_signals("SIGTERM SIGHUP SIGUSR1 SIGUSR2", pass_on)
-    if sys.stdin and sys.stdin.isatty():    # the terminal sends these by itself
-        on_signals("SIGINT SIGQUIT", lambda *_: None)
-    else:
-        on_signals("SIGINT SIGQUIT", pass_on)
+        if not (terminal and number in (2, 3)):     # which it sends by itself
+            child.send_signal(number)
+    on_signals("SIGTERM SIGHUP SIGUSR1 SIGUSR2 SIGINT SIGQUIT", pass_on)
     return shell_status(child.wait())
+
+
+def shell_status(status: int) -> int:
+    """An exit status as a shell gives it: 128 + the signal that ended it."""
+    return 128 - status if status < 0 else status
 
 
 # ================================= Evidence ================================
@@ -8655,7 +8561,7 @@ def demo(timeout: float, say: Callable[[str], None]) -> None:
 
 def decide_by_keys(shop: Workshop, say: Callable[[str], None]) -> None:
     """Decide what waits when `a` or `r` is typed."""
-    for line in lines_from(sys.stdin.fileno()):
+    for line in open(sys.stdin.fileno(), "rb", closefd=False):
         decision = {b"a": "approved", b"r": "rejected"}.get(line.strip()[:1])
         if decision is None:
             say("type a to approve, r to reject")
@@ -9847,8 +9753,7 @@ def cmd_hook(args: Any) -> int:
     """answer a coding agent's hook: its JSON on stdin, ours on stdout"""
     if not args.snippet:
         Hook(args.config, args.deadline).run()
-    print(f"put this into {SNIPPETS[args.snippet][0]}"
-          + ADVICE.get(args.snippet, ""), file=sys.stderr)
+    print(f"put this into {SNIPPETS[args.snippet][0]}", file=sys.stderr)
     sys.stdout.write(snippet(args.snippet, args.config))
     return 0
 
@@ -9867,9 +9772,7 @@ def run_hook_at_once(words: list[str]) -> None:
 def cmd_mcp(args: Any) -> int:
     """start an MCP server (stdio) and hold the calls to its tools"""
     import asyncio
-    command = command_behind(args)
-    gate = Gate(find_configuration(args.config, local=False))
-    on_signals("SIGTERM SIGHUP", exit_by_signal)
+    gate, command = gate_and_command(args)
     try:
         return asyncio.run(Proxy(gate, command, args.name).run(0, 1))
     except OSError as error:
@@ -9879,11 +9782,9 @@ def cmd_mcp(args: Any) -> int:
 def cmd_run(args: Any) -> int:
     """ask, then run exactly this command"""
     log.error = lambda *_: None         # it is printed below
-    on_signals("SIGTERM SIGHUP", exit_by_signal)
     try:
-        gate = Gate(find_configuration(args.config, local=False))
-        return run_command(gate, args.tool_name, command_behind(args),
-                           args.timeout)
+        gate, command = gate_and_command(args)
+        return run_command(gate, args.tool_name, command, args.timeout)
     except (HitlError, OSError) as error:
         if not sys.stderr.isatty() and isinstance(error, HitlError):
             error.hint = ""             # a model may read it
@@ -9891,13 +9792,18 @@ def cmd_run(args: Any) -> int:
         return 125                      # the command's own are its own
 
 
-def command_behind(args: Any) -> list[str]:
+def gate_and_command(args: Any) -> tuple[Gate, list[str]]:
+    """What `run` and `mcp` start: a command that does not inherit what could
+    approve (promise 5). A signal withdraws what waits."""
+    on_signals("SIGTERM SIGHUP", lambda number, _: sys.exit(128 + number))
     command = list(args.command_words)
     if command[:1] == ["--"]:
         del command[0]
     if not command:
         raise ConfigError("no command", "put it after --")
-    return command
+    gate = Gate(find_configuration(args.config, local=False))
+    os.environ.pop("HITL_REVIEWER_TOKEN", None)
+    return gate, command
 
 
 def cmd_demo(args: Any) -> int:
