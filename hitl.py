@@ -8166,6 +8166,8 @@ class Proxy:
     of its own, in which a person may be waited for while everything else goes
     on, and is then sent rebuilt from the members that were read."""
 
+    child: Any = None
+
     def __init__(self, gate: Gate, command: list[str], name: str) -> None:
         self.gate, self.command, self.name = gate, command, name
         self.cwd = os.getcwd()
@@ -8233,7 +8235,7 @@ class Proxy:
             await asyncio.sleep(0.05)
 
     async def pump_in(self, source: int) -> None:
-        lines = open(source, "rb", closefd=False)  # noqa: SIM115
+        lines = open(source, "rb", closefd=False)
         with contextlib.suppress(ConnectionError):      # the server is gone
             while line := await in_thread(lines.readline):
                 self.from_client(line)

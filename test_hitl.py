@@ -6693,7 +6693,9 @@ def test_hook_ended_by_a_signal(desk, tmp_path):
     with waiting_hook(desk, tmp_path, HOOKS["cursor"][0]("rm y")) as (
             process, name):
         process.terminate()
-        assert "deny" in process.stdout.read() and process.wait() == 2
+        said = json.loads(process.stdout.read())["agent_message"]
+        assert said.startswith("hitl: refused: the hook was ended by SIGTERM. ")
+        assert process.wait() == 2
         assert desk.state(name)["status"] == "withdrawn"
 
 
@@ -7030,12 +7032,15 @@ def test_proxy_ways_round(mcp, desk_of_mcp):
 
 def test_proxy_child_dies(mcp, desk_of_mcp):
     """A server that dies ends the proxy with its exit status, although what
-    it started holds its pipes, and withdraws what is held."""
+    it started holds its pipes; what is held is withdrawn, and every open call
+    is answered."""
     mcp.call(1, "delete_file", {"path": "a"})
     there, = desk_of_mcp.waiting()
     mcp.call(2, "hang", {})
     mcp.call(3, "die", {})
     assert mcp.process.wait(20) == mcp.close() == 7
+    for number in (1, 2, 3):
+        assert "has ended" in mcp.answer(number)["error"]["message"]
     assert desk_of_mcp.state(there["request_id"])["status"] == "withdrawn"
 
 
