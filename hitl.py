@@ -3353,12 +3353,6 @@ def stored_requests(db: Any) -> Iterator[ReviewRequest]:
         yield ReviewRequest._make(row)
 
 
-def waiting_ids(db: Any) -> list[str]:
-    """What waits, as any other process can see it."""
-    return [name for name, in db.execute(
-        "SELECT request_id FROM pending_reviews WHERE status = 'waiting'")]
-
-
 def verified(path: Path, noted: str = "") -> tuple[Head, list[str]]:
     """The head of a database's audit log, and what is wrong with it, at one
     instant, whatever a server writes meanwhile."""
@@ -8428,89 +8422,82 @@ def shell_status(status: int) -> int:
 
 # ================================= Evidence ================================
 # The whole path, for real: a desk on a free port, a database, the page, a
-# gate, and a small agent whose tools work on a table of records in a scratch
-# SQLite file (SQL, but not on the desk's file). `demo` lets a person decide;
-# `verify` presses the page's buttons itself and notes what the guide expects,
-# what was observed, and whether that holds.
+# gate, and a small agent whose tools work on a table of records of its own.
+# `demo` lets a person decide; `verify` presses the page's buttons itself and
+# notes what the guide expects, what was observed, and whether that holds.
 
 SAMPLE_RULES = """\
-[gate]
-timeout_seconds = {timeout}
-
 [[checkpoint]]
 checkpoint_id = "delete-records"
 action_pattern = "delete_*"
-description_template = "Delete {{table}} where {{condition}}"
+description_template = "Delete {table} where {condition}"
 category = "destructive"
+"""
+RECORDS = """
+DROP TABLE IF EXISTS users;
+CREATE TABLE users (name TEXT, last_login TEXT);
+INSERT INTO users VALUES
+    ('ana', '2026-05-01'), ('ben', '2019-05-01'), ('cleo', '2018-05-01');
 """
 DELETE = {"table": "users", "condition": "last_login < '2020-01-01'"}
 
 
 class Workshop:
-    """A desk in a thread, and an agent's tools on a table of records, all in
-    a folder that is removed afterwards."""
+    """A desk in a thread with one reviewer, and an agent's tools on a table of
+    records; its folder is removed at the end."""
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, reviewer: str) -> None:
+        import sqlite3
         import tempfile
         self.scratch = tempfile.TemporaryDirectory(prefix="hitl-")
-        folder = Path(self.scratch.name)
-        self.rules = folder / "checkpoints.toml"
-        self.rules.write_text(SAMPLE_RULES.format(timeout=timeout))
-        self.records, self.database = folder / "records.db", folder / "hitl.db"
+        self.database = Path(self.scratch.name, "hitl.db")
+        self.rules = self.database.with_name("checkpoints.toml")
+        self.rules.write_text(SAMPLE_RULES)
+        self.records = sqlite3.connect(":memory:", check_same_thread=False)
+        self.records.executescript(RECORDS)
         self.token, self.store = fresh_token(), open_store(self.database)
-        tokens = Tokens(None, token_hash(self.token), {})
-        self.desk = open_desk("127.0.0.1", 0, self.store, tokens)
+        self.desk = open_desk("127.0.0.1", 0, self.store,
+                              Tokens(None, token_hash(self.token), {}))
+        self.me = Client(self.desk.url, basic(reviewer, self.token))
         self.thread = threading.Thread(target=self.desk.serve_forever)
         self.thread.start()
-        self.reset()
 
-    def __enter__(self) -> Workshop:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self.desk.stop()
         self.thread.join()
         self.store.close()
+        self.records.close()
         self.scratch.cleanup()
 
-    def gate(self, agent: str, context: Any) -> Gate:
-        return Gate(self.rules, server_url=self.desk.url, agent=agent,
-                    context=context)
+    def read_records(self, table: str) -> list[Any]:
+        return self.records.execute(f"SELECT * FROM {table}").fetchall()
 
-    def reviewer(self, name: str) -> Client:
-        return Client(self.desk.url, basic(name, self.token))
+    def delete_records(self, table: str, condition: str) -> int:
+        """What the sample agent wants; a real tool, which really deletes."""
+        return self.records.execute(
+            f"DELETE FROM {table} WHERE {condition}").rowcount
+
+    def call(self, agent: str, context: Any, timeout: float | None) -> Any:
+        """The agent's call, in a session of its own: in one session, a
+        rejection answers the next call too."""
+        gate = Gate(self.rules, server_url=self.desk.url, agent=agent)
+        return gate.call("delete_records", DELETE, self.delete_records,
+                         context=context, timeout_seconds=timeout)
 
     def waiting(self) -> list[str]:
         """The ids of what waits, once the database has any; none after five
         seconds."""
-        end = time.monotonic() + 5
-        ids: list[str] = []
+        end, ids = time.monotonic() + 5, list[str]()
         with contextlib.closing(open_for_reading(self.database)) as db:
             while not ids and time.monotonic() < end:
                 time.sleep(0.005)
-                ids = waiting_ids(db)
+                ids = [request.request_id for request in stored_requests(db)
+                       if request.status == Status.WAITING]
         return ids
 
-    # ---- the agent's tools ----
-
-    def reset(self) -> None:
-        self.sql("DROP TABLE IF EXISTS users")
-        self.sql("CREATE TABLE users (name TEXT, last_login TEXT)")
-        self.sql("INSERT INTO users VALUES ('ana', '2026-05-01'), "
-                 "('ben', '2019-05-01'), ('cleo', '2018-05-01')")
-
-    def sql(self, text: str) -> Any:
-        import sqlite3
-        with contextlib.closing(sqlite3.connect(self.records)) as db, db:
-            cursor = db.execute(text)
-            return cursor.fetchall() if cursor.description else cursor.rowcount
-
-    def read_records(self, table: str) -> Any:
-        return self.sql(f"SELECT name, last_login FROM {table}")
-
-    def delete_records(self, table: str, condition: str) -> Any:
-        """What the sample agent wants; a real tool, which really deletes."""
-        return self.sql(f"DELETE FROM {table} WHERE {condition}")
+    def decide(self, request_id: str, decision: str) -> Reply:
+        return self.me.exchange("POST", f"/approve/{request_id}",
+                                {"decision": decision}, seconds=5)
 
     def left(self) -> str:
         return f"{len(self.read_records('users'))} of 3 records left"
@@ -8531,25 +8518,29 @@ def file_sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def say(text: str = "") -> None:
+    """A line on stdout, at once: whoever reads a pipe waits for it."""
+    print(text, flush=True)
+
+
 # ---- demo ----
 
-def demo(timeout: float, say: Callable[[str], None]) -> None:
+def demo(timeout: float) -> None:
     """A sample agent that wants to delete, a desk, and a person: you."""
-    with Workshop(timeout) as shop:
-        gate = shop.gate("demo agent", {
-            "task": "remove users who have not logged in since 2020",
-            "records": shop.read_records("users")})
+    with contextlib.closing(Workshop("terminal")) as shop:
+        records = shop.read_records("users")
         say(f"hitl.py {__version__} demo: an agent wants to delete records, "
             "and waits for you.\n\nReview it in a browser:\n"
             f"{link_with(shop.desk.url, shop.token)}\n(if it asks: name "
             f"reviewer, token {shop.token})\nOr type a to approve, r to "
             "reject, here, and Enter.\n\n"
-            f"agent: read_records(users) -> {shop.read_records('users')}\n"
+            f"agent: read_records(users) -> {records}\n"
             f"agent: delete_records({DELETE}) ...")
-        threading.Thread(target=decide_by_keys, args=(shop, say), daemon=True
-                         ).start()
+        threading.Thread(target=decide_by_keys, args=(shop,), daemon=True).start()
         try:
-            gone = gate.call("delete_records", DELETE, shop.delete_records)
+            gone = shop.call("demo agent", {
+                "task": "remove users who have not logged in since 2020",
+                "records": records}, timeout)
             say(f"agent: approved, {gone} records deleted")
         except (CollaborationError, ReviewTimeoutError) as error:
             say(f"agent: stopped by {type(error).__name__}: {error}")
@@ -8561,7 +8552,7 @@ def demo(timeout: float, say: Callable[[str], None]) -> None:
                 time.sleep(1)
 
 
-def decide_by_keys(shop: Workshop, say: Callable[[str], None]) -> None:
+def decide_by_keys(shop: Workshop) -> None:
     """Decide what waits when `a` or `r` is typed."""
     for line in open(sys.stdin.fileno(), "rb", closefd=False):
         decision = {b"a": "approved", b"r": "rejected"}.get(line.strip()[:1])
@@ -8569,164 +8560,133 @@ def decide_by_keys(shop: Workshop, say: Callable[[str], None]) -> None:
             say("type a to approve, r to reject")
             continue
         for request_id in shop.waiting():
-            shop.reviewer("terminal").exchange(
-                "POST", f"/approve/{request_id}", {"decision": decision},
-                seconds=5)
+            shop.decide(request_id, decision)
             return
 
 
 # ---- verify ----
 
-def verify(model: str, timeout: float, say: Callable[[str], None]
-           ) -> dict[str, Any]:
-    """The guide's verification -> the evidence: state, configuration, what
-    was expected and observed. It leaves nothing of it on the disk."""
-    lines: list[str] = []
-    handler, propagate = logging.Handler(), log.propagate
-    handler.emit = lambda record: lines.append(  # type: ignore[method-assign]
-        f"{record.levelname} {record.getMessage()}")
-    log.addHandler(handler)
-    log.propagate = False
-    findings: list[dict[str, Any]] = []
-    try:
-        with Workshop(timeout) as shop:
-            state = {**starting_state(model), "configuration sha256":
-                     file_sha256(shop.rules), "database": str(shop.database),
-                     "server": shop.desk.url}
-            rules = shop.rules.read_text()
-            say("\n".join(f"{name:20} {state[name]}" for name in state))
-            for step, expected, observed, holds in itertools.chain(
-                    verify_approval(shop), verify_rejection(shop, lines),
-                    verify_silence(shop, timeout), verify_log(shop)):
-                findings.append({"step": step, "expected": expected,
-                                 "observed": observed, "holds": holds})
-                say(f"\n{'ok  ' if holds else 'FAIL'} {step}\n     expected "
-                    f"{expected}\n     observed {visible(observed)}")
-    finally:
-        log.propagate = propagate
-        log.removeHandler(handler)
-    return {**state, "configuration": rules, "findings": findings, "log": lines,
-            "verified": all(finding["holds"] for finding in findings)}
-
-
-def starting_state(model: str) -> dict[str, str]:
-    """What the run depends on, so that it can be repeated."""
+def verify(model: str, timeout: float) -> dict[str, Any]:
+    """The guide's verification -> the evidence: what the run depends on, so
+    that it can be repeated, and what was expected and observed. It leaves
+    nothing of it on the disk."""
+    import io
     import platform
     import shlex
     import sqlite3
-    return {
-        "started_at": instant(time.time()),
-        "command": shlex.join([sys.executable, *sys.argv]),
-        "python": sys.version.split()[0], "executable": sys.executable,
-        "system": platform.platform(), "sqlite": sqlite3.sqlite_version,
-        "hitl.py": __version__, "hitl.py sha256": file_sha256(Path(__file__)),
-        "model": model or "none"}
+    logged = io.StringIO()
+    handler = logging.StreamHandler(logged)
+    log.addHandler(handler)
+    with contextlib.closing(Workshop("verifier")) as shop:
+        state = {
+            "started_at": instant(time.time()),
+            "command": shlex.join([sys.executable, *sys.argv]),
+            "python": sys.version.split()[0], "executable": sys.executable,
+            "system": platform.platform(), "sqlite": sqlite3.sqlite_version,
+            "hitl.py": __version__,
+            "hitl.py sha256": file_sha256(Path(__file__)),
+            "model": model or "none",
+            "configuration sha256": file_sha256(shop.rules),
+            "database": str(shop.database), "server": shop.desk.url}
+        rules, findings = shop.rules.read_text(), []
+        say("\n".join(f"{name:20} {state[name]}" for name in state))
+        for step, expected, observed, holds in verification(shop, logged, timeout):
+            findings.append({"step": step, "expected": expected,
+                             "observed": observed, "holds": holds})
+            say(f"\n{'ok  ' if holds else 'FAIL'} {step}\n     expected "
+                f"{expected}\n     observed {visible(observed)}")
+    log.removeHandler(handler)
+    return {**state, "configuration": rules, "findings": findings,
+            "log": logged.getvalue().splitlines(),
+            "verified": all(finding["holds"] for finding in findings)}
 
 
 Finding = tuple[str, str, str, bool]    # step, expected, observed, it holds
 
 
-class Trial:
-    """One call of delete_records in a thread, and who reviews it."""
-
-    def __init__(self, shop: Workshop) -> None:
-        from concurrent.futures import ThreadPoolExecutor
-        # a gate of its own: in one session a rejection answers the next call
-        gate = shop.gate("verification", {"plan": ["read", "delete"], "step": 2})
-        self.me = shop.reviewer("verifier")
-        shop.reset()
-        began = time.monotonic()
-        self.call = ThreadPoolExecutor().submit(
-            gate.call, "delete_records", DELETE, shop.delete_records)
-        ids = shop.waiting()
-        took = time.monotonic() - began
-        self.request_id = "".join(ids[:1])
-        self.finding = (
-            "trigger delete_records", "1 row with status waiting within 1 s",
-            f"{len(ids)} row after {took:.3f} s", len(ids) == 1 and took < 1)
-
-    def end(self, seconds: float = 10) -> Any:
-        """What the call raised or returned."""
-        return self.call.exception(seconds) or self.call.result()
-
-    def card(self) -> tuple[int, str]:
-        """The page's status, and the request's card to its form's end."""
-        from html import unescape
-        status, _, page = self.me.fetch("GET", "/", seconds=5,
-                                        Accept="text/html")
-        card = re.search(f'<details [^>]*"request-{self.request_id}".*?</form>',
-                         page.decode(), re.DOTALL)
-        return status, unescape(card[0]) if card else ""
-
-    def click(self, decision: str) -> int:
-        """Press a button of the card as a browser does -> status."""
-        from urllib.parse import urlencode
-        form = dict(re.findall(
-            '<input type="hidden" name="([^"]*)" value="([^"]*)"',
-            self.card()[1]))
-        time.sleep(SEEN_SECONDS)
-        return self.me.fetch(
-            "POST", f"/approve/{self.request_id}",
-            urlencode(form | {"reason": "", "decision": decision}).encode(),
-            seconds=5, Content_Type=FORM, Accept="text/html",
-            Origin=self.me.server_url, Sec_Fetch_Site="same-origin")[0]
-
-
-def verify_approval(shop: Workshop) -> Iterator[Finding]:
-    """The card is on the page; after a click on Approve the tool runs."""
-    trial = Trial(shop)
-    yield trial.finding
-    status, card = trial.card()
-    expected = ['class="card waiting"', f'action="/approve/{trial.request_id}"',
-                f"Delete users where {DELETE['condition']}</span>",
-                'value="approved"', 'value="rejected"']
-    seen = [text for text in expected if text in card]
-    yield ("look at the page", f"200, a card with {', '.join(expected)}",
-           f"{status}, a card with {', '.join(seen)}",
-           (status, seen) == (200, expected))
-    status, clicked = trial.click("approved"), time.monotonic()
-    end, took = trial.end(), time.monotonic() - clicked
+def verification(shop: Workshop, logged: Any, timeout: float) -> Iterator[Finding]:
+    """What the guide asks for, step by step."""
+    # 1. a call waits, and its card is on the page
+    began = time.monotonic()
+    call, request_id = triggered(shop)
+    took = time.monotonic() - began
+    yield ("trigger delete_records", "a row with status waiting within 1 s",
+           f"{request_id or 'no row'} after {took:.3f} s",
+           bool(request_id) and took < 1)
+    card = card_of(shop, request_id)
+    parts = ['class="card waiting"', f'action="/approve/{request_id}"',
+             f"Delete users where {DELETE['condition']}</span>",
+             'value="approved"', 'value="rejected"']
+    seen = [part for part in parts if part in card]
+    yield ("look at the page", f"a card with {', '.join(parts)}",
+           f"a card with {', '.join(seen)}", seen == parts)
+    # 2. a click on Approve lets it run
+    status, clicked = click(shop, request_id, "approved"), time.monotonic()
+    end, took = end_of(call), time.monotonic() - clicked
     yield ("click Approve", "303 back to the page; the agent resumes within 5 s",
            f"{status}, resumed after {took:.3f} s", status == 303 and took < 5)
     yield ("look at the records", "the tool ran, 1 of 3 records left",
            f"it returned {end}, {shop.left()}",
            (end, shop.left()) == (2, "1 of 3 records left"))
-
-
-def verify_rejection(shop: Workshop, lines: list[str]) -> Iterator[Finding]:
-    """A click on Reject reaches the caller and the log; nothing runs."""
-    trial = Trial(shop)
-    yield trial.finding
-    trial.click("rejected")
-    end = trial.end()
+    # 3. a click on Reject reaches the caller and the log, and nothing runs
+    call, request_id = triggered(shop)
+    click(shop, request_id, "rejected")
+    end = end_of(call)
     yield ("click Reject", "CollaborationError reaches the caller",
            f"{type(end).__name__}: {end}", type(end) is CollaborationError)
-    logged = [line for line in lines if "CollaborationError: rejected" in line]
+    line = re.search(".*CollaborationError: rejected.*", logged.getvalue())
     yield ("read the log", "a line with CollaborationError: rejected",
-           " / ".join(logged) or "none", bool(logged))
+           line[0] if line else "none", bool(line))
     yield ("look at the records", "nothing ran, 3 of 3 records left",
            shop.left(), shop.left() == "3 of 3 records left")
-
-
-def verify_silence(shop: Workshop, timeout: float) -> Iterator[Finding]:
-    """Nobody decides: TimeoutError, and a late click decides nothing."""
-    trial = Trial(shop)
-    yield trial.finding
-    end = trial.end(timeout + 10)
+    # 4. nobody decides: TimeoutError, and a late click decides nothing
+    call, request_id = triggered(shop, timeout)
+    end = end_of(call, timeout + 10)
     yield (f"wait (time-out set to {timeout} s here)", "TimeoutError",
            f"{type(end).__name__}, {end}", isinstance(end, TimeoutError))
-    reply = trial.me.exchange("POST", f"/approve/{trial.request_id}",
-                              {"decision": "approved"}, seconds=5)
-    yield ("click too late", "409, the row is expired, nothing runs",
-           f"{reply.status}, {reply.reason}, {shop.left()}",
-           (reply.status, reply.reason, shop.left()) ==
-           (409, "expired", "3 of 3 records left"))
-
-
-def verify_log(shop: Workshop) -> Iterator[Finding]:
+    reply = shop.decide(request_id, "approved")
+    late = f"{reply.status}, {reply.reason}, {shop.left()}"
+    yield ("click too late", "409, the row is expired, nothing runs", late,
+           late == "409, expired, 3 of 3 records left")
+    # 5. all of it is in the audit log
     _, faults = verified(shop.database)
-    yield ("check the audit log", "whole", "; ".join(faults) or "whole",
-           not faults)
+    yield "check the audit log", "whole", "; ".join(faults) or "whole", not faults
+
+
+def triggered(shop: Workshop, timeout: float | None = None) -> tuple[Any, str]:
+    """The tool, called in a thread -> its future, and the request_id."""
+    from concurrent.futures import ThreadPoolExecutor
+    shop.records.executescript(RECORDS)
+    call = ThreadPoolExecutor().submit(
+        shop.call, "verification", {"plan": ["read", "delete"], "step": 2}, timeout)
+    return call, "".join(shop.waiting()[:1])
+
+
+def end_of(call: Any, seconds: float = 10) -> Any:
+    """What the call raised or returned."""
+    return call.exception(seconds) or call.result()
+
+
+def card_of(shop: Workshop, request_id: str) -> str:
+    """The request's card on the page, to its form's end."""
+    from html import unescape
+    page = shop.me.fetch("GET", "/", seconds=5, Accept="text/html")[2].decode()
+    card = re.search(f'<details [^>]*"request-{request_id}".*?</form>', page,
+                     re.DOTALL)
+    return unescape(card[0]) if card else ""
+
+
+def click(shop: Workshop, request_id: str, decision: str) -> int:
+    """Press a button of the card as a browser does -> status."""
+    from urllib.parse import urlencode
+    form = dict(re.findall('<input type="hidden" name="([^"]*)" value="([^"]*)"',
+                           card_of(shop, request_id)))
+    time.sleep(SEEN_SECONDS)
+    return shop.me.fetch(
+        "POST", f"/approve/{request_id}",
+        urlencode(form | {"reason": "", "decision": decision}).encode(),
+        seconds=5, Content_Type=FORM, Accept="text/html",
+        Origin=shop.desk.url, Sec_Fetch_Site="same-origin")[0]
 
 
 # =============================== Command line ==============================
@@ -8884,11 +8844,6 @@ CODING_HEAD = """
 # but for the files that hold the agent (its leash); reads run.
 # Written for the project {project}.
 """
-
-
-def say(text: str = "") -> None:
-    """A line on stdout, at once: whoever reads a pipe waits for it."""
-    print(text, flush=True)
 
 
 def answer(args: Any, value: Any, lines: Iterable[str]) -> int:
@@ -9810,7 +9765,7 @@ def gate_and_command(args: Any) -> tuple[Gate, list[str]]:
 
 def cmd_demo(args: Any) -> int:
     """see it happen: a sample agent asks, you decide"""
-    demo(first_of(args.timeout, 300.0), say)
+    demo(first_of(args.timeout, 300.0))
     return 0
 
 
@@ -9822,7 +9777,7 @@ def cmd_verify(args: Any) -> int:
     except OSError as error:
         raise ConfigError(f"{output}: {error.strerror}",
                           "choose another file with --output") from None
-    evidence = verify(args.model, first_of(args.timeout, 2.0), say)
+    evidence = verify(args.model, first_of(args.timeout, 2.0))
     output.write_text(json.dumps(evidence, indent=2) + "\n")
     say(f"\n{'verified' if evidence['verified'] else 'NOT VERIFIED'}; the "
         f"evidence is in {output}")
