@@ -1745,10 +1745,10 @@ def command_value(value: Any) -> list[str]:
             isinstance(word, str) and word for word in value):
         raise ValueError('must be like ["notify-send", "--", "{title}"]')
     shell = re.search(r"(?i)(?:^|[/\\])(\w*sh|cmd)(\.exe)?$", value[0])
-    script = next((n for n, word in enumerate(value) if n and shell and
-                   re.match(r"-\w*c|/c", word, re.IGNORECASE)), len(value)) + 1
-    for word in [value[0], *value[script:script + 1]]:
-        if any(found[2] for found in PLACEHOLDER.finditer(word)):
+    for word, before in zip(value, ["", *value], strict=False):
+        script = shell and re.match(r"-\w*c|/c", before, re.IGNORECASE)
+        if (script or not before) and any(
+                field for _, field in PLACEHOLDER.findall(word)):
             raise ValueError(f'would run what fills "{word}": pass it as an '
                              'argument of its own, as "$1" of the script')
     return value
@@ -3472,15 +3472,12 @@ def plain_name(text: str) -> str:
     return re.sub("[^A-Za-z0-9]", "_", text[:64])
 
 
-def notice_mark(outcomes: Iterable[tuple[str, str, str]]) -> str:
+def notice_mark(outcomes: list[tuple[str, str, str]]) -> str:
     """The mark on a card, from (event, name, status) of its notices: "phone:
     403, nobody was told"; empty if none has failed."""
-    told, failed = [], []
-    for event, name, status in outcomes:
-        if event == "notified":
-            told.append(name)
-        else:
-            failed.append(f"{name}: {status}")
+    told = [name for event, name, _ in outcomes if event == "notified"]
+    failed = [f"{name}: {status}" for event, name, status in outcomes
+              if event != "notified"]
     if failed:
         failed.append(f"{' and '.join(told) or 'nobody'} was told")
     return ", ".join(failed)
@@ -3489,13 +3486,15 @@ def notice_mark(outcomes: Iterable[tuple[str, str, str]]) -> str:
 def record_notice(store: Store, name: str, request_id: str,
                   answer: Answer) -> str:
     """What became of a notice, into the log -> the mark, if it failed."""
-    event, detail = "notified", {"name": name, "status": answer.status}
-    if not answer.told:
-        event, detail = "not-notified", {"name": name, "why": answer.status}
-        if answer.text:
-            detail["answer"] = answer.text
-    store.attempt(store.note, store.request(request_id), event, "server", detail)
-    return "" if answer.told else notice_mark(store.notices_of(request_id))
+    request = store.request(request_id)
+    if answer.told:
+        store.attempt(store.note, request, "notified", "server",
+                      {"name": name, "status": answer.status})
+        return ""
+    detail = {"name": name, "why": answer.status, "answer": answer.text}
+    store.attempt(store.note, request, "not-notified", "server",
+                  {key: value for key, value in detail.items() if value})
+    return notice_mark(store.notices_of(request_id))
 
 
 def failure(error: BaseException) -> Answer:
@@ -3593,36 +3592,25 @@ class Channel:
 
     # ---- one try ----
 
-    def tell(self, requests: list[ReviewRequest], desk_url: str, waiting: int
-             ) -> Answer:
-        """Tell of these requests, once. The id of the message is the same over
-        all tries, and after a restart."""
+    def tell(self, requests: list[ReviewRequest], desk_url: str, waiting: int,
+             **other: str) -> Answer:
+        """Tell of these requests, once, with other texts if they are given. The
+        id of the message is the same over all tries, and after a restart.
+
+        It is over in `patience` seconds whatever hangs (a dead name server
+        included): a thread of its own makes the try, and is left behind. An
+        answer it had by then counts."""
         names = json.dumps([self.name, *(each.request_id for each in requests)])
         message_id = "msg_" + hashlib.sha256(names.encode()).hexdigest()[:32]
-        return self.send(notice_fields(requests, desk_url, waiting),
-                         requests[-1].received_at, message_id)
-
-    def sample(self, desk_url: str) -> Answer:
-        """Send a text that is hard to send, once."""
-        self.curious, now = True, instant(time.time())
-        hard = '"quotes", a \\, an emoji \U0001f514'
-        request = ReviewRequest("test", "waiting", None, "", None, tool="test",
-                                agent="test", action_description=hard)
-        return self.send(notice_fields([request], desk_url, 1) | {
-            "title": f"A test of hitl.py: {hard}", "url": f"{desk_url}/",
-            "text": f"{hard},\na line break, {{title}}"}, now, "msg_test" + now)
-
-    def send(self, fields: dict[str, Any], at: str, message_id: str) -> Answer:
-        """One try, over in `patience` seconds whatever hangs (a dead name
-        server included): a thread of its own makes it, and is left behind. An
-        answer it had by then counts."""
-        if not self.entry["details"]:
-            del fields["details"]
-        event = {"type": "request.waiting", "timestamp": at, "data": fields}
         answers = [Answer(False, "TimeoutError", again=True)]
 
         def run() -> None:
             try:
+                fields = notice_fields(requests, desk_url, waiting) | other
+                if not self.entry["details"]:
+                    del fields["details"]
+                event = {"type": "request.waiting", "data": fields,
+                         "timestamp": requests[-1].received_at}
                 for answer in self.how(event, message_id):
                     answers.append(answer)
             except Exception as error:
@@ -3636,6 +3624,16 @@ class Channel:
             thread.join(self.pace.patience)
         answer = answers[-1]        # a program is never started again
         return answer._replace(again=answer.again and not self.entry["command"])
+
+    def sample(self, desk_url: str) -> Answer:
+        """Send a text that is hard to send, once."""
+        self.curious, now = True, instant(time.time())
+        hard = '"quotes", a \\, an emoji \U0001f514'
+        request = ReviewRequest(
+            f"test-{now}", "waiting", None, "", None, received_at=now, tool="test",
+            agent="test", action_description=hard)
+        return self.tell([request], desk_url, 1, title=f"A test of hitl.py: {hard}",
+                         url=f"{desk_url}/", text=f"{hard},\na line break, {{title}}")
 
     def post(self, event: dict[str, Any], message_id: str) -> Iterator[Answer]:
         """An HTTP POST, through the environment's proxies. Without redirects:
@@ -3781,11 +3779,8 @@ class Channel:
                 taken.append(job)
         if not taken:
             return
-        try:
-            answer = self.tell([job.request for job in taken], notices.desk_url,
-                               len(notices.waiting))
-        except Exception as error:
-            answer = failure(error)
+        answer = self.tell([job.request for job in taken], notices.desk_url,
+                           len(notices.waiting))
         now, pace, done = time.monotonic(), self.pace, []
         for job in taken:
             tries, first = job.tries + 1, job.first or started
@@ -3839,23 +3834,20 @@ class Notices:
                 delay = begun + entry["after_seconds"] - time.time()
                 channel.inbox.put(Job(request, time.monotonic() + max(0, delay)))
 
-    def ends(self, request_id: str) -> None:
-        self.waiting.discard(request_id)
-        for channel in self.channels:
-            channel.inbox.put(request_id)
-
     def follow(self, store: Store, changes: list[Change]) -> None:
         """Tell of what has begun to wait (not of what was decided in its own
         submit), and no longer of what has ended."""
         import sqlite3
         for change in changes:
-            if change.event != "submitted":
-                self.ends(change.request_id)
+            if change.event == "submitted":
+                with contextlib.suppress(sqlite3.Error):    # owed after a restart
+                    request = store.find(change.request_id)
+                    if request and request.status == Status.WAITING:
+                        self.begins(request)
                 continue
-            with contextlib.suppress(sqlite3.Error):    # owed after a restart
-                request = store.find(change.request_id)
-                if request and request.status == Status.WAITING:
-                    self.begins(request)
+            self.waiting.discard(change.request_id)
+            for channel in self.channels:
+                channel.inbox.put(change.request_id)
 
 
 # ================================== Pages ==================================
@@ -6222,11 +6214,10 @@ class Loop:
         while self.reports and self.clock() < end:
             name, request_id, answer = self.reports.popleft()
             try:
-                mark = record_notice(self.desk.store, name, request_id, answer)
+                if mark := record_notice(self.desk.store, name, request_id, answer):
+                    self.print_lines([f"{request_id}: {mark}"])
             except (Refusal, sqlite3.Error) as error:   # told again after a restart
                 log.error("a notice cannot be recorded: %s", error)
-            else:
-                self.print_lines([f"{request_id}: {mark}"] if mark else [])
 
     def sweep(self) -> None:
         """What is past its time: connections, polls, requests."""
@@ -9645,14 +9636,13 @@ def cmd_notify(args: Any) -> int:
             "add a [[notify]] table to it; README.md has one for each service")
     server = configuration.server
     url = server["public_url"] or f"http://{server['host']}:{server['port']}"
-    failed = 0
+    status = 0
     for entry in configuration.notify:
         if args.test in ("", entry["name"]):
             sent = Channel(configuration.path, entry, os.environ).sample(url)
-            failed += not sent.told
-            text = f": {sent.text}" if sent.text else ""
-            say(f"{entry['name']}: {sent.status}{text}")
-    return 1 if failed else 0
+            say(": ".join(filter(None, (entry["name"], sent.status, sent.text))))
+            status = status if sent.told else 1
+    return status
 
 
 def cmd_log(args: Any) -> int:

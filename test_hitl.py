@@ -3308,7 +3308,7 @@ def test_no_try_after_it_stopped_waiting(tell):
         done = tell(text, pace=slow, count=0)
         phone, later = tell.notices.channels
         assert until(lambda: "r-1" in phone.jobs and phone.jobs["r-1"].tries == 1)
-        tell.notices.ends("r-1")
+        tell.notices.follow(None, [hitl.Change("rejected", "r-1", "", "")])
         assert until(lambda: done and not later.jobs)
         assert [(n, i, a.told, a.status) for n, i, a in done] == [
             ("phone", ["r-1"], False, "it stopped waiting first")]
