@@ -95,23 +95,19 @@ named reviewers and agents, decisions that stand, arguments a reviewer may
 change, kind = "shell" and "edit", and TLS.
 """
 # SPDX-License-Identifier: MIT-0
-#
 # Copyright 2026 the authors of hitl.py
 #
-# Permission is hereby granted, free of charge, to any person obtaining a copy
-# of this software and associated documentation files (the "Software"), to deal
-# in the Software without restriction, including without limitation the rights
-# to use, copy, modify, merge, publish, distribute, sublicense, and/or sell
-# copies of the Software, and to permit persons to whom the Software is
-# furnished to do so.
-#
-# THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
-# IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
-# FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
-# AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
-# LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
-# OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
-# SOFTWARE.
+# Permission is hereby granted, free of charge, to any person obtaining a copy of this
+# software and associated documentation files (the "Software"), to deal in the Software
+# without restriction, including without limitation the rights to use, copy, modify,
+# merge, publish, distribute, sublicense, and/or sell copies of the Software, and to
+# permit persons to whom the Software is furnished to do so.
+# THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED,
+# INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A
+# PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT
+# HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF
+# CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE
+# OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 #
 # /// script
 # requires-python = ">=3.11"
@@ -138,8 +134,7 @@ LOADER = (
     "_, sys.pycache_prefix, file, *words = sys.argv; sys.argv = [file, *words]; "
     "hitl = sys.modules['hitl'] = type(sys)('hitl'); hitl.__file__ = file; "
     "code = SourceFileLoader('hitl', file).get_code('hitl'); sys.pycache_prefix = "
-    "None; exec(code, hitl.__dict__); gc.enable(); "
-    "sys.exit(hitl.main())")
+    "None; exec(code, hitl.__dict__); gc.enable(); sys.exit(hitl.main())")
 
 
 def bytecode_folder() -> str:
@@ -168,7 +163,7 @@ if __name__ == "__main__" and not sys.flags.isolated:
                 sys.executable, "-I", *(f"-W{w}" for w in sys.warnoptions), "-c",
                 LOADER, cache, os.path.abspath(__file__), *sys.argv[1:]])
         except (OSError, ValueError, TypeError):
-            os._exit(2)             # to a coding agent: refused
+            os._exit(2)                 # to a coding agent: refused
     # elsewhere exec would not wait for the new process
     sys.path[:] = [folder for folder in sys.path[1:] if folder.startswith(
         (sys.prefix, sys.base_prefix))]
@@ -194,11 +189,6 @@ from re import _compiler, _constants as op, _parser  # type: ignore[attr-defined
 from typing import (TYPE_CHECKING, Any, AnyStr, NamedTuple, NoReturn,
                     ParamSpec, TypedDict, TypeVar, Unpack, overload)
 
-if TYPE_CHECKING:
-    import asyncio
-    import inspect
-    import logging
-
 
 class Later:
     """What is made when it is first used: a hook starts for every call."""
@@ -212,17 +202,18 @@ class Later:
         return value
 
 
-if not TYPE_CHECKING:           # they would be another third
+if TYPE_CHECKING:
+    import asyncio
+    import inspect
+    import logging
+else:                           # these two would be another third of the start
     inspect = Later(lambda: __import__("inspect"))
     logging = Later(lambda: __import__("logging"))
-
+log: Any = Later(lambda: logging.getLogger("hitl"))
 __version__ = "2.0.0"
 __all__ = [
     "Gate", "Held", "HitlError", "ConfigError", "CollaborationError", "DeniedError",
-    "UnreachableError", "ChangedError", "AlreadyClaimedError",
-    "ReviewTimeoutError",
-]
-log: Any = Later(lambda: logging.getLogger("hitl"))
+    "UnreachableError", "ChangedError", "AlreadyClaimedError", "ReviewTimeoutError"]
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
