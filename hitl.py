@@ -8847,14 +8847,12 @@ def read_token(name: str) -> str | None:
     return token or None
 
 
-def configuration_for(args: Any, needed: bool = True) -> Configuration:
-    """The configuration in force; where there is none and none is needed,
-    the defaults: no checkpoints, so no Gate can be made of it."""
+def configuration_for(args: Any) -> Configuration:
+    """The configuration in force; where there is none, the defaults: no
+    checkpoints, so no Gate can be made of it."""
     try:
         path = find_configuration(args.config)
     except ConfigError:
-        if needed:
-            raise
         gate, server = (checked(Path(), "", kind, {}) for kind in
                         ("gate", "server"))
         return Configuration(Rules(()), gate, server, {}, {})
@@ -8884,12 +8882,12 @@ PATHS_OF_SERVER = ("database", "tls_certificate", "tls_key")
 def reviewer_client(args: Any) -> Client:
     """The server, as the reviewer who types."""
     import getpass
-    rules = configuration_for(args, needed=False)
-    name = os.environ.get("HITL_REVIEWER")
+    url = configuration_for(args).gate["server_url"]
+    url = args.server_url or os.environ.get("HITL_SERVER_URL") or url
+    name, token = map(os.environ.get, ("HITL_REVIEWER", "HITL_REVIEWER_TOKEN"))
     if not name:
         with contextlib.suppress(OSError, KeyError, ImportError):
             name = getpass.getuser()
-    token = os.environ.get("HITL_REVIEWER_TOKEN")
     if not token and sys.stdin.isatty():
         token = getpass.getpass("reviewer's token (serve printed it): ")
     if not token:
@@ -8898,9 +8896,7 @@ def reviewer_client(args: Any) -> Client:
     with config_error("HITL_REVIEWER"):
         name = name_value(name or "reviewer")
     with config_error("server_url"):
-        url = url_value(args.server_url or os.environ.get("HITL_SERVER_URL")
-                        or rules.gate["server_url"])
-    return Client(url, basic(name, token))
+        return Client(url_value(url), basic(name, token))
 
 
 def reply_of(client: Client, method: str, path: str, body: Any = None
@@ -8942,53 +8938,29 @@ def request_named(client: Client, start: str,
                       f"write more of it: {', '.join(ids)}{cure}")
 
 
-def all_waiting(client: Client) -> list[dict[str, Any]]:
-    """What waits, page after page."""
-    rows: dict[str, dict[str, Any]] = {}
-    start: int | None = 0
-    while start is not None:
-        page = reply_of(client, "GET", f"/pending?from={start}")
-        rows |= {row["request_id"]: row for row in page["waiting"]}
-        start = page["next"]
-    return list(rows.values())
-
-
-def unique_length(ids: list[str]) -> int:
-    """How much of each id tells it from the others; eight at least."""
-    size = 8
-    while len({name[:size] for name in ids}) < len(set(ids)):
-        size += 1
-    return size
-
-
-def fitted(text: str) -> list[str]:
-    """Visible text in pieces that fit the terminal; all but the first leave
-    room for six characters before them."""
+def fitted(text: str, indent: int = 0) -> list[str]:
+    """Visible text in pieces that fit the terminal behind so many columns."""
     import shutil
-    width = shutil.get_terminal_size((120, 24)).columns
-    pieces, room = [""], width
-    for c in text:
-        columns = 1 + (unicodedata.east_asian_width(c) in "WF")
-        if columns > room and pieces[-1]:
-            pieces.append("")
-            room = width - 6
-        pieces[-1] += c
-        room -= columns
-    return pieces
+    room = max(shutil.get_terminal_size((120, 24)).columns, 20) - indent
+    if any(unicodedata.east_asian_width(c) in "WF" for c in text):
+        room //= 2                      # a letter may be two columns wide
+    return [text[n:n + room] for n in range(0, len(text), room)]
 
 
 def wrapped(line: str) -> str:
     """A line; where the terminal is too narrow it goes on behind a plus, so
     that nothing can look like another line."""
-    return "\n    + ".join(fitted(line))
+    return "\n    + ".join(fitted(line, 6))
 
 
-def labelled(name: str, text: str) -> str:
-    return wrapped(f"    {name:12} {text}")
-
-
-def barred(text: str) -> Iterator[str]:
-    return (wrapped("    | " + line) for line in text.split("\n"))
+def labelled(name: str, text: str, size: str = "") -> Iterator[str]:
+    """A text behind its name or, with a size, in a block behind bars."""
+    if not size:
+        yield wrapped(f"    {name:12} {text}")
+        return
+    yield wrapped(f"    {name}: {size}")
+    yield from (wrapped(f"    | {line}") for line in text.split("\n"))
+    yield wrapped(f"    end of {name}")
 
 
 def request_lines(request: dict[str, Any]) -> Iterator[str]:
@@ -8996,30 +8968,24 @@ def request_lines(request: dict[str, Any]) -> Iterator[str]:
     headline = one_line(request["action_description"])
     yield f"{request['status']:9} {headline}"
     if headline.endswith("\u2026"):
-        yield labelled("in full", visible(request["action_description"]))
+        yield from labelled("in full", visible(request["action_description"]))
     yield f"  runs exactly this: {visible(request['tool'] or 'no tool')}"
     for name, size, text in argument_rows(request["arguments"] or {}):
         label = visible(name)
         if not re.fullmatch("[A-Za-z0-9_.-]+", name):
             label = f'"{label}"'        # or it could look like a bar or an end
-        if not size:
-            yield labelled(label, text)
-            continue
-        yield wrapped(f"    {label}: {size}")
-        yield from barred(text)
-        yield wrapped(f"    end of {label}")
+        yield from labelled(label, text, size)
     yield "  who asks, and what is known:"
     for name in ("agent", "asked_by", "checkpoint_id", "why", "received_at",
                  "deadline", "decided_by", "decided_at", "reason", "outcome",
                  "outcome_text", "notices", "request_id", "digest"):
         if request.get(name):
-            yield labelled(name, visible(str(request[name])))
-    yield "  context:"
-    yield from barred(visible_lines(layout(request["agent_context"])))
-    if request["status"] == Status.WAITING and request["attended"]:
-        yield "  an agent waits for it"
-    elif request["status"] == Status.WAITING:
-        yield "  nobody waits for it now"
+            yield from labelled(name, visible(str(request[name])))
+    context = visible_lines(layout(request["agent_context"]))
+    yield from labelled("context", context, readable_size(len(context.encode())))
+    if request["status"] == Status.WAITING:
+        who = "an agent" if request["attended"] else "nobody"
+        yield f"  {who} waits for it now"
 
 
 # ---- the commands ----
@@ -9029,7 +8995,7 @@ def cmd_serve(args: Any) -> int:
     import gc
     import signal
     # 1. what was asked for, unless it is unsafe
-    configuration = configuration_for(args, needed=False)
+    configuration = configuration_for(args)
     server = server_settings(args, configuration)
     host, port = server["host"], server["port"]
     warnings = [*file_warnings(configuration, serves=True),
@@ -9525,22 +9491,28 @@ def any_of(patterns: Iterable[str]) -> str:
 
 def cmd_list(args: Any) -> int:
     """list what waits; with --all, what was reviewed too"""
-    client = reviewer_client(args)
-    rows = all_waiting(client)
+    client, start = reviewer_client(args), 0
+    rows: dict[str, dict[str, Any]] = {}
+    while start is not None:
+        page = reply_of(client, "GET", f"/pending?from={start}")
+        rows |= {row["request_id"]: row for row in page["waiting"]}
+        start = page["next"]
     if args.all:
-        rows += reply_of(client, "GET", "/history")["reviewed"]
-    size = unique_length([request["request_id"] for request in rows])
-    return answer(args, rows, [list_line(row, size) for row in rows]
-                  or ["nothing waits"])
+        reviewed = reply_of(client, "GET", "/history")["reviewed"]
+        rows |= {row["request_id"]: row for row in reviewed}
+    size = next(n for n in itertools.count(8)       # what tells them apart
+                if len({name[:n] for name in rows}) == len(rows))
+    return answer(args, list(rows.values()), [
+        list_line(row, size) for row in rows.values()] or ["nothing waits"])
 
 
 def list_line(request: dict[str, Any], size: int) -> str:
     """A request on one line of the terminal, with so much of its id."""
-    age = readable_seconds(max(0, time.time() - unix_time(
-        request["received_at"])))
+    age = time.time() - unix_time(request["received_at"])
     line, *rest = fitted(
         f"{request['status']:9} {request['request_id'][:size]:{size}} "
-        f"{age:>8} {one_line(request['agent'] or '-', 20):20} "
+        f"{readable_seconds(max(0, age)):>8} "
+        f"{one_line(request['agent'] or '-', 20):20} "
         f"{one_line(request['action_description'])}")
     return line[:-1] + "\u2026" if rest else line
 
@@ -9571,7 +9543,7 @@ def decide_as(args: Any, decision: str) -> int:
             return 1
     request = reply_of(
         client, "POST", f"/approve/{request['request_id']}",
-        {"decision": decision, "reason": args.reason or "",
+        {"decision": decision, "reason": args.reason,
          "digest": request["digest"]})
     return answer(args, request, [f"{request['status']} {request['request_id']}"])
 
@@ -9579,7 +9551,7 @@ def decide_as(args: Any, decision: str) -> int:
 def cmd_stop(args: Any) -> int:
     """reject what waits and refuse what comes, until this is lifted"""
     stop = reply_of(reviewer_client(args), "POST", "/stop",
-                    {"reason": args.reason or ""})
+                    {"reason": args.reason})
     return answer(args, stop, [
         standing_line(stop), "calls that are running go on; to end this: "
         f"python3 hitl.py lift {stop['number']}"])
@@ -9615,7 +9587,7 @@ def standing_line(row: dict[str, Any]) -> str:
 
 def cmd_notify(args: Any) -> int:
     """send a sample notice through each [[notify]], or one of them"""
-    configuration = configuration_for(args)
+    configuration = load_configuration(find_configuration(args.config))
     file_warnings(configuration, serves=True)
     names = [entry["name"] for entry in configuration.notify]
     if args.test not in ("", *names) or not names:
@@ -9639,7 +9611,7 @@ def cmd_notify(args: Any) -> int:
 def cmd_log(args: Any) -> int:
     """print the audit log; with --verify, check it"""
     import sqlite3
-    configuration = configuration_for(args, needed=False)
+    configuration = configuration_for(args)
     path = server_settings(args, configuration)["database"]
     if not re.fullmatch("([0-9a-f]{64})?", args.head):
         raise ConfigError("--head must be a SHA-256 in hex",
@@ -9790,10 +9762,13 @@ def command_line() -> Any:
             formatter_class=plain)
         command.set_defaults(function=run)
         for option in options.split():
-            command.add_argument(option, **OPTIONS[option])
+            value, text, *more = OPTIONS[option]
+            kind = {"metavar": value} if value else {"action": "store_true"}
+            command.add_argument(option, help=text, **kind, **dict(*more))
     return parser
 
 
+ASKING = " --json --config --server-url"
 COMMAND_LINES: tuple[tuple[Callable[[Any], int], str, str], ...] = (
     (cmd_serve, "serve --port 8765",
      "--config --database --host --port --public-url --tls-certificate --tls-key "
@@ -9801,17 +9776,15 @@ COMMAND_LINES: tuple[tuple[Callable[[Any], int], str, str], ...] = (
     (cmd_check, """check delete_users '{"table": "users"}'""",
      "tool arguments --replay --config --database --json"),
     (cmd_init, "init --coding-agent", "--config --coding-agent"),
-    (cmd_list, "list --all", "--all --json --config --server-url"),
-    (cmd_show, "show 1f0c", "id --json --config --server-url"),
-    (cmd_approve, "approve 1f0c --yes",
-     "id --yes --reason --json --config --server-url"),
+    (cmd_list, "list --all", "--all" + ASKING),
+    (cmd_show, "show 1f0c", "id" + ASKING),
+    (cmd_approve, "approve 1f0c --yes", "id --yes --reason" + ASKING),
     (cmd_reject, 'reject 1f0c --reason "use the staging table"',
-     "id --reason --json --config --server-url"),
+     "id --reason" + ASKING),
     (cmd_notify, "notify --test phone", "--test --config"),
-    (cmd_stop, 'stop --reason "it deletes the wrong rows"',
-     "--reason --json --config --server-url"),
-    (cmd_standing, "standing", "--json --config --server-url"),
-    (cmd_lift, "lift 7", "number --json --config --server-url"),
+    (cmd_stop, 'stop --reason "it deletes the wrong rows"', "--reason" + ASKING),
+    (cmd_standing, "standing", ASKING),
+    (cmd_lift, "lift 7", "number" + ASKING),
     (cmd_log, "log --verify", "--verify --head --json --config --database"),
     (cmd_token, "token ana >> checkpoints.toml", "name --agent"),
     (cmd_run, "run -- terraform apply", "--tool --timeout --config command_words"),
@@ -9822,51 +9795,47 @@ COMMAND_LINES: tuple[tuple[Callable[[Any], int], str, str], ...] = (
     (cmd_demo, "demo", "--timeout"),
     (cmd_verify, "verify --output evidence.json", "--timeout --model --output"),
 )
-FLAG = {"action": "store_true"}
-OPTIONS: dict[str, dict[str, Any]] = {
-    "--config": {"metavar": "FILE", "help": "the checkpoints.toml to use"},
-    "--database": {"metavar": "FILE", "help": "the database (hitl.db)"},
-    "--server-url": {"metavar": "URL", "help": "where the server is"},
-    "--json": FLAG | {"help": "print JSON, for a program"},
-    "--reason": {"metavar": "TEXT", "help": "what the agent is told"},
-    "--timeout": {"metavar": "SECONDS", "type": float,
-                  "help": "how long a call waits for a decision"},
-    "id": {"help": "a request_id, or its beginning"},
-    "command_words": {"nargs": "...", "metavar": "-- CMD",
-                      "help": "the command and its arguments"},
-    "--host": {"help": "address to listen on (127.0.0.1)"},
-    "--port": {"type": int, "help": "port (8765; 0: any free one)"},
-    "--public-url": {"metavar": "URL",
-                     "help": "where reviewers reach it, if elsewhere"},
-    "--tls-certificate": {"metavar": "FILE",
-                          "help": "a PEM file: serve https with it"},
-    "--tls-key": {"metavar": "FILE", "help": "its key, if in another file"},
-    "--allow-clear-text": FLAG | {"help": "off loopback, without https"},
-    "tool": {"nargs": "?", "help": "the name of a tool"},
-    "arguments": {"nargs": "?", "default": "{}", "help": "its arguments, as JSON"},
-    "--replay": FLAG | {"help": "try these rules on the stored requests"},
-    "--coding-agent": FLAG | {"help": "shell commands wait unless listed"},
-    "--all": FLAG | {"help": "what was reviewed, too"},
-    "--yes": FLAG | {"help": "do not ask y/N"},
-    "--test": {"metavar": "NAME", "nargs": "?", "const": "", "required": True,
-               "help": "the entry to try (without NAME, all)"},
-    "number": {"type": int, "help": "its number in `standing`"},
-    "--verify": FLAG | {"help": "check every row and request"},
-    "--head": {"metavar": "HASH", "default": "",
-               "help": "noted before: was the end cut off since?"},
-    "name": {"help": "the name of the reviewer or agent"},
-    "--agent": FLAG | {"help": "it is for an agent"},
-    "--tool": {"metavar": "NAME", "default": "run", "dest": "tool_name",
-               "help": "the tool name for checkpoints (run)"},
-    "--deadline": {"metavar": "SECONDS", "type": float,
-                   "help": "answer before this (default: by agent)"},
-    "--snippet": {"metavar": "AGENT", "choices": list(SNIPPETS),
-                  "help": f"print what to install: {', '.join(SNIPPETS)}"},
-    "--name": {"metavar": "NAME", "default": "server",
-               "help": "its name, in mcp__NAME__tool (server)"},
-    "--model": {"metavar": "NAME", "default": "", "help": "the model of the agent"},
-    "--output": {"metavar": "FILE", "default": "hitl-evidence.json",
-                 "help": "the evidence file (hitl-evidence.json)"},
+OPTIONS: dict[str, tuple[Any, ...]] = {     # its value or "", help, and more
+    "--agent": ("", "it is for an agent"),
+    "--all": ("", "what was reviewed, too"),
+    "--allow-clear-text": ("", "off loopback, without https"),
+    "--coding-agent": ("", "shell commands wait unless listed"),
+    "--config": ("FILE", "the checkpoints.toml to use"),
+    "--database": ("FILE", "the database (hitl.db)"),
+    "--deadline": ("SECONDS", "answer before this (default: by agent)",
+                   {"type": float}),
+    "--head": ("HASH", "noted before: was the end cut off since?", {"default": ""}),
+    "--host": ("ADDRESS", "where to listen (127.0.0.1)"),
+    "--json": ("", "print JSON, for a program"),
+    "--model": ("NAME", "the model of the agent", {"default": ""}),
+    "--name": ("NAME", "its name, in mcp__NAME__tool (server)",
+               {"default": "server"}),
+    "--output": ("FILE", "the evidence file (hitl-evidence.json)",
+                 {"default": "hitl-evidence.json"}),
+    "--port": ("PORT", "port (8765; 0: any free one)", {"type": int}),
+    "--public-url": ("URL", "where reviewers reach it, if elsewhere"),
+    "--reason": ("TEXT", "what the agent is told", {"default": ""}),
+    "--replay": ("", "try these rules on the stored requests"),
+    "--server-url": ("URL", "where the server is"),
+    "--snippet": ("AGENT", f"print what to install: {', '.join(SNIPPETS)}",
+                  {"choices": list(SNIPPETS)}),
+    "--test": ("NAME", "the entry to try (without NAME, all)",
+               {"nargs": "?", "const": "", "required": True}),
+    "--timeout": ("SECONDS", "how long a call waits for a decision",
+                  {"type": float}),
+    "--tls-certificate": ("FILE", "a PEM file: serve https with it"),
+    "--tls-key": ("FILE", "its key, if in another file"),
+    "--tool": ("NAME", "the tool name for checkpoints (run)",
+               {"default": "run", "dest": "tool_name"}),
+    "--verify": ("", "check every row and request"),
+    "--yes": ("", "do not ask y/N"),
+    "arguments": ("arguments", "its arguments, as JSON",
+                  {"nargs": "?", "default": "{}"}),
+    "command_words": ("-- CMD", "the command and its arguments", {"nargs": "..."}),
+    "id": ("id", "a request_id, or its beginning"),
+    "name": ("name", "the name of the reviewer or agent"),
+    "number": ("number", "its number in `standing`", {"type": int}),
+    "tool": ("tool", "the name of a tool", {"nargs": "?"}),
 }
 EXIT_STATUS = ((ConfigError, 2), (ReviewTimeoutError, 3),
                (UnreachableError, 4))
