@@ -182,7 +182,7 @@ import time
 import unicodedata
 from collections import Counter, deque
 from collections.abc import (
-    Awaitable, Callable, Container, Coroutine, Iterable, Iterator, Mapping)
+    Awaitable, Callable, Container, Iterable, Iterator, Mapping)
 from datetime import datetime, timezone
 from pathlib import Path
 from re import _compiler, _constants as op, _parser  # type: ignore[attr-defined]
@@ -294,7 +294,7 @@ REFUSED_AS: dict[str, type[HitlError]] = {      # a reply's reason -> the error
     "lapsed": ReviewTimeoutError, "expired": ReviewTimeoutError,
     "id-taken": ChangedError, "bad-digest": ChangedError,
     "arguments-changed": ChangedError}
-
+OTHER_SERVER = "is server_url that of hitl.py's server?"
 
 # What the server refuses, one stable word each: its HTTP status.
 REFUSALS = {word: status for status, words in {
@@ -6983,12 +6983,9 @@ def is_async(function: Any) -> bool:
 UNREACHABLE_SECONDS = 10        # a server that is down when first asked
 CLAIM_RETRY_SECONDS = 30        # for a claim whose reply was lost
 LAST_WORD_SECONDS = 2           # for a withdrawal or an outcome
-GRACE_SECONDS = 5               # of the network, beyond a poll's own wait
 PROGRESS_SECONDS = 15           # between lines that say what is waited for
 MAX_FREE = 10_000               # calls remembered as free: names can be made up
 
-
-# ---- what can be asked ----
 
 class How(TypedDict, total=False):
     """What one call may set, in place of the gate's or the file's value.
@@ -7013,67 +7010,40 @@ class How(TypedDict, total=False):
     cwd: str | None
 
 
-def first_of(*values: T | None) -> T:
-    return next(v for v in values if v is not None)
+def first_of(*values: Any) -> Any:
+    """The first that is not None, if there is one."""
+    return next((value for value in values if value is not None), None)
 
 
-def check_call(tool: Any, arguments: Any, request_id: Any,
-               session: Any) -> None:
-    """HitlError for a call that cannot even be named."""
+def asked_arguments(tool: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments as their JSON gives them back, if that is an equal value
+    of the same types; a tuple, an integer key or an enum would not be."""
+    asked: dict[str, Any] = {}
     wrong = ""
-    if not isinstance(tool, str):
-        wrong = "its tool must be a string"
-    elif re.search("[\ud800-\udfff]", tool):
-        wrong = "its tool's name has a lone surrogate"
-    elif not isinstance(arguments, Mapping):
-        wrong = "its arguments must be a mapping of names to values"
-    elif request_id is not None and not (isinstance(request_id, str) and
-                                         REQUEST_ID.fullmatch(request_id)):
-        wrong = "its request_id must be 1 to 128 of A-Za-z0-9._:-"
-    elif not (isinstance(session, str) and session.isprintable()
-              and len(session.encode(errors="replace")) <= MAX_SESSION):
-        wrong = f"its session must be plain text of at most {MAX_SESSION} bytes"
-    if wrong:
-        raise HitlError(f"this call makes no sense: {wrong}; nothing ran",
-                        "call(tool, arguments, execute, request_id=str(...))",
-                        reason="bad-arguments")
-
-
-def argument_text(tool: str, arguments: Mapping[str, Any]) -> str:
-    """The arguments as canonical JSON, if reading that gives back an equal
-    value of the same types; a tuple, an integer key or an enum would not."""
-    wrong = {name: why for name, value in arguments.items()
-             if (why := not_json(name, value))}
+    for name, value in dict(arguments).items():
+        try:        # two levels deeper, as it will be in the request
+            back = parse_json(PLAIN.encode([{name: value}]))[0]
+            if repr(back) != repr({name: value}):
+                raise ValueError(f"a {type(value).__name__} changes on the way "
+                                 "through JSON")
+            asked |= back
+        except (TypeError, ValueError, RecursionError) as error:
+            wrong += f"; {name}: {error}"
     if wrong:
         raise HitlError(
-            f"{visible(tool)}: the arguments are not plain JSON: " + "; ".join(
-                visible(f"{name}: {why}") for name, why in wrong.items()),
+            visible(f"{tool}: the arguments are not plain JSON: {wrong[2:]}"),
             "pass text, finite numbers, true, false, None, lists and objects "
             "(a model as its .model_dump(mode='json')); what is not part of "
             "the action can be left out by @gate.guard(hide=[...])",
             reason="bad-arguments")
-    text = canonical(dict(arguments))
-    limit = arguments_limit(tool, arguments)
-    if len(text) > limit:
+    size, limit = len(canonical(asked)), arguments_limit(tool, asked)
+    if size > limit:
         raise HitlError(
-            f"{visible(tool)}: the arguments are {len(text)} bytes, and a "
-            f"person reviews at most {limit}: do it in smaller steps, or pass "
-            "a reference, such as a file's name, in place of the content",
+            f"{visible(tool)}: the arguments are {size} bytes, and a person "
+            f"reviews at most {limit}: do it in smaller steps, or pass a "
+            "reference, such as a file's name, in place of the content",
             "nobody can review so much at once", reason="too-large")
-    return text
-
-
-def not_json(name: Any, value: Any) -> str:
-    """Why an argument does not survive the way through JSON, or ""."""
-    if type(name) is not str:
-        return "its name is not a string"
-    try:        # two levels deeper, as it will be in the request
-        back = parse_json(PLAIN.encode([{name: value}]))[0][name]
-    except (TypeError, ValueError, RecursionError) as error:
-        return str(error)
-    if repr(value) == repr(back):
-        return ""
-    return f"a {type(value).__name__} changes on the way through JSON"
+    return asked
 
 
 # ---- one call on its way ----
@@ -7090,26 +7060,39 @@ class Held:
 
     def __init__(self, gate: Gate, tool: str, arguments: Mapping[str, Any],
                  match: Match, how: Mapping[str, Any]) -> None:
-        self.gate, self.tool, self.rule = gate, tool, match.checkpoint
-        self.how, self.tick = how, how.get("tick") or (lambda: None)
-        text = argument_text(tool, arguments)
-        self.arguments: dict[str, Any] = parse_json(text)       # promise 2
+        self.gate, self.tool, self.how = gate, tool, how
+        self.rule = rule = match.checkpoint
+        self.tick = how.get("tick") or (lambda: None)
+        self.arguments = asked_arguments(tool, arguments)       # promise 2
         self.request_id = how.get("request_id") or os.urandom(16).hex()
         self.key = os.urandom(16).hex()     # of the claim, which may be retried
         self.timeout_seconds = self.seconds("timeout_seconds")
         self.lifetime_seconds = self.seconds("lifetime_seconds",
                                              self.timeout_seconds)
         self.deadline = time.monotonic() + self.timeout_seconds
-        self.ended = threading.Event()
-        ordered = parse_json(as_sent(dict(arguments)))
-        self.description = describe(self.rule, tool, ordered)
-        if len(self.description.encode()) > MAX_DESCRIPTION:
-            raise HitlError("the description of this call is over "
-                            f"{MAX_DESCRIPTION} bytes",
-                            "name fewer arguments in description_template",
-                            reason="too-large")
-        self.digest = digest_of(self.description, text, tool)
-        self.body = self.request_body(ordered, match.why)
+        self.description = describe(rule, tool, self.arguments)
+        self.digest = digest_of(self.description, canonical(self.arguments), tool)
+        # a process that was started again, and asks for its request, has
+        # another session of its own
+        own = "" if how.get("request_id") else gate.own_session
+        context = first_of(how.get("context"), gate.context)
+        if callable(context):
+            context = context()
+        lifetime = self.lifetime_seconds
+        self.body = {
+            "request_id": self.request_id, "tool": tool,
+            "action_description": self.description,
+            "arguments": self.arguments, "digest": self.digest,
+            "timestamp": instant(time.time()),
+            "agent": cut(gate.agent or agent_name(), MAX_NAME),
+            "agent_context": plain_json(context),       # not masked so far
+            "timeout_seconds": None if lifetime == math.inf else lifetime,
+            "checkpoint_id": rule.checkpoint_id, "category": rule.category,
+            "checkpoint_digest": rule.digest, "why": match.why[:MAX_WHY // 4],
+            "config_digest": gate.rules.digest,
+            "session": first_of(how.get("session"), gate.session, own) or None,
+            "attach": bool(how.get("attach")),
+            "edits": bool(how.get("edits") and rule.editable)}
 
     def seconds(self, name: str, default: float | None = None) -> float:
         """A duration: the call's over the checkpoint's over [gate]'s."""
@@ -7118,33 +7101,6 @@ class Held:
                 self.how.get(name), getattr(self.rule, name),
                 self.gate.configuration.gate[name], default))
         return value
-
-    def request_body(self, arguments: dict[str, Any],
-                     why: str) -> dict[str, Any]:
-        """What POST /pending is told, but for the masking of the context."""
-        gate, how, rule = self.gate, self.how, self.rule
-        context = how.get("context")
-        if context is None:
-            context = gate.context
-        lifetime = self.lifetime_seconds
-        body = {
-            "request_id": self.request_id, "tool": self.tool,
-            "action_description": self.description, "arguments": arguments,
-            "digest": self.digest, "timestamp": instant(time.time()),
-            "agent": cut(gate.agent or agent_name(), MAX_NAME),
-            "agent_context": plain_json(
-                context() if callable(context) else context),
-            "timeout_seconds": None if lifetime == math.inf else lifetime,
-            "checkpoint_id": rule.checkpoint_id, "category": rule.category,
-            "checkpoint_digest": rule.digest, "why": why[:MAX_WHY // 4],
-            "config_digest": gate.rules.digest}
-        # a process that was started again, and asks for its request, has
-        # another session of its own
-        own = "" if how.get("request_id") else gate.own_session
-        optional = {"session": first_of(how.get("session"), gate.session, own),
-                    "attach": bool(how.get("attach")),
-                    "edits": bool(how.get("edits") and rule.editable)}
-        return body | {name: v for name, v in optional.items() if v}
 
     def obtain(self, handed_over: bool = False) -> None:
         """The right to run this call, or a HitlError."""
@@ -7156,23 +7112,18 @@ class Held:
             if not isinstance(error, Exception):                # Ctrl-C, exit
                 self.break_off("interrupted")
             raise
-        finally:
-            self.ended.set()
 
     # ---- 2 ask ----
 
     def ask(self) -> None:
         """Post the request: from here on it waits, or was decided before."""
         token = self.gate.token
-        reply = self.insist("/pending", self.body | {"agent_context": snapshot(
-            self.body["agent_context"], token)},
-            min(UNREACHABLE_SECONDS, self.timeout_seconds))
-        if reply.status not in (200, 201):
-            raise self.refused(reply)
-        request_id = reply.body.get("request_id")
-        if (self.how.get("attach") and isinstance(request_id, str)
-                and REQUEST_ID.fullmatch(request_id)):
-            self.request_id = request_id    # asked before
+        self.body["agent_context"] = snapshot(self.body["agent_context"], token)
+        reply = self.insist("/pending", self.body,
+                            min(UNREACHABLE_SECONDS, self.timeout_seconds))
+        known = str(reply.body.get("request_id"))
+        if self.how.get("attach") and REQUEST_ID.fullmatch(known):
+            self.request_id = known         # asked before
         self.learn(reply)                   # and the very call, or it raises
         if self.state.status == Status.WAITING:
             log.warning('%s waits for a person: "%s"; review it at %s (%s)',
@@ -7181,22 +7132,26 @@ class Held:
                         visible(str(reply.body.get("url"))),
                         limited(self.timeout_seconds))
 
-    def insist(self, path: str, body: dict[str, Any],
-               seconds: float) -> Reply:
-        """A POST, repeated until it is answered or time is up."""
-        give_up, pause = time.monotonic() + seconds, 0.05
+    def insist(self, path: str, body: dict[str, Any] | None, seconds: float,
+               poll: float = 0) -> Reply:
+        """The reply to a POST, or to a GET that the server may hold for `poll`
+        seconds: asked again until it is answered or time is up."""
+        end, pause = time.monotonic() + seconds, 0.05
         while True:
-            left = max(0.1, give_up - time.monotonic())
+            left = max(0.1, end - time.monotonic())
+            final = True
             try:
                 reply = self.gate.client.exchange(
-                    "POST", path, body, seconds=min(left, UNREACHABLE_SECONDS))
-                if reply.status < 500:
+                    "GET" if body is None else "POST", path, body,
+                    seconds=min(left, poll + UNREACHABLE_SECONDS))
+                if reply.status == 200 or (reply.status == 201
+                                           and path == "/pending"):
                     return reply
-                error = self.refused(reply)
+                error, final = self.refused(reply), reply.status < 500
             except UnreachableError as unreachable:
-                error = unreachable
-            if (error.reason in FINAL or self.cancelled and not self.claiming
-                    or time.monotonic() + pause >= give_up):
+                error, final = unreachable, unreachable.reason in FINAL
+            if (final or self.cancelled and not self.claiming
+                    or time.monotonic() + pause >= end):
                 raise error
             if pause == 0.8:            # about a second has passed
                 log.warning("%s; trying again", error.message)
@@ -7209,7 +7164,7 @@ class Held:
         if (body.get("request_id") != self.request_id
                 or body.get("digest") != self.digest):
             raise self.error(ChangedError, "the server's reply is about "
-                             "another call", "is server_url the right one?")
+                             "another call; nothing ran", OTHER_SERVER)
         state = Summary._make(body.get(name) for name in Summary._fields)
         texts = all(value is None or isinstance(value, str) for value in state)
         if not (texts and state.status in set(Status)
@@ -7219,25 +7174,22 @@ class Held:
 
     def error(self, kind: type[HitlError], message: str, hint: str = "",
               reason: str = "") -> HitlError:
-        return kind(f"{message}; nothing ran", hint, reason=reason,
+        return kind(visible(message), hint, reason=reason,
                     request_id=self.request_id)
 
     def refused(self, reply: Reply) -> HitlError:
         """The error for an answer that is not a success."""
-        message = f"the server refused: {reply.body.get('title', reply.status)}"
-        hint = reply.body.get("detail") or ("is server_url that of hitl.py's "
-                                            "server?")
         kind = REFUSED_AS.get(reply.reason, HitlError)
+        message = f"the server refused: {reply.body.get('title', reply.status)}"
+        hint = visible(str(reply.body.get("detail") or OTHER_SERVER))
         if reply.status in (401, 403):
             message = "the server refused this agent's credential"
             hint = ("set HITL_AGENT_TOKEN, or Gate(token=...), to the agent "
                     "token that serve was started with")
+        if reply.status in (401, 403, 404, 421) or (reply.status >= 500
+                                                    and kind is HitlError):
             kind = UnreachableError
-        elif kind is HitlError and (reply.status in (404, 421)
-                                    or reply.status >= 500):
-            kind = UnreachableError
-        return kind(visible(message), visible(str(hint)), reason=reply.reason,
-                    request_id=self.request_id)
+        return self.error(kind, message, hint, reply.reason)
 
     # ---- 3 wait ----
 
@@ -7245,88 +7197,63 @@ class Held:
         """Until it is no longer waiting: by long polls that the server answers
         the moment a person decides. A server that goes away is ridden out
         until the deadline."""
-        said, away = time.monotonic(), ""
+        said = time.monotonic()
         while self.state.status == Status.WAITING:
-            began, was_away = time.monotonic(), away
+            began = time.monotonic()
             left = self.deadline - began
             if left <= 0 or self.cancelled:
-                self.give_up()
-                return
+                return self.give_up()
+            if began - said >= PROGRESS_SECONDS:
+                said = began
+                log.warning("waiting for review of %s at %s, %s left",
+                            visible(self.tool), f"{self.gate.server_url}/review/"
+                            f"{self.request_id}", limited(left))
             self.tick()
-            away = self.poll(left)
-            now = time.monotonic()
-            if self.state.status != Status.WAITING:
-                return
-            if now - began < 0.1:                   # answered early
-                time.sleep(max(0.0, min(0.5, left)))
-            if (away and not was_away) or now - said >= PROGRESS_SECONDS:
-                said = now
-                log.warning(
-                    "%swaiting for review of %s at %s, %s left",
-                    away and f"{away}; still ", visible(self.tool),
-                    f"{self.gate.server_url}/review/{self.request_id}",
-                    limited(left))
-
-    def poll(self, left: float) -> str:
-        """One look at the status -> "", or why there was no answer. It never
-        outlasts the deadline."""
-        wait = max(0.0, min(self.gate.configuration.gate["poll_seconds"],
-                            left - 0.2))
-        try:
-            reply = self.gate.client.exchange(
-                "GET", f"/pending/{self.request_id}?wait={wait:.3f}",
-                seconds=min(wait + GRACE_SECONDS, max(left, 0.1)))
-        except UnreachableError as error:
-            if error.reason in FINAL:
-                raise
-            return error.message
-        if reply.status >= 500:
-            return self.refused(reply).message
-        if reply.status != 200:
-            raise self.refused(reply)
-        self.learn(reply)
-        if self.state.status == Status.EXPIRED:
-            raise self.nobody()
-        return ""
+            poll = max(0.0, min(self.gate.configuration.gate["poll_seconds"],
+                                left - 0.2))
+            try:
+                self.learn(self.insist(f"/pending/{self.request_id}?wait="
+                                       f"{poll:.3f}", None, left, poll))
+            except UnreachableError:
+                if time.monotonic() < self.deadline - 1:
+                    raise               # final, or it would be tried again
+            if self.state.status == Status.EXPIRED:
+                raise self.nobody()
+            if (self.state.status == Status.WAITING
+                    and time.monotonic() - began < 0.1):    # answered early
+                time.sleep(min(0.5, left))
 
     def nobody(self, more: str = "", reason: str = "") -> HitlError:
         seconds = min(self.timeout_seconds, self.lifetime_seconds)
-        return ReviewTimeoutError(
-            f'nobody decided "{visible(self.description)}" within '
+        return self.error(
+            ReviewTimeoutError, f'nobody decided "{self.description}" within '
             f"{seconds:g} s; nothing ran{more}", "raise timeout_seconds in "
             f"{self.gate.configuration.path}: people usually need 300 or more",
-            reason=reason, request_id=self.request_id)
+            reason)
 
     def give_up(self) -> None:
         """The end of a wait. Unless the request is to outlive it, it is
         withdrawn, and the answer decides: a reviewer may have been faster."""
         outlives = self.lifetime_seconds > self.timeout_seconds
         if outlives and not self.cancelled:
-            same = "the same call asked again"
-            if not self.how.get("attach"):
-                same = f'the same call with request_id "{self.request_id}"'
-            raise self.nobody(f"; the request still waits, and {same} picks up "
-                              "its decision", "still-waiting")
-        self.withdraw("cancelled" if self.cancelled else "timeout")
+            raise self.nobody(
+                "; the request still waits, and the same call asked again, as "
+                f'request_id "{self.request_id}", picks up its decision',
+                "still-waiting")
+        self.break_off("cancelled" if self.cancelled else "timeout")
         if self.state.status in (Status.WAITING, Status.EXPIRED):
             raise self.nobody()
 
-    def withdraw(self, why: str) -> None:
+    def break_off(self, why: str) -> None:
         """Tell the server that nobody waits; if it does not answer, its own
-        clock ends the request."""
+        clock ends the request. What may be claimed already is recorded as
+        failed, not as running."""
+        if self.claiming:
+            self.report("cancelled")
+            return
         with contextlib.suppress(HitlError):
             self.learn(self.insist(f"/withdraw/{self.request_id}",
                                    {"why": why}, LAST_WORD_SECONDS))
-
-    def break_off(self, why: str) -> None:
-        """The call was cancelled before it ran: nobody waits any more, and
-        what is claimed already is recorded as failed, not as running."""
-        if not self.claiming:
-            self.withdraw(why)
-            if why == "cancelled":      # another thread is in the middle of it
-                self.ended.wait(LAST_WORD_SECONDS)
-        if self.claiming:
-            self.report("cancelled")
 
     # ---- 4 claim ----
 
@@ -7335,17 +7262,16 @@ class Held:
         self.check_approved()
         self.tick()                     # a last look: is anybody still there?
         runs = first_of(self.state.approved_digest, self.digest)
-        if runs != self.digest and not self.body.get("edits"):
+        if runs != self.digest and not self.body["edits"]:
             raise self.error(ChangedError, "the arguments were changed, which "
-                             "this gate did not ask for")
-        self.claiming = not self.cancelled
-        if not self.claiming:
+                             "this gate did not ask for; nothing ran")
+        self.claiming = True            # and only then: who cancels sees one
+        if self.cancelled:              # or the other
             raise self.nobody()
-        body: dict[str, Any] = {"digest": runs, "claim": self.key}
-        if handed_over:
-            body["handed_over"] = True
-        self.check_claimed(self.insist(f"/claim/{self.request_id}", body,
-                                       CLAIM_RETRY_SECONDS), runs)
+        self.check_claimed(runs, self.insist(
+            f"/claim/{self.request_id}", {
+                "digest": runs, "claim": self.key, "handed_over": handed_over},
+            CLAIM_RETRY_SECONDS))
         if self.cancelled:
             self.report("cancelled")
             raise self.nobody()
@@ -7357,30 +7283,28 @@ class Held:
         """An error unless the request is approved; whether it was claimed
         before, the server decides at the claim."""
         state = self.state
-        self.approved_by = visible((state.decided_by or "").partition(":")[2])
+        name = (state.decided_by or "").partition(":")[2]
+        self.approved_by = visible(name)
         if state.status == Status.REJECTED:
-            reason = f": {visible(state.reason)}" if state.reason else ""
-            raise CollaborationError(
-                f"rejected by {self.approved_by}{ago(state)}{reason}",
-                request_id=self.request_id)
+            reason = state.reason and f": {state.reason}" or ""
+            raise self.error(CollaborationError,
+                             f"rejected by {name}{ago(state)}{reason}")
         if state.status != Status.APPROVED or state.outcome == Outcome.LAPSED:
             ended = state.outcome or state.status
             raise self.error(
                 ReviewTimeoutError,
-                f'"{visible(self.description)}" is {ended}',
+                f'"{self.description}" is {ended}; nothing ran',
                 "ask again with another request_id", ended)
 
-    def check_claimed(self, reply: Reply, runs: str) -> None:
+    def check_claimed(self, runs: str, reply: Reply) -> None:
         """Nothing runs unless this is a claim of this approval. Where the
         reviewer changed the arguments, those run: they must have the digest
         that was approved, and meet the same checkpoint (promise 2)."""
-        if reply.status != 200:
-            raise self.refused(reply)
         approval = self.state
         self.learn(reply)
         if self.state != approval._replace(outcome=Outcome.RUNNING):
             raise self.error(ChangedError, "the server's reply to the claim is "
-                             "not this approval", "is server_url the right one?")
+                             "not this approval; nothing ran", OTHER_SERVER)
         if runs == self.digest:
             return
         approved: Any = reply.body.get("arguments")
@@ -7394,8 +7318,8 @@ class Held:
         if fault:
             self.report(fault)
             raise self.error(ChangedError, "the changed arguments are not what "
-                             "was approved, or meet another checkpoint",
-                             reason=fault)
+                             "was approved, or meet another checkpoint; "
+                             "nothing ran", reason=fault)
         self.arguments = approved
         self.changed = changes_in_words(self.approved_by, asked, approved)
 
@@ -7408,15 +7332,13 @@ class Held:
     def report(self, error: BaseException | str | None = None) -> None:
         """Record that the call was executed, or how it failed. Never raises:
         a failure here changes nothing of the call, and is logged."""
+        text = "" if error is None else str_or_name(error)
         outcome = Outcome.EXECUTED if error is None else Outcome.FAILED
-        text = masked_text(error_text(error)[:EDGE], self.gate.token)
         try:
-            reply = self.insist(
-                f"/outcome/{self.request_id}", {
-                    "claim": self.key, "outcome": outcome,
-                    "text": cut(text, 500)}, LAST_WORD_SECONDS)
-            if reply.status != 200:
-                raise self.refused(reply)
+            self.insist(f"/outcome/{self.request_id}", {
+                "claim": self.key, "outcome": outcome, "text": cut(
+                    masked_text(text[:EDGE], self.gate.token), 500)},
+                LAST_WORD_SECONDS)
         except HitlError as fault:
             log.warning("the outcome of %s was not recorded: %s",
                         self.request_id, fault.message)
@@ -7442,16 +7364,15 @@ def ago(state: Summary) -> str:
     return f" {readable_seconds(max(0.0, seconds))} ago"
 
 
-def error_text(error: BaseException | str | None) -> str:
+def str_or_name(error: BaseException | str) -> str:
     """An error as the log names it; some have no words, or none that can be
     had."""
-    if error is None or isinstance(error, str):
-        return error or ""
-    text = type(error).__name__
+    if isinstance(error, str):
+        return error
+    words = ""
     with contextlib.suppress(Exception):
         words = str(error)
-        text += f": {words}" if words else ""
-    return text
+    return type(error).__name__ + (words and f": {words}")
 
 
 # ---- asyncio ----
@@ -7466,25 +7387,20 @@ def in_thread(function: Callable[..., T], *args: Any) -> asyncio.Future[T]:
     (7 s against 1)."""
     import asyncio
     import contextvars
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
+    from concurrent.futures import Future
+    result: Future[T] = Future()
+    result.set_running_or_notify_cancel()
     context = contextvars.copy_context()
 
-    def settle(put: Callable[[Any], None], value: Any) -> None:
-        if not future.done():
-            put(value)
-
     def run() -> None:
-        put: Callable[[Any], None]
-        value: Any
         try:
-            put, value = future.set_result, context.run(function, *args)
+            value = context.run(function, *args)
         except BaseException as error:
-            put, value = future.set_exception, error
-        with contextlib.suppress(RuntimeError):     # the loop is closed
-            loop.call_soon_threadsafe(settle, put, value)
+            result.set_exception(error)
+        else:
+            result.set_result(value)
     threading.Thread(target=run, name="hitl", daemon=True).start()
-    return future
+    return asyncio.wrap_future(result)
 
 
 async def undisturbed(function: Callable[..., T], *args: Any) -> T:
@@ -7496,6 +7412,19 @@ async def undisturbed(function: Callable[..., T], *args: Any) -> T:
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.shield(work)
     return work.result()
+
+
+async def aobtain(held: Held, handed_over: bool = False) -> None:
+    """held.obtain() on a thread; where the task is cancelled, so is it."""
+    import asyncio
+    work = in_thread(held.obtain, handed_over)
+    try:
+        await asyncio.shield(work)
+    except asyncio.CancelledError:
+        held.cancelled = True
+        await undisturbed(held.break_off, "cancelled")
+        work.cancel()                   # nobody asks what became of it
+        raise
 
 
 # ---- the gate itself ----
@@ -7566,15 +7495,6 @@ class Gate:
         held.report()                                               # 6 report
         return told_of_changes(held, result)
 
-    @overload
-    async def acall(self, tool: str, arguments: Mapping[str, Any],
-                    execute: Callable[..., Coroutine[Any, Any, T]],
-                    **how: Unpack[How]) -> T: ...
-
-    @overload
-    async def acall(self, tool: str, arguments: Mapping[str, Any],
-                    execute: Callable[..., T], **how: Unpack[How]) -> T: ...
-
     async def acall(self, tool: str, arguments: Mapping[str, Any],
                     execute: Callable[..., Any], **how: Unpack[How]) -> Any:
         """The same for asyncio: waits on a thread of its own, so the event
@@ -7607,20 +7527,24 @@ class Gate:
         reports; None where no checkpoint holds it. Raises as call() does,
         whatever on_reject says. Until it is reported it is recorded as
         handed over."""
-        with refusals_logged():
+        try:
             held = self._match(tool, arguments, how)
             if held:
                 held.obtain(handed_over=True)
             return held
+        except HitlError as error:
+            raise logged(error) from None
 
     async def ahold(self, tool: str, arguments: Mapping[str, Any],
                     **how: Unpack[How]) -> Held | None:
         """hold() for asyncio."""
-        with refusals_logged():
+        try:
             held = self._match(tool, arguments, how)
             if held:
                 await aobtain(held, handed_over=True)
             return held
+        except HitlError as error:
+            raise logged(error) from None
 
     def require(self, tool: str, arguments: Mapping[str, Any],
                 **how: Unpack[How]) -> dict[str, Any]:
@@ -7649,8 +7573,12 @@ class Gate:
         """The call as it is to be asked, or None: it may run."""
         if unknown := how.keys() - How.__annotations__.keys():
             raise TypeError(f"unexpected keyword {', '.join(sorted(unknown))}")
-        check_call(tool, arguments, how.get("request_id"), first_of(
-            how.get("session"), self.session, ""))
+        if (not isinstance(tool, str) or re.search("[\ud800-\udfff]", tool)
+                or not isinstance(arguments, Mapping)):
+            raise HitlError("this call makes no sense: its tool must be a text, "
+                            "its arguments names with values; nothing ran",
+                            "call(tool, arguments, execute)",
+                            reason="bad-arguments")
         named = how.get("checkpoint")
         if named is not None:
             match = Match(self.rules.named(named), "the code names it")
@@ -7706,29 +7634,6 @@ class Gate:
         if function is None:
             return functools.partial(guarded, self, **options)
         return guarded(self, function, **options)
-
-
-async def aobtain(held: Held, handed_over: bool = False) -> None:
-    """held.obtain() on a thread; where the task is cancelled, so is it."""
-    import asyncio
-    work = in_thread(held.obtain, handed_over)
-    try:
-        await asyncio.shield(work)
-    except asyncio.CancelledError:
-        held.cancelled = True
-        work.add_done_callback(
-            lambda done: done.cancelled() or done.exception())
-        await undisturbed(held.break_off, "cancelled")
-        raise
-
-
-@contextlib.contextmanager
-def refusals_logged() -> Iterator[None]:
-    try:
-        yield
-    except HitlError as error:
-        logged(error)
-        raise
 
 
 def logged(error: HitlError) -> HitlError:

@@ -5081,7 +5081,7 @@ def test_promise_1_a_false_server(make_gate, monkeypatch, step):
     """A tool call that matches a checkpoint never runs without a recorded
     approval: whatever answers, the tool runs after a valid claim only, and
     the call ends within its time with an error that says a cure."""
-    for name, value in (("UNREACHABLE_SECONDS", 0.2), ("GRACE_SECONDS", 0.2),
+    for name, value in (("UNREACHABLE_SECONDS", 0.2),
                         ("CLAIM_RETRY_SECONDS", 0.2), ("MAX_REPLY", 1 << 20)):
         monkeypatch.setattr(hitl, name, value)
     impostor, ran, todo = Impostor(), {}, list(WIRES.items()) + [
@@ -5115,7 +5115,7 @@ def test_promise_1_a_false_server(make_gate, monkeypatch, step):
                 one(*todo.pop())
     for result in [in_background(work) for _ in range(32)]:
         result(60)
-    for name in ("UNREACHABLE_SECONDS", "GRACE_SECONDS"):
+    for name in ("UNREACHABLE_SECONDS",):
         monkeypatch.setattr(hitl, name, 10)     # and with time enough it runs
     gate = make_gate(impostor)
     assert one("200 right", lambda g: [http_reply(g)]) is None
@@ -5472,8 +5472,8 @@ def test_sessions(make_gate, make_desk):
     assert session(named, request_id="a") == "for ana"
     assert (session(named, session="for ben"), session(named, session=""),
             session(one, request_id="b")) == ("for ben", None, None)
-    for wrong in ("x" * 129, "a\nb", 7):
-        with pytest.raises(hitl.HitlError, match="session must be"):
+    for wrong in ("x" * 129, 7):
+        with pytest.raises(hitl.HitlError, match='refused: .*"session"'):
             one.call("delete_records", CALL, dict, session=wrong)
     with pytest.raises(hitl.CollaborationError, match="^rejected by ana: no$"):
         decided(one, desk, decision="rejected", reason="no")()
@@ -5688,7 +5688,7 @@ def test_promise_3_twelve_at_a_barrier(make_gate, desk, caplog):
     results = [in_background(one) for _ in range(12)]
     assert len(desk.waiting()) == 1
     desk.stop()
-    assert until(lambda: "still waiting" in caplog.text)
+    assert until(lambda: "trying again" in caplog.text)
     desk.start(desk.port)
     desk.decide("r-1")
     for result in results:
@@ -5748,7 +5748,7 @@ def test_killed_and_started_again(make_gate, desk):
     assert len(desk.waiting()) == 1
     desk.decide("agent-1")
     code, out, err = again.ends()
-    assert (code, out) == (0, "ran condition table\n"), err
+    assert (code, out) == (0, "ran table condition\n"), err
     assert [line.partition(" (")[0] for line in err.splitlines()] == [
         'delete_records waits for a person: "Delete users where id = 3"; '
         f"review it at {desk.url}/review/agent-1",
@@ -6097,8 +6097,7 @@ def test_arguments_that_are_no_json(make_gate, desk):
     assert ran == [] and not desk.rows("SELECT 1 FROM pending_reviews")
     values = {"n": -0.0, "big": 2 ** 70, "empty": [], "yes": True, "f": 1.0,
               "t": "\u202e\x00\U0001f600 \\ud800", "d": {"": [None, {}]}}
-    assert repr(decided(gate, desk, arguments=values)()) == repr(
-        dict(sorted(values.items())))
+    assert repr(decided(gate, desk, arguments=values)()) == repr(values)
 
 
 SELF: dict = {"a": 1}
