@@ -7286,7 +7286,7 @@ class Held:
         name = (state.decided_by or "").partition(":")[2]
         self.approved_by = visible(name)
         if state.status == Status.REJECTED:
-            reason = state.reason and f": {state.reason}" or ""
+            reason = f": {state.reason}" if state.reason else ""
             raise self.error(CollaborationError,
                              f"rejected by {name}{ago(state)}{reason}")
         if state.status != Status.APPROVED or state.outcome == Outcome.LAPSED:
@@ -7332,7 +7332,7 @@ class Held:
     def report(self, error: BaseException | str | None = None) -> None:
         """Record that the call was executed, or how it failed. Never raises:
         a failure here changes nothing of the call, and is logged."""
-        text = "" if error is None else str_or_name(error)
+        text = "" if error is None else error_text(error)
         outcome = Outcome.EXECUTED if error is None else Outcome.FAILED
         try:
             self.insist(f"/outcome/{self.request_id}", {
@@ -7364,7 +7364,7 @@ def ago(state: Summary) -> str:
     return f" {readable_seconds(max(0.0, seconds))} ago"
 
 
-def str_or_name(error: BaseException | str) -> str:
+def error_text(error: BaseException | str) -> str:
     """An error as the log names it; some have no words, or none that can be
     had."""
     if isinstance(error, str):
