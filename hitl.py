@@ -7070,7 +7070,8 @@ class Held:
         self.lifetime_seconds = self.seconds("lifetime_seconds",
                                              self.timeout_seconds)
         self.deadline = time.monotonic() + self.timeout_seconds
-        self.description = describe(rule, tool, self.arguments)
+        self.description = describe(rule, tool, self.arguments).encode(
+            "utf-8", "backslashreplace").decode()
         self.digest = digest_of(self.description, canonical(self.arguments), tool)
         # a process that was started again, and asks for its request, has
         # another session of its own
