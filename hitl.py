@@ -7811,6 +7811,11 @@ class Hook:
         self.dialect, self.ended = UNKNOWN, False
         self.notes: list[str] = []      # warnings, for a person only
 
+    @property
+    def seconds(self) -> float:
+        """How long it may take."""
+        return min(self.deadline or self.dialect.seconds, self.dialect.longest)
+
     def run(self) -> NoReturn:
         """Answer what is on stdin, and exit."""
         try:
@@ -7824,7 +7829,7 @@ class Hook:
     def reply(self, read: Callable[[], bytes]) -> tuple[Json | None, int, str]:
         """What to print, the exit status, and what to say on stderr."""
         try:
-            self.watch()
+            self.alarm()
             return self.answer(read()), 0, ""
         except BaseException as fault:  # a signal, or a fault of ours
             return self.refusal(fault)
@@ -7832,7 +7837,7 @@ class Hook:
     def answer(self, data: bytes) -> Json:
         """What to print if the call may go on; raises if it may not."""
         self.dialect = dialect_of(read_loosely(data))               # 1 read
-        self.watch()                    # an error too is told in its dialect
+        self.alarm()                    # an error too is told in its dialect
         try:
             call = parse_json(data)
         except ValueError as error:
@@ -7868,7 +7873,7 @@ class Hook:
         """As Gate.hold. The same call in the same session attaches to the
         request that still waits, or picks up what was decided meanwhile."""
         rule = gate.rules.first_match(tool, arguments, cwd).checkpoint
-        left = self.ends_at - time.monotonic()
+        left = self.began + self.seconds - time.monotonic()
         wait = min(left - min(1, left / 10),
                    first_of(rule.timeout_seconds, math.inf))
         lifetime = first_of(rule.lifetime_seconds,
@@ -7914,16 +7919,11 @@ class Hook:
             return None, 2, why
         return answer, self.dialect.status, why
 
-    def watch(self) -> None:
+    def alarm(self) -> None:
         """Answer in time, whatever happens."""
-        self.seconds = min(self.deadline or self.dialect.seconds,
-                           self.dialect.longest)
-        self.ends_at = self.began + self.seconds
-        self.alarm(max(0.001, self.ends_at - time.monotonic()))
-
-    def alarm(self, seconds: float) -> None:
         import faulthandler
         import signal
+        seconds = max(0.001, self.began + self.seconds - time.monotonic())
         if hasattr(signal, "setitimer"):
             signal.signal(signal.SIGALRM, self.too_late)
             signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -7956,27 +7956,22 @@ class Hook:
 
 # ---- the hook: what to install, and where ----
 
-def nested(event: str, matcher: str, timeout: int, **more: Any) -> Json:
-    hook = {"type": "command", "command": "{command}", "timeout": timeout, **more}
-    return {"hooks": {event: [{"matcher": matcher, "hooks": [hook]}]}}
-
-
-def flat(*events: str, **hook: Any) -> Json:
-    return {"version": 1, "hooks": {event: [hook] for event in events}}
-
-
+RUN = {"type": "command", "command": "{command}"}
 SNIPPETS: dict[str, tuple[str, Json]] = {       # agent -> its file, what is in it
-    "claude": (".claude/settings.json", nested(
-        PRE, "*", DAY, onFailure="block", statusMessage="{waiting}")),
-    "codex": (".codex/hooks.json (trust it once with /hooks: untrusted hooks are "
-              "skipped)", nested(PRE, "*", DAY, statusMessage="{waiting}")),
-    "gemini": ("~/.gemini/settings.json", nested(
-        "BeforeTool", ".*", DAY * 1000, name="{waiting}")),
-    "copilot": (".github/hooks/hitl.json", flat(
-        PRE, type="command", bash="{command}", timeoutSec=DAY)),
-    "cursor": (".cursor/hooks.json", flat(
-        "beforeShellExecution", "beforeMCPExecution", command="{command}",
-        timeout=DAY, failClosed=True)),
+    "claude": (".claude/settings.json", {"hooks": {PRE: [{
+        "matcher": "*", "hooks": [RUN | {
+            "timeout": DAY, "onFailure": "block", "statusMessage": "{waiting}"}]}]}}),
+    "codex": (".codex/hooks.json (trust it once with /hooks, or it is skipped)", {
+        "hooks": {PRE: [{"matcher": "*", "hooks": [RUN | {
+            "timeout": DAY, "statusMessage": "{waiting}"}]}]}}),
+    "gemini": ("~/.gemini/settings.json", {"hooks": {"BeforeTool": [{
+        "matcher": ".*", "hooks": [RUN | {
+            "timeout": DAY * 1000, "name": "{waiting}"}]}]}}),
+    "copilot": (".github/hooks/hitl.json", {"version": 1, "hooks": {PRE: [
+        {"type": "command", "bash": "{command}", "timeoutSec": DAY}]}}),
+    "cursor": (".cursor/hooks.json", {"version": 1, "hooks": {
+        event: [{"command": "{command}", "timeout": DAY, "failClosed": True}]
+        for event in ("beforeShellExecution", "beforeMCPExecution")}}),
     "cline": (".clinerules/hooks/PreToolUse (make it executable)", {}),  # a script
 }
 
@@ -7986,13 +7981,11 @@ def snippet(agent: str, config: str | None) -> str:
     to print."""
     import shlex
     try:
-        cache = bytecode_folder()
+        words = [sys.executable, "-I", "-c", LOADER, bytecode_folder(),
+                 str(Path(__file__).absolute()), "hook"]
     except OSError as error:
-        raise ConfigError(f"{error.filename} {error.strerror}",
-                          f"chmod 700 {error.filename}, or name another place in "
-                          "XDG_CACHE_HOME") from None
-    words = [sys.executable, "-I", "-c", LOADER, cache,
-             str(Path(__file__).absolute()), "hook"]
+        raise ConfigError(f"{error.filename} {error.strerror}", "chmod 700 it, or "
+                          "name another place in XDG_CACHE_HOME") from None
     if config:
         words += ["--config", str(Path(config).absolute())]
     if agent == "cline":
@@ -8052,7 +8045,6 @@ class Proxy:
 
     def __init__(self, gate: Gate, command: list[str], name: str) -> None:
         self.gate, self.command, self.name = gate, command, name
-        self.cwd = os.getcwd()
         self.tasks: set[Any] = set()
         # by JSON-RPC id: the task of a call that is not sent yet; and what the
         # server is to answer, as a future or, where it simply passes, None
@@ -8142,12 +8134,10 @@ class Proxy:
             return
         try:
             message = read_message(line)
-            method, key = message.get("method"), json.dumps(message.get("id"))
-            if method == CALL and (key in self.held or key in self.open):
-                raise ValueError("this id is in use already")
         except ValueError as error:     # a server might read it as a call
             self.reject(line, visible(str(error)))
             return
+        method, key = message.get("method"), json.dumps(message.get("id"))
         if method == CALL:
             self.held[key] = task = self.loop.create_task(self.call(message, line))
             self.tasks.add(task)
@@ -8166,12 +8156,11 @@ class Proxy:
         """Say that a line is refused, under its id where one can be read, or
         under each in a batch."""
         loose = read_loosely(line)
-        code = -32700 if loose is None else -32600
-        ids = [at_path(item, "id") for item in
-               (loose if isinstance(loose, list) else [loose])]
-        for key in [k for k in ids if type(k) in (str, int)] or [None]:
-            self.answer(id=key, error={"code": code,
-                                       "message": f"hitl: refused: {why}"})
+        batch = loose if isinstance(loose, list) else [loose]
+        ids = [key for item in batch if type(key := at_path(item, "id")) in (str, int)]
+        for key in ids or [None]:
+            self.answer(id=key, error={
+                "code": -32600, "message": f"hitl: refused: {why}"})
 
     def from_server(self, line: bytes) -> None:
         message = read_loosely(line)
@@ -8211,7 +8200,7 @@ class Proxy:
         held = self.resumes.pop(resumed, None)  # the rest of one approved before
         try:
             held = held or await self.gate.ahold(
-                f"mcp__{self.name}__{tool}", arguments, cwd=self.cwd, edits=True,
+                f"mcp__{self.name}__{tool}", arguments, edits=True,
                 tick=self.progress(at_path(params, "_meta.progressToken")),
                 context={"MCP server": self.command,
                          "the server says of this tool (untrusted)":
@@ -8283,11 +8272,10 @@ def run_command(gate: Gate, tool: str, argv: list[str],
         raise HitlError(f"no such command: {visible(argv[0])}",
                         reason="no-such-command")
     call = {"argv": argv, "cwd": cwd, "executable": os.path.abspath(path)}
-    how: How = {"timeout_seconds": timeout, "cwd": cwd}
-    match = gate.rules.first_match(tool, call, cwd)
-    if match.checkpoint.checkpoint_id == "unmatched":   # waits all the same
-        how["checkpoint"] = "unmatched"
-    return gate.call(tool, call, execute, **how)
+    rule = gate.rules.first_match(tool, call).checkpoint
+    unmatched = rule.checkpoint_id == "unmatched"       # waits all the same
+    return gate.call(tool, call, execute, timeout_seconds=timeout,
+                     checkpoint="unmatched" if unmatched else None)
 
 
 def execute(argv: list[str], cwd: str, executable: str) -> int:
