@@ -3855,72 +3855,68 @@ PAGE_CARDS = 100                # waiting requests on the page at once
 REVIEWED_CARDS = 20             # reviewed ones below them
 WIDE = 76                       # characters of JSON that stay on one line
 CONTEXT_SHOWN = 32 * 1024       # characters; of a longer one, both ends
+DOT = " \u00b7 "                 # between the parts of a line
 
 STYLE = """
 :root { color-scheme: light dark; --paper: light-dark(#f6f5f2, #161513);
-  --card: light-dark(#fff, #21201d); --sunk: light-dark(#f4f2ed, #191815);
-  --ink: light-dark(#1c1b19, #eeebe4); --soft: light-dark(#5d5a54, #a8a297);
-  --line: light-dark(#dedbd3, #3a3732); }
+  --card: light-dark(#fff, #21201d); --ink: light-dark(#1c1b19, #eeebe4);
+  --soft: light-dark(#5d5a54, #a8a297); --line: light-dark(#dedbd3, #3a3732);
+  --tone: var(--soft); --tint: light-dark(#eceae5, #33312c); }
 .waiting { --tone: light-dark(#8a4a00, #ffb84d); --edge: #f2a100;
   --tint: light-dark(#ffe9b0, #3d2c0c); }
 .approved, .approve { --tone: light-dark(#1a7340, #6fd195);
   --tint: light-dark(#e0f4e6, #12331f); }
 .rejected, .reject, .warn, mark { --tone: light-dark(#b3261e, #ff8a7d);
   --tint: light-dark(#fde7e4, #431814); }
-.expired, .withdrawn { --tone: light-dark(#66625b, #b5afa4);
-  --tint: light-dark(#eceae5, #33312c); }
 bdi { --tone: light-dark(#2f5fa8, #9cc0ff); --tint: light-dark(#e6eefa, #1c2a42); }
 .status, .warn, mark, bdi { color: var(--tone); background: var(--tint); }
 
-* { box-sizing: border-box; overflow-wrap: anywhere; }
-body { margin: 0 auto; padding: 0 16px 48px; max-width: 1080px; color: var(--ink);
+* { box-sizing: border-box; overflow-wrap: anywhere; margin: 0; padding: 0; }
+body { margin: auto; padding: 0 16px 48px; max-width: 1080px; color: var(--ink);
   background: var(--paper); font: 15px/1.45 system-ui, sans-serif; }
-body > header, form, .card > summary, li { display: flex; flex-wrap: wrap;
-  gap: 0 12px; align-items: baseline; }
-body > header, form { gap: 6px 10px; align-items: center; margin: 6px 0; }
-h1 { font-size: 19px; margin: 0 auto 0 0; }
-h2, h3 { font-size: 15px; margin: 10px 0 4px; }
-p, ol { margin: 6px 0; padding: 0; list-style: none; }
+header, form, .card > summary, li { display: flex; flex-wrap: wrap; gap: 0 12px;
+  align-items: center; }
+header, form, p, ol, h2 { margin: 6px 0; row-gap: 6px; }
+h1 { font-size: 19px; margin-right: auto; }
+h2, h3 { font-size: 15px; }
 a { color: inherit; }
 h1 a { text-decoration: none; }
-.soft, .who, .body summary, label, h4, dt, .end { color: var(--soft);
-  font-size: 13.5px; }
+.soft, .who, .body summary, label, h4, dt, .end { color: var(--soft); }
+.soft, .who, .body summary, label, dl, h4, pre, code { font-size: 13.5px; }
 :focus-visible { outline: 3px solid #4a86d8; outline-offset: -1px; }
 
 /* a request: one line, opened to everything about it */
 .card, .note, li { background: var(--card); border: 1px solid var(--line);
   border-left: 5px solid var(--edge, var(--tone)); font-size: 14px; }
 .card + .card, li + li { border-top: 0; }
-.card > summary { flex-wrap: nowrap; padding: 5px 10px; list-style: none; }
+.card > summary, li { padding: 5px 10px; }
+.card > summary { flex-wrap: nowrap; }
 #waiting:has(.card:nth-child(13)) > .card > summary { padding-block: 0;
   font-size: 13px; line-height: 17px; }
 .status, .tag { font-size: 12px; font-weight: 600; border-radius: 99px;
-  padding: 0 8px; line-height: 16px; min-width: 74px; text-align: center; }
+  padding: 0 8px; line-height: 16px; min-width: 86px; text-align: center; }
 .tag { color: var(--soft); box-shadow: inset 0 0 0 1px var(--line); }
 .headline { flex: 1 1 0; min-width: 0; }
+summary .headline, .said { font-weight: 600; }
 .tool, .agent { max-width: 12em; color: var(--soft); }
+summary .tool { font-size: 12px; }
 .status, .tag, .left, .card:not([open]) > summary > * { white-space: nowrap;
   overflow: hidden; text-overflow: ellipsis; flex-shrink: 0; }
 .left { min-width: 4.5em; text-align: right; }
-summary .headline, .said { font-weight: 600; }
 .card[style][open] { height: var(--tall); overflow: auto; }
 .body { padding: 0 10px 4px; }
 .body > details:not([open]) { display: inline-block; margin-right: 18px; }
-.who { margin: 4px 0; }
-.exact { background: var(--sunk); border: 1px solid var(--line);
-  border-radius: 6px; padding: 7px 10px; }
-pre, code, .exact dd, .exact dt { font: 13.5px/1.45 ui-monospace, monospace; }
-summary code { font-size: 12px; line-height: 16px; }
+.exact, pre { background: var(--paper); border: 1px solid var(--line);
+  border-radius: 6px; padding: 5px 10px; }
+.exact pre { background: var(--card); border-left: 3px solid var(--soft); }
+pre, code, .exact dl { font-family: ui-monospace, monospace; }
 pre, dd, h4 code, .full { color: var(--ink); white-space: break-spaces;
   unicode-bidi: isolate; }
 dl { display: grid; grid-template-columns: fit-content(38%) minmax(0, 1fr);
   gap: 1px 12px; }
-dl, dd, dt, h4, pre { margin: 0; font-size: 13.5px; }
-.block { grid-column: 1 / -1; }
-pre { background: var(--card); padding: 5px 8px; border: 1px solid var(--line);
-  border-left: 3px solid var(--soft); }
+.block, li .soft, label { grid-column: 1 / -1; flex: 1 1 100%; }
 .said { white-space: pre-line; }
-.said:empty { display: none; }
+summary :empty, p:empty { display: none; }
 .warn, .note { padding: 3px 10px; border-radius: 5px; }
 mark, bdi { border-radius: 3px; padding: 0 1px; }
 mark { font-size: .85em; margin: 0 1px; }
@@ -3928,13 +3924,11 @@ bdi { text-decoration: underline 1px; text-underline-offset: 3px; }
 
 /* deciding: buttons that have just appeared are dead */
 textarea, button, input { font: inherit; color: inherit; padding: 7px 10px;
-  border: 1px solid var(--soft); border-radius: 6px; background: var(--sunk); }
+  border: 1px solid var(--soft); border-radius: 6px; background: var(--paper); }
 textarea { flex: 1 1 220px; height: 40px; min-width: 0; }
-label { flex: 1 1 100%; }
 label textarea { display: block; width: 100%; height: auto; }
 header input, header button { padding: 3px 10px; max-width: 200px; }
 ::placeholder { color: var(--soft); opacity: 1; }
-button { background: transparent; }
 button, summary { cursor: pointer; }
 main button { font-weight: 600; min-height: 40px; padding: 6px 22px; }
 .approve, .reject { color: var(--tone); border-color: var(--tone); }
@@ -3943,10 +3937,6 @@ main button { font-weight: 600; min-height: 40px; padding: 6px 22px; }
 .card[open] form button { animation: appear .6s; }
 #stopped .note { background: var(--tint); margin-bottom: 8px; }
 #lost { position: fixed; bottom: 0; left: 16px; right: 16px; }
-
-/* what was reviewed */
-li { padding: 3px 10px; }
-li .soft { flex: 1 1 100%; }
 @media (max-width: 640px) {
   body { padding: 0 8px 32px; }
   .card[class] > summary { flex-wrap: wrap; padding-block: 7px; line-height: 1.4; }
@@ -3965,8 +3955,9 @@ li .soft { flex: 1 1 100%; }
 SCRIPT = r"""
 const first = (css, root = document) => root.querySelector(css);
 const every = (css, root = document) => [...root.querySelectorAll(css)];
-const lost = first("#lost"), bell = first("#bell");
-let change = document.body.dataset.change, DEAD = 600, REST = 5000;
+const lost = first("#lost"), bell = first("#bell"), sent = document.body.dataset;
+const skew = sent.at * 1000 - Date.now();         // deadlines are the server's
+let change = sent.change, DEAD = 600, REST = 5000;
 
 // A link may hold credentials, and then fetch refuses relative addresses.
 const ask = (path, more) => fetch(location.origin + path,
@@ -3975,31 +3966,40 @@ async function read(path) {
   const reply = await ask(path);
   if (!reply.ok) throw new Error(reply.status);
   const page = new DOMParser().parseFromString(await reply.text(), "text/html");
-  localise(page);
+  tellTimes("time", page);
   return page;
 }
-function localise(page) {
-  const today = new Date().toDateString();
-  for (const time of every("time", page)) {
-    const moment = new Date(time.dateTime);
-    time.textContent = moment.toDateString() === today
-      ? moment.toLocaleTimeString() : moment.toLocaleString();
+const UNITS = [[172800, 86400, "days"], [7200, 3600, "h"], [120, 60, "min"],
+               [0, 1, "s"]];
+function tellTimes(css, page = document) {
+  const now = Date.now() + skew, today = new Date().toDateString();
+  for (const time of every(css, page)) {
+    const at = new Date(time.dateTime), kind = time.className;
+    const seconds = Math.max(0, (kind === "ago" ? now - at : at - now) / 1000);
+    const [, size, unit] = UNITS.find(([least]) => seconds >= least);
+    let words = `${Math.round(seconds / size)} ${unit} ${kind}`;
+    if (!kind) words = at.toDateString() === today
+      ? at.toLocaleTimeString() : at.toLocaleString();
+    if (time.textContent !== words) time.textContent = words;
   }
 }
 
 // ---- deciding ----
 
-const alone = async card => (await read("/review/" + card.id.slice(8)))
-  .getElementById(card.id);
 const reason = card => first("[name=reason]", card)?.value || "";
-function tell(card, text) { first(".said", card).append(text); }
+const tell = (card, text) => first(".said", card).append(text);
 
-// Replaces a card, which stays as tall and as open as it was.
-function put(card, fresh) {
-  const folds = every("details", fresh), typed = reason(card).trim();
-  const focused = card.contains(document.activeElement);
-  every("details", card).slice(0, folds.length).forEach(
-    (fold, n) => { folds[n].open = fold.open; });
+// A card as the server has it now: who waits for it, or all of it once it is
+// decided, as tall and as open as it was.
+async function renew(card) {
+  const page = await read("/review/" + card.id.slice(8));
+  const fresh = page.getElementById(card.id), typed = reason(card).trim();
+  if (fresh.className === card.className) {
+    first(".who", card)?.replaceWith(first(".who", fresh));
+    return card;
+  }
+  const folds = every("details", card), focused = card.contains(document.activeElement);
+  every("details", fresh).forEach((fold, n) => { fold.open = folds[n]?.open; });
   fresh.open = card.open;
   fresh.style.setProperty("--tall", card.getBoundingClientRect().height + "px");
   if (typed && !first(".said", fresh).textContent.includes(typed))
@@ -4014,27 +4014,21 @@ async function decide(card, form, button) {
   const reply = await ask(new URL(form.action).pathname,
     {method: "POST", body, headers: {Accept: "application/json"}});
   const answer = await reply.json();
-  if (reply.ok) return put(card, await alone(card));
+  if (reply.ok) return renew(card);
   if (answer.request && answer.request.status !== "waiting")
-    return tell(put(card, await alone(card)), `\nToo late: ${answer.title}`);
+    return tell(await renew(card), `\nToo late: ${answer.title}`);
   tell(card, `Not decided: ${answer.title}. ${answer.detail || ""}`);
 }
 document.addEventListener("submit", async event => {
   const form = event.target, card = form.closest(".card");
   if (!card) return;
   event.preventDefault();
-  if (card.busy) return;
+  if (performance.now() - (card.since || 0) < DEAD) return;
+  card.since = Infinity;                            // one decision at a time
   first(".said", card).textContent = "";
-  if (performance.now() - (card.since || 0) < DEAD)
-    return tell(card, "Too fast: look at it first.");
-  card.busy = true;
-  try {
-    await decide(card, form, event.submitter);
-  } catch {
-    tell(card, "The server does not answer. Your reason is kept: " +
-               "decide again when it is back.");
-  }
-  card.busy = false;
+  await decide(card, form, event.submitter).catch(() => tell(card, "The server " +
+    "does not answer. Your reason is kept: decide again when it is back."));
+  card.since = 0;
 });
 document.addEventListener("toggle", event => {
   event.target.since = performance.now();
@@ -4044,19 +4038,15 @@ document.addEventListener("input", event => {
   if (card) sessionStorage[card.id] = reason(card);
 });
 
-// ---- live ----
+// ---- live: the page again when something changed, else the open cards ----
 
-async function refresh() {
-  const page = await read(location.pathname + location.search);
-  for (const card of every(".card")) {
-    const fresh = page.getElementById(card.id)
-      || card.matches(".waiting") && await alone(card);
-    if (!fresh) continue;
-    const now = every(".live", fresh);
-    if (fresh.className !== card.className) put(card, fresh);
-    else every(".live", card).forEach(
-      (part, n) => part.replaceChildren(...now[n].childNodes));
-  }
+async function refresh(changed) {
+  const page = changed && await read(location.pathname + location.search);
+  if (changed) show(page);
+  for (const card of every(".card.waiting, main > .card"))
+    if (card.open || changed && !page.getElementById(card.id)) await renew(card);
+}
+function show(page) {
   const news = every("#waiting .card", page).filter(
     card => !document.getElementById(card.id));
   for (const card of news) {
@@ -4065,14 +4055,13 @@ async function refresh() {
   }
   for (const css of ["#count", "#reviewed", "#more", "#stopped"]) {
     const part = first(css), now = first(css, page);
-    if (part && now.innerHTML !== part.innerHTML)
+    if (part && part.innerHTML !== now.innerHTML)
       part.replaceChildren(...now.childNodes);
   }
   document.title = page.title;
   first("link[rel=icon]").href = first("link[rel=icon]", page).href;
   if (news.length && document.hidden && self.Notification?.permission === "granted")
-    new Notification(page.title, {tag: "hitl", body: first(
-      ".headline", news[0]).textContent});
+    new Notification(page.title, {tag: "hitl"});
 }
 let poll = new AbortController(), wake = () => {};
 const pause = time => new Promise(done => { wake = done; setTimeout(done, time); });
@@ -4084,7 +4073,7 @@ async function live() {
       const reply = await ask(`/changes?after=${change}&wait=${wait}`,
                               {signal: poll.signal});
       const now = (await reply.json()).change;
-      if (now != change || !hidden && first(".waiting")) await refresh();
+      if (now != change || !hidden) await refresh(now != change);
       change = now;
       lost.hidden = true;
       if (hidden) await pause(REST);
@@ -4106,12 +4095,10 @@ function go(step) {
   if (card) first("summary", card).focus();
 }
 function reach(css) {
-  const card = current() || first(".card.waiting");
-  const target = card && first(css, card);
+  const card = current() || first(".card.waiting"), target = card && first(css, card);
   if (!target) return;
-  card.open = true;
+  card.open = target.reached = true;                // then Enter rejects
   target.focus();
-  target.reached = true;                        // then Enter rejects
 }
 const KEYS = {
   j: () => go(1), k: () => go(-1),
@@ -4136,7 +4123,8 @@ bell.onclick = async () => {
   await Notification.requestPermission();
   bell.hidden = true;
 };
-localise(document);
+tellTimes("time");
+setInterval(tellTimes, 1000, ".left, .ago");
 for (const field of every(".card [name=reason]"))       // after a reload
   field.value ||= sessionStorage[field.closest(".card").id] || "";
 if (change) live();
@@ -4160,15 +4148,30 @@ class Html(str):
     """Text that is markup already, and so is not escaped again."""
 
 
+PLACE = regex(r"\{([a-z_]+)\}")
 MARK = regex(f"{BRACKETS[0]}(?:([ -~]+)|([^{BRACKETS[1]}]*)){BRACKETS[1]}")
+
+
+def fill(template: str, **values: Any) -> Html:
+    """A template with its {names} filled in, escaped unless Html."""
+    return Html(PLACE.sub(lambda found: as_html(values[found[1]]), template))
+
+
+def as_html(value: Any, between: str = "") -> Html:
+    """A value as inert markup: Html as it is, nothing for what is empty, of a
+    list all that is not, anything else as visible text."""
+    if isinstance(value, Html):
+        return value
+    if isinstance(value, list):
+        return Html(between.join(as_html(part) for part in value if part))
+    nothing = value is None or value is False
+    return Html("") if nothing else marked(visible(str(value)))
 
 
 def escaped(text: str) -> Html:
     """Text as inert markup, as it is."""
-    for sign, name in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"),
-                       ('"', "&quot;"), ("'", "&#x27;")):
-        text = text.replace(sign, name)
-    return Html(text)
+    from html import escape
+    return Html(escape(text))
 
 
 def marked(text: str) -> Html:
@@ -4187,36 +4190,6 @@ def mark(found: re.Match[str]) -> str:
     return f"<bdi>{found[0] if touches else found[2]}</bdi>"
 
 
-def as_html(text: str) -> Html:
-    return marked(visible(text))
-
-
-PLACE = regex(r"\{([a-z_]+)\}")
-
-
-def fill(template: str, **values: Any) -> Html:
-    """A template with its {names} filled in, escaped unless Html."""
-    def value_of(found: re.Match[str]) -> str:
-        value = values[found[1]]
-        return value if isinstance(value, Html) else as_html(str(value))
-    return Html(PLACE.sub(value_of, template))
-
-
-def joined(parts: Iterable[Html], between: str = "") -> Html:
-    return Html(between.join(parts))
-
-
-def in_a_line(parts: Iterable[str | Html]) -> Html:
-    return joined((part if isinstance(part, Html) else as_html(part)
-                   for part in parts), " \u00b7 ")
-
-
-def tag(word: str | None, name: str, kind: str) -> Html:
-    """An element of a class around a word; nothing where there is none."""
-    template = f'<{name} class="{kind}">{{word}}</{name}>'
-    return fill(template, word=word) if word else Html("")
-
-
 # ---- arguments and contexts: blocks of text and of JSON ----
 
 def layout(value: Any, depth: int = 1) -> str:
@@ -4226,21 +4199,16 @@ def layout(value: Any, depth: int = 1) -> str:
     if len(text) <= WIDE and "\\n" not in text:
         return text
     outer, inner = ("\n" + "  " * min(n, 4) for n in (depth - 1, depth))
-    if isinstance(value, dict) and value:
-        rows = [f"{inner}{json.dumps(name, ensure_ascii=False)}: "
-                f"{layout(v, depth + 1)}" for name, v in value.items()]
-        return "{" + ",".join(rows) + outer + "}"
-    if isinstance(value, list) and any(
-            isinstance(v, (str, dict, list)) for v in value):
-        return "[" + ",".join(inner + layout(v, depth + 1)
-                              for v in value) + outer + "]"
-    return broken(text, inner)
-
-
-def broken(text: str, indent: str = "\n") -> str:
-    """JSON with a line break after each `\\n` that does not end a text."""
-    return re.sub(r'\\(.)(?!\\n|"$)', lambda escape: escape[0] + (
-        indent if escape[1] == "n" else ""), text)
+    if isinstance(value, dict):
+        rows = [f"{READABLE.encode(name)}: {layout(part, depth + 1)}"
+                for name, part in value.items()]
+    elif isinstance(value, list) and any(
+            isinstance(part, (str, dict, list)) for part in value):
+        rows = [layout(part, depth + 1) for part in value]
+    else:
+        return re.sub(r'\\(.)(?!\\n|"$)', lambda escape: escape[0] + (
+            inner if escape[1] == "n" else ""), text)
+    return text[0] + ",".join(inner + row for row in rows) + outer + text[-1]
 
 
 def stored_json(text: str | None) -> Any:
@@ -4256,19 +4224,17 @@ def argument_rows(arguments: Any) -> Iterator[tuple[str, str, str]]:
     text); what it is: "" for what fits beside its name, else a block's size.
     A text is in quotes or in a block, so `3` and `"3"` differ."""
     if not isinstance(arguments, dict):
-        yield "arguments", "", visible(str(arguments))
-        return
+        arguments = {"arguments": str(arguments)}
     for name, value in arguments.items():
-        if isinstance(value, str) and "\n" in value:
+        if not isinstance(value, str):
+            text = visible_lines(layout(value))
+            yield name, f"{len(value)} parts" if "\n" in text else "", text
+        elif "\n" in value:
             size = readable_size(len(value.encode("utf-8", "replace")))
             lines = value.count("\n") + 1
             yield name, f"text, {size}, {lines} lines", visible_lines(value)
-        elif isinstance(value, str):
-            yield name, "", f'"{visible(value)}"'
         else:
-            text = visible_lines(layout(value))
-            parts = "\n" in text and f"{len(value)} parts"
-            yield name, parts or "", text
+            yield name, "", f'"{visible(value)}"'
 
 
 # ---- the templates ----
@@ -4283,7 +4249,7 @@ PAGE = """<!doctype html>
   viewBox='0 0 16 16'%3E%3Ccircle cx='8' cy='8' r='7' fill='%23{colour}'/%3E%3C/svg%3E">
 <style>{style}</style>
 </head>
-<body data-change="{change}">
+<body data-change="{change}" data-at="{at}">
 <header>
   <h1><a href="/">Review desk</a>
     <span id="count" class="soft" aria-live="polite">{count}</span></h1>
@@ -4293,7 +4259,7 @@ PAGE = """<!doctype html>
     <input id="q" type="search" name="q" value="{q}" placeholder="Search"
       aria-label="Search the history for all of these words">
   </form>
-  {who}
+  <span class="soft">{who}</span>
 </header>
 <main>
 <p id="lost" class="note rejected" role="status" hidden>The server does not
@@ -4322,16 +4288,19 @@ in again.</p>
 </html>
 """
 
-NOTE = """<div class="note rejected"><h3>{title}</h3>
-<p>{text}</p>
-{more}</div>
+STOPPED = """<div class="note rejected"><h3>{who} stopped everything: {reason}</h3>
+<p>Since {since}. What waited was rejected; nothing can be asked, approved or
+run. Calls already running, and those that no checkpoint names, go on.</p>
+{lift}</div>
 """
 
-STOPPED = """Since {since}. What waited was rejected; nothing can be asked,
-approved or run. Calls already running, and those that no checkpoint names,
-go on."""
+PROBLEM_NOTE = """<div class="note rejected"><h3>{message}</h3>
+<p>{hint}</p>
+<p class="soft">{status} {reason} <a href="/">Back to the desk</a></p></div>
+{typed}
+"""
 
-LIFT = '<form method="post" action="/lift/{number}"><button>Lift{what}</button></form>'
+LIFT = '<form method="post" action="/lift/{number}"><button>Lift</button></form>'
 
 DESK = """<section id="waiting">
 {waiting}</section>
@@ -4339,11 +4308,11 @@ DESK = """<section id="waiting">
 <section id="reviewed">{reviewed}</section>
 """
 
-HISTORY = """<h2>History</h2>
-<p class="soft">{statuses}</p>
-<p class="soft">{back}</p>
-{rows}
-<p>{older}</p>
+LIST = """<h2>{title}</h2>
+<p class="soft">{above}</p>
+<ol>
+{rows}</ol>
+<p>{below}</p>
 """
 
 ROW = """<li class="{kind}">
@@ -4358,16 +4327,17 @@ ROW = """<li class="{kind}">
 CARD = """<details class="card {state}" id="request-{request_id}"{open}>
   <summary>
     <span class="status">{status}</span>
-    {category}
+    <span class="tag">{category}</span>
     <span class="headline" id="headline-{request_id}">{headline}</span>
-    {tool}
-    {agent}
-    <span class="left live">{left}</span>
+    <code class="tool">{tool}</code>
+    <span class="agent">{agent}</span>
+    {left}
   </summary>
   <div class="body">
-  {notes}
+  {warnings}
+  <p class="full">{full}</p>
   {exact}
-  <p class="who live">{who}</p>
+  <p class="who">{who}</p>
   {folds}
   {forms}
   <p class="said" role="status">{said}</p>
@@ -4375,39 +4345,59 @@ CARD = """<details class="card {state}" id="request-{request_id}"{open}>
 </details>
 """
 
+LARGE = """<p>This request is large, {size}. <a href="/review/{request_id}">Read
+all of it and decide</a>.</p>"""
+
 UNSHOWN = """<p class="card rejected" id="request-{request_id}">This request
 cannot be shown: {request_id}</p>
 """
+
+EXACT = """<section class="exact"><h4>{title} <code>{tool}</code></h4>
+    {rows}
+  </section>"""
 
 BLOCK = """<div class="block"><dt>{name}: {size}</dt>
     <dd><pre>
 {text}</pre><span class="end">end of {name}</span></dd></div>
     """
 
-FOLDS = """<details><summary>{context_line}</summary>
-    {context}
+FOLDS = """<details><summary>Context, {size}: {first}</summary>
+    <pre>
+{context}</pre>
+    <p class="soft">{left_out}</p>
   </details>
   <details><summary>More</summary>
     <dl>{facts}</dl>
     {rule}
   </details>"""
 
+ALLOW = """<p>To allow this call without being asked, whatever other arguments it
+    has, put this above the other checkpoints:</p>
+    <pre>[[checkpoint]]
+checkpoint_id = "allow-{digest}"
+action_pattern = '{tool}'
+effect = "allow"
+description_template = "allowed by hand"
+arguments = { {patterns} }</pre>"""
+
 DECISION_FORM = """<form id="{kind}-{request_id}" method="post"
     action="/approve/{request_id}">
     <input type="hidden" name="shown_at" value="{shown_at}">
     <input type="hidden" name="digest" value="{digest}">
     {fields}
-    {buttons}
+    <button class="approve" name="decision" value="approved"
+      aria-describedby="headline-{request_id}">{label}</button>
+    {reject}
   </form>
   """
-
-BUTTON = """<button class="{kind}" name="decision" value="{decision}"
-      aria-describedby="headline-{request_id}">{label}</button>"""
 
 REASON = """<textarea name="reason" rows="1" maxlength="1000"
       placeholder="Reason" aria-label="Reason (optional)"
       aria-describedby="headline-{request_id}">
 {typed}</textarea>"""
+
+REJECT = """<button class="reject" name="decision" value="rejected"
+      aria-describedby="headline-{request_id}">Reject</button>"""
 
 # `remember_seconds` 0: this decision does not stand for other calls.
 ASK_AGAIN = """<label><input form="decide-{request_id}" type="checkbox"
@@ -4415,8 +4405,8 @@ ASK_AGAIN = """<label><input form="decide-{request_id}" type="checkbox"
     next time; otherwise the rejection answers it for ten minutes</label>
   """
 
-REMEMBER = """<input type="hidden" name="remember_seconds" value="3600">
-    <input type="hidden" name="remember_uses" value="10">"""
+REMEMBER = Html("""<input type="hidden" name="remember_seconds" value="3600">
+    <input type="hidden" name="remember_uses" value="10">""")
 
 # `argument:NAME` is a text as it is, and JSON for any other argument; those
 # that have no field stay as they are. Browsers send line breaks as CR LF.
@@ -4446,18 +4436,22 @@ class View(NamedTuple):
     told: Callable[[str], str] = lambda request_id: ""      # of its failed notices
     decided: Callable[[ReviewRequest], ReviewRequest | None] = (
         lambda request: None)           # the last decision of the same call
-    rules: Rules | None = None          # the desk's own
+    rules: Rules = Rules(())            # the desk's own
     change: int | str = ""              # what GET /changes counts; "": not live
     offers: Callable[[ReviewRequest], Offers] = lambda request: Offers()
     stop: Standing | None = None        # what stopped everything
 
 
-def page(title: str, main: Html, view: View, waits: int = 0, q: str = "") -> Html:
+def page(view: View, title: str, main: Html, waits: int = 0, q: str = "") -> Html:
+    stop = view.stop and fill(
+        STOPPED, who=person(view.stop.made_by), since=moment(view.stop.made_at),
+        reason=view.stop.reason or "no reason given",
+        lift=fill(LIFT, number=view.stop.number))
     return fill(
         PAGE, title=title, main=main, style=Html(STYLE), script=Html(SCRIPT),
-        colour="f2a100" if waits else "888", change=view.change, q=escaped(q),
-        stop=banner(view.stop), count=f"{waits} waiting" if waits else "",
-        who=tag(view.who and f"signed in as {view.who}", "span", "soft"))
+        colour="f2a100" if waits else "888", change=view.change, at=view.at,
+        q=escaped(q), stop=stop, count=f"{waits} waiting" if waits else "",
+        who=view.who and f"signed in as {view.who}")
 
 
 def desk_page(view: View, waiting: list[ReviewRequest], count: int,
@@ -4470,44 +4464,31 @@ def desk_page(view: View, waiting: list[ReviewRequest], count: int,
     elif end < count:
         more = fill('<a class="note waiting" href="/?from={end}">{left} more '
                     "wait</a>", end=end, left=count - end)
-    below = Html("<h2>Reviewed</h2>\n{rows}" if reviewed else "")
-    cards = (card(view, request, opened=not n) for n, request in enumerate(waiting))
+    cards = [safely(card, request, view, not n, False)
+             for n, request in enumerate(waiting)]
     title = f"({count}) Review desk" if count else "Review desk"
-    return page(title, fill(DESK, more=more, waiting=joined(cards),
-                            reviewed=fill(below, rows=reviewed_list(reviewed))),
-                view, count)
+    return page(view, title, fill(
+        DESK, more=more, waiting=cards,
+        reviewed=reviewed and reviewed_list("Reviewed", reviewed)), count)
 
 
 def review_page(view: View, request: ReviewRequest) -> Html:
     """One request with everything about it, the buttons after it all."""
-    return page(f"{request.status}: {request.request_id}",
-                card(view, request, whole=True), view,
-                int(request.status == Status.WAITING))
+    return page(view, f"{request.status}: {request.request_id}",
+                safely(card, request, view), int(request.status == Status.WAITING))
 
 
 def problem_page(status: int, refusal: Refusal,
                  view: View | None = None, typed: str = "") -> Html:
     """Why something was refused. Where it was a decision about a request that
     is still there, its card again, with the reason that was typed."""
-    view, request, parts = view or View(), refusal.about, []
-    back = fill('<p class="soft">{status} {reason} <a href="/">Back to the desk'
-                "</a></p>", status=status, reason=refusal.reason)
-    parts.append(fill(NOTE, title=refusal.message, text=refusal.hint, more=back))
+    view, request, lost = view or View(), refusal.about, ""
     if request and typed and request.status != Status.WAITING:
-        parts.append(fill("<p>You had typed: {typed}</p>", typed=typed))
-    if request:
-        parts.append(card(view, request, whole=True, typed=typed))
-    return page(f"{status} {refusal.reason}", joined(parts), view)
-
-
-def banner(stop: Standing | None) -> Html:
-    """That everything is stopped, where it is."""
-    if stop is None:
-        return Html("")
-    who, reason = stop.made_by.partition(":")[2], stop.reason or "no reason given"
-    return fill(NOTE, title=f"{who} stopped everything: {reason}",
-                text=fill(STOPPED, since=clock_time(stop.made_at)),
-                more=fill(LIFT, number=stop.number, what=" the stop"))
+        lost = f"You had typed: {typed}"
+    note = fill(PROBLEM_NOTE, message=refusal.message, hint=refusal.hint,
+                status=status, reason=refusal.reason, typed=lost)
+    again = request and safely(card, request, view, True, True, typed)
+    return page(view, f"{status} {refusal.reason}", as_html([note, again]))
 
 
 def history_page(view: View, found: Page, asks: Mapping[str, str]) -> Html:
@@ -4516,59 +4497,58 @@ def history_page(view: View, found: Page, asks: Mapping[str, str]) -> Html:
     q, status = asks.get("q", ""), asks.get("status", "")
 
     def link(words: str, **changed: str) -> Html:
+        template = '<a href="/history?{query}">{words}</a>'
+        if changed.get("status") == status:
+            template = "<strong>{words}</strong>"
         query = urlencode({"q": q, "status": status} | changed)
-        return fill('<a href="/history?{query}">{words}</a>', words=words,
-                    query=escaped(query))
-    choices = ["", *(word for word in Status if word != Status.WAITING)]
-    statuses = in_a_line(
-        tag(word or "any status", "strong", "now") if word == status
-        else link(word or "any status", status=word) for word in choices)
+        return fill(template, words=words, query=escaped(query))
+    above = [link(word or "any status", status=word)
+             for word in ("", *Status) if word != Status.WAITING]
     older, back = Html(""), Html("Searched everything that was reviewed.")
     if found.next:
         at, number = found.next
-        back = fill("Searched back to {at}.", at=clock_time(at))
+        back = fill("Searched back to {at}.", at=moment(at))
         older = link("Older", before=f"{at}_{number}")
-    return page("History", fill(HISTORY, statuses=statuses, back=back, older=older,
-                                rows=reviewed_list(found.rows)), view, q=q)
+    return page(view, "History", reviewed_list(
+        "History", found.rows, as_html([*above, back], DOT), older), q=q)
 
 
-def standing_page(view: View, rows: list[tuple[Standing, int]]) -> Html:
-    """The decisions that answer the next calls too, each with its use."""
-    listed = joined(standing_row(*row) for row in rows) or Html("There are none.")
-    return page("Standing decisions", fill(
-        "<h2>Standing decisions</h2>\n<ol>\n{rows}</ol>", rows=listed), view)
-
-
-def standing_row(standing: Standing, used: int) -> Html:
-    what, until = Html("every call"), Html("until it is lifted")
-    if standing.request_id is not None:
-        what = fill('the same call as <a href="/review/{id}">{id}</a>',
-                    id=standing.request_id)
-    if standing.until is not None:
-        until = fill("until {at}", at=clock_time(standing.until))
-    uses = "" if standing.uses is None else f" of {standing.uses}"
-    how = [f"by {standing.made_by.partition(':')[2]}", f"used {used}{uses} times"]
-    if standing.reason:
-        how.append(f"reason: {standing.reason}")
-    decision = standing.decision
-    return fill(ROW, kind="rejected" if decision == "stopped" else decision,
-                status=decision, headline=what, when=until, how=in_a_line(how),
-                form=fill(LIFT, number=standing.number, what=""))
-
-
-def reviewed_list(requests: Iterable[ReviewRequest]) -> Html:
-    rows = joined(safely(reviewed_row, request) for request in requests)
-    return fill("<ol>\n{rows}</ol>", rows=rows or "Nothing was found.")
+def reviewed_list(title: str, requests: list[ReviewRequest], above: Any = None,
+                  below: Any = None) -> Html:
+    """What was reviewed, each on a line with who, why and what came of it."""
+    return fill(LIST, title=title, above=above, below=below,
+                rows=[safely(reviewed_row, request) for request in requests])
 
 
 def reviewed_row(request: ReviewRequest) -> Html:
-    """One line of what was reviewed, with who, why and what came of it."""
     link = fill('<a href="/review/{request_id}">{headline}</a>',
                 request_id=request.request_id,
                 headline=marked(one_line(request.action_description)))
     return fill(ROW, kind=request.status, status=request.status, headline=link,
-                when=clock_time(request.decided_at) or "", form=Html(""),
-                how=in_a_line(endings(request)))
+                when=moment(request.decided_at), form=None, how=endings(request))
+
+
+def standing_page(view: View, rows: list[tuple[Standing, int]]) -> Html:
+    """The decisions that answer the next calls too, each with its use."""
+    return page(view, "Standing decisions", fill(
+        LIST, title="Standing decisions", below=None,
+        above="" if rows else "There are none.",
+        rows=[standing_row(*row) for row in rows]))
+
+
+def standing_row(standing: Standing, used: int) -> Html:
+    what, until = Html("every call"), Html("until it is lifted")
+    if standing.request_id:
+        what = fill('the same call as <a href="/review/{id}">{id}</a>',
+                    id=standing.request_id)
+    if standing.until:
+        until = fill("until {at}", at=moment(standing.until))
+    bound, decision = standing.uses and f" of {standing.uses}", standing.decision
+    how = [f"by {person(standing.made_by)}", f"used {used}{bound or ''} times",
+           standing.reason and f"reason: {standing.reason}"]
+    return fill(ROW, kind="rejected" if decision == "stopped" else decision,
+                status=decision, headline=what, when=until, how=as_html(how, DOT),
+                form=fill(LIFT, number=standing.number))
 
 
 def safely(show: Callable[..., Html], request: ReviewRequest, *more: Any) -> Html:
@@ -4583,66 +4563,70 @@ def safely(show: Callable[..., Html], request: ReviewRequest, *more: Any) -> Htm
 
 # ---- a request ----
 
-def card(view: View, request: ReviewRequest, opened: bool = True,
-         whole: bool = False, typed: str = "") -> Html:
-    return safely(open_card, request, view, opened, whole, typed)
-
-
-def open_card(request: ReviewRequest, view: View, opened: bool, whole: bool,
-              typed: str) -> Html:
-    """A request: its line, what will run, who asks and why, the buttons."""
-    waits = request.status == Status.WAITING
-    headline = one_line(request.action_description)
-    named = request.tool and not headline.startswith(request.tool)
-    known = request.category in CATEGORIES
-    notes = [tag(note, "p", "warn") for note in warnings(view, request)]
+def card(request: ReviewRequest, view: View, opened: bool = True,
+         whole: bool = True, typed: str = "") -> Html:
+    """A request: its line, what will run, who asks and why, the buttons. A
+    large one has them on its own page only, which shows the `whole` of it."""
+    headline, full = one_line(request.action_description), Html("")
+    tool, known = request.tool or "", request.category in CATEGORIES
+    waits, folds, forms = request.status == Status.WAITING, None, None
     if headline != visible(request.action_description):
-        notes.append(tag(marked(full_description(request)), "p", "full"))
-    exact, folds, forms = exact_call(request), Html(""), Html("")
+        full = marked(full_description(request))
     if request.size > LARGE_BYTES and not whole:
-        exact = fill('<p>This request is large, {size}. <a href="/review/{id}">Read '
-                     "all of it and decide</a>.</p>", id=request.request_id,
+        exact = fill(LARGE, request_id=request.request_id,
                      size=readable_size(request.size))
     else:
-        folds = behind_folds(view, request)
+        asked = what_was_asked if whole else what_was_asked_before
+        exact, folds = asked(request)
         if waits and request.intact and view.offers(request).decidable:
             forms = decision_forms(view, request, typed)
     return fill(
-        CARD, state=" ".join(filter(None, (request.status, request.outcome))),
+        CARD, state=f"{request.status} {request.outcome or ''}".strip(),
         open=Html(" open" if opened else ""), request_id=request.request_id,
-        status=request.status, headline=marked(headline),
-        left=time_left(view, request) if waits else "",
-        category=tag(request.category if known else "", "span", "tag"),
-        tool=tag(request.tool if named else "", "code", "tool"),
-        agent=tag(request.agent, "span", "agent"), notes=joined(notes, "\n  "),
-        exact=exact, who=who_line(view, request), folds=folds, forms=forms,
-        said=Html("") if waits else in_a_line(endings(request)))
+        status=request.status, category=known and request.category,
+        headline=marked(headline), agent=request.agent, full=full, exact=exact,
+        tool=not headline.startswith(tool) and tool, folds=folds, forms=forms,
+        left=waits and from_now(view, request.deadline, "left"),
+        warnings=[fill('<p class="warn">{text}</p>\n  ', text=text)
+                  for text in warnings(view, request) if text],
+        who=who_line(view, request), said=not waits and endings(request))
 
 
-def warnings(view: View, request: ReviewRequest) -> Iterator[str]:
+def warnings(view: View, request: ReviewRequest) -> Iterator[str | Html]:
     """What a reviewer must not miss, most of it about who can be trusted."""
     if not request.intact:
         yield "DAMAGED: what is stored is not what was asked"
     if request.status != Status.WAITING:
         return
-    before = view.decided(request)
-    if before and before.decided_at:
-        ago = readable_seconds(view.at - unix_time(before.decided_at))
-        reason = f": {before.reason}" if before.reason else ""
-        yield (f"the same call was {before.status} by {decider(before)} "
-               f"{ago} ago{reason}")
-    if told := view.told(request.request_id):
-        yield told
+    if before := view.decided(request):
+        yield fill("the same call was {how} {ago}{why}",
+                   how=f"{before.status} by {decider(before)}",
+                   ago=from_now(view, before.decided_at, "ago"),
+                   why=before.reason and f": {before.reason}")
+    yield view.told(request.request_id)
     if not view.offers(request).decidable:
         yield "only the reviewers that its checkpoint names can decide this"
-    if view.rules is None or not view.rules.path or not request.checkpoint_id:
-        return
-    known = {c.checkpoint_id: c.digest for c in view.rules.checkpoints}
-    own = known.get(request.checkpoint_id)
-    if request.checkpoint_id not in (*known, "unmatched", "odd-name"):
-        yield f'this desk does not know the checkpoint "{request.checkpoint_id}"'
-    elif request.checkpoint_digest not in (None, own):
-        yield "the agent's rules and this desk's differ"
+    name = request.checkpoint_id
+    if view.rules.path and name not in (None, "unmatched", "odd-name"):
+        own = {c.checkpoint_id: c.digest for c in view.rules.checkpoints}
+        if name not in own:
+            yield f'this desk does not know the checkpoint "{name}"'
+        elif request.checkpoint_digest not in (None, own[name]):
+            yield "the agent's rules and this desk's differ"
+
+
+def who_line(view: View, request: ReviewRequest) -> Html:
+    """Who asks, under which checkpoint, since when, until when."""
+    waits, attended = request.status == Status.WAITING, "an agent waits for it"
+    if not view.attended(request.request_id):
+        attended = "nobody waits for it now: an approval runs nothing by itself"
+    return as_html([
+        f"{request.agent or 'an agent'} ({person(request.asked_by)})",
+        request.checkpoint_id and f"under {request.checkpoint_id}",
+        fill("asked {ago}, {at}", at=moment(request.received_at),
+             ago=from_now(view, request.received_at, "ago")),
+        waits and request.deadline and fill("until {at}", at=moment(request.deadline)),
+        waits and attended], DOT)
 
 
 def full_description(request: ReviewRequest) -> str:
@@ -4656,113 +4640,66 @@ def full_description(request: ReviewRequest) -> str:
     return visible_lines(text)
 
 
-def exact_call(request: ReviewRequest) -> Html:
-    """What runs: the tool, and each argument as a row or a block."""
-    if request.tool is None and request.arguments is None:
-        return Html('<section class="exact">Only this description was sent: no '
-                    "tool, no arguments.</section>")
-    title = "Exactly this:"
+def what_was_asked(request: ReviewRequest) -> tuple[Html, Html]:
+    """What does not change while it waits: the exact call; and behind folds
+    the context (of a large one, which would hold up the server, the beginning)
+    and what is seldom needed."""
+    title, context, left_out = "Exactly this:", request.agent_context, ""
     if request.status == Status.WAITING:
         title = "Runs exactly this:"
-    rows = Html("<em>without arguments</em>")
-    if request.runs is not None:
-        rows = fill("<dl>{rows}</dl>", rows=joined(map(argument_row, (
-            argument_rows(stored_json(request.runs))))) or "no arguments: {}")
-    tool = tag(request.tool, "code", "name") or Html("<em>without a tool's name</em>")
-    return fill('<section class="exact"><h4>{title} {tool}</h4>\n    {rows}\n'
-                "  </section>", title=title, rows=rows, tool=tool)
-
-
-def argument_row(row: tuple[str, str, str]) -> Html:
-    name, size, text = row
-    return fill(BLOCK if size else "<dt>{name}</dt><dd>{text}</dd>\n    ",
-                name=name, size=size, text=marked(text))
-
-
-def who_line(view: View, request: ReviewRequest) -> Html:
-    """Who asks, under which checkpoint, since when, until when."""
-    credential = request.asked_by.partition(":")[2]
-    if credential == "unauthenticated":
-        credential = "unauthenticated agent"
-    asked = max(0, view.at - unix_time(request.received_at))
-    parts = [f"{request.agent or 'an agent'} ({credential})"]
-    if request.checkpoint_id:
-        parts.append(f"under {request.checkpoint_id}")
-    parts.append(fill("asked {ago} ago, {at}", ago=readable_seconds(asked),
-                      at=clock_time(request.received_at)))
-    if request.status != Status.WAITING:
-        return in_a_line(parts)
-    if request.deadline:
-        parts.append(fill("until {at}", at=clock_time(request.deadline)))
-    attended = "nobody waits for it now: an approval runs nothing by itself"
-    if view.attended(request.request_id):
-        attended = "an agent waits for it"
-    return in_a_line((*parts, attended))
-
-
-def behind_folds(view: View, request: ReviewRequest) -> Html:
-    """The context with its first line, and what is seldom needed: why it
-    matched, times, ids, digests."""
-    rules = request.config_digest
-    if rules and view.rules and view.rules.path and rules != view.rules.digest:
-        rules += ", not this desk's"
-    facts = (
-        ("why", request.why), ("category", request.category),
-        ("asked at", clock_time(request.timestamp)),
-        ("received", clock_time(request.received_at)),
-        ("sent by", request.asked_by), ("request_id", request.request_id),
-        ("digest", request.digest), ("rules", rules))
-    context_line, context = context_shown(request)
+    size, cut = readable_size(len(context.encode())), len(context) - CONTEXT_SHOWN
+    text = context[:CONTEXT_SHOWN] if cut > 0 else layout(stored_json(context))
+    if cut > 0:
+        left_out = (f"{readable_size(cut)} more: hitl.py show {request.request_id} "
+                    "--json shows all of it")
+    first = re.match(r"(?:[\[{]\n)?\s*(.*)", text)
+    facts = [(name, getattr(request, name)) for name in (
+        "why", "category", "timestamp", "received_at", "asked_by", "request_id",
+        "digest", "config_digest")]
     return fill(
-        FOLDS, context_line=context_line, context=context, rule=allow_rule(request),
-        facts=joined(fill("<dt>{name}</dt><dd>{value}</dd>\n      ", name=name,
-                          value=value) for name, value in facts if value))
+        EXACT, title=title, rows=exact_rows(request.runs),
+        tool=request.tool or Html("<em>no tool</em>")), fill(
+        FOLDS, size=size, first=first and first[1][:WIDE], left_out=left_out,
+        context=marked(visible_lines(text)), rule=allow_rule(request),
+        facts=[fill("<dt>{name}</dt><dd>{value}</dd>\n      ", name=name, value=value)
+               for name, value in facts if value])
 
 
-def context_shown(request: ReviewRequest) -> tuple[Html, Html]:
-    """The first line of a context, and all of it: of a large one, which would
-    hold up the server, the beginning and the end."""
-    context, half, left_out = request.agent_context, CONTEXT_SHOWN // 2, Html("")
-    if len(context) <= CONTEXT_SHOWN:
-        parts = [layout(stored_json(context))]
-    else:
-        parts = [broken(context[:half]), broken(context[-half:])]
-        left_out = fill('<p class="end">{size} are left out here; <code>hitl.py show '
-                        "{name} --json</code> shows all of it.</p>",
-                        name=request.request_id,
-                        size=readable_size(len(context) - CONTEXT_SHOWN))
-    lines = parts[0].split("\n", 2)
-    first = lines[1].strip() if lines[0] in ("{", "[") and lines[1:] else lines[0]
-    size = readable_size(len(context.encode()))
-    return as_html(f"Context, {size}: {first[:WIDE]}"), joined(
-        (fill("<pre>\n{text}</pre>", text=marked(visible_lines(part)))
-         for part in parts), left_out)
+# The desk is made again at each change for each open tab; of most cards this is
+# all the work.
+what_was_asked_before = functools.lru_cache(maxsize=2 * PAGE_CARDS)(what_was_asked)
+
+
+def exact_rows(arguments: str | None) -> Html:
+    """Each argument as a row or a block."""
+    if arguments is None:
+        return Html("<em>no arguments</em>")
+    rows = [fill(BLOCK if size else "<dt>{name}</dt><dd>{text}</dd>\n    ", name=name,
+                 size=size, text=marked(text))
+            for name, size, text in argument_rows(stored_json(arguments))]
+    return fill("<dl>{rows}</dl>", rows=rows or "no arguments: {}")
 
 
 def decision_forms(view: View, request: ReviewRequest, typed: str) -> Html:
     """The buttons, and folded below them what else may be decided."""
-    offers, name = view.offers(request), request.request_id
+    offers, ways = view.offers(request), []
+    known = {"request_id": request.request_id, "digest": request.digest,
+             "shown_at": instant(view.at)}
 
-    def button(label: str, kind: str = "approve", word: str = "approved") -> Html:
-        return fill(BUTTON, label=label, kind=kind, decision=word, request_id=name)
-
-    def form(kind: str, fields: Html, *buttons: Html) -> Html:
-        return fill(DECISION_FORM, kind=kind, request_id=name, fields=fields,
-                    buttons=joined(buttons), digest=request.digest,
-                    shown_at=instant(view.at))
-    ways = []
+    def form(kind: str, label: str, fields: Any, reject: Any = None) -> Html:
+        return fill(DECISION_FORM, kind=kind, label=label, fields=fields,
+                    reject=reject, **known)
     if offers.remember:
         files = ", whatever its files contain by then" if offers.files else ""
-        ways += [fill(ASK_AGAIN, request_id=name), form(
-            "remember", Html(REMEMBER), button(
-                "Approve, and the same call for 1 hour, at most 10 times" + files))]
+        label = "Approve, and the same call for 1 hour, at most 10 times" + files
+        ways = [fill(ASK_AGAIN, **known), form("remember", label, REMEMBER)]
     if offers.editable:
-        fields = joined(edit_fields(stored_json(request.arguments)))
-        ways.append(form("edit", fields, button("Approve as changed")))
-    template = "{main}<details><summary>Other ways to decide</summary>{ways}</details>"
-    return fill(template if ways else "{main}", ways=joined(ways), main=form(
-        "decide", fill(REASON, request_id=name, typed=escaped(typed)),
-        button("Approve"), button("Reject", "reject", "rejected")))
+        ways.append(form("edit", "Approve as changed", list(
+            edit_fields(stored_json(request.arguments)))))
+    folded = ways and fill("<details><summary>Other ways to decide</summary>{ways}"
+                           "</details>", ways=ways)
+    reason = fill(REASON, typed=escaped(typed), **known)
+    return as_html([form("decide", "Approve", reason, fill(REJECT, **known)), folded])
 
 
 def edit_fields(arguments: dict[str, Any]) -> Iterator[Html]:
@@ -4776,77 +4713,70 @@ def edit_fields(arguments: dict[str, Any]) -> Iterator[Html]:
                        value=escaped(text))
 
 
-def allow_rule(request: ReviewRequest) -> Html:
-    """The rule under which exactly this call is not asked again: a lasting
-    yes is written by a person, in the file."""
+def allow_rule(request: ReviewRequest) -> Html | None:
+    """The rule under which this call is not asked again: a lasting yes is
+    written by a person, in the file."""
     arguments = stored_json(request.arguments)
-    if not request.tool or not isinstance(arguments, dict) or not all(
-            isinstance(value, str) and re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII)
-            for name, value in arguments.items()):
-        return Html("")
-    lines = ["[[checkpoint]]", f'checkpoint_id = "allow-{request.digest[:12]}"',
-             f"action_pattern = '{exact_pattern(request.tool)}'",
-             'effect = "allow"', 'description_template = "{tool}"']
+    if not request.tool or not arguments or not isinstance(arguments, dict):
+        return None
+    if not all(isinstance(value, str) and re.fullmatch("[A-Za-z_][0-9A-Za-z_]*", name)
+               for name, value in arguments.items()):
+        return None
     patterns = ", ".join(f"{name} = '{exact_pattern(value)}'"
                          for name, value in arguments.items())
-    if patterns:
-        lines.append(f"arguments = {{ {patterns} }}")
-    return fill("<p>To allow exactly this call without being asked, put "
-                "this above the other checkpoints:</p>\n    <pre>{lines}</pre>",
-                lines=marked("\n".join(lines)))
+    return fill(ALLOW, digest=request.digest[:12], patterns=patterns,
+                tool=exact_pattern(request.tool))
 
 
 def exact_pattern(text: str) -> str:
     """A regular expression that matches this text alone, as plain ASCII that
     fits into TOML's 'single quotes'."""
-    def one(found: re.Match[str]) -> str:
-        c = found[0]
-        if " " <= c <= "~" and c != "'":
-            return "\\" + c
-        return f"\\x{ord(c):02x}" if c < "\x80" else f"\\U{ord(c):08x}"
-    return re.sub(r"[.^$*+?{}\[\]\\|()']|[^ -~]", one, text)
+    text = re.sub(r"[.^$*+?{}\[\]\\|()]", r"\\\g<0>", text)
+    return re.sub("[^ -~]|'", lambda found: f"\\U{ord(found[0]):08x}", text)
+
+
+def moment(text: str | None, kind: str = "", words: str = "") -> Html | None:
+    """An instant in UTC, or in words; the script makes it local time, or
+    keeps `left` and `ago` true."""
+    if text is None:
+        return None
+    words = words or datetime.fromisoformat(text).strftime("%d %b %Y, %H:%M:%S UTC")
+    return fill('<time class="{kind}" datetime="{text}">{words}</time>', kind=kind,
+                text=text, words=words)
+
+
+def from_now(view: View, text: str | None, kind: str) -> Html | None:
+    """How much time is `left` until an instant, or how long `ago` it was."""
+    if text is None:
+        return Html('<span class="left">no deadline</span>')
+    seconds = unix_time(text) - view.at
+    seconds = max(0, seconds if kind == "left" else -seconds)
+    return moment(text, kind, f"{readable_seconds(seconds)} {kind}")
 
 
 def unix_time(text: str) -> float:
     return datetime.fromisoformat(text).timestamp()
 
 
-def clock_time(text: str | None) -> Html | None:
-    if text is None:
-        return None
-    moment = datetime.fromisoformat(text)
-    return fill('<time datetime="{text}">{words}</time>', text=text,
-                words=moment.strftime("%d %b %Y, %H:%M:%S UTC"))
-
-
-def time_left(view: View, request: ReviewRequest) -> str:
-    if not request.deadline:
-        return "no deadline"
-    seconds = unix_time(request.deadline) - view.at
-    return f"{readable_seconds(max(0, seconds))} left"
+def person(principal: str | None) -> str:
+    return (principal or "").partition(":")[2]
 
 
 def decider(request: ReviewRequest) -> str:
-    name = (request.decided_by or "").partition(":")[2]
-    return f"{name} ({request.signed_in})" if request.signed_in else name
+    how = f" ({request.signed_in})" if request.signed_in else ""
+    return person(request.decided_by) + how
 
 
-def endings(request: ReviewRequest) -> Iterator[str]:
+def endings(request: ReviewRequest) -> Html:
     """Who decided, why, and what came of it."""
-    if request.decided_by:
-        standing = request.standing and f", standing decision {request.standing}"
-        yield f"{request.status} by {decider(request)}{standing or ''}"
-    elif request.status == Status.EXPIRED:
-        yield "nobody decided in time"
-    else:
-        yield "nobody waited any more"
-    if request.reason:
-        yield f"reason: {request.reason}"
-    if changed := changed_in_words(request):
-        yield changed
-    if request.outcome:
-        yield "outcome: " + ": ".join(filter(None, (
-            request.outcome, request.outcome_text)))
+    said = {Status.EXPIRED: "nobody decided in time",
+            Status.WITHDRAWN: "nobody waited any more"}
+    came = [request.outcome, request.outcome_text]
+    return as_html([
+        said.get(Status(request.status), f"{request.status} by {decider(request)}"),
+        request.standing and f"standing decision {request.standing}",
+        request.reason and f"reason: {request.reason}", changed_in_words(request),
+        request.outcome and "outcome: " + ": ".join(filter(None, came))], DOT)
 
 
 # ============================ Rights and routes ============================
