@@ -6741,7 +6741,8 @@ def guarded(gate: Gate, function: Any, *, checkpoint: str | None = None,
             context: Any = None, optional: bool = False) -> Any:
     """What Gate.guard promises."""
     binder = Binder(function, hide)
-    tool = name or tool_name(function)
+    own_name = getattr(binder.function, "__name__", type(binder.function).__name__)
+    tool = name or str(own_name)
     check_held(gate.rules, tool, checkpoint, optional)
     how: How = {"checkpoint": checkpoint, "context": context}
     if binder.hidden:           # not all is shown: no decision may
@@ -6761,7 +6762,7 @@ def guarded(gate: Gate, function: Any, *, checkpoint: str | None = None,
     kinds = {name: p.annotation for name, p in face.parameters.items()}
     kinds["return"] = face.return_annotation
     made.__annotations__ = {name: kind for name, kind in kinds.items()
-                            if kind is not inspect.Signature.empty}
+                            if kind is not face.empty}
     return made
 
 
@@ -6792,11 +6793,11 @@ class Binder:
     """
 
     def __init__(self, function: Any, hide: Iterable[str]) -> None:
-        check_guardable(function)
         self.function, self.args, self.kwargs = function, (), {}
         if isinstance(function, functools.partial):
             self.function, self.args = function.func, function.args
             self.kwargs = function.keywords
+        check_guardable(self.function)
         self.signature = signature_of(self.function)
         names = list(self.signature.parameters)
         self.hidden = {hide} if isinstance(hide, str) else set(hide)
@@ -6811,27 +6812,23 @@ class Binder:
              ) -> tuple[dict[str, Any], Callable[..., Any]]:
         """The arguments to show, and a callable that runs the function with
         the approved ones. TypeError as the function itself would raise."""
-        bound = self.signature.bind(*self.args, *args,
-                                    **{**self.kwargs, **kwargs})
+        bound = self.signature.bind(*self.args, *args, **self.kwargs | kwargs)
         bound.apply_defaults()
-        named = {name: value for name, value in bound.arguments.items()
+        given = {name: value for name, value in bound.arguments.items()
                  if name not in self.hidden}
-        extra: dict[str, Any] = {}
-        rest = ""                       # the name of **kwargs, if there is one
+        extra: dict[str, Any] = {}      # what **kwargs takes
         for name, parameter in self.signature.parameters.items():
-            if parameter.kind is parameter.VAR_KEYWORD and name in named:
-                rest, extra = name, named.pop(name)
-        if twice := named.keys() & extra.keys():
+            if parameter.kind is parameter.VAR_KEYWORD and name in given:
+                extra = given.pop(name)
+        if twice := given.keys() & extra.keys():
             raise TypeError(f"an argument comes twice: {', '.join(twice)}")
-        given = named | extra
-        shown = {name: as_shown(value) for name, value in given.items()}
+        shown = {name: as_shown(value)
+                 for name, value in (given | extra).items()}
 
         def run(**approved: Any) -> Any:
-            values = {name: rebuilt(value, shown[name], approved[name])
-                      for name, value in given.items()}
-            if rest:
-                bound.arguments[rest] = {name: values[name] for name in extra}
-            bound.arguments |= {name: values[name] for name in named}
+            for name, value in approved.items():
+                values = extra if name in extra else bound.arguments
+                values[name] = rebuilt(values[name], shown[name], value)
             return self.function(*bound.args, **bound.kwargs)
         return shown, run
 
@@ -6858,16 +6855,12 @@ def check_guardable(function: Any) -> None:
     if isinstance(function, str):
         raise TypeError(f'guard("{function}") names no function: did you mean '
                         f'checkpoint=? @gate.guard(checkpoint="{function}")')
-    inner = function
-    while isinstance(inner, functools.partial):
-        inner = inner.func
-    made = hasattr(inner, "name") and not hasattr(inner, "__name__")
-    kinds = (type, staticmethod, classmethod)
-    called = inner.__call__ if callable(inner) else inner
-    generates = any(test(f) for f in (inner, called)
-                    for test in (inspect.isgeneratorfunction,
-                                 inspect.isasyncgenfunction))
-    if made or generates or not callable(inner) or isinstance(inner, kinds):
+    called = function.__call__ if callable(function) else function
+    if (not callable(function)
+            or isinstance(function, (type, staticmethod, classmethod))
+            or hasattr(function, "name") and not hasattr(function, "__name__")
+            or any(map(inspect.isgeneratorfunction, (function, called)))
+            or any(map(inspect.isasyncgenfunction, (function, called)))):
         raise TypeError(
             f"guard cannot hold {function!r}: it takes a function, a "
             "method or a callable that is not a generator (a generator "
@@ -6875,33 +6868,23 @@ def check_guardable(function: Any) -> None:
             "directly above def, below every other decorator")
 
 
-def tool_name(function: Any) -> str:
-    """The name a checkpoint sees: a function's own, a partial's function's,
-    a callable object's class."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return str(getattr(function, "__name__", type(function).__name__))
-
-
 def signature_of(function: Any) -> inspect.Signature:
     """The signature, its annotations evaluated where they can be: frameworks
     that ask for that do not look behind a __signature__."""
-    for evaluate in (True, False):
+    try:
         try:
-            return inspect.signature(function, eval_str=evaluate)
+            return inspect.signature(function, eval_str=True)
         except (NameError, TypeError, AttributeError, SyntaxError):
-            continue
-        except ValueError as error:
-            raise TypeError(f"guard cannot hold {function!r}: {error}"
-                            ) from None
-    raise TypeError(f"guard cannot hold {function!r}: it has no signature")
+            return inspect.signature(function)
+    except ValueError as error:
+        raise TypeError(f"guard cannot hold {function!r}: {error}") from None
 
 
 def is_async(function: Any) -> bool:
     while isinstance(function, functools.partial):
         function = function.func
-    return inspect.iscoroutinefunction(function) or (
-        callable(function) and inspect.iscoroutinefunction(function.__call__))
+    called = function.__call__ if callable(function) else function
+    return any(map(inspect.iscoroutinefunction, (function, called)))
 
 
 # =================================== Gate ==================================

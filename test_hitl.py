@@ -5923,6 +5923,8 @@ def test_guard_keeps_the_face(make_gate):
             "return": found.return_annotation}
         with pytest.raises(TypeError, match="table"):
             guarded()
+    gather = gate.guard(name="free", optional=True)(lambda **more: more)
+    assert gather(more=1, n=(1,)) == {"more": 1, "n": (1,)}
     with pytest.raises(TypeError, match="comes twice: a"):
         gate.guard(name="delete")(lambda a, /, **more: 1)(1, a=2)
 
