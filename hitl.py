@@ -5790,6 +5790,7 @@ class Limits(NamedTuple):
     slow_seconds: float = 1         # before wrong credentials are answered
     handshake_seconds: float = 5    # for TLS
     drain_seconds: float = 5        # for the last answers when stopping
+    sweep_seconds: float = 0.25     # how often deadlines are looked at
     connections: int = 8000         # file descriptors, and a page of memory
     unread_bytes: int = 64 << 20    # of all requests that are not answered
 
@@ -5797,7 +5798,6 @@ class Limits(NamedTuple):
 LIMITS = Limits()
 TURN_SECONDS = 0.03             # then commit and answer, before more work
 BREAK_SECONDS = 0.001           # between turns: a reviewer's request may come in
-SWEEP_SECONDS = 0.25            # how often deadlines are looked at
 ACCEPTED = 64                   # connections in one round of asyncio
 
 
@@ -6165,7 +6165,7 @@ class Loop:
                 log.error("the database fails: %s", error)
             self.failing = True
         self.tell(self.desk.store.commit())
-        pause = 0.01 if more else SWEEP_SECONDS
+        pause = 0.01 if more else self.limits.sweep_seconds
         self.asyncio_loop.call_later(pause, self.sweep)
 
     # ---- connections ----
@@ -9537,7 +9537,7 @@ def cmd_verify(args: Any) -> int:
     except OSError as error:
         raise ConfigError(f"{output}: {error.strerror}",
                           "choose another file with --output") from None
-    evidence = verify(args.model, first_of(args.timeout, 2.0))
+    evidence = verify(args.model, first_of(args.timeout, 1.0))
     output.write_text(json.dumps(evidence, indent=2) + "\n")
     say(f"\n{'verified' if evidence['verified'] else 'NOT VERIFIED'}; the "
         f"evidence is in {output}")

@@ -33,6 +33,7 @@ import ssl
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import tomllib
@@ -58,7 +59,8 @@ import hitl                                                     # noqa: E402
 
 LONG = bool(os.environ.get("HITL_LONG"))
 long = pytest.mark.skipif(not LONG, reason="long: set HITL_LONG=1")
-HITL = (sys.executable, "-W", "error", str(FILE))
+CACHE = tempfile.mkdtemp(prefix="hitl-tests-")      # bytecode: compiled once
+HITL = (sys.executable, "-I", "-W", "error", "-c", hitl.LOADER, CACHE, str(FILE))
 
 # ================================== Tools ==================================
 # A desk on a free port with a database of its own, a reviewer and an agent to
@@ -99,7 +101,8 @@ class Desk:
                  clock=time.time, named=None, agents=None, port=0, limits=(),
                  **more) -> None:
         self.folder, self.clock, self.more = folder, clock, more
-        self.more["limits"] = hitl.Limits(**{"slow_seconds": 0} | dict(limits))
+        self.more["limits"] = hitl.Limits(**{
+            "slow_seconds": 0, "sweep_seconds": 0.02} | dict(limits))
         self.tokens = hitl.Tokens(
             agent_token and hitl.token_hash(agent_token),
             None if named else hitl.token_hash(REVIEWER_TOKEN), named or {},
@@ -329,6 +332,8 @@ def clean_environment(tmp_path_factory):
         if re.search("(?i)^HITL_|_proxy$", name):
             del os.environ[name]
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    shutil.rmtree(CACHE)
 
 @pytest.fixture
 def desk(tmp_path):
@@ -1044,15 +1049,15 @@ ORDINARY = r"""delete|drop|truncate ^rm$ \bdrop\b (?i)prod drop\s+table
 def test_ordinary_patterns_are_taken_and_fast(make_rules):
     """What people write is accepted, and in the agent's own process no
     pattern takes more than two seconds on any argument."""
+    texts = [unit * (length // len(unit)) for length in (450, 4000, 200_000)
+             for unit in ("a", " ", "pro ", "1-", "ab", "drop\n",
+                          "git push -f ", "foobar", "a/b", "get ")]
     for pattern in ORDINARY:
         rules = make_rules(rule(arguments=f"{{ table = '{pattern}' }}"))
-        for unit in ("a", " ", "pro ", "1-", "ab", "drop\n", "git push -f ",
-                     "foobar", "a/b", "get "):
-            for length in (450, 4000, 200_000):
-                start = time.thread_time()
-                rules.first_match("delete_x", {
-                    "table": (unit * length)[:length]})
-                assert time.thread_time() - start < 2, (pattern, unit, length)
+        for text in texts:
+            start = time.thread_time()
+            rules.first_match("delete_x", {"table": text})
+            assert time.thread_time() - start < 2, (pattern, text[:20])
 
 
 # ---- one name is one name; a call inside a call ----
@@ -2543,8 +2548,8 @@ def test_another_process_reads_and_does_not_stop_the_desk(desk):
         assert other.stdout.readline() == "('r-1', 'waiting')\n"
         assert other.stdout.readline() == "held\n"
         began = time.monotonic()
-        assert {desk.decide("r-1").status for _ in range(6)} == {503}
-        assert time.monotonic() - began < 5
+        assert {desk.decide("r-1").status for _ in range(2)} == {503}
+        assert time.monotonic() - began < 2
         assert "Delete users where id = 3" in desk.page()
         other.communicate("\n")
     assert desk.decide("r-1").status == 200
@@ -3934,11 +3939,11 @@ def test_long_polls(desk, monkeypatch):
     desk.post()
     start = time.monotonic()
     with monkeypatch.context() as patch:
-        for wait, most in (("0.2", 60), ("999", 0.2)):
+        for wait, most in (("0.1", 60), ("999", 0.1)):
             patch.setattr(hitl, "MAX_POLL_SECONDS", most)
             assert desk_ask(desk, "GET", f"/pending/r-1?wait={wait}")[2][
                 "status"] == "waiting"
-    assert time.monotonic() - start >= 0.4
+    assert time.monotonic() - start >= 0.2
     for wait in ("nan", "inf", "-1", "%20", "5s", "0x5", "&" * 40):
         assert desk_ask(desk, "GET", f"/pending/r-1?wait={wait}")[0] == 400
     polls = [long_poll(desk) for _ in range(40)]
@@ -4581,7 +4586,7 @@ def test_mutated_heads(make_desk, count):
     """A head with a few bytes changed is answered at most once, never as a
     fault of ours, and what stands in a body is never a request."""
     desk = make_desk(limits=dict.fromkeys(
-        ("request_seconds", "idle_seconds", "linger_seconds"), 0.2))
+        ("request_seconds", "idle_seconds", "linger_seconds"), 0.1))
     chance, inner = random.Random(5), http_post(four("smuggled"))
     pieces = [b"\r\n"] + [bytes([byte]) for byte in
                           b"\0\t\n\r :;,\x0b\x7f\x80\xffAaGPx0/%"]
@@ -4800,7 +4805,7 @@ def tls_desk(make_desk, certificate, monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
-    yield make_desk(tls=context, limits={"handshake_seconds": 1})
+    yield make_desk(tls=context, limits={"handshake_seconds": 0.4})
 
 
 def test_tls_from_gate_to_page(tls_desk, make_gate):
@@ -5186,7 +5191,7 @@ action_pattern = "read_.*"
 description_template = "Read"
 effect = "allow"
 """
-BRIEF = EFFECTS.replace("= 20", "= 1")
+BRIEF = EFFECTS.replace("= 20", "= 0.4")
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -5521,7 +5526,7 @@ def test_timeouts(make_gate, make_desk):
         decided(make_gate(desk, text), desk, timeout_seconds=given)()
         start, end = newest(desk, "received_at, deadline")
         assert seconds == (end and (at(end) - at(start)).total_seconds())
-    gate = make_gate(desk, BRIEF.replace("= 1", "= 1\nlifetime_seconds = 60"))
+    gate = make_gate(desk, BRIEF.replace("= 0.4", "= 0.4\nlifetime_seconds = 60"))
     with pytest.raises(hitl.ReviewTimeoutError, match="nothing ran; the "
                        'request still waits, .* request_id "again"'):
         gate.call("delete_records", CALL, dict, request_id="again")
@@ -5648,7 +5653,7 @@ def test_a_clock_turned_by_hours(make_gate, make_desk, hours):
     """A server's clock turned by hours either way: no approval after a
     TimeoutError, and nothing ran."""
     desk, ran = make_desk(clock=Clock()), []
-    result = calling(make_gate(desk, RULES.replace("= 20", "= 1.2")),
+    result = calling(make_gate(desk, RULES.replace("= 20", "= 0.5")),
                      lambda **a: ran.append(a), request_id="r-1")
     assert until(lambda: desk.server.waiters)
     desk.clock.time += hours * 3600
@@ -5770,7 +5775,7 @@ def test_progress_is_told(make_gate, desk, caplog, monkeypatch):
     """Progress is a WARNING that names the tool, the page and what is left."""
     monkeypatch.setattr(hitl, "PROGRESS_SECONDS", 0)
     result = calling(make_gate(desk, RULES.replace(
-        "[gate]", "[gate]\npoll_seconds = 0.01")), request_id="r-1")
+        "[gate]", "[gate]\npoll_seconds = 0.1")), request_id="r-1")
     line = f"waiting for review of delete_records at {desk.url}/review/r-1, "
     assert until(lambda: re.search(re.escape(line) + r"\d+ s left",
                                    caplog.text))
@@ -6223,7 +6228,7 @@ def test_masking_is_linear():
     for unit in ("eyJ-", "password: ", 'password="', "-----BEGIN ", "://", "aA1",
                  "mysql ", "--password ", "\n", "<password ", "ab-",
                  "ab_aaaaaaaaaaaaaaaa."):
-        text = unit * (32_768 // len(unit)) + "!"
+        text = unit * (16_384 // len(unit)) + "!"
         assert seconds(text * 2) < 3 * seconds(text) + 0.3, unit
 
 
@@ -6534,11 +6539,11 @@ def test_hook_deadline_and_repeat(desk, tmp_path, monkeypatch):
     assert len({row["agent"] for row in desk.waiting(3)}) == 3
     asked = {row["request_id"] for row in desk.waiting(3)}
     desk.decide(request["request_id"])
-    results = [in_background(ask, 1) for _ in range(3)]
-    said = sorted(result()[0] for result in results)
-    assert said == ["allow", "deny", "deny"]            # claimed once
+    results = [in_background(ask, 9) for _ in range(3)]
     again, = {row["request_id"] for row in desk.waiting(3)} - asked
     desk.decide(again, "rejected", reason="no")         # by the other two
+    said = sorted(result()[0] for result in results)
+    assert said == ["allow", "deny", "deny"]            # claimed once
     for _ in range(7):                                  # a person is asked once
         decision, why = ask(5)
         assert decision == "deny" and "rejected by ana" in why
@@ -6554,11 +6559,11 @@ def test_hook_ignores_the_working_directory(desk, tmp_path):
     work = tmp_path / "work"
     work.mkdir()
     (work / "checkpoints.toml").write_text(RULES)
-    done = command("hook", "--deadline", "1", folder=work,
-                   argv=[sys.executable, str(copy / "hitl.py")],
-                   stdin=json.dumps(HOOKS["claude"][0]("rm x")),
-                   HITL_SERVER_URL=desk.url)
-    assert "still waits" in done.stdout, done
+    done = in_background(lambda: command(
+        "hook", folder=work, argv=[sys.executable, str(copy / "hitl.py")],
+        stdin=json.dumps(HOOKS["claude"][0]("rm x")), HITL_SERVER_URL=desk.url))
+    desk.decide(desk.waiting()[0]["request_id"], "rejected", reason="asked")
+    assert "rejected by ana: asked" in done().stdout
 
 
 def test_nothing_beside_the_file_is_imported(tmp_path):
@@ -6733,7 +6738,7 @@ def test_hook_snippets(tmp_path):
                 agent in ("claude", "codex", "gemini"))
             line = json.loads(next(text for text in re.findall(
                 r'"(?:[^"\\]|\\.)*"', found) if " hook " in text))
-            line = line.replace("86000", "0.5")
+            line = line.replace("86000", "0.2")
         else:
             line = line.replace("rules.toml", "missing.toml")
         out = command(argv=("/bin/sh", "-c", line), stdin=ask, folder=tmp_path,
@@ -7888,7 +7893,7 @@ def test_the_readme_runs(tmp_path):
     assert [finding["step"] for finding in evidence["findings"]] == [
         "trigger delete_records", "look at the page", "click Approve",
         "look at the records", "click Reject", "read the log",
-        "look at the records", "wait (time-out set to 2.0 s here)",
+        "look at the records", "wait (time-out set to 1.0 s here)",
         "click too late", "check the audit log"]
     for finding in evidence["findings"]:
         assert finding["holds"] and finding["expected"]
