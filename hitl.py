@@ -384,9 +384,10 @@ class Outcome(enum.StrEnum):
     LAPSED = "lapsed"
 
 
-class Summary(NamedTuple):
-    """What every reply about a request says; the server adds its `url`, and
-    leaves out the last two where they say nothing."""
+class ReviewRequest(NamedTuple):
+    """A row of pending_reviews: what was asked, said and done. Instants are
+    ISO 8601 UTC text, `arguments` and `agent_context` JSON. SCHEMA explains
+    each column; the first ten are what every reply says, see SUMMARY."""
 
     request_id: str
     status: str
@@ -398,23 +399,6 @@ class Summary(NamedTuple):
     reason: str | None = None
     said_at: str | None = None          # of a standing decision: when made
     approved_digest: str | None = None  # where the reviewer changed the call
-
-
-class ReviewRequest(NamedTuple):
-    """A row of pending_reviews: what was asked, said and done; the
-    Summary comes first. Instants are ISO 8601 UTC text, `arguments` and
-    `agent_context` JSON. SCHEMA explains each column."""
-
-    request_id: str
-    status: str
-    outcome: str | None
-    digest: str
-    deadline: str | None
-    decided_by: str | None = None
-    decided_at: str | None = None
-    reason: str | None = None
-    said_at: str | None = None
-    approved_digest: str | None = None
     signed_in: str | None = None
     lapses_at: str | None = None
     standing: int | None = None
@@ -443,20 +427,9 @@ class ReviewRequest(NamedTuple):
     agent_context: str = "null"
 
     @property
-    def summary(self) -> Summary:
-        return Summary._make(self[:len(Summary._fields)])
-
-    @property
     def runs(self) -> str | None:
         """The arguments that run once it is approved."""
-        if self.approved_arguments is None:
-            return self.arguments
-        return self.approved_arguments
-
-    @property
-    def runs_digest(self) -> str:
-        """The digest of what runs: a claim must name it."""
-        return self.approved_digest or self.digest
+        return self.approved_arguments or self.arguments
 
     @property
     def intact(self) -> bool:
@@ -473,6 +446,9 @@ class ReviewRequest(NamedTuple):
         if arguments is not None:
             arguments = canonical(json.loads(arguments))
         return digest_of(self.action_description, arguments, self.tool)
+
+
+SUMMARY = ReviewRequest._fields[:10]    # of these is every reply; it has a `url`
 
 
 class Standing(NamedTuple):
@@ -511,26 +487,21 @@ def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return members
 
 
-def no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
 def finite(text: str) -> float:
     value = float(text)
-    if math.isinf(value):
+    if not math.isfinite(value):
         raise ValueError(f"{text[:40]} is not a finite number")
     return value
 
 
 STRICT = json.JSONDecoder(object_pairs_hook=unique_pairs, parse_float=finite,
-                          parse_constant=no_constant)
+                          parse_constant=finite)
 # canonical JSON: sorted keys, no spaces, ASCII, no NaN or infinity
 canonical = json.JSONEncoder(
     sort_keys=True, separators=(",", ":"), allow_nan=False).encode
 as_sent = json.JSONEncoder(      # the same in the order in which it was sent
     separators=(",", ":"), allow_nan=False).encode
 json_text = json.encoder.encode_basestring_ascii    # one text, as JSON
-PLAIN = json.JSONEncoder(allow_nan=False)
 READABLE = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 
@@ -542,41 +513,27 @@ def parse_json(data: bytes | str) -> Any:
     request see two different things.
     """
     text = data.decode("utf-8") if isinstance(data, bytes) else data
-    text = text.strip(" \t\r\n")
     parts = text.count("[") + text.count("{")
     if parts > MAX_PARTS:
         raise ValueError(f"more than {MAX_PARTS} lists and objects")
-    if parts > MAX_DEPTH:
-        check_depth(text)
+    too_deep = f"nested deeper than {MAX_DEPTH}"
     try:
-        value, end = STRICT.raw_decode(text)
-        if end != len(text):
-            raise ValueError("unexpected text after the JSON")
+        value = STRICT.decode(text)
     except RecursionError:
-        raise ValueError(f"nested deeper than {MAX_DEPTH}") from None
-    if "\\ud" in text or "\\uD" in text or not text.isascii():
+        raise ValueError(too_deep) from None
+    level: list[Any] = [[value]] if parts > MAX_DEPTH else []
+    for _ in range(MAX_DEPTH + 1):
+        level = [part for item in level for part in (
+            item.values() if type(item) is dict else item)
+            if type(part) in (dict, list)]
+    if level:
+        raise ValueError(too_deep)
+    if "\\ud" in text.lower() or not text.isascii():
         try:
-            json.dumps(value, ensure_ascii=False).encode()
+            READABLE.encode(value).encode()
         except UnicodeEncodeError:
             raise ValueError("a lone surrogate is not text") from None
     return value
-
-
-JSON_STRING = regex(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
-TO_BRACKETS = bytes.maketrans(b"{}", b"[]")
-NO_BRACKET = bytes(set(range(256)) - set(b"[]{}"))
-
-
-def check_depth(text: str) -> None:
-    """ValueError where lists and objects nest deeper than MAX_DEPTH. Told from
-    the brackets alone, whose innermost pairs are taken away level by level:
-    deep values are slow to make (a megabyte of them a third of a second)."""
-    brackets = JSON_STRING.sub(b"", text.encode("utf-8", "replace")).translate(
-        TO_BRACKETS, NO_BRACKET)
-    for _ in range(MAX_DEPTH):
-        brackets = brackets.replace(b"[]", b"")
-    if b"[" in brackets:
-        raise ValueError(f"nested deeper than {MAX_DEPTH}")
 
 
 def digest_of(description: str, arguments: str | None,
@@ -605,7 +562,7 @@ def parse_timestamp(value: Any) -> str:
             moment = datetime.fromisoformat(value)
             if moment.tzinfo is None:
                 moment = moment.replace(tzinfo=timezone.utc)
-            return instant(moment.timestamp())
+            value = moment.timestamp()
         if type(value) in (int, float):
             return instant(value)
     except (ValueError, OverflowError, OSError):
@@ -632,22 +589,22 @@ IN_LINES = regex("[^ -~\n]+|\n{9,}| {9,}")
 SHAPELESS = regex(         # printable to Python, yet nothing is drawn
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f"
     "\uffa0\U00016fe4\U0001bc9d\U0001bc9e\U0001d159\U000e0100-\U000e01ef]")
-PARTS = regex(r"\n{9,}|\n|a+|(?:bm{0,4})+|[cm]+")
+PARTS = regex(r"(\n){9,}|( ){9,}|\n|a+|((?:bm{0,4})+)|[cm]+")
 
 
 @functools.lru_cache(maxsize=4096)
 def kind_of(c: str) -> str:
     """A character's kind: `a` is itself, `b` is bracketed, `m` is a mark that
-    may follow `b`, a line break is itself; all others are codes, `c`."""
+    may follow `b`, a blank or line break is itself; all others are codes, `c`."""
     category = unicodedata.category(c)
-    if c == "\n":
+    if c in " \n":
         return c
     if SHAPELESS.match(c) or unicodedata.normalize("NFKC", c) != c:
         return "c"
     if "\xc0" <= c <= "\u017e" and category[0] == "L" and c not in "\u0131\u0138":
         return "a"
     apart = unicodedata.normalize("NFD", c)
-    if len(apart) > 1 and apart[0].isascii() and apart[0].isalpha():
+    if " " < c <= "~" or len(apart) > 1 and apart[0].isascii() and apart[0].isalpha():
         return "a"
     wide = unicodedata.east_asian_width(c) == "W"
     if category in ("Lu", "Ll", "Lt", "Lo", "Nd", "Nl", "No", "Sc", "So") or (
@@ -657,47 +614,39 @@ def kind_of(c: str) -> str:
     return "m" if upon else "c"         # combining class 1 strikes out
 
 
-def shown_text(text: str) -> str:
+@functools.lru_cache(maxsize=256)       # words recur
+def shown(text: str) -> str:
     """What is not plain ASCII, as visible() shows it."""
-    if text[0] == " ":
-        return f"{BRACKETS[0]}space x{len(text)}{BRACKETS[1]}"
-    kinds = "".join(map(kind_of, text))
-    return "".join(shown_part(part[0], text[part.start():part.end()])
-                   for part in PARTS.finditer(kinds))
+    told = ""
+    for part in PARTS.finditer("".join(map(kind_of, text))):
+        own = text[part.start():part.end()]
+        if part[0][0] == "a":
+            told += own
+        elif part[3]:
+            told += f"\u27e6{own}\u27e7"
+        elif part[1] or part[2]:
+            name = "line break" if part[1] else "space"
+            told += f"\u27e6{name} x{len(own)}\u27e7"
+        else:
+            told += "".join(f"\u27e6U+{ord(c):04X}\u27e7" for c in own)
+    return told
 
 
-shown_again = functools.lru_cache(maxsize=4096)(shown_text)     # words recur
-
-
-def shown_part(kinds: str, part: str) -> str:
-    if kinds[0] == "a":
-        return part
-    if kinds[0] == "b":
-        return f"{BRACKETS[0]}{part}{BRACKETS[1]}"
-    if len(part) > 8 and kinds[0] == "\n":
-        return f"{BRACKETS[0]}line break x{len(part)}{BRACKETS[1]}"
-    return "".join(f"{BRACKETS[0]}U+{ord(c):04X}{BRACKETS[1]}" for c in part)
-
-
-def shown(word: re.Match[str]) -> str:
-    return (shown_text if len(word[0]) > 40 else shown_again)(word[0])
-
-
-def visible(text: str) -> str:
+def visible(text: str, unclear: re.Pattern[str] = NOT_PLAIN) -> str:
     """The text as it can be trusted to look: printable, on one line, and
     different for every different text."""
-    return NOT_PLAIN.sub(shown, text)
+    return unclear.sub(lambda word: shown(word[0]), text)
+
+
+def visible_lines(text: str) -> str:
+    """visible(), but with its real line breaks, up to eight together."""
+    return visible(text, IN_LINES)
 
 
 def editable_text(text: str) -> bool:
     """Whether all of a text is seen as it is, so that a person can change it
     without changing what they do not see."""
-    return all(" " <= c <= "~" or kind_of(c) != "c" for c in text)
-
-
-def visible_lines(text: str) -> str:
-    """visible(), but with its real line breaks, up to eight together."""
-    return IN_LINES.sub(shown, text)
+    return "c" not in map(kind_of, text)
 
 
 def readable_seconds(seconds: float) -> str:
@@ -726,12 +675,12 @@ def call_in_words(tool: str, arguments: Mapping[str, Any]) -> str:
     short, long = [], []
     for name, value in arguments.items():
         words = value_in_words(value)
-        if words is None:
-            size = len(value.encode("utf-8", "replace")) if isinstance(
-                value, str) else len(READABLE.encode(value))
-            long.append(f"{name} ({readable_size(size)})")
-        else:
+        if words:
             short.append(f"{name} {words}")
+        else:
+            text = value if isinstance(value, str) else READABLE.encode(value)
+            size = len(text.encode("utf-8", "replace"))
+            long.append(f"{name} ({readable_size(size)})")
     return f"{tool} {', '.join(short + long)}".strip()
 
 
@@ -754,15 +703,15 @@ def changes_in_words(who: str, asked: Mapping[str, Any],
     return f"changed by {who}: {{{', '.join(changes)}}}"
 
 
-def value_in_words(value: Any) -> str | None:
-    """A short value; an address, a path or a number without quotes. None for
+def value_in_words(value: Any) -> str:
+    """A short value; an address, a path or a number without quotes. "" for
     what is long, has several lines or parts."""
     if isinstance(value, (dict, list)) and value:
-        return None
+        return ""
     if not isinstance(value, str):
         return READABLE.encode(value)
     if len(value) > 80 or "\n" in value:
-        return None
+        return ""
     bare = re.fullmatch(r"[\w/.:@+=-]*[/.:@][\w/.:@+=-]*", value, re.ASCII)
     return value if bare else f'"{value}"'
 
@@ -771,13 +720,10 @@ def one_line(text: str, limit: int = 120) -> str:
     """The visible text on one line, at most so long: cut with an ellipsis,
     which visible() itself never shows."""
     line = visible(" ".join(text.split()))
-    if len(line) <= limit:
-        return line
-    line = line[:limit - 1]
-    start = line.rfind(BRACKETS[0])
-    if start > line.rfind(BRACKETS[1]):
-        line = line[:start]
-    return line.rstrip() + "\u2026"
+    if len(line) > limit:
+        whole = re.sub("\u27e6[^\u27e7]*$", "", line[:limit - 1])
+        line = whole.rstrip() + "\u2026"
+    return line
 
 
 def did_you_mean(word: Any, known: Any) -> str:
@@ -2251,7 +2197,7 @@ def cut_if_large(name: str) -> str:
 
 
 BRIEF = ", ".join(map(cut_if_large, ReviewRequest._fields))
-SELECT_SUMMARY = (f"SELECT asked_by, {', '.join(Summary._fields)} FROM "
+SELECT_SUMMARY = (f"SELECT asked_by, {', '.join(SUMMARY)} FROM "
                   "pending_reviews WHERE request_id = ?")
 STANDING = ", ".join(Standing._fields)
 # what was asked: asked_sha256 covers these columns, and a seal the others
@@ -2519,7 +2465,7 @@ class Store:
     # ---- the changes of state ----
 
     def submit(self, asked: ReviewRequest,
-               attach: bool = False) -> tuple[Summary, bool]:
+               attach: bool = False) -> tuple[ReviewRequest, bool]:
         """Store a request as waiting -> its summary, and whether it is new.
         The same id and the same call of the same agent are the same request,
         whatever else differs: an agent that crashed asks again and meets it.
@@ -2530,7 +2476,7 @@ class Store:
         self.check_not_stopped()
         standing = self.standing_for(asked, Status.REJECTED)
         if attach and standing is None and (open_one := self.open_like(asked)):
-            return open_one.summary, False
+            return open_one, False
         standing = standing or self.standing_for(asked, Status.APPROVED)
         sha256 = asked_hash(asked)
         inserted = self.has_room(asked) and self.db.execute(
@@ -2541,8 +2487,8 @@ class Store:
             self.count_waiting(asked, +1)
             if standing:
                 asked = self.answer(asked, standing)
-            return asked.summary, True
-        return self.asked_again(asked).summary, False
+            return asked, True
+        return self.asked_again(asked), False
 
     def has_room(self, asked: ReviewRequest) -> bool:
         """Whether one more may wait: of this agent, this credential, at all."""
@@ -2666,7 +2612,7 @@ class Store:
         will not be reported."""
         request = self.expire(self.request(request_id, by))
         self.check_not_stopped()
-        if request.runs_digest != digest:
+        if (request.approved_digest or request.digest) != digest:
             raise refused("arguments-changed", request)
         if not request.intact:
             raise refused("damaged", request)
@@ -2862,7 +2808,7 @@ class Store:
         """A request with its context."""
         return self.request(request_id, columns=WHOLE)
 
-    def summary(self, request_id: str, by: str = "") -> Summary:
+    def summary(self, request_id: str, by: str = "") -> ReviewRequest:
         """The few columns that a poll needs; Refusal "unknown", or where it
         is another agent's than `by`."""
         row = self.db.execute(SELECT_SUMMARY, (request_id,)).fetchone()
@@ -2870,7 +2816,7 @@ class Store:
             raise unknown(request_id)
         if by:
             check_owner(row[0], by)
-        return Summary._make(row[1:])
+        return ReviewRequest(*row[1:])
 
     def waiting(self, limit: int, skip: int = 0,
                 attended: Container[str] = ()) -> list[ReviewRequest]:
@@ -5521,7 +5467,7 @@ class Desk:
         if wants(http, "text/html"):
             return self.reply(http, problem_page(status, refusal), status, headers)
         if refusal.about:
-            more["request"] = self.shape(refusal.about.summary)
+            more["request"] = self.shape(refusal.about)
         return self.reply(http, {
             "type": "about:blank", "title": refusal.message, "status": status,
             "reason": refusal.reason,
@@ -5537,7 +5483,7 @@ class Desk:
         kind = PROBLEM if status >= 400 else JSON
         if isinstance(value, Html):
             kind, text = HTML, str(value)
-        elif isinstance(value, Summary):
+        elif isinstance(value, ReviewRequest):
             text = self.shape_json(value)
         else:
             text = json.dumps(value)
@@ -5546,17 +5492,17 @@ class Desk:
             head_of(status, kind, http.close, int(self.store.time)),
             headers.encode("latin-1", "replace"), len(body), body)
 
-    def shape(self, summary: Summary) -> dict[str, Any]:
+    def shape(self, request: ReviewRequest) -> dict[str, Any]:
         """The one shape of every reply about a request."""
-        said: dict[str, Any] = json.loads(self.shape_json(summary))
+        said: dict[str, Any] = json.loads(self.shape_json(request))
         return said
 
-    def shape_json(self, summary: Summary) -> str:
+    def shape_json(self, request: ReviewRequest) -> str:
         """shape() as JSON; written out, since every poll takes this way."""
-        members = [f'"{name}": {"null" if value is None else json_text(value)}'
-                   for name, value in zip(Summary._fields, summary, strict=True)
+        members = [f'"{name}": {"null" if value is None else json_text(str(value))}'
+                   for name, value in zip(SUMMARY, request, strict=False)
                    if value is not None or name not in SELDOM]
-        url = json_text(f"{self.url}/review/{summary.request_id}")
+        url = json_text(f"{self.url}/review/{request.request_id}")
         return f'{{{", ".join(members)}, "url": {url}}}'
 
     # ---- the routes: an agent's ----
@@ -5585,8 +5531,8 @@ class Desk:
             field(asks, "claim", needed=True), str(http.who),
             bool(field(asks, "handed_over", bool)))
         if request.approved_arguments is None:
-            return self.reply(http, request.summary)
-        return self.reply(http, self.shape(request.summary) | {
+            return self.reply(http, request)
+        return self.reply(http, self.shape(request) | {
             "arguments": stored_json(request.approved_arguments)})
 
     def post_outcome(self, http: HttpRequest, asks: dict[str, Any]) -> bytes:
@@ -5596,12 +5542,12 @@ class Desk:
         return self.reply(http, self.store.finish(
             http.request_id, field(asks, "claim", needed=True),
             Outcome(asks["outcome"]), field(asks, "text", limit=MAX_WHY) or "",
-            str(http.who)).summary)
+            str(http.who)))
 
     def post_withdraw(self, http: HttpRequest, asks: dict[str, Any]) -> bytes:
         why = field(asks, "why", limit=MAX_WHY) or ""
         return self.reply(http, self.store.withdraw(
-            http.request_id, why, str(http.who)).summary)
+            http.request_id, why, str(http.who)))
 
     # ---- the routes: a reviewer's ----
 
@@ -5621,7 +5567,7 @@ class Desk:
             status = REFUSALS[refusal.reason]
             return self.reply(http, problem_page(
                 status, refusal, self.view(http), asks.get("reason", "")), status)
-        return self.home(http, "/") if page else self.reply(http, request.summary)
+        return self.home(http, "/") if page else self.reply(http, request)
 
     def decided(self, http: HttpRequest, asks: dict[str, Any]) -> ReviewRequest:
         """The request, decided. A form says when it was shown: nobody decides
@@ -5712,7 +5658,7 @@ class Desk:
     # ---- reading ----
 
     def listed(self, request: ReviewRequest) -> dict[str, Any]:
-        return self.shape(request.summary) | {
+        return self.shape(request) | {
             "action_description": request.action_description,
             "tool": request.tool, "arguments": stored_json(request.arguments),
             "agent": request.agent, "checkpoint_id": request.checkpoint_id,
@@ -6935,7 +6881,7 @@ def asked_arguments(tool: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     wrong = ""
     for name, value in dict(arguments).items():
         try:        # two levels deeper, as it will be in the request
-            back = parse_json(PLAIN.encode([{name: value}]))[0]
+            back = parse_json(as_sent([{name: value}]))[0]
             if repr(back) != repr({name: value}):
                 raise ValueError(f"a {type(value).__name__} changes on the way "
                                  "through JSON")
@@ -7079,8 +7025,9 @@ class Held:
                 or body.get("digest") != self.digest):
             raise self.error(ChangedError, "the server's reply is about "
                              "another call; nothing ran", OTHER_SERVER)
-        state = Summary._make(body.get(name) for name in Summary._fields)
-        texts = all(value is None or isinstance(value, str) for value in state)
+        said: dict[str, Any] = {name: body.get(name) for name in SUMMARY}
+        state = ReviewRequest(**said)
+        texts = all(isinstance(value, (str, type(None))) for value in said.values())
         if not (texts and state.status in set(Status)
                 and state.outcome in (None, *Outcome)):
             raise self.gate.client.nonsense("with fields that make no sense")
@@ -7268,7 +7215,7 @@ def limited(seconds: float) -> str:
     return "any time" if seconds == math.inf else f"{seconds:.3g} s"
 
 
-def ago(state: Summary) -> str:
+def ago(state: ReviewRequest) -> str:
     """How long before this request a standing decision was made, by the
     server's clock alone; "" for a decision about this request."""
     if not state.said_at or not state.decided_at:
