@@ -3348,27 +3348,26 @@ WORTH_ANOTHER_TRY = (408, 425, 429, *range(500, 600))
 class Pace(NamedTuple):
     """When a notice is tried, in seconds; tests are in more of a hurry."""
 
-    tries: tuple[float, ...] = (0, 5, 30, 120, 600)     # since the first one
+    pauses: tuple[float, ...] = (5, 25, 90, 480)    # tries at 0, 5, 30, 120, 600
     window: float = 10          # a burst rings once in so many
     patience: float = 10        # for all of one try
 
 
 class Answer(NamedTuple):
-    """What became of one try; `after` is the receiver's Retry-After."""
+    """What became of one try."""
 
     told: bool
     status: str                 # "204", "exit 1", "ConnectionRefusedError"
     text: str = ""
     again: bool = False
-    after: float = 0.0
+    not_before: float = 0.0     # a Retry-After, on the monotonic clock
 
 
 class Job(NamedTuple):
     """A notice that an entry owes."""
 
     request: ReviewRequest
-    due: float                  # on the monotonic clock, as is `first`
-    first: float = 0.0          # when it was first tried
+    due: float                  # on the monotonic clock
     tries: int = 0
 
 
@@ -3376,11 +3375,14 @@ def notice_fields(requests: list[ReviewRequest], desk_url: str, waiting: int
                   ) -> dict[str, Any]:
     """All that a message can say of these requests, the newest one last."""
     def common(name: str) -> str:
+        """One value, as it may leave the house: agents choose names, and
+        `https://evil`, `@/etc/passwd` and `-x` are some."""
         values = {getattr(request, name) or "" for request in requests}
-        return values.pop() if len(values) == 1 else "several"
-    names = {"tool": plain_name(common("tool")), "agent": plain_name(common("agent")),
-             "checkpoint": plain_name(common("checkpoint_id")),
-             "category": common("category")}
+        value = values.pop() if len(values) == 1 else "several"
+        return re.sub("[^A-Za-z0-9]", "_", value[:64])
+    names = {name.removesuffix("_id"): common(name) for name in (
+        "tool", "agent", "checkpoint_id", "category")}
+    names["category"] = names["category"].replace("_", "-")
     text = [f"{name}: {value or 'none'}" for name, value in names.items()]
     deadline = min(filter(None, (request.deadline for request in requests)),
                    default=None)
@@ -3403,12 +3405,6 @@ def notice_fields(requests: list[ReviewRequest], desk_url: str, waiting: int
         "deadline": deadline, "waiting": waiting, "details": details}
 
 
-def plain_name(text: str) -> str:
-    """A name as it may leave the house: agents choose names, and
-    `https://evil`, `@/etc/passwd` and `-x` are some."""
-    return re.sub("[^A-Za-z0-9]", "_", text[:64])
-
-
 def notice_mark(outcomes: list[tuple[str, str, str]]) -> str:
     """The mark on a card, from (event, name, status) of its notices: "phone:
     403, nobody was told"; empty if none has failed."""
@@ -3423,15 +3419,12 @@ def notice_mark(outcomes: list[tuple[str, str, str]]) -> str:
 def record_notice(store: Store, name: str, request_id: str,
                   answer: Answer) -> str:
     """What became of a notice, into the log -> the mark, if it failed."""
-    request = store.request(request_id)
-    if answer.told:
-        store.attempt(store.note, request, "notified", "server",
-                      {"name": name, "status": answer.status})
-        return ""
-    detail = {"name": name, "why": answer.status, "answer": answer.text}
-    store.attempt(store.note, request, "not-notified", "server",
-                  {key: value for key, value in detail.items() if value})
-    return notice_mark(store.notices_of(request_id))
+    event, key = ("notified", "status") if answer.told else ("not-notified", "why")
+    detail = {"name": name, key: answer.status}
+    if answer.text and not answer.told:
+        detail["answer"] = answer.text
+    store.attempt(store.note, store.request(request_id), event, "server", detail)
+    return "" if answer.told else notice_mark(store.notices_of(request_id))
 
 
 def failure(error: BaseException) -> Answer:
@@ -3593,11 +3586,12 @@ class Channel:
             opener.add_handler(handler())
         with opener.open(urllib.request.Request(url, data, headers),
                          timeout=self.pace.patience) as reply:
-            answer = Answer(200 <= reply.status < 300, str(reply.status))
-            if reply.status in WORTH_ANOTHER_TRY:
-                seconds = re.fullmatch("[0-9]{1,9}", reply.headers["Retry-After"] or "")
-                after = min(int(seconds[0]), MAX_RETRY_AFTER) if seconds else 0
-                answer = answer._replace(again=True, after=after)
+            answer = Answer(200 <= reply.status < 300, str(reply.status),
+                            again=reply.status in WORTH_ANOTHER_TRY)
+            after = reply.headers["Retry-After"] or ""
+            if answer.again and re.fullmatch("[0-9]{1,9}", after):
+                answer = answer._replace(not_before=time.monotonic() + min(
+                    int(after), MAX_RETRY_AFTER))
             yield answer
             if not answer.told or self.curious:     # else its body may never end
                 yield answer._replace(text=self.shown(reply.read(4096)))
@@ -3619,9 +3613,18 @@ class Channel:
         """An e-mail. The server's certificate is checked."""
         import smtplib
         import ssl
+        from email.message import EmailMessage
+        from email.utils import format_datetime
         from urllib.parse import urlsplit
-        entry, context = self.entry, ssl.create_default_context()
-        where = urlsplit(entry["smtp"])
+        entry, fields, letter = self.entry, event["data"], EmailMessage()
+        letter["Subject"] = fields["title"]
+        letter["From"], letter["To"] = entry["from"], ", ".join(entry["to"])
+        letter["Date"] = format_datetime(datetime.now(timezone.utc))
+        letter["Message-ID"] = f"<{message_id}@hitl.invalid>"
+        letter["Auto-Submitted"] = "auto-generated"
+        letter.set_content("\n\n".join(filter(None, (
+            fields["text"], fields.get("details"), fields["url"]))) + "\n")
+        context, where = ssl.create_default_context(), urlsplit(entry["smtp"])
         port = where.port or {"tls": 465, "starttls": 587, "plain": 25}[where.scheme]
         connect: Any = smtplib.SMTP
         if where.scheme == "tls":
@@ -3632,25 +3635,11 @@ class Channel:
             if where.scheme == "starttls":
                 server.starttls(context=context)
             if entry["login"] is not None:
-                server.login(self.text(entry["login"], event["data"]),
-                             self.text(entry["password"], event["data"]))
-            refused = server.send_message(self.letter(event["data"], message_id))
+                server.login(self.text(entry["login"], fields),
+                             self.text(entry["password"], fields))
+            refused = server.send_message(letter)
             yield Answer(True, f"250, but {len(refused)} refused" if refused
                          else "250")
-
-    def letter(self, fields: Mapping[str, Any], message_id: str) -> Any:
-        from email.message import EmailMessage
-        from email.utils import format_datetime
-        letter = EmailMessage()
-        letter["Subject"] = fields["title"]
-        letter["From"] = self.entry["from"]
-        letter["To"] = ", ".join(self.entry["to"])
-        letter["Date"] = format_datetime(datetime.now(timezone.utc))
-        letter["Message-ID"] = f"<{message_id}@hitl.invalid>"
-        letter["Auto-Submitted"] = "auto-generated"
-        letter.set_content("\n\n".join(filter(None, (
-            fields["text"], fields.get("details"), fields["url"]))) + "\n")
-        return letter
 
     def start(self, event: dict[str, Any], message_id: str) -> Iterator[Answer]:
         """A program with its arguments, never a shell, and the event on stdin.
@@ -3676,28 +3665,26 @@ class Channel:
     # ---- what is owed, and when ----
 
     def ring(self, notices: Notices) -> None:
-        """The entry's thread: it hears what waits and what has ended, and makes
+        """The entry's thread. It hears of what to tell, or of the id of what no
+        longer waits (no further try, and a row if its notice was due), and makes
         one try after the other, each when it is due."""
         import queue
         while True:
-            wait = 3600.0
+            now, wait = time.monotonic(), 3600.0
             if self.heap:
-                wait = max(self.heap[0][0], self.quiet_until) - time.monotonic()
+                wait = max(self.heap[0][0], self.quiet_until, now) - now
             try:
-                self.hear(self.inbox.get(timeout=min(max(wait, 0), 3600)), notices)
+                news = self.inbox.get(timeout=min(wait, 3600))
             except queue.Empty:
                 self.try_due(notices)
-
-    def hear(self, news: Job | str, notices: Notices) -> None:
-        """A notice to send, or the id of a request that no longer waits: no
-        further try, and a row if its notice was due."""
-        if isinstance(news, Job):
-            self.owe(news)
-            return
-        job = self.jobs.pop(news, None)
-        if job and (job.tries or job.due <= time.monotonic()):
-            notices.report(self.name, [news],
-                           Answer(False, "it stopped waiting first"))
+                continue
+            if isinstance(news, Job):
+                self.owe(news)
+                continue
+            job = self.jobs.pop(news, None)
+            if job and (job.tries or job.due <= now):
+                notices.report(self.name, [news],
+                               Answer(False, "it stopped waiting first"))
 
     def owe(self, job: Job) -> None:
         import heapq
@@ -3718,19 +3705,18 @@ class Channel:
             return
         answer = self.tell([job.request for job in taken], notices.desk_url,
                            len(notices.waiting))
-        now, pace, done = time.monotonic(), self.pace, []
+        pauses, done = self.pace.pauses, list[str]()
         for job in taken:
-            tries, first = job.tries + 1, job.first or started
-            if not answer.again or tries == len(pace.tries):
+            if not answer.again or job.tries == len(pauses):
                 done.append(job.request.request_id)
-                continue
-            due = now + answer.after if answer.after else first + pace.tries[tries]
-            self.owe(Job(job.request, due, first, tries))
-        if answer.after:
-            self.quiet_until = now + answer.after
-        elif self.bundles:              # a burst rings once
+            else:
+                due = answer.not_before or started + pauses[job.tries]
+                self.owe(Job(job.request, due, job.tries + 1))
+        if self.bundles:                # a burst rings once
             self.quiet_until = started + (
-                pace.tries[1] if answer.again else pace.window)
+                pauses[0] if answer.again else self.pace.window)
+        if answer.not_before:
+            self.quiet_until = answer.not_before
         if done:
             notices.report(self.name, done, answer)
 
@@ -3761,15 +3747,14 @@ class Notices:
         request = request._replace(
             category=category if category in CATEGORIES else "", arguments=None,
             action_description=request.action_description[:MAX_DETAILS])
-        begun = datetime.fromisoformat(request.received_at).timestamp()
+        values = {"category": category, "checkpoint": request.checkpoint_id}
+        waited = time.time() - datetime.fromisoformat(request.received_at).timestamp()
         for channel in self.channels:
-            entry = channel.entry
-            if (channel.name not in told and all(
-                    not entry[key] or value in entry[key] for key, value in (
-                        ("category", request.category),
-                        ("checkpoint", request.checkpoint_id)))):
-                delay = begun + entry["after_seconds"] - time.time()
-                channel.inbox.put(Job(request, time.monotonic() + max(0, delay)))
+            if channel.name not in told and all(
+                    value in (channel.entry[key] or [value])
+                    for key, value in values.items()):
+                delay = max(0, channel.entry["after_seconds"] - waited)
+                channel.inbox.put(Job(request, time.monotonic() + delay))
 
     def follow(self, store: Store, changes: list[Change]) -> None:
         """Tell of what has begun to wait (not of what was decided in its own

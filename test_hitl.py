@@ -2996,7 +2996,7 @@ def test_log_lists_every_change_beside_a_running_server(desk):
 # delays of minutes short.
 
 WHSEC = "whsec_" + base64.b64encode(b"k" * 24).decode()
-SOON = hitl.Pace(tries=(0, 0.05, 0.1, 0.15, 0.2), window=0.3, patience=0.5)
+SOON = hitl.Pace(pauses=(0.05, 0.05, 0.05, 0.05), window=0.3, patience=0.5)
 
 
 class Receiver(ThreadingHTTPServer):
@@ -3280,7 +3280,7 @@ def test_no_try_after_it_stopped_waiting(tell):
     with Receiver(500) as receiver:
         done = tell(notify(url=receiver.url, body={}) + notify(
             "later", url=receiver.url, after_seconds=60),
-            pace=hitl.Pace(tries=(0, 60), window=60), count=0)
+            pace=hitl.Pace(pauses=(60,), window=60), count=0)
         phone, later = tell.notices.channels
         assert until(lambda: "r-1" in phone.jobs and phone.jobs["r-1"].tries == 1)
         tell.notices.follow(None, [hitl.Change("rejected", "r-1", "", "")])
