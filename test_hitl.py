@@ -16,6 +16,7 @@ import asyncio
 import base64
 import colorsys
 import contextlib
+import functools
 import hashlib
 import hmac
 import io
@@ -6284,92 +6285,81 @@ timeout_seconds = 20
 poll_seconds = 0.3
 
 [[checkpoint]]
+checkpoint_id = "move"
+action_pattern = "move_*"
+description_template = "Move {path}"
+editable = true
+
+[[checkpoint]]
 checkpoint_id = "shell-delete"
 kind = "shell"
 action_pattern = '\\brm\\b|\\bgit push\\b'
 description_template = "Run {command}"
 
 [[checkpoint]]
-checkpoint_id = "own-rules"
-kind = "edit"
-action_pattern = 'checkpoints\\.toml|\\.claude/'
-description_template = "Edit {file_path}"
-effect = "deny"
-
-[[checkpoint]]
 checkpoint_id = "delete"
 action_pattern = "delete_*"
 description_template = "Delete {path}"
 """
-FLAT = {"session_id": "5fdd", "cwd": "/w"}
-CLAUDE = FLAT | {"transcript_path": "t.jsonl", "hook_event_name": "PreToolUse",
-                 "tool_use_id": "toolu_1"}
 WHY = ("rejected by ana: no. The call did not run. Do not retry it or rephrase "
        "it; tell the user, or do something else.")
+BASH = {"session_id": "5fdd", "cwd": "/w", "hook_event_name": "PreToolUse",
+        "tool_name": "Bash", "tool_input": {"command": "CMD"}}
+CLAUDE = BASH | {"transcript_path": "t.jsonl", "tool_use_id": "toolu_1"}
+COPILOT = {"sessionId": "s", "cwd": "/w", "toolName": "bash",
+           "toolArgs": {"command": "CMD"}}
+CLINE = {"clineVersion": "", "taskId": "conv_1", "hookName": "tool_call",
+         "preToolUse": {"toolName": "run_commands",
+                        "parameters": {"commands": '["CMD"]'}}}
 
 
-def claude(decision, why):
-    return {"hookSpecificOutput": {
-        "hookEventName": "PreToolUse", "permissionDecision": decision,
-        "permissionDecisionReason": why}}
+def said(event, **answer):
+    return {"hookSpecificOutput": {"hookEventName": event} | answer}
 
 
-def permission(**decision):
-    return {"hookSpecificOutput": {"hookEventName": "PermissionRequest",
-                                   "decision": decision}}
-
-
-def flat(tool, **more):
-    """A call in the form of Claude and most others, around a command."""
-    return lambda c: CLAUDE | {"tool_name": tool,
-                               "tool_input": {"command": c}} | more
-
-
-def camel(**more):
-    return lambda c: {"sessionId": "s", "cwd": "/w", "toolName": "bash",
-                      "toolArgs": {"command": c}} | more
-
-
-def cline(c):
-    return {"clineVersion": "", "taskId": "conv_1", "hookName": "tool_call",
-            "preToolUse": {"toolName": "run_commands", "parameters": {
-                "commands": json.dumps([c])}}}
-
-
-ALLOW, DENY = claude("allow", "approved by ana"), claude("deny", WHY)
-COPILOT = ({"permissionDecision": "allow"},
-           {"permissionDecision": "deny", "permissionDecisionReason": WHY})
-CLINE = {"cancel": False}, {"cancel": True, "errorMessage": WHY}
-HOOKS = {       # name -> input around a command, approved, rejected, and what
-    # an error exits with where it is printed as well, else None
-    "claude": (flat("Bash"), ALLOW, DENY, None),
-    "opencode": (flat("bash", hook_source="opencode-plugin"), ALLOW, DENY, 0),
-    "opencode session": (flat("bash", session_id="ses_1"), ALLOW, DENY, 0),
-    "codex": (lambda c: CLAUDE | {"turn_id": "1", "tool_name": "shell",
-              "tool_input": {"command": ["bash", "-lc", c]}}, {}, DENY, None),
-    "permission": (flat("Bash", hook_event_name="PermissionRequest"),
-                   permission(behavior="allow"),
-                   permission(behavior="deny", message=WHY), None),
-    "gemini": (flat("run_shell_command", hook_event_name="BeforeTool"),
-               {"decision": "allow"}, {"decision": "deny", "reason": WHY},
-               None),
-    "copilot": (camel(), *COPILOT, 0),
-    "copilot text": (lambda c: camel()(c) | {
-        "toolArgs": json.dumps({"command": c})}, *COPILOT, 0),
-    "copilot pascal": (lambda c: FLAT | {
-        "hook_event_name": "PreToolUse", "tool_name": "Bash",
-        "tool_input": {"command": c}}, ALLOW, DENY, 0),
+# what approves and what rejects, in the forms that several agents share
+PRE = [said("PreToolUse", permissionDecision=decision,
+            permissionDecisionReason=why)
+       for decision, why in (("allow", "approved by ana"), ("deny", WHY))]
+CAMEL = ({"permissionDecision": "allow"},
+         {"permissionDecision": "deny", "permissionDecisionReason": WHY})
+CANCEL = {"cancel": False}, {"cancel": True, "errorMessage": WHY}
+HOOKS = {       # name -> its input around CMD, approved, rejected, and what an
+    # error exits with where it is printed as well, else None
+    "claude": (CLAUDE, *PRE, None),
+    "opencode": (CLAUDE | {"hook_source": "opencode-plugin"}, *PRE, 0),
+    "opencode session": (CLAUDE | {"session_id": "ses_1"}, *PRE, 0),
+    "codex": (CLAUDE | {"turn_id": "1", "tool_name": "shell", "tool_input": {
+        "command": ["bash", "-lc", "CMD"]}}, {}, PRE[1], None),
+    "permission": (
+        CLAUDE | {"hook_event_name": "PermissionRequest"},
+        said("PermissionRequest", decision={"behavior": "allow"}), said(
+            "PermissionRequest", decision={"behavior": "deny", "message": WHY}),
+        None),
+    "gemini": (
+        CLAUDE | {"hook_event_name": "BeforeTool", "tool_name": "run_shell_command"},
+        {"decision": "allow"}, {"decision": "deny", "reason": WHY}, None),
+    "copilot": (COPILOT, *CAMEL, 0),
+    "copilot text": (COPILOT | {"toolArgs": '{"command": "CMD"}'}, *CAMEL, 0),
+    "copilot pascal": (BASH, *PRE, 0),
     "copilot permission": (
-        camel(hookName="permissionRequest"), {"behavior": "allow"},
+        COPILOT | {"hookName": "permissionRequest"}, {"behavior": "allow"},
         {"behavior": "deny", "message": WHY, "interrupt": False}, 0),
-    "cline": (lambda c: cline(c) | {"tool_call": {
-        "name": "run_commands", "input": {"commands": [c]}}}, *CLINE, 0),
-    "cline parameters": (cline, *CLINE, 0),
-    "cursor": (lambda c: {
-        "hook_event_name": "beforeShellExecution", "conversation_id": "c",
-        "command": c, "cwd": "/w"}, {"permission": "allow"},
+    "cline": (CLINE | {"tool_call": {"name": "run_commands", "input": {
+        "commands": ["CMD"]}}}, *CANCEL, 0),
+    "cline parameters": (CLINE, *CANCEL, 0),
+    "cursor": (
+        {"hook_event_name": "beforeShellExecution", "conversation_id": "c",
+         "command": "CMD", "cwd": "/w"}, {"permission": "allow"},
         {"permission": "deny", "user_message": WHY, "agent_message": WHY}, 2),
 }
+dialects = pytest.mark.parametrize("dialect", HOOKS)
+
+
+def hook_call(dialect, shell, **more) -> str:
+    """What an agent sends its hook about a shell command."""
+    text = json.dumps(HOOKS[dialect][0] | more)
+    return text.replace("CMD", json.dumps(shell)[1:-1])
 
 
 class Hooked(hitl.Hook):
@@ -6379,13 +6369,14 @@ class Hooked(hitl.Hook):
         pass
 
 
-def ask_hook(call, folder, deadline=None, config="rules.toml"):
+@pytest.fixture
+def ask_hook(tmp_path):
     """A hook's answer to one call -> what it prints, exit status, stderr."""
-    if not (folder / "rules.toml").exists():
-        (folder / "rules.toml").write_text(SHELL)
-    data = call if isinstance(call, str) else json.dumps(call)
-    hook = Hooked(str(folder / config), deadline)
-    return hook.reply(data.encode)
+    (tmp_path / "rules.toml").write_text(SHELL)
+
+    def ask(call, deadline=None, config="rules.toml"):
+        return Hooked(str(tmp_path / config), deadline).reply(call.encode)
+    return ask
 
 
 def check_refusal(dialect, out, status, *, decided=False) -> str:
@@ -6401,22 +6392,19 @@ def check_refusal(dialect, out, status, *, decided=False) -> str:
     return why
 
 
-dialects = pytest.mark.parametrize("dialect", HOOKS)
-
-
 @dialects
-def test_hook_dialects(dialect, desk, tmp_path, monkeypatch):
+def test_hook_dialects(dialect, desk, ask_hook, monkeypatch):
     """Each agent's own answer for approve, reject and unmatched; `echo
     hitl-selftest` shows that the hook is at work."""
     monkeypatch.setenv("HITL_SERVER_URL", desk.url)
-    call, approved, rejected, _ = HOOKS[dialect]
-    assert ask_hook(call("ls -la"), tmp_path) == ({}, 0, "")
-    out, status, _ = ask_hook(call("echo hitl-selftest"), tmp_path)
+    assert ask_hook(hook_call(dialect, "ls -la")) == ({}, 0, "")
+    out, status, _ = ask_hook(hook_call(dialect, "echo hitl-selftest"))
     assert check_refusal(dialect, out, status, decided=True).startswith(
         "the hook works: this call was refused as a test")
     assert desk.rows("SELECT * FROM pending_reviews") == []
-    for decision, answer in (("approved", approved), ("rejected", rejected)):
-        wait = in_background(ask_hook, call(f"ls; rm -rf {decision}"), tmp_path)
+    for decision, answer in zip(("approved", "rejected"), HOOKS[dialect][1:3],
+                                strict=True):
+        wait = in_background(ask_hook, hook_call(dialect, f"ls; rm -rf {decision}"))
         request, = desk.waiting()
         assert f"rm -rf {decision}" in json.dumps(request["arguments"])
         name = "claude" if dialect == "permission" else dialect.split()[0]
@@ -6426,18 +6414,16 @@ def test_hook_dialects(dialect, desk, tmp_path, monkeypatch):
 
 
 @dialects
-def test_hook_fails_closed(dialect, tmp_path, monkeypatch):
+def test_hook_fails_closed(dialect, ask_hook, monkeypatch):
     """No server, no configuration, a fault: that dialect's refusal, which
     tells a model nothing that an operator could do."""
     monkeypatch.setenv("HITL_SERVER_URL", "http://127.0.0.1:9")
-    call = HOOKS[dialect][0]
-    for command_line, config in (("rm x", "rules.toml"), ("rm x", "missing"),
-                                 ("rm \ud800", "rules.toml")):
-        out, status, err = ask_hook(call(command_line), tmp_path, 0.1, config)
+    for shell, config in (("rm x", "rules.toml"), ("rm x", "missing"),
+                          ("rm \ud800", "rules.toml")):
+        out, status, err = ask_hook(hook_call(dialect, shell), 0.1, config)
         check_refusal(dialect, out, status)
         assert err.startswith("hitl: refused: ") and "\n" not in err
-        assert ("surrogate" in err) == (        # but not as text inside text
-            "ud800" in ascii(command_line) and dialect != "cline parameters")
+        assert ("surrogate" in err) == ("ud800" in ascii(shell))
         for hint in ("python3", "hitl.py init", "serve", "HITL_", "("):
             assert hint not in f"{err} {out}"
 
@@ -6450,41 +6436,18 @@ def test_hook_fails_closed(dialect, tmp_path, monkeypatch):
     '"Bash", "tool_input": {"command": 1e400}}',
     '{"hook_event_name": "BeforeTool", "tool_name": "Bash", "tool_input": '
     '"{\\"command\\": \\"ls\\", \\"command\\": \\"rm x\\"}"}'])
-def test_hook_refuses_nonsense(text, tmp_path):
+def test_hook_refuses_nonsense(text, ask_hook):
     """What is not a call of a known agent, or can be read in two ways, is
     refused: nothing on stdout."""
-    out, status, err = ask_hook(text, tmp_path)
+    out, status, err = ask_hook(text)
     assert (out, status) == (None, 2) and err.startswith("hitl: refused")
 
 
-def run_hook(call, *words, folder, argv=HITL, **environ):
-    """The hook as an agent runs it -> stdout, exit status, stderr."""
-    (folder / "rules.toml").write_text(SHELL)
-    done = command("hook", "--config", "rules.toml", *words, argv=argv,
-                   folder=folder, stdin=json.dumps(call), **environ)
-    return done.stdout, done.returncode, done.stderr
-
-
-@pytest.mark.parametrize("dialect", ["claude", "cline"])
-def test_hook_is_never_late(dialect, tmp_path):
-    """A desk that hangs is refused by the deadline, in the agent's words; a
+def test_hook_is_never_late(tmp_path):
+    """A desk that hangs, a pattern that runs away inside `re`, an agent that
+    never ends its input: refused by the deadline, in the agent's words. A
     warning about the environment is for a person."""
-    with socket.socket() as hangs:
-        hangs.bind(("127.0.0.1", 0))
-        hangs.listen()
-        began = time.monotonic()
-        out, status, err = run_hook(
-            HOOKS[dialect][0]("rm x"), "--deadline", "0.7", folder=tmp_path,
-            HITL_REVIEWER_TOKEN="x" * 20,
-            HITL_SERVER_URL=f"http://127.0.0.1:{hangs.getsockname()[1]}")
-    assert time.monotonic() - began < hitl.UNREACHABLE_SECONDS - 1
-    check_refusal(dialect, out, status, decided=status == 0)
-    assert err.count("HITL_REVIEWER_TOKEN") == (status == 0)
-
-
-def test_hook_ends_what_cannot_be_interrupted(tmp_path):
-    """The alarm ends a pattern that runs away inside `re`, and an agent that
-    never ends its input."""
+    (tmp_path / "rules.toml").write_text(SHELL)
     script = f"""if True:
         import sys, re
         sys.path.append({str(HERE)!r})
@@ -6493,17 +6456,32 @@ def test_hook_ends_what_cannot_be_interrupted(tmp_path):
             def answer(self, data):
                 self.dialect = hitl.dialect_of(hitl.parse_json(data))
                 re.search("(a+)+$", "a" * 60 + "b")
-        Slow(None, 0.5).run()"""
-    done = command(argv=(sys.executable, "-c", script), seconds=30,
-                   stdin=json.dumps(HOOKS["claude"][0]("ls")))
-    assert "no answer within 0.5 s" in check_refusal(
-        "claude", done.stdout, done.returncode, decided=True)
-    with start(*HITL, "hook", "--deadline", "0.5") as process:
-        assert process.stdout.read() == "" and process.wait() == 2
-        assert "no answer within 0.5 s" in process.stderr.read()
+        Slow(None, 0.4).run()"""
+    with (socket.create_server(("127.0.0.1", 0)) as hangs,
+          start(*HITL, "hook", "--deadline", "0.4") as silent):
+        environ = {"HITL_SERVER_URL": f"http://127.0.0.1:{hangs.getsockname()[1]}",
+                   "HITL_REVIEWER_TOKEN": "x" * 20}
+        began = time.monotonic()
+        waits = [(dialect, in_background(functools.partial(
+            command, "hook", *words, argv=argv, folder=tmp_path,
+            stdin=hook_call(dialect, "rm x"), **environ)))
+            for dialect, argv, words in (
+                ("claude", (sys.executable, "-c", script), ()),
+                ("cline", HITL, ("--config", "rules.toml", "--deadline", "0.4")),
+                ("claude", HITL, ("--config", "rules.toml", "--deadline", "0.4")))]
+        for dialect, wait in waits:
+            done = wait()
+            status = done.returncode
+            why = check_refusal(dialect, done.stdout, status, decided=status == 0)
+            assert dialect == "cline" or status == 2 or "within 0.4 s" in why
+            if "--config" in done.args:
+                assert done.stderr.count("HITL_REVIEWER_TOKEN") == (status == 0)
+        assert time.monotonic() - began < hitl.UNREACHABLE_SECONDS - 1
+        assert silent.stdout.read() == "" and silent.wait() == 2
+        assert "no answer within 0.4 s" in silent.stderr.read()
 
 
-def test_hook_knows_how_long_its_agent_waits(tmp_path):
+def test_hook_knows_how_long_its_agent_waits():
     """A deadline beyond what the agent keeps is cut; without one, five
     seconds are left."""
     for dialect, default, longest in (
@@ -6511,64 +6489,50 @@ def test_hook_knows_how_long_its_agent_waits(tmp_path):
             ("gemini", 55, 86_395), ("copilot", 25, 86_395),
             ("cline", 115, 115)):
         for given, seconds in ((None, default), (9, 9), (1e9, longest)):
-            hook = Hooked(str(tmp_path), given)
-            hook.reply(json.dumps(HOOKS[dialect][0]("ls")).encode)
+            hook = Hooked("missing", given)
+            hook.reply(hook_call(dialect, "ls").encode)
             assert hook.seconds == seconds, (dialect, given)
 
 
-def test_hook_deadline_and_repeat(desk, tmp_path, monkeypatch):
+def test_hook_deadline_and_repeat(desk, ask_hook, monkeypatch):
     """The hook answers before its deadline; the request still waits, and
-    exactly one repeat of the call, in the same session, claims it."""
+    exactly one repeat of the call, in the same session, claims it. What was
+    rejected a person is not asked again."""
     monkeypatch.setenv("HITL_SERVER_URL", desk.url)
 
-    def ask(seconds=0.2, **more):
-        out, status, _ = ask_hook(HOOKS["claude"][0]("rm x") | more, tmp_path,
-                                  seconds)
+    def ask(seconds=30, **more):
+        out, status, _ = ask_hook(hook_call("claude", "rm x", **more), seconds)
         assert status == 0
-        said = out["hookSpecificOutput"]
-        return said["permissionDecision"], said["permissionDecisionReason"]
-    decision, why = ask()
+        return [out["hookSpecificOutput"][f"permissionDecision{part}"]
+                for part in ("", "Reason")]
+    decision, why = ask(0.3)
     assert decision == "deny" and "still waits" in why
     assert "Repeat this very call later" in why
-    assert ask(tool_use_id="toolu_2")[0] == "deny"      # it attaches
     request, = desk.waiting()
     assert request["agent"].startswith("claude /w session ")
     assert request["deadline"] > hitl.instant(time.time() + 86_000)
-    for more in ({"session_id": "5fde"}, {"cwd": "/other"}):
-        assert ask(**more)[0] == "deny"                 # asks for itself
-    assert len({row["agent"] for row in desk.waiting(3)}) == 3
-    asked = {row["request_id"] for row in desk.waiting(3)}
+    for wait in [in_background(functools.partial(ask, 0.3, **more)) for more in (
+            {"tool_use_id": "toolu_2"},                 # it attaches
+            {"session_id": "5fde"}, {"cwd": "/other"})]:    # ask for themselves
+        assert wait()[0] == "deny"
+    others = {row["request_id"] for row in desk.waiting(3)} - {
+        request["request_id"]}
+    assert len(others) == 2 == len(desk.waiting(3)) - 1
     desk.decide(request["request_id"])
-    results = [in_background(ask, 9) for _ in range(3)]
-    again, = {row["request_id"] for row in desk.waiting(3)} - asked
-    desk.decide(again, "rejected", reason="no")         # by the other two
-    said = sorted(result()[0] for result in results)
-    assert said == ["allow", "deny", "deny"]            # claimed once
-    for _ in range(7):                                  # a person is asked once
-        decision, why = ask(5)
+    waits = [in_background(ask) for _ in range(3)]      # claimed once
+    again, = {row["request_id"] for row in desk.waiting(3)} - others
+    desk.decide(again, "rejected", reason="no")         # asked by the other two
+    assert sorted(wait()[0] for wait in waits) == ["allow", "deny", "deny"]
+    for _ in range(3):                                  # a person is asked once
+        decision, why = ask()
         assert decision == "deny" and "rejected by ana" in why
     assert len(desk.waiting(2)) == 2
 
 
-def test_hook_ignores_the_working_directory(desk, tmp_path):
-    """The rules are those beside hitl.py or named, never the agent's own."""
-    copy = tmp_path / "tool"
-    copy.mkdir()
-    shutil.copy(FILE, copy)
-    (copy / "checkpoints.toml").write_text(SHELL)
-    work = tmp_path / "work"
-    work.mkdir()
-    (work / "checkpoints.toml").write_text(RULES)
-    done = in_background(lambda: command(
-        "hook", folder=work, argv=[sys.executable, str(copy / "hitl.py")],
-        stdin=json.dumps(HOOKS["claude"][0]("rm x")), HITL_SERVER_URL=desk.url))
-    desk.decide(desk.waiting()[0]["request_id"], "rejected", reason="asked")
-    assert "rejected by ana: asked" in done().stdout
-
-
-def test_nothing_beside_the_file_is_imported(tmp_path):
+def test_nothing_beside_the_file_is_read(tmp_path):
     """A module planted beside hitl.py, in the working directory, PYTHONPATH
-    or the user's site, and bytecode beside hitl.py, run in none of it."""
+    or the user's site, and bytecode beside hitl.py, run in none of it; the
+    rules are those beside hitl.py or named, never the agent's own."""
     planted = b"import os; os.write(1, b'PLANTED'); os._exit(0)\n"
     site = f"home/.local/lib/python{sys.version_info[0]}." \
         f"{sys.version_info[1]}/site-packages"
@@ -6577,97 +6541,95 @@ def test_nothing_beside_the_file_is_imported(tmp_path):
     assert {"json", "tomllib", "asyncio", "faulthandler", "urllib"} < names
     for folder in ("tool", "work", "path", site):
         (tmp_path / folder).mkdir(parents=True)
-        for name in names:
+        for name in names | {"usercustomize"}:
             (tmp_path / folder / f"{name}.py").write_bytes(planted)
-    (tmp_path / site / "usercustomize.py").write_bytes(planted)
-    tool = tmp_path / "tool"
+    tool, work = tmp_path / "tool", tmp_path / "work"
     shutil.copy(FILE, tool)
     (tool / "checkpoints.toml").write_text(SHELL)
+    (work / "checkpoints.toml").write_text("nonsense")
     environ = {"HOME": str(tmp_path / "home"), "PYTHONNOUSERSITE": "1",
-               "XDG_CACHE_HOME": ""}
+               "XDG_CACHE_HOME": "", "PYTHONPATH": str(tmp_path / "path")}
     script = (sys.executable, str(tool / "hitl.py"))
-    done = command("hook", "--snippet", "claude", folder=tmp_path / "work",
-                   argv=script, **environ)
-    line = json.loads(done.stdout)["hooks"]["PreToolUse"][0]["hooks"][0][
-        "command"]
-    (tmp_path / "bad.py").write_bytes(planted)
+
+    def run(*words, argv=script, **more):
+        return in_background(functools.partial(
+            command, *words, argv=argv, folder=work,
+            stdin=hook_call("claude", "ls"), **environ | more))
+    line = json.loads(run("hook", "--snippet", "claude")().stdout)
     py_compile.compile(
-        str(tmp_path / "bad.py"), cache_from_source(str(tool / "hitl.py")),
+        str(work / "json.py"), cache_from_source(str(tool / "hitl.py")),
         invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
-    call = json.dumps(HOOKS["claude"][0]("ls"))
-    path = {"PYTHONPATH": str(tmp_path / "path")}
-    for argv, words, more in (
-            (("/bin/sh", "-c", line), (), {"PYTHONNOUSERSITE": ""}),
-            (script, ("hook",), {}), (script, ("mcp", "--", "true"), {}),
-            (script, ("run", "--timeout", "0.1", "--", "true"), {})):
-        done = command(*words, argv=argv, folder=tmp_path / "work",
-                       stdin=call, **(environ | path | more))
-        assert "PLANTED" not in done.stdout, (argv, words)
-        if words in ((), ("hook",)):
-            assert done.stdout == "{}\n"
+    waits = [run(argv=("/bin/sh", "-c", line["hooks"]["PreToolUse"][0]["hooks"][
+                 0]["command"]), PYTHONNOUSERSITE="", PYTHONPATH=""),
+             run("hook"), run("mcp", "--", "true"),
+             run("run", "--timeout", "0.1", "--", "true")]
+    done = [wait() for wait in waits]
+    assert [it.stdout for it in done] == ["{}\n", "{}\n", "", ""], done
     folder = tmp_path / "home/.cache/hitl"
     assert folder.stat().st_mode & 0o777 == 0o700
     kept, = folder.rglob("hitl.*.pyc")
     shutil.copy(cache_from_source(str(tool / "hitl.py")), kept)
     folder.chmod(0o755)                 # others could have put it there
-    assert command("--version", argv=script, **environ).stdout.startswith("hitl.py")
-    done = command("hook", "--snippet", "claude", **environ)
-    assert "is not this user's alone" in done.stderr and not done.stdout
+    waits = [run("--version"), run("hook", "--snippet", "claude")]
+    version, snippet = (wait() for wait in waits)
+    assert version.stdout.startswith("hitl.py")
+    assert "is not this user's alone" in snippet.stderr and not snippet.stdout
 
 
 @contextlib.contextmanager
-def waiting_hook(desk, folder, call, argv=HITL):
-    """A hook that waits for a decision, and its request; it ends by itself
-    whatever becomes of its agent."""
+def waiting(desk, folder, *words, call=None, argv=HITL, **environ):
+    """`hook` or `run`, with these words, that waits for a decision -> the
+    process and its request; it is killed at the end."""
     (folder / "rules.toml").write_text(SHELL)
-    process = start(*argv, "hook", "--config", "rules.toml", "--deadline", "60",
-                    stderr=subprocess.DEVNULL, folder=folder,
-                    HITL_SERVER_URL=desk.url)
-    try:
-        process.stdin.write(json.dumps(call))
-        process.stdin.close()
-        request, = desk.waiting()
-        assert until(lambda: attended(desk, request["request_id"]), 20)
-        yield process, request["request_id"]
-    finally:
-        process.stdout.close()
-        process.kill()
-        process.wait()
+    process = start(*argv, words[0], "--config", "rules.toml", *words[1:],
+                    folder=folder, HITL_SERVER_URL=desk.url, **environ)
+    with process:
+        try:
+            if call:
+                process.stdin.write(call)
+                process.stdin.close()
+                process.stdin = None
+            request, = desk.waiting()
+            assert until(lambda: attended(desk, request["request_id"]), 20)
+            yield process, request
+        finally:
+            process.kill()
 
 
 def test_hook_ended_by_a_signal(desk, tmp_path):
     """A hook killed while it waits: the card says nobody waits. SIGTERM is a
-    refusal, and withdraws."""
-    with waiting_hook(desk, tmp_path, HOOKS["claude"][0]("rm x")) as (
-            process, name):
+    refusal, in words, and withdraws."""
+    with waiting(desk, tmp_path, "hook", call=hook_call("claude", "rm x")) as (
+            process, request):
         process.kill()
-        assert until(lambda: not attended(desk, name))
-        desk.decide(name)
-    with waiting_hook(desk, tmp_path, HOOKS["cursor"][0]("rm y")) as (
-            process, name):
+        assert until(lambda: not attended(desk, request["request_id"]))
+        desk.decide(request["request_id"])
+    with waiting(desk, tmp_path, "hook", call=hook_call("cursor", "rm y")) as (
+            process, request):
         process.terminate()
-        said = json.loads(process.stdout.read())["agent_message"]
-        assert said.startswith("hitl: refused: the hook was ended by SIGTERM. ")
-        assert process.wait() == 2
-        assert desk.state(name)["status"] == "withdrawn"
+        out, _ = process.communicate(timeout=20)
+        assert check_refusal("cursor", out, process.returncode).startswith(
+            "hitl: refused: the hook was ended by SIGTERM. ")
+        assert desk.state(request["request_id"])["status"] == "withdrawn"
 
 
 @pytest.mark.parametrize("gone", ["parent", "reader"])
 def test_hook_of_an_agent_that_is_gone(gone, desk, tmp_path):
     """A hook whose agent, or its shell, is gone withdraws, and claims nothing
     that is approved late."""
-    shell = ("/bin/sh", "-c", '"$@"; :', "sh", *HITL)
-    with waiting_hook(desk, tmp_path, HOOKS["cline"][0]("rm x"), shell) as (
-            process, name):
+    with waiting(desk, tmp_path, "hook", "--deadline", "60",
+                 call=hook_call("cline", "rm x"),
+                 argv=("/bin/sh", "-c", '"$@" 2>/dev/null; :', "sh", *HITL)) as (
+                     process, request):
         if gone == "parent":
             process.kill()
             process.wait()
-            desk.decide(name)
+            desk.decide(request["request_id"])
             process.stdout.read()               # until the hook has ended
         else:
             process.stdout.close()
             process.wait(30)
-        state = desk.state(name)
+        state = desk.state(request["request_id"])
     assert (state["status"], state["outcome"]) == (
         "approved" if gone == "parent" else "withdrawn", None)
 
@@ -6675,79 +6637,69 @@ def test_hook_of_an_agent_that_is_gone(gone, desk, tmp_path):
 @pytest.mark.skipif(os.name != "posix", reason="redirections of a shell")
 @pytest.mark.parametrize("shell, out, status", [
     ('"$@" >&-', "", 2), ('"$@" > /dev/full', "", 2), ('"$@" <&-', "", 2),
-    ('"$@" 2>&-', "{}\n", 0), ('"$@"', "{}\n", 0)])
+    ('"$@" 2>&-', "{}\n", 0)])
 def test_hook_with_closed_streams(shell, out, status, tmp_path):
     """The answer is whole on stdout, or the exit status is 2."""
-    done = run_hook(HOOKS["claude"][0]("ls"), folder=tmp_path,
-                    argv=("/bin/sh", "-c", shell, "sh", *HITL))
-    assert done[:2] == (out, status), done
-
-
-MOVABLE = SHELL.replace("[[checkpoint]]", """[[checkpoint]]
-checkpoint_id = "move"
-action_pattern = "move_*"
-description_template = "Move {path}"
-editable = true
-
-[[checkpoint]]""", 1)
+    (tmp_path / "rules.toml").write_text(SHELL)
+    done = command("hook", "--config", "rules.toml", folder=tmp_path,
+                   stdin=hook_call("claude", "ls"),
+                   argv=("/bin/sh", "-c", shell, "sh", *HITL))
+    assert (done.stdout, done.returncode) == (out, status), done
 
 
 def decide_changed(desk, **changed):
     """Approve what waits, with other arguments."""
     request, = desk.waiting()
-    reply = desk.decide(request["request_id"], digest=request["digest"],
-                        arguments=request["arguments"] | changed)
-    assert reply.status == 200, reply
+    return desk.decide(request["request_id"], digest=request["digest"],
+                       arguments=request["arguments"] | changed).status
 
 
-def test_hook_passes_changes_on(make_desk, make_rules, tmp_path, monkeypatch):
+def test_hook_passes_changes_on(make_desk, make_rules, ask_hook, monkeypatch):
     """What a reviewer changed goes to Claude, with who changed what; other
     agents could not take it, so it is not offered there."""
-    desk = make_desk(rules=make_rules(MOVABLE))
+    desk = make_desk(rules=make_rules(SHELL))
     monkeypatch.setenv("HITL_SERVER_URL", desk.url)
-    (tmp_path / "rules.toml").write_text(MOVABLE)
-    call = CLAUDE | {"tool_name": "mcp__fs__move_file",
-                     "tool_input": {"path": "a"}}
-    wait = in_background(ask_hook, call, tmp_path)
-    decide_changed(desk, path="b")
-    said = wait()[0]["hookSpecificOutput"]
-    assert said["updatedInput"] == {"path": "b"}
-    assert said["permissionDecision"] == "allow"
-    assert "changed by ana" in said["permissionDecisionReason"]
-    wait = in_background(ask_hook, call | {"turn_id": "1"}, tmp_path)
-    request, = desk.waiting()
-    assert desk.decide(request["request_id"], digest=request["digest"],
-                       arguments={"path": "b"}).status == 409
-    desk.decide(request["request_id"])
+    move = {"tool_name": "mcp__fs__move_file", "tool_input": {"path": "a"}}
+    wait = in_background(ask_hook, hook_call("claude", "", **move))
+    assert decide_changed(desk, path="b") == 200
+    answer = wait()[0]["hookSpecificOutput"]
+    assert answer["updatedInput"] == {"path": "b"}
+    assert answer["permissionDecision"] == "allow"
+    assert "changed by ana" in answer["permissionDecisionReason"]
+    wait = in_background(ask_hook, hook_call("codex", "", **move))
+    assert decide_changed(desk, path="b") == 409
+    desk.decide(desk.waiting()[0]["request_id"])
     assert wait() == ({}, 0, "")
 
 
-def test_hook_snippets(tmp_path):
-    """What --snippet prints on stdout is the file to install, with the desk's
-    URL where the agent shows it; its line blocks when nobody can be asked."""
-    home = {"HOME": str(tmp_path), "HITL_SERVER_URL": "http://127.0.0.1:9"}
+def test_hook_snippets(tmp_path, monkeypatch):
+    """What --snippet prints is the file to install, with the desk's URL where
+    the agent shows it; its line is the same for all but Cline, which ignores
+    exit statuses, and blocks when nobody can be asked."""
+    monkeypatch.setenv("HITL_SERVER_URL", "http://127.0.0.1:9")
     (tmp_path / "rules.toml").write_text(SHELL)
-    for agent, (where, _) in hitl.SNIPPETS.items():
-        done = command("hook", "--snippet", agent, "--config", "rules.toml",
-                       folder=tmp_path, **home)
-        assert where in done.stderr
-        line, ask = done.stdout, json.dumps(HOOKS[agent][0]("rm x"))
+    lines = {}
+    for agent in hitl.SNIPPETS:
+        text = hitl.snippet(agent, str(tmp_path / "rules.toml"))
+        assert ("127.0.0.1:9" in text) == (agent in ("claude", "codex", "gemini"))
+        lines[agent] = text
         if agent != "cline":
-            found = json.dumps(json.loads(line))
-            assert (home["HITL_SERVER_URL"] in found) == (
-                agent in ("claude", "codex", "gemini"))
-            line = json.loads(next(text for text in re.findall(
-                r'"(?:[^"\\]|\\.)*"', found) if " hook " in text))
-            line = line.replace("86000", "0.2")
-        else:
-            line = line.replace("rules.toml", "missing.toml")
-        out = command(argv=("/bin/sh", "-c", line), stdin=ask, folder=tmp_path,
-                      **home)
-        check_refusal(agent, out.stdout, out.returncode)
-        if agent in ("claude", "cline"):
-            broken = line.replace("SourceFileLoader", "Nothing")
-            out = command(argv=("/bin/sh", "-c", broken), stdin=ask, **home)
-            assert out.returncode == 2 or '"cancel":true' in out.stdout
+            lines[agent], = {json.loads(string) for string in re.findall(
+                r'"(?:[^"\\]|\\.)*"', text) if " hook " in string}
+            assert lines[agent] == lines["claude"]
+    assert lines["claude"].endswith(" --deadline 86000 || exit 2")
+    runs = [(agent, in_background(functools.partial(
+        command, argv=("/bin/sh", "-c", lines[agent].replace(*change)),
+        stdin=hook_call(agent, "rm x"))))
+        for agent in ("claude", "cline")
+        for change in (("rules.toml", "missing"), ("SourceFileLoader", "Nothing"))]
+    for agent, wait in runs:
+        done = wait()
+        assert done.returncode == 2 or '"cancel":' in done.stdout, done
+        check_refusal(agent, done.stdout, done.returncode)
+    done = command("hook", "--snippet", "codex")
+    assert ".codex/hooks.json (trust it" in done.stderr
+    assert json.loads(done.stdout)["hooks"]["PreToolUse"]
 
 
 # ---- the MCP proxy ----
@@ -6762,23 +6714,24 @@ for line in sys.stdin:
     if "id" not in m or "method" not in m:
         continue
     p = m.get("params") or {}
+    name = p.get("name")
+    if name == "die":
+        sys.exit(7)
+    if name == "hang":
+        subprocess.Popen(["sleep", "50"])       # which holds stdout
+        continue
     result = {"echo": line}
     if m["method"] == "tools/list":
         result = {"tools": [{"name": "delete_file", "annotations":
                              {"destructiveHint": True}},
                             {"name": "read_file"}]}
-    if p.get("name") == "die":
-        sys.exit(7)
-    if p.get("name") == "env":
+    elif name == "env":
         result = {"names": sorted(os.environ)}
-    if p.get("name") == "move_file":
+    elif name == "move_file":
         result = {"content": [{"type": "text", "text": line}]}
-    if p.get("name") == "delete_locked":
+    elif name == "delete_locked":
         result = {"isError": True, "content": "it is locked"}
-    if p.get("name") == "hang":
-        subprocess.Popen(["sleep", "50"])       # which holds stdout
-        continue
-    if p.get("name") in ("delete_ask", "move_ask") and "requestState" not in p:
+    elif name == "move_ask" and "requestState" not in p:
         result = {"resultType": "input_required", "requestState": "S1"}
     print(json.dumps({"jsonrpc": "2.0", "id": m["id"], "result": result}),
           flush=True)
@@ -6789,14 +6742,13 @@ class Mcp:
     """A client on the proxy's pipes."""
 
     def __init__(self, desk, folder):
-        (folder / "rules.toml").write_text(MOVABLE)
+        (folder / "rules.toml").write_text(SHELL)
         (folder / "server.py").write_text(SERVER)
+        self.desk, self.lines = desk, []
         self.process = start(
             *HITL, "mcp", "--config", "rules.toml", "--name", "fs", "--",
             sys.executable, "server.py", folder=folder, text=False,
-            stderr=subprocess.PIPE, HITL_SERVER_URL=desk.url,
-            HITL_REVIEWER_TOKEN=REVIEWER_TOKEN)
-        self.lines: list[bytes] = []
+            HITL_SERVER_URL=desk.url, HITL_REVIEWER_TOKEN=REVIEWER_TOKEN)
         self.reader = threading.Thread(target=self.read)
         self.reader.start()
 
@@ -6825,29 +6777,29 @@ class Mcp:
         assert found, self.lines
         return found
 
+    def ended(self, request_id, **fields):
+        """Whether a request comes to have these fields."""
+        return until(lambda: fields.items() <= self.desk.state(
+            request_id).items())
+
     def close(self):
-        with contextlib.suppress(OSError):
-            self.process.stdin.close()
-        status = self.process.wait(20)
-        self.reader.join(5)
-        assert not self.reader.is_alive()       # the pipe's writers are gone
-        self.process.stdout.close()
-        if not self.process.stderr.closed:
-            self.said = self.process.stderr.read().decode()
-            self.process.stderr.close()
-        return status
+        """End the client's side -> the exit status, and stderr."""
+        with self.process:
+            with contextlib.suppress(OSError):
+                self.process.stdin.close()
+            said = self.process.stderr.read().decode()
+            status = self.process.wait(20)
+            self.reader.join(5)
+            assert not self.reader.is_alive()   # the pipe's writers are gone
+        return status, said
 
 
 @pytest.fixture
-def desk_of_mcp(make_desk, make_rules):
-    return make_desk(rules=make_rules(MOVABLE))
-
-
-@pytest.fixture
-def mcp(desk_of_mcp, tmp_path):
-    it = Mcp(desk_of_mcp, tmp_path)
+def mcp(make_desk, make_rules, tmp_path):
+    it = Mcp(make_desk(rules=make_rules(SHELL)), tmp_path)
     yield it
-    it.close()
+    if not it.process.stdout.closed:
+        it.close()
 
 
 def test_proxy_is_transparent(mcp):
@@ -6864,16 +6816,18 @@ def test_proxy_is_transparent(mcp):
     mcp.call(4, "env", {})
     names = mcp.answer(4)["result"]["names"]
     assert "HITL_REVIEWER_TOKEN" not in names and "HITL_SERVER_URL" in names
-    assert mcp.close() == 0
-    assert mcp.said.count("fs: wait for a person: delete_file\n") == 1
-    assert mcp.said.count("fs: run unasked: read_file\n") == 1
+    status, said = mcp.close()
+    assert status == 0
+    assert said.count("fs: wait for a person: delete_file\n") == 1
+    assert said.count("fs: run unasked: read_file\n") == 1
 
 
-def test_proxy_gates(mcp, desk_of_mcp):
+def test_proxy_gates(mcp):
     """Calls wait side by side; an approved one is built again from the members
     that were read, a rejected one is a tool's result with the reason, in the
-    modern form where that was asked; the outcome is the server's own answer."""
-    desk = desk_of_mcp
+    modern form where that was asked; the outcome is the server's own answer.
+    A cancelled one is withdrawn, never forwarded, never answered."""
+    desk = mcp.desk
     mcp.send({"jsonrpc": "2.0", "id": 0, "method": "tools/list"})
     mcp.answer(0)
     sent = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {
@@ -6885,11 +6839,16 @@ def test_proxy_gates(mcp, desk_of_mcp):
         "io.modelcontextprotocol/protocolVersion": "2026-07-28"})
     mcp.call(4, "delete_locked", {"path": "d"})
     mcp.call(5, "read_file", {})
+    mcp.call(6, "delete_file", {"path": "e"})
     mcp.answer(5)                                   # meanwhile
-    ids = {r["arguments"]["path"]: r["request_id"] for r in desk.waiting(4)}
+    ids = {r["arguments"]["path"]: r["request_id"] for r in desk.waiting(5)}
     whole = desk.reviewer().exchange("GET", f"/review/{ids['a']}", seconds=5)
     assert whole.body["tool"] == "mcp__fs__delete_file"
     assert "destructiveHint" in json.dumps(whole.body["agent_context"])
+    for number in (6, 99):
+        mcp.send({"jsonrpc": "2.0", "method": "notifications/cancelled",
+                  "params": {"requestId": number}})
+    assert mcp.ended(ids["e"], status="withdrawn")
     for path, decision in (("a", "approved"), ("b", "rejected"),
                            ("c", "rejected"), ("d", "approved")):
         desk.decide(ids[path], decision, reason="no")
@@ -6897,69 +6856,60 @@ def test_proxy_gates(mcp, desk_of_mcp):
     refusal = {"content": [{"type": "text", "text": WHY}], "isError": True}
     assert mcp.answer("two")["result"] == refusal
     assert mcp.answer(3)["result"] == refusal | {"resultType": "complete"}
-    notes = [json.loads(line)["params"] for line in mcp.lines
-             if b"notifications/progress" in line]
-    assert notes[0]["progressToken"] == 7
-    assert all(0 < note["progress"] < 0.5 for note in notes)
-    assert until(lambda: desk.state(ids["a"])["outcome"] == "executed")
-    assert until(lambda: desk.state(ids["d"])["outcome"] == "failed")
+    assert mcp.answer(4)["result"]["isError"]
+    assert mcp.ended(ids["a"], outcome="executed")
+    assert mcp.ended(ids["d"], outcome="failed")
+    notes = [json.loads(line) for line in mcp.lines if b'"method"' in line]
+    assert [note["params"]["requestId"] for note in notes
+            if note["method"] == "saw/cancel"] == [99]
+    steps = [note["params"] for note in notes if "progress" in note["method"]]
+    assert {step["progressToken"] for step in steps} == {7}
+    assert all(0 < step["progress"] < 0.5 for step in steps)
+    assert not any(b'"id": 6' in line for line in mcp.lines)
 
 
-def test_proxy_cancel(mcp, desk_of_mcp):
-    """A cancelled call is withdrawn, never forwarded, never answered."""
-    mcp.call(1, "delete_file", {"path": "a"})
-    there, = desk_of_mcp.waiting()
-    for number in (1, 99):
-        mcp.send({"jsonrpc": "2.0", "method": "notifications/cancelled",
-                  "params": {"requestId": number}})
-    assert until(lambda: desk_of_mcp.state(there["request_id"])["status"]
-                 == "withdrawn")
-    assert until(lambda: mcp.lines)
-    assert [json.loads(line) for line in mcp.lines] == [{
-        "jsonrpc": "2.0", "method": "saw/cancel", "params": {"requestId": 99}}]
-
-
-def test_proxy_request_state(mcp, desk_of_mcp):
+def test_proxy_request_state(mcp):
     """The repeat of an approved call with its requestState passes once, with
     what the reviewer approved, and only with the state the server gave and
     the same arguments. What was changed the model is told first."""
     mcp.call(0, "move_file", {"path": "a"})
-    decide_changed(desk_of_mcp, path="b")
+    assert decide_changed(mcp.desk, path="b") == 200
     first, second = (item["text"] for item in
                      mcp.answer(0)["result"]["content"])
     assert "changed by ana" in first
     assert json.loads(second)["params"]["arguments"] == {"path": "b"}
     mcp.call(1, "move_ask", {"path": "a"})
-    decide_changed(desk_of_mcp, path="b")
+    decide_changed(mcp.desk, path="b")
     assert mcp.answer(1)["result"]["requestState"] == "S1"
     mcp.call(2, "move_ask", {"path": "b"}, requestState="S1")
     mcp.call(3, "move_ask", {"path": "a"}, requestState="S2")
-    assert len(desk_of_mcp.waiting(2)) == 2         # both wait
+    assert len(mcp.desk.waiting(2)) == 2            # both wait
     mcp.call(4, "move_ask", {"path": "a"}, requestState="S1")
     passed = json.loads(mcp.answer(4)["result"]["echo"])["params"]
     assert passed["arguments"] == {"path": "b"}
     mcp.call(5, "move_ask", {"path": "a"}, requestState="S1")
-    assert len(desk_of_mcp.waiting(3)) == 3         # once only
+    assert len(mcp.desk.waiting(3)) == 3            # once only
+
+
+HELD = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {
+    "name": "delete_file", "arguments": {}}}
+
+
+def renamed(old, new):
+    return {new if key == old else key: value for key, value in HELD.items()}
 
 
 WAYS_ROUND = (                      # a line -> the id it is refused under
-    ([HELD := {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {
-        "name": "delete_file", "arguments": {}}}], 1),
-    ([[HELD]], None),
-    ({k: v for k, v in HELD.items() if k != "id"}, None),
+    ([HELD], 1), ([[HELD]], None), (renamed("id", "x"), None),
     (HELD | {"id": None}, None), (HELD | {"id": [1]}, None),
-    ({"METHOD" if k == "method" else k: v for k, v in HELD.items()}, 1),
-    ({"method\0" if k == "method" else k: v for k, v in HELD.items()}, 1),
-    ({"Params" if k == "params" else k: v for k, v in HELD.items()}
-     | {"params": {"name": "read_file"}}, 1),
+    (renamed("method", "METHOD"), 1), (renamed("method", "method\0"), 1),
+    (renamed("params", "Params") | {"params": {"name": "read_file"}}, 1),
     (HELD | {"method": "Tools/Call"}, 1),
     (HELD | {"params": {"name": "read_file", "Name": "delete_file"}}, 1),
     (HELD | {"params": {"name": "read_file", "arguments": {
         "x": [{"path": "a", "Path": "b"}]}}}, 1),
-    (HELD | {"params": {"name": "read_file", "arguments": {"x": "\ud800"}}},
-     1),
-    (json.dumps(HELD).replace("{}", '{"x":' * 33 + "1" + "}" * 33).encode(),
-     1),
+    (HELD | {"params": {"name": "read_file", "arguments": {"x": "\ud800"}}}, 1),
+    (json.dumps(HELD).replace("{}", '{"x":' * 33 + "1" + "}" * 33).encode(), 1),
     (b'{"method": "x", "method": "tools/call", "id": 2, "params": '
      b'{"name": "delete_file"}}', 2),
     (b'{"method": "x", "params":\r' + json.dumps(HELD).encode() + b"\r}", None),
@@ -6968,7 +6918,7 @@ WAYS_ROUND = (                      # a line -> the id it is refused under
     (b"\xff" + json.dumps(HELD).encode(), None))
 
 
-def test_proxy_ways_round(mcp, desk_of_mcp):
+def test_proxy_ways_round(mcp):
     """What two readers could read as two messages is refused, under its id
     where that can be read, and never reaches the server."""
     for number, (line, key) in enumerate(WAYS_ROUND, 100):
@@ -6977,54 +6927,34 @@ def test_proxy_ways_round(mcp, desk_of_mcp):
         mcp.answer(number)
         refused = json.loads(mcp.lines[-2])
         assert refused["id"] == key, (line, refused)
-        assert refused["error"]["code"] in (-32600, -32700)
+        assert refused["error"]["code"] == -32600
     assert len(mcp.lines) == 2 * len(WAYS_ROUND)
     assert not any(b"delete_file" in line for line in mcp.lines)
-    assert desk_of_mcp.rows("SELECT * FROM pending_reviews") == []
+    assert mcp.desk.rows("SELECT * FROM pending_reviews") == []
 
 
-def test_proxy_child_dies(mcp, desk_of_mcp):
-    """A server that dies ends the proxy with its exit status, although what
-    it started holds its pipes; what is held is withdrawn, and every open call
-    is answered."""
+@pytest.mark.parametrize("end", ["die", "SIGTERM"])
+def test_proxy_ends(end, mcp):
+    """A server that dies ends the proxy with its exit status, although what it
+    started holds its pipes, and each open call is answered. SIGTERM ends the
+    server and what it started. What is held is withdrawn."""
     mcp.call(1, "delete_file", {"path": "a"})
-    there, = desk_of_mcp.waiting()
+    request, = mcp.desk.waiting()
     mcp.call(2, "hang", {})
-    mcp.call(3, "die", {})
-    assert mcp.process.wait(20) == mcp.close() == 7
-    for number in (1, 2, 3):
-        assert "has ended" in mcp.answer(number)["error"]["message"]
-    assert desk_of_mcp.state(there["request_id"])["status"] == "withdrawn"
-
-
-@pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_proxy_ends_its_server(mcp, desk_of_mcp):
-    """SIGTERM withdraws what is held, and leaves no orphan."""
-    mcp.call(1, "delete_file", {"path": "a"})
-    there, = desk_of_mcp.waiting()
-    mcp.call(2, "hang", {})
-    mcp.process.terminate()
-    assert mcp.process.wait(20) != 0
-    assert until(lambda: desk_of_mcp.state(there["request_id"])["status"]
-                 == "withdrawn")
-    mcp.reader.join(10)                 # the server's pipe is closed
-    assert not mcp.reader.is_alive()
+    if end == "die":
+        mcp.call(3, "die", {})
+        status, _ = mcp.close()
+        assert status == 7
+        for number in (1, 2, 3):
+            assert "has ended" in mcp.answer(number)["error"]["message"]
+    else:
+        mcp.process.terminate()
+        status, _ = mcp.close()
+        assert status == 128 + signal.SIGTERM
+    assert mcp.ended(request["request_id"], status="withdrawn")
 
 
 # ---- run ----
-
-@contextlib.contextmanager
-def waiting_run(desk, folder, *words, **environ):
-    """`run` with a command that waits -> the process, its request."""
-    (folder / "rules.toml").write_text(SHELL)
-    with start(*HITL, "run", "--config", "rules.toml", "--", *words,
-               folder=folder, HITL_SERVER_URL=desk.url, **environ) as process:
-        try:
-            request, = desk.waiting()
-            yield process, request
-        finally:
-            process.kill()
-
 
 def test_run(desk, tmp_path):
     """`run` asks, then executes exactly the approved argv without a shell,
@@ -7036,8 +6966,8 @@ def test_run(desk, tmp_path):
         "print('err', file=sys.stderr); sys.exit(3)"
     (tmp_path / "checkpoints.toml").write_text("nonsense")
     argv = [sys.executable, "-c", script, "$(x); *"]
-    with waiting_run(desk, tmp_path, *argv, HITL_REVIEWER_TOKEN="x" * 20) as (
-            process, request):
+    with waiting(desk, tmp_path, "run", "--", *argv,
+                 HITL_REVIEWER_TOKEN="x" * 20) as (process, request):
         assert request["arguments"] == {
             "argv": argv, "cwd": str(tmp_path), "executable": sys.executable}
         assert shlex.join(argv) in request["action_description"]
@@ -7050,17 +6980,19 @@ def test_run(desk, tmp_path):
 
 def test_run_refuses(desk, tmp_path):
     """Its own failures are 125: rejected, no such command, no server."""
-    with waiting_run(desk, tmp_path, "touch", "ran") as (process, request):
+    with waiting(desk, tmp_path, "run", "--", "touch", "ran") as (
+            process, request):
         desk.decide(request["request_id"], "rejected", reason="no")
         _, err = process.communicate(timeout=20)
     assert process.returncode == 125
     assert "hitl: error: rejected by ana: no" in err
-    for words, url in ((["no-such-command"], desk.url), ([], desk.url),
-                       (["--timeout", "0.2", "--", "touch", "ran"], desk.url),
-                       (["--timeout", "0.2", "--", "touch", "ran"],
-                        "http://127.0.0.1:9")):
-        done = command("run", "--config", "rules.toml", *words,
-                       folder=tmp_path, HITL_SERVER_URL=url)
+    late = ["--timeout", "0.2", "--", "touch", "ran"]
+    for wait in [in_background(functools.partial(
+            command, "run", "--config", "rules.toml", *words, folder=tmp_path,
+            HITL_SERVER_URL=url)) for words, url in (
+                (["no-such-command"], desk.url), ([], desk.url),
+                (late, desk.url), (late, "http://127.0.0.1:9"))]:
+        done = wait()
         assert done.returncode == 125, done
         assert "python3" not in done.stderr         # a model may read it
     assert not (tmp_path / "ran").exists()
@@ -7074,13 +7006,13 @@ def test_run_signals(desk, tmp_path):
               "*_: sys.exit(9)); print('up', flush=True); time.sleep(30)")
     for number, status in ((signal.SIGUSR1, 9),
                            (signal.SIGTERM, 128 + signal.SIGTERM)):
-        with waiting_run(desk, tmp_path, sys.executable, "-c", script) as (
-                process, request):
+        with waiting(desk, tmp_path, "run", "--", sys.executable, "-c",
+                     script) as (process, request):
             desk.decide(request["request_id"])
             assert process.stdout.readline() == "up\n"
             process.send_signal(number)
             assert process.wait(20) == status
-    with waiting_run(desk, tmp_path, "true") as (process, request):
+    with waiting(desk, tmp_path, "run", "--", "true") as (process, request):
         process.terminate()
         assert process.wait(20) == 128 + signal.SIGTERM
     assert desk.state(request["request_id"])["status"] == "withdrawn"
