@@ -6998,7 +6998,7 @@ class Held:
             if (final or self.cancelled and not self.claiming
                     or time.monotonic() + pause >= end):
                 raise error
-            if pause == 0.8:            # about a second has passed
+            if pause == 0.4:            # longer than a restart takes
                 log.warning("%s; trying again", error.message)
             time.sleep(pause)
             pause = min(2 * pause, 1.0)
