@@ -1625,6 +1625,12 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def list_of(words: str, test: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A check of a list, not empty, whose every item passes the test."""
+    return check_that(words, lambda value: isinstance(value, list) and value and
+                      all(isinstance(item, str) and test(item) for item in value))
+
+
 def target_value(like: str, *schemes: str, rest: str = "/?") -> Callable[[Any], str]:
     """A check of where notices go; the last scheme, in clear text, on this
     machine alone. The host is never a {placeholder}, or an agent could choose
@@ -1647,18 +1653,14 @@ notice_url_value = target_value('"https://ntfy.sh/": https, a plain host, a path
                                 "https", "http", rest="(?:[/?#][!-~]*)?")
 smtp_value = target_value('"starttls://mail.example.org:587" or '
                           '"tls://mail.example.org:465"', "starttls", "tls", "plain")
+headers_value = check_that(
+    'like { Authorization = "Bearer ${TOKEN}" }', lambda v: isinstance(v, dict) and
+    all(re.fullmatch("[A-Za-z0-9_-]+", name) and isinstance(text, str)
+        and text.isprintable() for name, text in v.items()))
 sign_value = check_that(
     '"whsec_" and base64: `openssl rand -base64 32` makes some',
     lambda v: re.fullmatch("whsec_(?=.)([A-Za-z0-9+/]{4})*"
                            "([A-Za-z0-9+/]{2}(==|[A-Za-z0-9+/]=))?", v))
-
-
-def headers_value(value: Any) -> dict[str, str]:
-    if not isinstance(value, dict) or not all(
-            re.fullmatch(r"[A-Za-z0-9_-]+", name) and isinstance(text, str)
-            and text.isprintable() for name, text in value.items()):
-        raise ValueError('must be like { Authorization = "Bearer ${TOKEN}" }')
-    return value
 
 
 def body_value(value: Any) -> Any:
@@ -1675,26 +1677,18 @@ def body_value(value: Any) -> Any:
     return body
 
 
-def command_value(value: Any) -> list[str]:
+def command_value(value: Any) -> Any:
     """A program and its arguments. No part of it is ever read by a shell of
     ours, and no placeholder may be read by one that it names."""
-    if not isinstance(value, list) or not value or not all(
-            isinstance(word, str) and word for word in value):
-        raise ValueError('must be like ["notify-send", "--", "{title}"]')
-    shell = re.search(r"(?i)(?:^|[/\\])(\w*sh|cmd)(\.exe)?$", value[0])
-    for word, before in zip(value, ["", *value], strict=False):
+    words = list_of('like ["notify-send", "--", "{title}"]', len)(value)
+    shell = re.search(r"(?i)(?:^|[/\\])(\w*sh|cmd)(\.exe)?$", words[0])
+    for word, before in zip(words, ["", *words], strict=False):
         script = shell and re.match(r"-\w*c|/c", before, re.IGNORECASE)
         if (script or not before) and any(
                 field for _, field in PLACEHOLDER.findall(word)):
             raise ValueError(f'would run what fills "{word}": pass it as an '
                              'argument of its own, as "$1" of the script')
-    return value
-
-
-def list_of(words: str, test: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A check of a list, not empty, whose every item passes the test."""
-    return check_that(words, lambda value: isinstance(value, list) and value and
-                      all(isinstance(item, str) and test(item) for item in value))
+    return words
 
 
 def check_notify(entry: Mapping[str, Any]) -> None:
