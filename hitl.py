@@ -3894,17 +3894,16 @@ async function read(path) {
   tellTimes("time", page);
   return page;
 }
-const UNITS = [[172800, 86400, "days"], [7200, 3600, "h"], [120, 60, "min"],
-               [0, 1, "s"]];
+const UNITS = [[86400, "days"], [3600, "h"], [60, "min"], [1, "s"]];
 function tellTimes(css, page = document) {
   const now = Date.now() + skew, today = new Date().toDateString();
   for (const time of every(css, page)) {
     const at = new Date(time.dateTime), kind = time.className;
     const seconds = Math.max(0, (kind === "ago" ? now - at : at - now) / 1000);
-    const [, size, unit] = UNITS.find(([least]) => seconds >= least);
-    let words = `${Math.round(seconds / size)} ${unit} ${kind}`;
-    if (!kind) words = at.toDateString() === today
-      ? at.toLocaleTimeString() : at.toLocaleString();
+    const [size, unit] = UNITS.find(([size]) => seconds >= 2 * size || size === 1);
+    let words = at.toDateString() === today ? at.toLocaleTimeString()
+                                            : at.toLocaleString();
+    if (kind) words = `${Math.round(seconds / size)} ${unit} ${kind}`;
     if (time.textContent !== words) time.textContent = words;
   }
 }
@@ -3933,17 +3932,6 @@ async function renew(card) {
   if (focused) first("summary", fresh)?.focus({preventScroll: true});
   return fresh;
 }
-async function decide(card, form, button) {
-  const body = new URLSearchParams(new FormData(form, button));
-  body.set("reason", reason(card));
-  const reply = await ask(new URL(form.action).pathname,
-    {method: "POST", body, headers: {Accept: "application/json"}});
-  const answer = await reply.json();
-  if (reply.ok) return renew(card);
-  if (answer.request && answer.request.status !== "waiting")
-    return tell(await renew(card), `\nToo late: ${answer.title}`);
-  tell(card, `Not decided: ${answer.title}. ${answer.detail || ""}`);
-}
 document.addEventListener("submit", async event => {
   const form = event.target, card = form.closest(".card");
   if (!card) return;
@@ -3951,8 +3939,20 @@ document.addEventListener("submit", async event => {
   if (performance.now() - (card.since || 0) < DEAD) return;
   card.since = Infinity;                            // one decision at a time
   first(".said", card).textContent = "";
-  await decide(card, form, event.submitter).catch(() => tell(card, "The server " +
-    "does not answer. Your reason is kept: decide again when it is back."));
+  const body = new URLSearchParams(new FormData(form, event.submitter));
+  body.set("reason", reason(card));
+  try {
+    const reply = await ask(new URL(form.action).pathname,
+      {method: "POST", body, headers: {Accept: "application/json"}});
+    const {request, title, detail = ""} = await reply.json();
+    if (reply.ok) await renew(card);
+    else if (request && request.status !== "waiting")
+      tell(await renew(card), `\nToo late: ${title}`);
+    else tell(card, `Not decided: ${title}. ${detail}`);
+  } catch {
+    tell(card, "The server does not answer. Your reason is kept: " +
+               "decide again when it is back.");
+  }
   card.since = 0;
 });
 document.addEventListener("toggle", event => {
@@ -3966,12 +3966,7 @@ document.addEventListener("input", event => {
 // ---- live: the page again when something changed, else the open cards ----
 
 async function refresh(changed) {
-  const page = changed && await read(location.pathname + location.search);
-  if (changed) show(page);
-  for (const card of every(".card.waiting, main > .card"))
-    if (card.open || changed && !page.getElementById(card.id)) await renew(card);
-}
-function show(page) {
+  const page = changed ? await read(location.pathname + location.search) : document;
   const news = every("#waiting .card", page).filter(
     card => !document.getElementById(card.id));
   for (const card of news) {
@@ -3987,6 +3982,8 @@ function show(page) {
   first("link[rel=icon]").href = first("link[rel=icon]", page).href;
   if (news.length && document.hidden && self.Notification?.permission === "granted")
     new Notification(page.title, {tag: "hitl"});
+  for (const card of every(".card.waiting, main > .card"))
+    if (card.open || !page.getElementById(card.id)) await renew(card);
 }
 let poll = new AbortController(), wake = () => {};
 const pause = time => new Promise(done => { wake = done; setTimeout(done, time); });
@@ -4028,19 +4025,19 @@ function reach(css) {
 const KEYS = {
   j: () => go(1), k: () => go(-1),
   a: () => reach(".approve"), r: () => reach("[name=reason]"),
-  "/": () => first("#q").focus(),
-  "?": () => { first("#keys").open = true; },
+  "/": () => first("#q").focus(), "?": () => { first("#keys").open = true; },
+  "typing Escape": field => field.blur(),
+  "reached Enter": field => field.form.requestSubmit(first(".reject", field.form)),
 };
 document.addEventListener("keydown", event => {
-  const field = event.target, typing = field.matches("textarea, input");
   if (event.ctrlKey || event.altKey || event.metaKey || event.isComposing) return;
-  let act = typing ? null : KEYS[event.key];
-  if (typing && event.key === "Escape") act = () => field.blur();
-  if (typing && field.reached && event.key === "Enter" && !event.shiftKey)
-    act = () => field.form.requestSubmit(first(".reject", field.form));
-  if (!act) return;
+  const field = event.target, reached = field.reached && !event.shiftKey;
+  let key = event.key;
+  if (field.matches("textarea, input"))
+    key = (reached && key === "Enter" ? "reached " : "typing ") + key;
+  if (!KEYS[key]) return;
   event.preventDefault();
-  act();
+  KEYS[key](field);
 });
 
 bell.hidden = self.Notification?.permission !== "default";
@@ -4187,9 +4184,8 @@ PAGE = """<!doctype html>
   <span class="soft">{who}</span>
 </header>
 <main>
-<p id="lost" class="note rejected" role="status" hidden>The server does not
-answer; this page may be out of date. If this goes on, reload the page to sign
-in again.</p>
+<p id="lost" class="note rejected" role="status" hidden>The server does not answer;
+this page may be out of date. If this goes on, reload it to sign in again.</p>
 <section id="stopped">{stop}</section>
 {main}
 </main>
@@ -4197,8 +4193,7 @@ in again.</p>
 <p><a href="/standing">Standing decisions</a></p>
 <details><summary>Stop everything</summary>
 <form method="post" action="/stop">
-  <input name="reason" required maxlength="1000" aria-label="Why stop"
-    placeholder="Why">
+  <input name="reason" required maxlength="1000" placeholder="Why">
   <button class="reject">Stop: reject what waits, refuse what comes</button>
 </form>
 </details>
@@ -4453,27 +4448,26 @@ def reviewed_row(request: ReviewRequest) -> Html:
                 when=moment(request.decided_at), form=None, how=endings(request))
 
 
-def standing_page(view: View, rows: list[tuple[Standing, int]]) -> Html:
+def standing_page(view: View, standing: list[tuple[Standing, int]]) -> Html:
     """The decisions that answer the next calls too, each with its use."""
+    rows = []
+    for row, used in standing:
+        what, until = Html("every call"), Html("until it is lifted")
+        if row.request_id:
+            what = fill('the same call as <a href="/review/{id}">{id}</a>',
+                        id=row.request_id)
+        if row.until:
+            until = fill("until {at}", at=moment(row.until))
+        times = f"used {used} of {row.uses} times" if row.uses else f"used {used} times"
+        rows.append(fill(
+            ROW, kind="rejected" if row.decision == "stopped" else row.decision,
+            status=row.decision, headline=what, when=until, how=as_html([
+                f"by {person(row.made_by)}", times,
+                row.reason and f"reason: {row.reason}"], DOT),
+            form=fill(LIFT, number=row.number)))
     return page(view, "Standing decisions", fill(
-        LIST, title="Standing decisions", below=None,
-        above="" if rows else "There are none.",
-        rows=[standing_row(*row) for row in rows]))
-
-
-def standing_row(standing: Standing, used: int) -> Html:
-    what, until = Html("every call"), Html("until it is lifted")
-    if standing.request_id:
-        what = fill('the same call as <a href="/review/{id}">{id}</a>',
-                    id=standing.request_id)
-    if standing.until:
-        until = fill("until {at}", at=moment(standing.until))
-    bound, decision = standing.uses and f" of {standing.uses}", standing.decision
-    how = [f"by {person(standing.made_by)}", f"used {used}{bound or ''} times",
-           standing.reason and f"reason: {standing.reason}"]
-    return fill(ROW, kind="rejected" if decision == "stopped" else decision,
-                status=decision, headline=what, when=until, how=as_html(how, DOT),
-                form=fill(LIFT, number=standing.number))
+        LIST, title="Standing decisions", rows=rows, below=None,
+        above="" if rows else "There are none."))
 
 
 def safely(show: Callable[..., Html], request: ReviewRequest, *more: Any) -> Html:
@@ -4511,7 +4505,7 @@ def card(request: ReviewRequest, view: View, opened: bool = True,
         status=request.status, category=known and request.category,
         headline=marked(headline), agent=request.agent, full=full, exact=exact,
         tool=not headline.startswith(tool) and tool, folds=folds, forms=forms,
-        left=waits and from_now(view, request.deadline, "left"),
+        left=waits and moment(request.deadline, "left", view.at),
         warnings=[fill('<p class="warn">{text}</p>\n  ', text=text)
                   for text in warnings(view, request) if text],
         who=who_line(view, request), said=not waits and endings(request))
@@ -4526,7 +4520,7 @@ def warnings(view: View, request: ReviewRequest) -> Iterator[str | Html]:
     if before := view.decided(request):
         yield fill("the same call was {how} {ago}{why}",
                    how=f"{before.status} by {decider(before)}",
-                   ago=from_now(view, before.decided_at, "ago"),
+                   ago=moment(before.decided_at, "ago", view.at),
                    why=before.reason and f": {before.reason}")
     yield view.told(request.request_id)
     if not view.offers(request).decidable:
@@ -4549,7 +4543,7 @@ def who_line(view: View, request: ReviewRequest) -> Html:
         f"{request.agent or 'an agent'} ({person(request.asked_by)})",
         request.checkpoint_id and f"under {request.checkpoint_id}",
         fill("asked {ago}, {at}", at=moment(request.received_at),
-             ago=from_now(view, request.received_at, "ago")),
+             ago=moment(request.received_at, "ago", view.at)),
         waits and request.deadline and fill("until {at}", at=moment(request.deadline)),
         waits and attended], DOT)
 
@@ -4660,23 +4654,16 @@ def exact_pattern(text: str) -> str:
     return re.sub("[^ -~]|'", lambda found: f"\\U{ord(found[0]):08x}", text)
 
 
-def moment(text: str | None, kind: str = "", words: str = "") -> Html | None:
-    """An instant in UTC, or in words; the script makes it local time, or
-    keeps `left` and `ago` true."""
+def moment(text: str | None, kind: str = "", now: float = 0.0) -> Html:
+    """An instant in UTC, or how much time is `left` until it, or how long
+    `ago` it was. The script keeps these true, and makes the others local."""
     if text is None:
-        return None
-    words = words or datetime.fromisoformat(text).strftime("%d %b %Y, %H:%M:%S UTC")
+        return Html('<span class="left">no deadline</span>' if kind else "")
+    words = datetime.fromisoformat(text).strftime("%d %b %Y, %H:%M:%S UTC")
+    if kind:
+        words = f"{readable_seconds(abs(unix_time(text) - now))} {kind}"
     return fill('<time class="{kind}" datetime="{text}">{words}</time>', kind=kind,
                 text=text, words=words)
-
-
-def from_now(view: View, text: str | None, kind: str) -> Html | None:
-    """How much time is `left` until an instant, or how long `ago` it was."""
-    if text is None:
-        return Html('<span class="left">no deadline</span>')
-    seconds = unix_time(text) - view.at
-    seconds = max(0, seconds if kind == "left" else -seconds)
-    return moment(text, kind, f"{readable_seconds(seconds)} {kind}")
 
 
 def unix_time(text: str) -> float:
