@@ -3944,11 +3944,9 @@ document.addEventListener("submit", async event => {
   try {
     const reply = await ask(new URL(form.action).pathname,
       {method: "POST", body, headers: {Accept: "application/json"}});
-    const {request, title, detail = ""} = await reply.json();
-    if (reply.ok) await renew(card);
-    else if (request && request.status !== "waiting")
-      tell(await renew(card), `\nToo late: ${title}`);
-    else tell(card, `Not decided: ${title}. ${detail}`);
+    const {title, detail = ""} = await reply.json();
+    const fresh = await renew(card);
+    if (!reply.ok) tell(fresh, `\nNot decided: ${title}. ${detail}`);
   } catch {
     tell(card, "The server does not answer. Your reason is kept: " +
                "decide again when it is back.");

@@ -18,6 +18,7 @@ import colorsys
 import contextlib
 import functools
 import hashlib
+import html
 import hmac
 import io
 import json
@@ -458,12 +459,15 @@ class Browser:
     def click(self, css: str) -> None:
         self.ask("POST", self.find(css) + "/click", {})
 
-    def decide(self, css: str) -> None:
-        """Press a button once its card has been there long enough."""
-        assert until(lambda: self.run(
-            "const b = document.querySelector(arguments[0]); return b && "
-            "performance.now() - (b.closest('.card').since || 0) > DEAD", css))
-        self.click(css)
+    def act(self, kind: str, *actions: dict) -> None:
+        """What a hand does with a pointer or keys."""
+        self.ask("POST", self.session + "/actions", {"actions": [{
+            "type": kind, "id": kind, "actions": actions}]})
+
+    def cdp(self, name: str, **values):
+        """One command of Chromium's own protocol."""
+        return self.ask("POST", self.session + "/goog/cdp/execute",
+                        {"cmd": name, "params": values})
 
     def type(self, css: str, text: str) -> None:
         self.ask("POST", self.find(css) + "/value", {"text": text})
@@ -7031,13 +7035,15 @@ class Page(HTMLParser):
 
     def __init__(self, source: str) -> None:
         super().__init__()
-        self.tags, self.open, self.cards, self.marks = [], [], {}, []
-        self.words = []
-        self.text, self.source, self.exact = "", source, []
-        self.card, self.section = {}, ""
+        self.tags, self.open, self.text, self.source = [], [], "", source
+        self.cards, self.card = {}, {"text": ""}
         self.feed(source)
         self.close()
         assert not self.open, "every tag is closed"
+        self.marks, self.words, self.exact = (
+            [html.unescape(re.sub("<[^>]*>", "", inside)) for inside in re.findall(
+                f"<{start}>(.*?)</{start.split()[0]}>", source, re.DOTALL)]
+            for start in ("mark", "bdi", 'section class="exact"'))
 
     def handle_starttag(self, tag, pairs):
         given = dict(pairs)
@@ -7047,9 +7053,6 @@ class Page(HTMLParser):
         if given.get("class", "").startswith("card"):
             self.card = self.cards[given["id"].removeprefix("request-")] = {
                 "text": "", "buttons": [], "depth": len(self.open)}
-        elif tag == "section" and given.get("class") == "exact":
-            self.section = "exact"
-            self.exact.append("")
         elif tag == "button" and given.get("name") == "decision":
             self.card["buttons"].append(given["value"])
             self.card["before"] = self.card["text"]
@@ -7058,20 +7061,12 @@ class Page(HTMLParser):
         self.tags.append(("/" + tag,))
         assert self.open.pop() == tag
         if len(self.open) < self.card.get("depth", 0):
-            self.card = {}
-        elif tag == "section":
-            self.section = ""
+            self.card = {"text": ""}
 
     def handle_data(self, data):
-        if self.open[-1:] == ["mark"]:
-            self.marks.append(data)
-        if self.open[-1:] == ["bdi"]:
-            self.words.append(data)
         if self.open[-1:] not in (["script"], ["style"]):
             self.text += data
-            self.card["text"] = self.card.get("text", "") + data
-        if self.section == "exact":
-            self.exact[-1] += data
+            self.card["text"] += data
 
 
 FULL = {"tool": "delete_records", "arguments": {"table": "users"},
@@ -7135,13 +7130,11 @@ def test_what_cannot_be_seen_is_shown(desk):
     dashes, quotes, marks that strike text out and padding are shown as codes,
     in every field; a word of another script is set apart, and in brackets
     where it touches a Latin letter or a digit."""
-    given = " | ".join((*HOSTILE, *WORDS))
-    assert desk.post(**everywhere(given)).status == 201
+    desk.post(**everywhere(" | ".join((*HOSTILE, *WORDS))))
     for page in pages_of(desk, "r-1"):
         card = page.cards["r-1"]
         assert card["buttons"] == BOTH
-        assert not [c for c in page.source if c != "\n"
-                    and not c.isprintable()]
+        assert all(c == "\n" or c.isprintable() for c in page.source)
         for text, escape in HOSTILE.items():
             places = page.marks.count(escape)
             if text < " ":                      # JSON has its own for these
@@ -7184,25 +7177,22 @@ def test_arguments_are_rows_and_blocks(desk):
     assert "tidyline break x2000space x500DROP usersend of pad" in exact
 
 
-def test_a_large_request_is_decided_on_its_own_page(desk):
+@pytest.mark.parametrize("part", ("action_description", "arguments",
+                                  "agent_context"))
+def test_a_large_request_is_decided_on_its_own_page(desk, part):
     """A row above 8 KiB gets a link to its own page and no buttons; there
     everything is, before the buttons, but the end of a large context."""
-    for number, (words, large) in enumerate((
-            ("a" * 7500, False), ("a" * 60_000, True),
-            ("\u5b57" * 1200, False), ("\u5b57" * 4000, True))):
-        for field in ("action_description", "arguments", "agent_context"):
-            name, text = f"{field}-{number}", words + " THE END"
-            desk.post(name, **{field: text if "_d" in field else [text]
-                               if "_c" in field else {"text": text}})
-            home, review = pages_of(desk, name)
-            assert home.cards[name]["buttons"] == ([] if large else BOTH)
-            assert (f'"/review/{name}"' in home.source) is large, name
-            card = review.cards[name]
-            whole = len(words) < 10_000 or field != "agent_context"
-            assert card["buttons"] == BOTH
-            assert (text in card["before"]) is whole
-            assert ("hitl.py show" in card["before"]) is not whole
-            clicked(desk, name, "rejected")
+    for name, text in (("1", "a" * 7500), ("2", "\u5b57" * 1200),
+                       ("large-1", "a" * 60_000), ("large-2", "\u5b57" * 4000)):
+        large, whole = "large" in name, name != "large-1" or part != "agent_context"
+        desk.post(name, **{part: text if "_d" in part else {"text": text}})
+        home, review = pages_of(desk, name)
+        assert home.cards[name]["buttons"] == ([] if large else BOTH)
+        assert (f'"/review/{name}"' in home.source) is large, name
+        assert review.cards[name]["buttons"] == BOTH
+        before = review.cards[name]["before"]
+        assert (text in before, "hitl.py show" in before) == (whole, not whole)
+        clicked(desk, name, "rejected")
 
 
 DAMAGE = {"arguments": "{bad", "action_description": "Read one record",
@@ -7219,11 +7209,10 @@ def test_a_bad_row_hides_no_other(desk):
         for column, value in DAMAGE.items():
             db.execute(f"UPDATE pending_reviews SET {column} = ? "
                        "WHERE request_id = ?", (value, column))
-    cards = Page(desk.page()).cards
-    assert {name: card["buttons"] for name, card in cards.items()} == (
-        dict.fromkeys(DAMAGE, []) | {"before": BOTH, "after": BOTH})
-    assert {"before", "after"} <= {
-        there["request_id"] for there in desk.waiting(1)}
+    buttons = dict.fromkeys(DAMAGE, []) | {"before": BOTH, "after": BOTH}
+    assert buttons == {name: card["buttons"] for name, card in Page(
+        desk.page()).cards.items()}
+    assert {"before", "after"} <= {row["request_id"] for row in desk.waiting(1)}
     for column in DAMAGE:
         page = Page(desk.page(f"/review/{column}"))
         assert page.cards[column]["buttons"] == []
@@ -7363,16 +7352,12 @@ def test_every_request_is_reachable(desk, monkeypatch):
 def test_the_history_is_searched(desk):
     """All words in any case, one status, and how far back was looked."""
     one_of_each(desk)
-
-    def found(**asks) -> list[str]:
-        page = desk.page("/history?" + urlencode(asks))
+    for query, found in (
+            ("", "abce"), ("q=USERS+ana", "ab"), ("q=users&status=rejected", "b"),
+            ("q=100%25", "")):
+        page = desk.page("/history?" + query)
         assert "Searched everything that was reviewed" in page
-        return re.findall(r'<li class="\w+">.*?href="/review/([^"]+)"', page,
-                          re.DOTALL)
-    assert sorted(found()) == ["a-1", "b-1", "c-1", "e-1"]
-    assert sorted(found(q="USERS ana")) == ["a-1", "b-1"]
-    assert found(q="users", status="rejected") == ["b-1"]
-    assert found(q="100%") == []
+        assert sorted(re.findall(r'href="/review/(.)-1"', page)) == [*found], query
     assert 'value="&lt;\u0444"' in desk.page("/history?q=%3C%D1%84")
 
 
@@ -7384,16 +7369,15 @@ def test_a_card_is_read_before_it_is_decided(desk):
     for age in (0, 0.4, -5, None):
         status, source = clicked(desk, "r-1", "approved", "ana",
                                  "so & <so> \u2019\u0444", age)
-        page = Page(source)
-        assert status == 409 and "look at it first" in page.text, age
-        assert page.cards["r-1"]["buttons"] == BOTH
+        assert status == 409 and "look at it first" in source, age
+        assert Page(source).cards["r-1"]["buttons"] == BOTH
         assert ">\nso &amp; &lt;so&gt; \u2019\u0444</textarea>" in source
     assert desk.state("r-1")["status"] == "waiting"
     assert clicked(desk, "r-1", "approved", age=0.61)[0] == 303
     status, page = clicked(desk, "r-1", "rejected", "ben", "so, then")
-    assert status == 409 and "so, then" in page
-    assert "approved by ana" in page
-    assert "a decision is final; nothing was changed" in page
+    assert status == 409
+    for words in ("so, then", "approved by ana", "nothing was changed"):
+        assert words in page
     assert desk.state("r-1")["decided_by"] == "reviewer:ana"
 
 
@@ -7404,26 +7388,17 @@ def test_the_policy_fits_the_page(desk):
     for path in ("/", "/history", "/review/r-1", "/review/none", "/nowhere"):
         _, headers, data = desk.reviewer().fetch(
             "GET", path, seconds=10, Accept="text/html")
-        policy = dict(headers.items())["Content-Security-Policy"]
+        source, policy = data.decode(), headers["Content-Security-Policy"]
         for tag in ("style", "script"):
-            inside, = re.findall(f"<{tag}>(.*?)</{tag}>", data.decode(),
-                                 re.DOTALL)
-            digest = base64.b64encode(hashlib.sha256(
-                inside.encode()).digest()).decode()
-            assert f"{tag}-src 'sha256-{digest}';" in policy
-        assert "unsafe" not in policy and "default-src 'none'" in policy
-        assert "frame-ancestors 'none'" in policy
-        for _, *names in Page(data.decode()).tags:
-            assert not any(n == "style" or n.startswith("on") for n in names)
+            inside, = re.findall(f"<{tag}>(.*?)</{tag}>", source, re.DOTALL)
+            assert f"{tag}-src {hitl.content_hash(inside)};" in policy
+        assert "unsafe" not in policy and "frame-ancestors 'none'" in policy
+        assert policy.startswith("default-src 'none'")
+        assert not [name for _, *names in Page(source).tags for name in names
+                    if name == "style" or name.startswith("on")]
 
 
 # ---- the same in Chromium ----
-
-def cdp(browser, name: str, **values):
-    """One command of Chromium's own protocol."""
-    return browser.ask("POST", browser.session + "/goog/cdp/execute",
-                       {"cmd": name, "params": values})
-
 
 @pytest.fixture(scope="module")
 def chromium():
@@ -7432,23 +7407,22 @@ def chromium():
     yield it
     it.close()
 
+
 @pytest.fixture
 def look(chromium, desk):
     """Open a path of a desk, signed in -> the browser."""
     def at(path: str = "/", width: int = 1100, dark: bool = False,
            script: bool = True, desk=desk):
-        cdp(chromium, "Emulation.setDeviceMetricsOverride", width=width,
-            height=900, deviceScaleFactor=1, mobile=False)
-        cdp(chromium, "Emulation.setEmulatedMedia", features=[{
-            "name": "prefers-color-scheme",
-            "value": "dark" if dark else "light"}])
-        cdp(chromium, "Emulation.setScriptExecutionDisabled",
-            value=not script)
+        chromium.cdp("Emulation.setDeviceMetricsOverride", width=width,
+                     height=900, deviceScaleFactor=1, mobile=False)
+        chromium.cdp("Emulation.setEmulatedMedia", features=[{
+            "name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        chromium.cdp("Emulation.setScriptExecutionDisabled", value=not script)
         chromium.open(desk.url.replace(
             "://", f"://ana:{REVIEWER_TOKEN}@") + path)
         return chromium
     yield at
-    cdp(chromium, "Emulation.setScriptExecutionDisabled", value=False)
+    chromium.cdp("Emulation.setScriptExecutionDisabled", value=False)
     chromium.open("about:blank")
 
 
@@ -7494,9 +7468,8 @@ def test_colours_mean_one_thing(desk, look, dark):
         degrees = (h * 360 + 180) % 360 - 180
         assert s < 0.15 if hue is None else (
             s > 0.4 and hue[0] <= degrees <= hue[1]), (status, colour)
-    paper = page.run("return getComputedStyle(document.body)."
-                     "backgroundColor")
-    assert (int(re.findall(r"\d+", paper)[0]) < 128) is dark
+    assert page.run("return getComputedStyle(document.body).backgroundColor") == (
+        "rgb(22, 21, 19)" if dark else "rgb(246, 245, 242)")
 
 
 @needs_browser
@@ -7542,53 +7515,52 @@ def test_a_person_decides(make_desk, make_rules, look, script):
         RULES.replace("[[checkpoint]]", "[[checkpoint]]\neditable = true")))
     call = FULL | {"edits": True, "arguments": {
         "table": "users", "n": 3, "text": "a\nb"}}
-
-    def read() -> None:
-        """Time goes by."""
-        clock.time += 1
-        page.run("DEAD = 0")
     for n in range(5):
         desk.post(f"r-{n}", **call, session=f"s{n}")
+
+    def does(path: str, css: str, done, **typed) -> None:
+        """Open a page, let time go by, and press a button, until it is done."""
+        page = look(path, script=script, desk=desk)
+        clock.time += 1
+        page.run("DEAD = 0")
+        press(page, css, **typed)
+        assert until(done), page.text(".said")
+
+    def decided(n: int):
+        return lambda: desk.state(f"r-{n}")["status"] != "waiting"
+
+    def standing() -> list[tuple]:
+        return [(row.decision, row.request_id) for row, _ in desk.store.standing()]
     page = look(script=script, desk=desk)
     assert page.run("return [...document.querySelectorAll('.card')].map("
                     "c => c.open)") == [True, False, False, False, False]
     page.type("#request-r-0 textarea", "no\nnot this\n")
-    read()
-    page.run("document.querySelector('#request-r-0 .reject').click()")
+    clock.time += 1
+    page.run("DEAD = 0; document.querySelector('#request-r-0 .reject').click()")
     assert until(lambda: "reason: no" in page.text("#reviewed"))
     assert desk.state("r-0")["reason"].split() == ["no", "not", "this"]
     assert (" UTC" in page.text("#reviewed time")) is not script
-
-    def standing() -> list[tuple]:
-        return [(row.decision, row.request_id) for row, _ in
-                desk.store.standing()]
-    for n, css, typed in (
-            (1, "#edit-r-1 button", {"argument:n": "0", "argument:text": "\nc"}),
-            (2, "#remember-r-2 button", {}),
-            (3, "#decide-r-3 .reject", {"remember_seconds": "x"}),
-            (4, "#decide-r-4 .reject", {})):
-        look(f"/review/r-{n}", script=script, desk=desk)
-        read()
-        press(page, css, **typed)
-        assert until(lambda n=n: desk.state(f"r-{n}")["status"] != "waiting"), (
-            page.text(".said"))
+    does("/review/r-1", "#edit-r-1 button", decided(1),
+         **{"argument:n": "0", "argument:text": "\nc"})
+    assert "changed by ana: {n: 3 -> 30, text: ... -> ...}" in Page(
+        desk.page("/review/r-1")).text
     assert json.loads(desk.rows("SELECT approved_arguments FROM pending_reviews "
                                 "WHERE request_id = 'r-1'")[0][0]) == {
         "table": "users", "n": 30, "text": "a\nb\nc"}
-    assert "changed by ana: {n: 3 -> 30, text: ... -> ...}" in Page(
-        desk.page("/review/r-1")).text
+    does("/review/r-2", "#remember-r-2 button", decided(2))
+    does("/review/r-3", "#decide-r-3 .reject", decided(3), remember_seconds="x")
+    does("/review/r-4", "#decide-r-4 .reject", decided(4))
     assert standing() == [("rejected", "r-4"), ("approved", "r-2"),
                           ("rejected", "r-0")]
     again = desk.post("r-5", **call, session="s2").body
     assert (again["status"], again["decided_by"]) == ("approved", "reviewer:ana")
     assert "standing decision 2" in desk.page("/review/r-5")
-    press(look("/standing", script=script, desk=desk), "li button")
-    assert until(lambda: standing() == [("approved", "r-2"), ("rejected", "r-0")])
-    press(look(script=script, desk=desk), "footer .reject", reason="wrong plan")
-    assert until(lambda: ("stopped", None) in standing())
+    does("/standing", "li button", lambda: len(standing()) == 2)
+    assert standing() == [("approved", "r-2"), ("rejected", "r-0")]
+    does("/", "footer .reject", lambda: ("stopped", None) in standing(),
+         reason="wrong plan")
     assert "ana stopped everything: wrong plan" in desk.page()
-    press(look(script=script, desk=desk), "#stopped button")
-    assert until(lambda: ("stopped", None) not in standing())
+    does("/", "#stopped button", lambda: ("stopped", None) not in standing())
 
 
 def top(page, name: str) -> float:
@@ -7617,18 +7589,13 @@ def test_a_double_click_decides_one_request(desk, look):
         desk.post(f"r-{n}")
     page = look()
     assert alive(page)
-    last = top(page, "r-3")
+    last, press = top(page, "r-3"), [{"type": "pointerDown", "button": 0},
+                                     {"type": "pointerUp", "button": 0}]
     for n, gap in enumerate((50, 500)):
         x, y = page.run(f"const b = document.querySelector('#decide-r-{n} .approve')"
                         ".getBoundingClientRect(); return [b.x + 9, b.y + 9]")
-        page.ask("POST", page.session + "/actions", {"actions": [{
-            "type": "pointer", "id": "mouse", "actions": [
-                {"type": "pointerMove", "x": int(x), "y": int(y)},
-                {"type": "pointerDown", "button": 0},
-                {"type": "pointerUp", "button": 0},
-                {"type": "pause", "duration": gap},
-                {"type": "pointerDown", "button": 0},
-                {"type": "pointerUp", "button": 0}]}]})
+        page.act("pointer", {"type": "pointerMove", "x": int(x), "y": int(y)},
+                 *press, {"type": "pause", "duration": gap}, *press)
         assert until(lambda n=n: "approved by ana" in page.text(
             f"#request-r-{n} .said"))
         assert len(desk.waiting(3 - n)) == 3 - n
@@ -7641,14 +7608,13 @@ def test_a_new_card_appears_at_once(desk, look):
     others; it clears no reason being typed and moves no card being read."""
     desk.post("b-1", agent="b")
     desk.post("b-2", agent="b", arguments={"large": "x" * 9000})
-    page = look()
+    page, took = look(), []
     page.type("#request-b-1 textarea", "half a rea")
     before = top(page, "b-1")
     page.run("window.seen = {}; new MutationObserver(() => document"
              ".querySelectorAll('.card').forEach(c => seen[c.id] ??= "
              "Date.now())).observe(document.body, {childList: true, "
              "subtree: true})")
-    took = []
     for n in range(5):
         desk.post(f"a-{n}", agent=f"a{n}")
         stored = time.time()
@@ -7660,6 +7626,27 @@ def test_a_new_card_appears_at_once(desk, look):
                     "e.value]") == ["reason", "half a reason"]
     assert top(page, "b-1") == before
     assert page.run("return document.title") == "(7) Review desk"
+
+
+@needs_browser
+def test_an_open_page_asks_for_little(make_desk, look):
+    """Times left run by themselves; while nothing changes only the cards that
+    are open are asked for, and they say when nobody waits any more."""
+    clock = Clock()
+    desk = make_desk(clock=clock)
+    for n in range(3):
+        desk.post(f"r-{n}", timeout_seconds=100)
+    desk.state("r-0")
+    page = look(desk=desk)
+    assert "an agent waits" in page.text(".who")
+    page.run("window.asked = []; const real = fetch; window.fetch = (path, more) => "
+             "{ asked.push(new URL(path).pathname); return real(path, more); }")
+    assert until(lambda: "98 s left" in page.text(".left"))
+    desk.server.desk.attended_until.clear()
+    page.run("poll.abort(); refresh(false)")
+    assert until(lambda: "nobody waits" in page.text(".who"))
+    assert "/review/r-0" in page.run("return asked")
+    assert not {"/", "/review/r-1"} & {*page.run("return asked")}
 
 
 @needs_browser
@@ -7685,7 +7672,7 @@ def test_a_typed_reason_is_never_lost(make_desk, look):
     desk.decide("r-1", "rejected")
     page.click("#decide-r-1 .approve")
     assert said(1, "rejected by ana", "You had typed: because 1",
-                "Too late: this request is rejected by ana")
+                "Not decided: this request is rejected by ana")
     page.run("refresh = real")
     desk.stop()
     page.click("#decide-r-2 .reject")
@@ -7725,10 +7712,8 @@ def test_the_keyboard_decides(make_desk, look):
     page = look(desk=desk)
 
     def keys(*keys: str) -> None:
-        page.ask("POST", page.session + "/actions", {"actions": [{
-            "type": "key", "id": "keys", "actions": [
-                {"type": f"key{way}", "value": key}
-                for key in keys for way in ("Down", "Up")]}]})
+        page.act("key", *({"type": f"key{way}", "value": key}
+                          for key in keys for way in ("Down", "Up")))
     keys("j", "j", "k", "j", "\ue007")          # Enter
     assert until(lambda: page.run(
         "return document.getElementById('request-r-1').open"))
@@ -8195,7 +8180,8 @@ def test_the_whole_trip(tmp_path, make_gate, chromium):
             if button == "reject":
                 chromium.type("textarea", "use the staging table")
             start = time.monotonic()
-            chromium.decide("." + button)
+            assert alive(chromium)
+            chromium.click("." + button)
             if button == "approve":
                 assert result() == 3 and ran == [CALL]
             else:
