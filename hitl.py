@@ -6377,9 +6377,9 @@ def checked_authorities(configuration: Configuration) -> str:
 # open part comes last and cannot fail, all before it is bounded.
 
 CONTEXT_NODES = 200_000         # values of a context; more are left out
-CUT_BYTES = 160 * 1024          # of each end of a context that is too large
+KEPT = 64 * 1024                # characters of each end of one that is too large
 EDGE = 4096                     # characters more that are masked than sent
-RANDOM_LENGTH = 24              # characters of a word that may be a token
+BETWEEN = "\n\x1f"              # the texts of a list are masked as one text
 
 
 def cut(text: str, size: int) -> str:
@@ -6391,15 +6391,12 @@ def agent_name() -> str:
     """HITL_AGENT, or user@host:folder."""
     import getpass
     import platform
-    name = os.environ.get("HITL_AGENT")
-    if not name:
-        user = folder = "?"
-        with contextlib.suppress(OSError, KeyError, ImportError):
-            user = getpass.getuser()
-        with contextlib.suppress(OSError):
-            folder = os.getcwd()
-        name = f"{user}@{platform.node()}:{folder}"
-    return name
+    user = folder = "?"
+    with contextlib.suppress(OSError, KeyError, ImportError):
+        user = getpass.getuser()
+    with contextlib.suppress(OSError):
+        folder = os.getcwd()
+    return os.environ.get("HITL_AGENT") or f"{user}@{platform.node()}:{folder}"
 
 
 def snapshot(value: Any, own: str) -> Any:
@@ -6409,97 +6406,90 @@ def snapshot(value: Any, own: str) -> Any:
     data = text.encode("utf-8", "backslashreplace")
     if len(data) <= MAX_CONTEXT:
         return masked_json(value, own)
-    beginning = masked_text(text[:CUT_BYTES + EDGE], own)[:-EDGE]
-    end = masked_text(text[-CUT_BYTES - EDGE:], own)[EDGE:]
     return {
         "note": f"This context is {len(data)} bytes, more than is sent. Its "
                 "beginning and its end follow; what is between is left out.",
         "sha256": hashlib.sha256(data).hexdigest(),
-        "beginning": cut(beginning, CUT_BYTES),
-        "end": end.encode("utf-8", "replace")[-CUT_BYTES:].decode(
-            errors="ignore")}
+        "beginning": masked_text(text[:KEPT + EDGE], own)[:-EDGE],
+        "end": masked_text(text[-KEPT - EDGE:], own)[EDGE:]}
 
 
-# A name of a secret, in any joining (DB_PASS, dbPass, X-Api-Key)...
+# A name of a secret, in any joining (DB_PASS, dbPass, X-Api-Key); a number
+# after `tokens` counts them...
 LONG_NAMES = (
-    r"passw|pass[ _-]?phrase|passcode|secret(?!ar)|token|credential|cookie|jwt"
+    r"passw|pass[ _-]?phrase|passcode|secret(?!ar)|credential|cookie|jwt"
+    r"|token(?!\w{0,20}\W{1,4}\d{1,9}(?![\w.-]))"
     r"|authorization|bearer|session[_-]?id|mnemonic|seed[ _-]?phrase"
     r"|(?:verification|security|access|recovery|backup)[ _-]?code"
-    r"|(?:api|access|private|sign|signing"
-    r"|encrypt|encryption|master|account|shared|ssh|auth|client|deploy|storage"
-    r"|service|license|hmac|webhook|admin|root|app|session|secret"
-    r"|fernet|subscription|functions)[ _-]?key")
+    r"|(?:api|access|private|sign|signing|encrypt|encryption|master|account|shared"
+    r"|ssh|auth|client|deploy|storage|service|license|hmac|webhook|admin|root|app"
+    r"|session|secret|fernet|subscription|functions)[ _-]?key")
 SHORT_NAMES = r"pass|pwd|pw|auth|pin|otp|creds?|sid|connect\.sid"
-SECRET_NAME = (rf"(?i)(?:{LONG_NAMES}|(?<![a-z])(?:{SHORT_NAMES})(?![a-z])"
-               r"|pwd$|pass$(?<!bypass)(?<!compass))")
-# ... a quoted value, a word, the rest of a line ...
+NAME = (rf"(?:{LONG_NAMES}|(?:(?<![a-z])|(?-i:(?<=[a-z])(?=[A-Z])))"
+        rf"(?:{SHORT_NAMES})(?![a-z]))")
+SECRET_NAME = rf"(?i){NAME}|(?i:pwd$|pass$(?<!bypass)(?<!compass))"
+# ... a quoted value, the name in a text, the beginning of its line ...
 QUOTED = (r"""(?:\\"(?:[^"\\]|\\[^"])*+|"(?:[^"\\]|\\.)*+"""
           r"""|'(?:[^'\\]|\\.|'')*+)""")
-NAMED = (rf"(?:{LONG_NAMES}|(?<![a-z])(?:{SHORT_NAMES})(?![a-z]))"
-         r"""[\w.-]{0,20}+(?: (?:for|of) [\w.@-]{1,40})?+[\\"'\]]{0,4}+""")
-START = (r"""^[ \t>|*+-]{0,40}+(?:(?:export|set|const|let|var) )?"""
+NAMED = (NAME + r"""[\w.-]{0,20}+(?: (?:for|of) [\w.@-]{1,40})?+[\\"'\]]{0,4}+""")
+START = (r"""^[ \t>|*+\x1f-]{0,40}+(?:(?:export|set|const|let|var) )?"""
          r"""["']?[\w.-]{0,40}?""")
 # ... and tokens: what only a vendor would write so, or the prefix of one
-# (ghp_, sk_live_, xoxb-) before what looks random.
+# (ghp_, sk_live_, xoxb-) before letters and digits that are strewn.
 VENDORS = (
     r"A(?:KI|SI|BI|CC|GP|ID|RO)A[0-9A-Z]{12}|(?:AIza|LTAI|AKID|EZ[AT]K|AT[AC]TT3"
     r"|ATBB|EAA[A-Z])[\w-]{12}|eyJ[\w-]{8}|SK[0-9a-f]{32}|[0-9a-f]{32}-us\d"
     r"|dapi[0-9a-f]{24}|1//0[\w-]{20}|\d{8,10}:[\w-]{30}|[MNO][\w-]{23}\."
     r"[\w-]{6}\.[\w-]{20}|(?:ya29|SG|hv[bsr]|s|sl|dt0c01|dp\.[a-z]{2,5})\."
-    r"[\w-]{16}|(?:sk|pk|rk|gh[a-z]|gl[a-z]{2,5}|xox[a-z]|xapp|pypi)[-_][\w-]{8}")
-PREFIXED = (r"[A-Za-z][A-Za-z0-9]{1,9}(?:[-_][A-Za-z0-9]{1,8}){0,2}[-_]"
-            r"(?P<tail>[A-Za-z0-9]{16,})")
+    r"[\w-]{16}|(?:sk|pk|rk|gh[a-z]|gl[a-z]{2,5}|xox[a-z]|xapp|pypi)[-_][\w-]{8}"
+    r"|[A-Za-z][A-Za-z0-9]{1,9}(?:[-_][A-Za-z0-9]{1,8}){0,2}[-_](?=[A-Za-z0-9]{16})"
+    r"(?:(?:\d+[A-Za-z]+){2}|(?:[A-Za-z]+\d+){2})")
 # Group 1 of each stays, the rest of the match is masked.
 SECRETS = (
     r"()-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?s:(?!-----END).)*+(?:-----END "
     r"[A-Z0-9 ]{0,40}-----)?",
     r"(?m)()^[\w+/=]{4,80}$(?=\n-----END [A-Z ]{0,40}PRIVATE KEY)",
-    # a header, a line of a file: what follows belongs to it
+    # a header; the rest of a line, or a block below it; the next of a list
     r"(?i)((?:authorization|cookie|x-[a-z-]{0,20}(?:key|token)): {0,4})"
     r"""[^\s"'\\][^\n"'\\]*+""",
-    rf"(?im)({START}{NAMED}:[ \t]{{0,8}}[|>][+-]?\r?\n)(?:[ \t]+[^\n]*\n?)++",
-    rf"(?im)({START}{NAMED}(?:[:\t][ \t]{{0,40}}+\r?\n?|[ \t]{{1,40}}+=)"
-    r"""[ \t]{0,40}+)(?!["'\\{\[]|[|>]$)[^\r\n]++""",
-    rf"(?im)(^\|[^|\n]{{0,60}}?{NAMED}[^|\n]{{0,20}}\|[ ]{{0,40}})[^|\n]++",
+    rf"(?im)({START}{NAMED}(?:[:\t][ \t]{{0,40}}+(?:\r?\n(?!\x1f))?|[ \t]{{1,40}}+"
+    r"[=|])[ \t]{0,40}+)(?:[|>][+-]?\r?\n(?:[ \t]+[^\n]*\n?)++"
+    r"""|(?!["'\\{\[\x1f])[^\r\n]++)""",
+    rf"(?im)(^\x1f?(?:--?[\w.-]{{0,40}}?{NAMED}|[\w.-]{{0,40}}?{NAMED}:?"
+    r"(?=\n\x1f[^\n]{0,400}(?:\d|\Z)))\n\x1f)[^\n]++",
     # a call, a pair; an assignment, JSON, a repr(), a query
-    rf"(?i)(auth\s{{0,4}}\(\s{{0,4}}[\"'][^\"'\n]{{0,80}}[\"'],\s{{0,8}}){QUOTED}",
-    rf"(?i)((?:set_?|[\[(]\s{{0,8}}[\"'][\w.-]{{0,40}}?){NAMED}[(,]\s{{0,8}}){QUOTED}",
+    r"""(?i)((?:auth\s{0,4}\(\s{0,4}["'][^"'\n]{0,80}["'],|(?:set_?|[\[(]\s{0,8}"""
+    rf"""["'][\w.-]{{0,40}}?){NAMED}[(,])\s{{0,8}}){QUOTED}""",
     rf"(?i)({NAMED}\s{{0,8}}(?:=>|:=|[:=])\s{{0,8}}"
     r"(?:[\[(]\s{0,8}(?:[\"'][^\"'\n]{0,80}[\"']|[\w.@-]{1,80}),\s{0,8})?)"
     rf"(?:{QUOTED}"
     r"""|[^\s"'\\,;&(){}\[\]<>][^\s"'\\,;&)}\]<>]*+)""",
     # an option, XML, a sentence
     rf"(?i)((?<!\S)--?[\w-]{{0,30}}?{NAMED}\s{{1,8}})(?:{QUOTED}|[^\s-]\S*+)",
-    rf"(?i)(<[\w:.-]{{0,40}}?{NAMED}[^<>]{{0,200}}+>(?:<!\[CDATA\[)?)[^<]++",
-    rf"(?i)((?:name|key)=[\"'][\w:.-]{{0,40}}?{NAMED}"
-    r"(?:>|\s{1,40}value=[\"']))[^<\"']++",
-    rf"(?i)(<key>[^<]{{0,40}}?{NAMED}</key>\s{{0,40}}<string>)[^<]++",
+    rf"(?i)(<[\w:.-]{{0,40}}?{NAMED}[^<>]{{0,200}}+>(?:<!\[CDATA\[)?|<key>[^<]{{0,40}}?"
+    rf"{NAMED}</key>\s{{0,40}}<string>|(?:name|key)=[\"'][\w:.-]{{0,40}}?{NAMED}"
+    r"(?:>|\s{1,40}value=[\"']))[^<\"]++",
     r"(?i)((?:passw\w{0,6}|passphrase|passcode|secret|token|pin|pwd|pw|(?:api|"
-    r"access) key|(?:verification|security) code)"
-    r"(?: (?:for|of) \S{1,60})? "
+    r"access) key|(?:verification|security) code)(?: (?:for|of) \S{1,60})? "
     r"(?:(?:is|was|to|now|be|as|set|called|changed|reset|->) ){1,3})"
     rf"(?:{QUOTED}|(?=\S{{0,60}}?(?:\d|(?-i:[a-z][A-Z])|\w[!#$%&*+/@^~]\w))\S++)",
-    r"((?<!\S)(?:-[ua]|--(?:proxy-)?user|--auth)[ =]?[\"']?(?!\d{1,9}:\d)"
-    r"[^\s:\"'/]{1,80}:)[^\s\"']++",
-    r"(?i)((?:passw\w{0,6}|passphrase|pwd?) )(?=\S{0,40}\d)(?=\S{0,40}[a-z])"
-    r"\S{8}\S*+",
-    r"((?<!\S)(?:-b|--cookie)[ =]?[\"']?[\w.-]{1,40}=)[^\s\"';]++(?:;[^\"'\n]*+)?",
+    r"(?i)((?:passw\w{0,6}|passphrase|pwd?) (?=\S{0,40}\d)(?=\S{0,40}[a-z])(?=\S{8})"
+    r"|\blogin \S{1,80}\s{1,8}password\s{1,8})\S++",
+    # what a command is given
+    r"((?<!\S)(?:-[uab]|--(?:proxy-)?user|--auth|--cookie)[\s=]{0,2}[\"']?"
+    r"(?!\d{1,9}:\d)[^\s:=\"'/]{1,80}[:=])[^\s\"']++(?:;[^\"'\n]*+)?",
     r"((?:mysql|mariadb|sshpass|mongo|redis-cli|psql|ldap|zip|7z| login )"
-    r"[^\n|;&]{0,160}?\s-[pPaw] ?)[^\s-]\S*+",
-    r"(?i)(\blogin \S{1,80}\s{1,8}password\s{1,8})\S++",
+    r"(?:[^\n|;&]|\n(?=\x1f)){0,160}?\s-[pPaw]\s?)[^\s-]\S*+",
     r"(?m)(^[\w.*-]{1,80}:(?:\d{1,5}|\*):[^:\s]{1,60}:[^:\s]{1,60}:)\S++",
     r"()\$(?:apr1|2[abxy]|[156y]|argon2\w{1,2})\$[^\s:]{8}[^\s:]*+",
-    # addresses
+    # addresses, tokens
     r"(://[^\s:/@\"']{0,100}:)(?!\d{1,5}(?:[/?#]|$))[^\s\"'<>]{1,120}(?=@)",
     r"(://)[^\s:/@\"'<>]{8,120}(?=@)",
-    r"(?i)([?&#;][\w.-]{0,30}(?:key|sig|signature|code|auth|hash|ticket)=)[^\s&\"'#]{6}"
-    r"[^\s&\"'#]*+",
-    r"(hooks\.slack\.com/\w{1,20}/|/webhooks/\d{1,30}/)[\w/-]++",
-    r"(?i)(\b(?:bearer|basic|token) {1,4})(?=\S{0,20}\d)[\w.~+/-]{12}"
-    r"[\w.~+/=-]*+",
-    rf"()(?<![A-Za-z0-9])(?:{VENDORS})[\w.+/=-]*+",
-    rf"()(?<![A-Za-z0-9]){PREFIXED}[\w.+/=-]*+",
-    rf"()(?P<word>[\w+/-]{{{RANDOM_LENGTH},}}+={{0,2}})")
+    r"((?i:[?&#;][\w.-]{0,30}(?:key|sig|signature|code|auth|hash|ticket)=)"
+    r"(?=[^\s&\"'#]{6})|hooks\.slack\.com/\w{1,20}/|/webhooks/\d{1,30}/)"
+    r"[^\s&\"'#<>]++",
+    r"(?i)(\b(?:bearer|basic|token) {1,4})(?=\S{0,20}\d)[\w.~+/-]{12}[\w.~+/=-]*+",
+    rf"()(?<![A-Za-z0-9])(?:{VENDORS})[\w.+/=-]*+")
 
 
 def mask(text: str) -> str:
@@ -6507,36 +6497,22 @@ def mask(text: str) -> str:
 
 
 def hidden(found: re.Match[str]) -> str:
-    """What one of SECRETS found, masked but for its group 1."""
+    """What one of SECRETS found, masked but for its group 1 and a quote."""
     kept, secret = found[1], found[0][len(found[1]):]
-    known = found.groupdict()
-    word, tail = known.get("word"), known.get("tail")
-    if word and not looks_random(word):
+    if secret.strip("\"'\\ ").startswith("[masked"):
         return found[0]
-    if tail and not (is_mixed(tail) or looks_random(tail)):
-        return found[0]
-    counted = re.search(r"(?i)tokens?[\w.-]*\W*$", kept) and re.match(
-        r"\d{1,9}(?![\w.-])", secret)      # max_tokens: 512
-    if counted or secret.strip("\"'\\ ").startswith("[masked"):
-        return found[0]
-    quote = re.match(r"\\?[\"']", secret)
-    if quote and kept:
-        return f"{kept}{quote[0]}{mask(secret[len(quote[0]):])}"
-    return kept + mask(secret)
+    body = re.sub(r"^\\?[\"']", "", secret)
+    return kept + secret[:len(secret) - len(body)] + mask(body)
 
 
-def is_mixed(word: str) -> bool:
-    """Whether digits are strewn into it, and not put at the end."""
-    return len(re.findall(r"\d(?=[A-Za-z])|[A-Za-z](?=\d)", word)) > 2
-
-
-def looks_random(word: str) -> bool:
-    """Whether letters and digits are mixed as in base64, and not as in the
-    names of a program: a hexadecimal digest, a path, a UUID are not."""
-    mixed = all(re.search(kind, word) for kind in ("[a-z]", "[A-Z]", "[0-9]"))
+def unless_plain(word: re.Match[str]) -> str:
+    """A long word, masked where letters and digits are mixed as in base64, and
+    not as in the names of a program: a hexadecimal digest, a path, a UUID."""
+    text = word[0]
+    mixed = all(re.search(kind, text) for kind in ("[a-z]", "[A-Z]", "[0-9]"))
     turns = len(re.findall(
-        "[a-z](?=[A-Z0-9])|[A-Z](?=[a-z0-9])|[0-9](?=[A-Za-z])", word))
-    return mixed and turns > 0.4 * len(word)
+        "[a-z](?=[A-Z0-9])|[A-Z](?=[a-z0-9])|[0-9](?=[A-Za-z])", text))
+    return mask(text) if mixed and turns > 0.4 * len(text) else text
 
 
 def masked_text(text: str, own: str) -> str:
@@ -6547,55 +6523,24 @@ def masked_text(text: str, own: str) -> str:
         text = text.replace(form, mask(form)) if form else text
     for pattern in SECRETS:
         text = re.sub(pattern, hidden, text)
-    return text
-
-
-def names_secret(name: Any) -> bool:
-    """Whether a name is one of a secret, in any joining: dbPass, DB_PASS."""
-    if not isinstance(name, str) or len(name) > 80:
-        return False
-    return bool(re.search(SECRET_NAME, re.sub("(?<=[a-z])(?=[A-Z])", "_",
-                                              name)))
-
-
-def plain_json(value: Any, path: tuple[int, ...] = (),
-          left: list[int] | None = None) -> Any:
-    """A value as JSON: a dataclass as its fields, another object as its
-    repr(); a few words for what contains itself, is too deep or too much."""
-    left = [CONTEXT_NODES] if left is None else left
-    left[0] -= 1
-    if value is None or type(value) in (bool, str):
-        return value
-    if isinstance(value, (bytes, bytearray)):
-        return value.decode("utf-8", "backslashreplace")
-    if type(value) in (int, float):
-        return value if abs(value) < 1e300 else repr(float(value))
-    if hasattr(type(value), "__dataclass_fields__"):
-        value = {name: getattr(value, name, None)
-                 for name in type(value).__dataclass_fields__}
-    if not isinstance(value, (Mapping, list, tuple, set, frozenset)):
-        try:
-            return repr(value)
-        except Exception:
-            return f"[a {type(value).__name__}]"
-    if id(value) in path:
-        return "[contains itself]"
-    if len(path) > MAX_DEPTH - 4 or left[0] < 0:
-        return "[more]"
-    path += (id(value),)
-    if isinstance(value, Mapping):
-        return {str(k): plain_json(v, path, left) for k, v in value.items()}
-    return [plain_json(v, path, left) for v in value]
+    return re.sub(r"[\w+/-]{24,}+={0,2}", unless_plain, text)
 
 
 def masked_json(value: Any, own: str) -> Any:
     if isinstance(value, str):
         return masked_text(value, own)
+    made: Any = []
     if isinstance(value, list):
-        return masked_list(value, own)
+        for texts, items in itertools.groupby(
+                value, lambda item: isinstance(item, str)):
+            if texts:       # the one before may be the name of a secret
+                made += masked_text(BETWEEN.join(items), own).split(BETWEEN)
+            else:
+                made += [masked_json(item, own) for item in items]
+        return made
     if not isinstance(value, dict):
         return value
-    named = any(names_secret(value.get(key)) for key in (
+    named = any(is_secret(value.get(key)) for key in (
         "name", "key", "header", "Name", "Key"))        # of {"value": ...}
     made = {}
     for key, item in value.items():
@@ -6605,40 +6550,40 @@ def masked_json(value: Any, own: str) -> Any:
     return made
 
 
-def is_secret(name: str, value: Any) -> bool:
-    """Whether a value of this name is to be masked; a number rarely is."""
-    if not value or value is True or not names_secret(name):
+def is_secret(name: Any, value: Any = "?") -> bool:
+    """Whether what has this name, in any joining (dbPass, DB_PASS), is to be
+    masked; a number rarely is."""
+    if not isinstance(name, str) or len(name) > 80 or not value or value is True:
         return False
-    return not isinstance(value, (int, float)) or bool(
-        re.search(r"(?i)passw|pwd|passcode|secret|pin$|otp$", name))
+    if isinstance(value, (int, float)):
+        return bool(re.search(r"(?i)passw|pwd|passcode|secret|pin$|otp$", name))
+    return bool(re.search(SECRET_NAME, re.sub("(?<=[a-z])(?=[A-Z])", "_", name)))
 
 
-def masked_list(items: list[Any], own: str) -> list[Any]:
-    """A list in which a name of a secret, an option or a pair's first, is
-    followed by the secret, or a private key goes over several lines."""
-    made: list[Any] = []
-    before, inside = "", False
-    for item in items:
-        text = item if isinstance(item, str) else ""
-        inside = inside or "-----BEGIN" in text and "PRIVATE" in text
-        if text and (inside or is_named(before, text, len(items) == 2)):
-            made.append(mask(text))
-        elif "-" in (before[:1], text[:1]) and len(text) < EDGE:
-            # tool --user ana:secret, tool -psecret
-            line = masked_text(f"{items[0]} {before} {text}", own)
-            made.append(line.split(f" {before} ", 1)[-1])
-        else:
-            made.append(masked_json(item, own))
-        inside = inside and "-----END" not in text
-        before = text
-    return made
-
-
-def is_named(before: str, text: str, pair: bool) -> bool:
-    """Whether a text of a list is the secret that the one before it names."""
-    if not re.fullmatch(r"[\w.-]{1,80}:?", before) or not names_secret(before):
-        return False
-    return pair or before[0] == "-" or bool(re.search(r"\d", text))
+def plain_json(value: Any, depth: int = 0, left: list[int] | None = None) -> Any:
+    """A value as JSON: a dataclass as its fields, another object as its
+    repr(); a word for what is too deep or too much."""
+    left = left or [CONTEXT_NODES]
+    left[0] -= 1
+    if value is None or type(value) in (bool, str):
+        return value
+    if type(value) in (int, float) and abs(value) < 1e300:
+        return value
+    if isinstance(value, (bytes, bytearray)):
+        return value.decode("utf-8", "backslashreplace")
+    if hasattr(type(value), "__dataclass_fields__"):
+        value = {name: getattr(value, name, None)
+                 for name in type(value).__dataclass_fields__}
+    if not isinstance(value, (Mapping, list, tuple, set, frozenset)):
+        try:
+            return repr(value)
+        except Exception:
+            return f"[a {type(value).__name__}]"
+    if depth > MAX_DEPTH - 4 or left[0] < 0:
+        return "[more]"
+    if isinstance(value, Mapping):
+        return {str(k): plain_json(v, depth + 1, left) for k, v in value.items()}
+    return [plain_json(v, depth + 1, left) for v in value]
 
 
 # ================================== Guard ==================================
