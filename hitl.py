@@ -3410,17 +3410,6 @@ def notice_mark(outcomes: list[tuple[str, str, str]]) -> str:
     return ", ".join(failed)
 
 
-def record_notice(store: Store, name: str, request_id: str,
-                  answer: Answer) -> str:
-    """What became of a notice, into the log -> the mark, if it failed."""
-    event, key = ("notified", "status") if answer.told else ("not-notified", "why")
-    detail = {"name": name, key: answer.status}
-    if answer.text and not answer.told:
-        detail["answer"] = answer.text
-    store.attempt(store.note, store.request(request_id), event, "server", detail)
-    return "" if answer.told else notice_mark(store.notices_of(request_id))
-
-
 def failure(error: BaseException) -> Answer:
     """An exception as an answer: its class, never its words, which could quote
     a secret. What the network did is worth another try."""
@@ -6041,12 +6030,19 @@ class Loop:
     def record_notices(self) -> None:
         """The rows of what became of notices, for a fifth of a turn."""
         import sqlite3
-        end = self.clock() + TURN_SECONDS / 5
+        store, end = self.desk.store, self.clock() + TURN_SECONDS / 5
         while self.reports and self.clock() < end:
             name, request_id, answer = self.reports.popleft()
+            event, detail = "notified", {"name": name, "status": answer.status}
+            if not answer.told:
+                event, detail = "not-notified", {"name": name, "why": answer.status}
+                if answer.text:
+                    detail["answer"] = answer.text
             try:
-                if mark := record_notice(self.desk.store, name, request_id, answer):
-                    self.print_lines([f"{request_id}: {mark}"])
+                store.attempt(store.note, store.request(request_id), event, "server",
+                              detail)
+                if not answer.told:
+                    self.print_lines([f"{request_id}: {self.desk.told(request_id)}"])
             except (Refusal, sqlite3.Error) as error:   # told again after a restart
                 log.error("a notice cannot be recorded: %s", error)
 

@@ -3280,18 +3280,21 @@ def test_a_body_is_filled_in_its_texts(tell):
 
 
 def test_no_try_after_it_stopped_waiting(tell):
-    """A request that stopped waiting is not tried again, and the log says so;
-    one whose delay had not come is owed nothing."""
+    """A request that stopped waiting is not tried again, nor for the first time
+    with the others of its burst, and the log says so; one whose delay had not
+    come is owed nothing."""
     with Receiver(500) as receiver:
         done = tell(notify(url=receiver.url, body={}) + notify(
             "later", url=receiver.url, after_seconds=60),
             pace=hitl.Pace(pauses=(60,), window=60), count=0)
         phone, later = tell.notices.channels
         assert until(lambda: "r-1" in phone.jobs and phone.jobs["r-1"].tries == 1)
-        tell.notices.follow(None, [hitl.Change("rejected", "r-1", "", "")])
-        assert until(lambda: done and not later.jobs)
-        assert done == [("phone", ["r-1"],
-                         hitl.Answer(False, "it stopped waiting first"))]
+        tell.notices.begins(a_request("r-2"))
+        tell.notices.follow(None, [hitl.Change("rejected", each, "", "")
+                                   for each in ("r-1", "r-2")])
+        assert until(lambda: len(done) == 2 and not later.jobs)
+        assert done == [("phone", [each], hitl.Answer(
+            False, "it stopped waiting first")) for each in ("r-1", "r-2")]
         assert len(receiver.got) == 1
 
 
