@@ -8489,10 +8489,7 @@ CODING_HEAD = """
 
 def answer(args: Any, value: Any, lines: Iterable[str]) -> int:
     """Print what a command found, as JSON or as lines -> its exit status."""
-    if args.json:
-        lines = [json.dumps(value, indent=2)]
-    for line in lines:
-        say(line)
+    say(json.dumps(value, indent=2) if args.json else "\n".join(lines))
     return 0
 
 
@@ -8606,20 +8603,15 @@ def fitted(text: str, indent: int = 0) -> list[str]:
     return [text[n:n + room] for n in range(0, len(text), room)]
 
 
-def wrapped(line: str) -> str:
-    """A line; where the terminal is too narrow it goes on behind a plus, so
-    that nothing can look like another line."""
-    return "\n    + ".join(fitted(line, 6))
-
-
-def labelled(name: str, text: str, size: str = "") -> Iterator[str]:
-    """A text behind its name or, with a size, in a block behind bars."""
-    if not size:
-        yield wrapped(f"    {name:12} {text}")
-        return
-    yield wrapped(f"    {name}: {size}")
-    yield from (wrapped(f"    | {line}") for line in text.split("\n"))
-    yield wrapped(f"    end of {name}")
+def labelled(name: str, text: str, size: str = "") -> str:
+    """A text behind its name or, with a size, in a block behind bars. Where
+    the terminal is too narrow a line goes on behind a plus, so that nothing
+    can look like another line."""
+    lines = [f"    {name:12} {text}"]
+    if size:
+        lines = [f"    {name}: {size}", *(f"    | {line}" for line in
+                                          text.split("\n")), f"    end of {name}"]
+    return "\n".join("\n    + ".join(fitted(line, 6)) for line in lines)
 
 
 def request_lines(request: dict[str, Any]) -> Iterator[str]:
@@ -8627,21 +8619,21 @@ def request_lines(request: dict[str, Any]) -> Iterator[str]:
     headline = one_line(request["action_description"])
     yield f"{request['status']:9} {headline}"
     if headline.endswith("\u2026"):
-        yield from labelled("in full", visible(request["action_description"]))
+        yield labelled("in full", visible(request["action_description"]))
     yield f"  runs exactly this: {visible(request['tool'] or 'no tool')}"
     for name, size, text in argument_rows(request["arguments"] or {}):
         label = visible(name)
         if not re.fullmatch("[A-Za-z0-9_.-]+", name):
             label = f'"{label}"'        # or it could look like a bar or an end
-        yield from labelled(label, text, size)
+        yield labelled(label, text, size)
     yield "  who asks, and what is known:"
     for name in ("agent", "asked_by", "checkpoint_id", "why", "received_at",
                  "deadline", "decided_by", "decided_at", "reason", "outcome",
                  "outcome_text", "notices", "request_id", "digest"):
         if request.get(name):
-            yield from labelled(name, visible(str(request[name])))
+            yield labelled(name, visible(str(request[name])))
     context = visible_lines(layout(request["agent_context"]))
-    yield from labelled("context", context, readable_size(len(context.encode())))
+    yield labelled("context", context, readable_size(len(context.encode())))
     if request["status"] == Status.WAITING:
         who = "an agent" if request["attended"] else "nobody"
         yield f"  {who} waits for it now"
@@ -9233,15 +9225,12 @@ def standing_line(row: dict[str, Any]) -> str:
     what = "everything"
     if row["request_id"] is not None:
         what = f"the same call as {row['request_id']}"
-    line = (f"{row['number']} {row['decision']}: {what}, by "
-            f"{row['made_by'].partition(':')[2]} since {row['made_at']}")
-    if row["until"]:
-        line += f" until {row['until']}"
-    if row["uses"]:
-        line += f", {row['used']} of {row['uses']} uses"
-    if row["reason"]:
-        line += f": {row['reason']}"
-    return visible(line)
+    return visible("".join([
+        f"{row['number']} {row['decision']}: {what}, by ",
+        f"{row['made_by'].partition(':')[2]} since {row['made_at']}",
+        f" until {row['until']}" if row["until"] else "",
+        f", {row['used']} of {row['uses']} uses" if row["uses"] else "",
+        f": {row['reason']}" if row["reason"] else ""]))
 
 
 def cmd_notify(args: Any) -> int:
@@ -9496,15 +9485,13 @@ OPTIONS: dict[str, tuple[Any, ...]] = {     # its value or "", help, and more
     "number": ("number", "its number in `standing`", {"type": int}),
     "tool": ("tool", "the name of a tool", {"nargs": "?"}),
 }
-EXIT_STATUS = ((ConfigError, 2), (ReviewTimeoutError, 3),
-               (UnreachableError, 4))
+EXIT_STATUS = {ConfigError: 2, ReviewTimeoutError: 3, UnreachableError: 4}
 
 
 def print_error(error: Exception) -> None:
-    print(f"hitl: error: {getattr(error, 'message', error)}", file=sys.stderr)
-    if getattr(error, "hint", ""):
-        print(f"hitl: hint: {error.hint}",  # type: ignore[attr-defined]
-              file=sys.stderr)
+    hint = getattr(error, "hint", "")
+    print(f"hitl: error: {getattr(error, 'message', error)}" + (
+        f"\nhitl: hint: {hint}" if hint else ""), file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -9527,8 +9514,7 @@ def main(argv: list[str] | None = None) -> int:
         return int(args.function(args))
     except HitlError as error:
         print_error(error)
-        return next((status for kind, status in EXIT_STATUS
-                     if isinstance(error, kind)), 1)
+        return EXIT_STATUS.get(type(error), 1)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:             # `hitl.py log | head`
