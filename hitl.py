@@ -7546,7 +7546,7 @@ def proposed(call: Json) -> tuple[str, Json]:
     if tool is None and "command" in call:              # Cursor's shell
         tool, arguments = "shell", {"command": call["command"]}
     if not isinstance(tool, str) or not tool:
-        raise HitlError("the call names no tool", reason="bad-hook")
+        raise HitlError("the call names no tool")
     if isinstance(arguments, str) and read_loosely(arguments) is not None:
         arguments = parse_json(arguments)       # JSON inside JSON
     if arguments is None or isinstance(arguments, dict):
@@ -7603,14 +7603,10 @@ class Hook:
         """What to print if the call may go on; raises if it may not."""
         self.dialect = dialect_of(read_loosely(data))               # 1 read
         self.alarm()                    # an error too is told in its dialect
-        try:
+        with config_error("the hook's input is not strict JSON:"):
             call = parse_json(data)
-        except ValueError as error:
-            raise HitlError(f"the hook's input is not strict JSON: {error}",
-                            reason="bad-json") from None
         if self.dialect is UNKNOWN:
-            raise HitlError("this is not a call of a coding agent that hitl.py "
-                            "knows", reason="bad-hook")
+            raise HitlError("this is not a call of a coding agent that hitl.py knows")
         tool, arguments = proposed(call)
         cwd = call.get("cwd")
         own = os.environ.get("HITL_AGENT") or self.dialect.name.partition("-")[0]
@@ -7621,8 +7617,7 @@ class Hook:
                                             MAX_NAME))
         text = canonical(arguments).replace("\\", "")       # JSON inside JSON
         if re.search('"echo(","| )hitl-selftest"', text):
-            raise CollaborationError("the hook works: this call was refused "
-                                     "as a test", reason="self-test")
+            raise CollaborationError("the hook works: this call was refused as a test")
         held = self.hold(gate, tool, arguments,                     # 2 hold
                          cwd if isinstance(cwd, str) else None)
         if held is None:
@@ -7706,14 +7701,13 @@ class Hook:
         """The one answer, whole, and the end of this process; exit status 2
         if it cannot be written."""
         self.ended = True               # an alarm comes too late now
-        lines = [words] if words else []
-        if status == 0:                 # with 2 a model reads stderr
-            lines = self.notes + lines
+        notes = [] if status else self.notes    # with 2 a model reads stderr
+        text = "".join(f"{line}\n" for line in [*notes, words] if line)
         try:
             if answer is not None:
                 write_whole(1, json.dumps(answer).encode() + b"\n")
-            for line in lines if sys.stderr else []:
-                write_whole(2, f"{line}\n".encode(errors="backslashreplace"))
+            if sys.stderr:
+                write_whole(2, text.encode(errors="backslashreplace"))
         except OSError:
             status = 2
         os._exit(status)
@@ -7810,10 +7804,9 @@ class Proxy:
 
     def __init__(self, gate: Gate, command: list[str], name: str) -> None:
         self.gate, self.command, self.name = gate, command, name
-        self.tasks: set[Any] = set()
-        # by JSON-RPC id: the task of a call that is not sent yet; and what the
-        # server is to answer, as a future or, where it simply passes, None
-        self.held: dict[str, Any] = {}
+        # by JSON-RPC id: the tasks of calls; and what the server is to answer,
+        # as a future or, where it simply passes, None
+        self.calls: dict[str, Any] = {}
         self.open: dict[str, Any] = {}
         # what was approved and answered input_required, by call and state
         self.resumes: dict[tuple[str, str], Held] = {}
@@ -7846,9 +7839,10 @@ class Proxy:
         what it left open."""
         import asyncio
         import signal
-        self.open |= dict.fromkeys(self.held)
-        for task in [pumps[1], *self.held.values()]:
-            task.cancel()
+        pumps[1].cancel()
+        for key in self.calls.keys() - self.open.keys():
+            self.calls[key].cancel()
+            self.open[key] = None
         self.child.stdin.close()                # it should end by itself
         for name in ("SIGTERM", "SIGKILL"):
             await self.exited(3)
@@ -7863,8 +7857,8 @@ class Proxy:
             self.from_server(b'{"jsonrpc": "2.0", "id": %b, "error": {"code": '
                              b'-32000, "message": "the MCP server has ended"}}\n'
                              % key.encode())
-        if self.tasks:
-            await asyncio.wait(self.tasks, timeout=3)
+        if self.calls:
+            await asyncio.wait(self.calls.values(), timeout=3)
 
     async def exited(self, seconds: float) -> None:
         """Wait for the server itself; what it started may hold its pipes."""
@@ -7900,32 +7894,25 @@ class Proxy:
         try:
             message = read_message(line)
         except ValueError as error:     # a server might read it as a call
-            self.reject(line, visible(str(error)))
+            loose, why = read_loosely(line), visible(f"hitl: refused: {error}")
+            ids = [at_path(item, "id") for item in
+                   (loose if isinstance(loose, list) else [loose])]
+            for key in [k for k in ids if type(k) in (str, int)] or [None]:
+                self.answer(id=key, error={"code": -32600, "message": why})
             return
         method, key = message.get("method"), json.dumps(message.get("id"))
         if method == CALL:
-            self.held[key] = task = self.loop.create_task(self.call(message, line))
-            self.tasks.add(task)
-            task.add_done_callback(self.tasks.discard)
+            self.calls[key] = task = self.loop.create_task(self.call(message, line))
+            task.add_done_callback(lambda _: self.calls.pop(key, None))
             return
         if method == "notifications/cancelled":
             asked = json.dumps(at_path(message, "params.requestId"))
-            if asked in self.held:
-                self.held.pop(asked).cancel()
+            if asked in self.calls and asked not in self.open:
+                self.calls[asked].cancel()
                 return                  # withdrawn, never sent or answered
         if "id" in message and method:
             self.open[key] = None
         self.child.stdin.write(line)
-
-    def reject(self, line: bytes, why: str) -> None:
-        """Say that a line is refused, under its id where one can be read, or
-        under each in a batch."""
-        loose = read_loosely(line)
-        batch = loose if isinstance(loose, list) else [loose]
-        ids = [key for item in batch if type(key := at_path(item, "id")) in (str, int)]
-        for key in ids or [None]:
-            self.answer(id=key, error={
-                "code": -32600, "message": f"hitl: refused: {why}"})
 
     def from_server(self, line: bytes) -> None:
         message = read_loosely(line)
@@ -7956,13 +7943,11 @@ class Proxy:
     # ---- one call ----
 
     async def call(self, message: Json, line: bytes) -> None:
-        """1 wait for a person, 2 send what was approved (promise 2), 3 pass
-        the answer on, with what a reviewer changed as its first content, and
-        4 report it."""
-        key, params = json.dumps(message["id"]), message["params"]
+        """A tools/call: its line passes where no checkpoint holds it."""
+        params = message["params"]
         tool, arguments = params["name"], params.get("arguments") or {}
-        resumed = canonical([tool, arguments]), json.dumps(params.get("requestState"))
-        held = self.resumes.pop(resumed, None)  # the rest of one approved before
+        call, state = canonical([tool, arguments]), params.get("requestState")
+        held = self.resumes.pop((call, json.dumps(state)), None)
         try:
             held = held or await self.gate.ahold(
                 f"mcp__{self.name}__{tool}", arguments, edits=True,
@@ -7970,21 +7955,28 @@ class Proxy:
                 context={"MCP server": self.command,
                          "the server says of this tool (untrusted)":
                              self.tools.get(tool, "nothing")})
-        except HitlError as error:
-            self.refuse(message, error)
+        except HitlError as error:      # a result: agents drop an error's reason
+            result: Json = {"isError": True, "content": [
+                {"type": "text", "text": error.told}]}
+            if MODERN in json.dumps(params.get("_meta")):
+                result["resultType"] = "complete"
+            self.answer(id=message["id"], result=result)
             return
-        finally:
-            self.held.pop(key, None)
-        self.open[key] = None
-        if held is None:
+        if held:
+            await self.run_held(message, held, call)
+        else:
+            self.open[json.dumps(message["id"])] = None
             self.child.stdin.write(line)
-            return
-        self.open[key] = reply = self.loop.create_future()
-        sent = {name: value for name, value in params.items() if name in PARAMS}
-        sent["arguments"] = held.arguments
+
+    async def run_held(self, message: Json, held: Held, call: str) -> None:
+        """1 send what was approved (promise 2), 2 pass the answer on, with what
+        a reviewer changed as its first content, 3 report it."""
+        self.open[json.dumps(message["id"])] = reply = self.loop.create_future()
+        params = {name: value for name, value in message["params"].items()
+                  if name in PARAMS} | {"arguments": held.arguments}
         self.child.stdin.write(json.dumps({
             "jsonrpc": "2.0", "id": message["id"], "method": CALL,
-            "params": sent}).encode() + b"\n")
+            "params": params}).encode() + b"\n")
         line = await reply
         answer = json.loads(line)
         content, failure = at_path(answer, "result.content"), None
@@ -7998,18 +7990,9 @@ class Proxy:
         self.to_client(line)
         if at_path(answer, "result.resultType") == "input_required":
             state = json.dumps(at_path(answer, "result.requestState"))
-            self.resumes[resumed[0], state] = held
+            self.resumes[call, state] = held
         else:
             await held.areport(failure)
-
-    def refuse(self, message: Json, error: HitlError) -> None:
-        """A refusal as a tool's result: agents drop the reason of a JSON-RPC
-        error."""
-        result: Json = {"isError": True, "content": [
-            {"type": "text", "text": error.told}]}
-        if MODERN in json.dumps(message["params"].get("_meta")):
-            result["resultType"] = "complete"
-        self.answer(id=message["id"], result=result)
 
     def progress(self, token: Any) -> Callable[[], None] | None:
         """What tells the client, at each look at the status, that a person
