@@ -3354,7 +3354,6 @@ class Answer(NamedTuple):
     status: str                 # "204", "exit 1", "ConnectionRefusedError"
     text: str = ""
     again: bool = False
-    not_before: float = 0.0     # a Retry-After, on the monotonic clock
 
 
 class Job(NamedTuple):
@@ -3573,8 +3572,7 @@ class Channel:
                             again=reply.status in WORTH_ANOTHER_TRY)
             after = reply.headers["Retry-After"] or ""
             if answer.again and re.fullmatch("[0-9]{1,9}", after):
-                answer = answer._replace(not_before=time.monotonic() + min(
-                    int(after), MAX_RETRY_AFTER))
+                self.quiet_until = time.monotonic() + min(int(after), MAX_RETRY_AFTER)
             yield answer
             if not answer.told or self.curious:     # else its body may never end
                 yield answer._replace(text=self.shown(reply.read(4096)))
@@ -3693,13 +3691,10 @@ class Channel:
             if not answer.again or job.tries == len(pauses):
                 done.append(job.request.request_id)
             else:
-                due = answer.not_before or started + pauses[job.tries]
-                self.owe(Job(job.request, due, job.tries + 1))
+                self.owe(Job(job.request, started + pauses[job.tries], job.tries + 1))
         if self.bundles:                # a burst rings once
-            self.quiet_until = started + (
-                pauses[0] if answer.again else self.pace.window)
-        if answer.not_before:
-            self.quiet_until = answer.not_before
+            pause = pauses[0] if answer.again else self.pace.window
+            self.quiet_until = max(self.quiet_until, started + pause)
         if done:
             notices.report(self.name, done, answer)
 
