@@ -740,7 +740,6 @@ def did_you_mean(word: Any, known: Any) -> str:
 
 CATEGORIES = ("high-impact", "data-risk", "destructive")
 EFFECTS = ("allow", "review", "deny")    # the stricter the later
-KINDS = ("tool", "shell", "edit")
 SEARCH = re.IGNORECASE | re.DOTALL      # how a pattern that gates is looked for
 MAX_TOOL_NAME = 200             # characters: a longer name always waits
 MAX_MATCHED = 64 * 1024         # characters that any pattern looks at
@@ -756,7 +755,7 @@ class Checkpoint(NamedTuple):
     """One rule: which calls, what to tell the reviewer, what to do."""
 
     checkpoint_id: str
-    action_pattern: str
+    action_pattern: str                 # "" in one of our own, which all match
     description_template: str
     category: str = ""
     effect: str = "review"
@@ -783,55 +782,52 @@ class Checkpoint(NamedTuple):
             return short and re.fullmatch(pattern, text) is not None
         return not short or re.search(pattern, text, SEARCH) is not None
 
+    def view(self, pattern: str, text: str) -> str | None:
+        """The view of a text in which a pattern finds it, None if none."""
+        seen = (text,) if self.effect == "allow" else views(text)
+        return next((view for view in seen if self.finds(pattern, view)), None)
+
     def names(self, tool: str) -> str:
         """Why a tool of this name can be meant, or ""."""
         pattern = self.action_pattern
         if self.kind != "tool":
             why = f'kind = "{self.kind}" and action_pattern {pattern!r}'
             return why if may_be(self.kind, tool) else ""
-        texts = views(tool)
-        if self.effect == "allow":
-            texts = texts[:1]
-        for text in texts:
-            if self.finds(pattern, text):
-                hit = re.search(pattern, text, SEARCH)
-                return (f'action_pattern {pattern!r} finds "'
-                        f'{visible(hit[0] if hit else text)}" in "{visible(text)}"')
-        return ""
+        view = self.view(pattern, tool)
+        if view is None:
+            return ""
+        hit = re.search(pattern, view, SEARCH)
+        found = visible(hit[0] if hit else view)
+        return f'action_pattern {pattern!r} finds "{found}" in "{visible(view)}"'
 
     def matches(self, call: Call) -> bool:
         """Whether a call with a name that matches is meant. In doubt (two
-        names that count as one) review and deny match, and allow does not."""
-        if call.ambiguous:
-            return self.effect != "allow" and (
-                self.kind == "tool" or call.texts(self.kind) != [])
-        return all(
-            self.argument_matches(pattern, argument(call.arguments, name))
-            for name, pattern in self.arguments.items()
-        ) and self.kind_matches(call)
+        names that count as one, an argument that is missing or not a text)
+        review and deny match, and allow does not."""
+        opens = self.effect == "allow"
+        if call.ambiguous and self.action_pattern:
+            return not opens and (self.kind == "tool" or call.texts(self.kind) != [])
+        for name, pattern in self.arguments.items():
+            value = argument(call.arguments, name)
+            if isinstance(value, str):
+                if self.view(pattern, value) is None:
+                    return False
+            elif opens:
+                return False
+        return self.kind == "tool" or self.finds_in(call)
 
-    def argument_matches(self, pattern: str, value: Any) -> bool:
-        """Whether a pattern finds an argument. One that is missing or not a
-        text matches for review and deny, and does not for allow."""
-        if not isinstance(value, str):
-            return self.effect != "allow"
-        return self.finds(pattern, value) or self.effect != "allow" and any(
-            self.finds(pattern, text) for text in views(value))
-
-    def kind_matches(self, call: Call) -> bool:
+    def finds_in(self, call: Call) -> bool:
         """Whether action_pattern finds what a shell or an edit would do. An
         allow rule takes from the call what it opens; it decides once nothing
         is left, so that several rules can make one list."""
-        if self.kind == "tool":
-            return True
-        if self.effect == "allow":
-            shut = call.shut(self.kind)
-            opened = [text for text in shut
-                      if self.finds(self.action_pattern, text)]
-            shut[:] = [text for text in shut if text not in opened]
-            return opened != [] and not shut
-        return any(text is None or self.finds(self.action_pattern, text)
-                   for text in call.texts(self.kind))
+        if self.effect != "allow":
+            return any(text is None or self.finds(self.action_pattern, text)
+                       for text in call.texts(self.kind))
+        shut = call.shut(self.kind)
+        left = [text for text in shut if not self.finds(self.action_pattern, text)]
+        opened = len(left) < len(shut)
+        shut[:] = left
+        return opened and not shut
 
 
 class Match(NamedTuple):
@@ -846,10 +842,6 @@ class Match(NamedTuple):
 
 
 ODD_NAME = Checkpoint("odd-name", "", "")
-UNMATCHED = {
-    "review": Checkpoint("unmatched", "", ""),
-    "allow": Checkpoint("unmatched", "", "", effect="allow"),
-}
 
 
 class Rules(NamedTuple):
@@ -866,16 +858,33 @@ class Rules(NamedTuple):
         """The checkpoint that decides about this call. A dispatcher is looked
         through: of the call and those inside it the strictest counts. Paths
         are relative to `cwd`, the working directory if it is not given."""
+        def decides(call: Call) -> Match:
+            return next(match for match in self.of_name(call.tool)
+                        if match.checkpoint.matches(call))
         call = Call(tool, arguments, cwd)
-        found = [self._decides(call)]
+        found = [decides(call)]
         try:
             for inner in call.inner():
-                checkpoint, why = self._decides(inner)
+                checkpoint, why = decides(inner)
                 why = f'in it, the call "{visible(inner.tool)}": {why}'
                 found.append(Match(checkpoint, why))
         except ValueError as error:
             found.append(Match(ODD_NAME, str(error)))
         return max(found, key=lambda match: EFFECTS.index(match.effect))
+
+    def of_name(self, tool: str) -> Iterator[Match]:
+        """The checkpoints that a tool's name lets match, and then what
+        becomes of a call that none of them holds."""
+        odd = odd_name(tool)
+        if len(tool) <= MAX_TOOL_NAME:          # before anything is cut
+            for checkpoint in self.checkpoints:
+                why = checkpoint.names(tool)
+                if why and not (odd and checkpoint.effect == "allow"):
+                    yield Match(checkpoint, why)
+        if odd:
+            yield Match(ODD_NAME, odd)
+        yield Match(Checkpoint("unmatched", "", "", effect=self.unmatched),
+                    "no checkpoint matches")
 
     def all_holding(self, tool: str, arguments: Mapping[str, Any]
                     ) -> list[Checkpoint]:
@@ -886,27 +895,22 @@ class Rules(NamedTuple):
             calls = [call, *call.inner()]
         except ValueError:
             return list(self.checkpoints)
-        return [match.checkpoint for call in calls
-                for match in self._of_name(call.tool)
-                if match.checkpoint.action_pattern
-                and match.checkpoint.matches(call)]
+        return [checkpoint for call in calls for checkpoint in self.checkpoints
+                if checkpoint.names(call.tool) and checkpoint.matches(call)]
 
-    def candidates(self, tool: str) -> tuple[Match, ...]:
-        """Every checkpoint that could decide about a tool of this name, in
-        file order, up to the first that asks nothing of the arguments."""
-        found = []
-        for match in self._of_name(tool):
-            found.append(match)
-            if match.checkpoint.unconditional:
+    def may_hold(self, tool: str) -> bool:
+        """Whether some call of a tool of this name would not run unasked."""
+        for match in self.of_name(tool):
+            if match.effect != "allow" or match.checkpoint.unconditional:
                 break
-        return tuple(found)
+        return match.effect != "allow"
 
     def is_free(self, tool: str, names: Iterable[str]) -> bool:
         """Whether every call of this tool with arguments of these names runs
         unasked, as long as has_plain_values() is true of their values."""
-        first = self.candidates(tool)[0]
+        first = next(self.of_name(tool)).checkpoint
         keys = [bare_name(name) for name in names]
-        return (first.effect == "allow" and first.checkpoint.unconditional
+        return (first.effect == "allow" and first.unconditional
                 and len(set(keys)) == len(keys)
                 and INNER_TOOLS.isdisjoint(keys))
 
@@ -914,31 +918,12 @@ class Rules(NamedTuple):
         """The checkpoint of this id, ConfigError if there is none;
         "unmatched" is the one that holds what no other names."""
         ids = {c.checkpoint_id: c for c in self.checkpoints}
-        if checkpoint_id in ids or checkpoint_id == "unmatched":
-            return ids.get(checkpoint_id, UNMATCHED["review"])
-        raise ConfigError(
-            f'no checkpoint "{checkpoint_id}" in {self.path}',
-            f'there are: {", ".join(ids)}{did_you_mean(checkpoint_id, ids)}')
-
-    def _decides(self, call: Call) -> Match:
-        return next(match for match in self._of_name(call.tool)
-                    if not match.checkpoint.action_pattern      # our own ids
-                    or match.checkpoint.matches(call))
-
-    def _of_name(self, tool: str) -> Iterator[Match]:
-        """The checkpoints that a tool's name lets match, and then what
-        becomes of a call that none of them holds."""
-        odd = odd_name(tool)
-        if len(tool) > MAX_TOOL_NAME:           # before anything is cut
-            yield Match(ODD_NAME, odd)
-            return
-        for checkpoint in self.checkpoints:
-            why = checkpoint.names(tool)
-            if why and not (odd and checkpoint.effect == "allow"):
-                yield Match(checkpoint, why)
-        if odd:
-            yield Match(ODD_NAME, odd)
-        yield Match(UNMATCHED[self.unmatched], "no checkpoint matches")
+        ids.setdefault("unmatched", Checkpoint("unmatched", "", ""))
+        if checkpoint_id not in ids:
+            raise ConfigError(
+                f'no checkpoint "{checkpoint_id}" in {self.path}',
+                f'there are: {", ".join(ids)}{did_you_mean(checkpoint_id, ids)}')
+        return ids[checkpoint_id]
 
 
 # ---- how long a pattern may take ----
@@ -1002,33 +987,50 @@ def are_apart(branches: list[Any]) -> bool:
     return len(firsts) == len(branches)
 
 
-# ---- the tool's name ----
+# ---- names: of the tool, of arguments ----
 
-def views(text: str) -> tuple[str, ...]:
+def printed(text: str) -> str:
+    """A text under NFKC, without what is not drawn."""
+    return "".join(c for c in unicodedata.normalize("NFKC", text)
+                   if c.isprintable() and not SHAPELESS.match(c))
+
+
+def views(text: str) -> Iterator[str]:
     """A name as a pattern looks at it, the raw one first. Each way defeats a
     disguise: width and style of letters, zero-width characters, another case,
     a prefix that hides the name from `^` or `\\b`."""
-    plain = unicodedata.normalize("NFKC", text)
-    clean = "".join(c for c in plain if c.isprintable() and not (
-        SHAPELESS.match(c) or unicodedata.category(c)[0] == "M"))
+    yield text
+    clean = "".join(c for c in printed(text) if unicodedata.category(c)[0] != "M")
     last = next(filter(None, re.split(r"__|[./:]", clean)[::-1]), clean)
-    return tuple(dict.fromkeys((
-        text, plain, clean, clean.casefold(), last, last.casefold())))
+    plain = unicodedata.normalize("NFKC", text)
+    for view in dict.fromkeys((
+            plain, clean, clean.casefold(), last, last.casefold())):
+        if view != text:
+            yield view
 
 
 def odd_name(tool: str) -> str:
     """Why a tool's name always waits, or ""."""
-    if not tool:
-        return "the name is empty"
     if len(tool) > MAX_TOOL_NAME:
         return f"the name has more than {MAX_TOOL_NAME} characters"
-    if tool.isascii() and tool.isprintable():
+    if tool and tool.isascii() and tool.isprintable():
         return ""
-    return (f'the name "{visible(tool)}" has characters that are not plain '
-            "ASCII")
+    return (f'the name "{visible(tool)}" is empty, or has characters that are '
+            "not plain ASCII")
 
 
-# ---- names of arguments; calls inside a call ----
+def folded(name: str) -> str:
+    """One name is one name: what two readers of JSON may take for the same
+    (CVE-2026-27896: Go's JSON takes the last of `name` and `Name`)."""
+    if name.isascii() and name.isprintable():
+        return name.lower()
+    return unicodedata.normalize("NFKC", printed(printed(name).casefold()))
+
+
+def bare_name(name: str) -> str:
+    """An argument's name in any joining: toolName, tool_name, tool-name."""
+    return re.sub(r"[\W_]+", "", folded(str(name)))
+
 
 # What a dispatcher calls the tool inside it: by itself, or beside arguments.
 INNER_ALONE = frozenset(("toolname", "toolslug", "recipientname"))
@@ -1042,29 +1044,12 @@ PLAIN_TYPES = frozenset((int, float, bool, type(None)))
 MISSING = object()
 
 
-def folded(name: str) -> str:
-    """One name is one name: what two readers of JSON may take for the same
-    (CVE-2026-27896: Go's JSON takes the last of `name` and `Name`)."""
-    if name.isascii() and name.isprintable():
-        return name.lower()
-    plain = unicodedata.normalize("NFKC", name).casefold()
-    seen = "".join(c for c in unicodedata.normalize("NFKC", plain)
-                   if c.isprintable() and not SHAPELESS.match(c))
-    return unicodedata.normalize("NFKC", seen)
-
-
-def bare_name(name: str) -> str:
-    """An argument's name in any joining: toolName, tool_name, tool-name."""
-    return re.sub(r"[\W_]+", "", folded(str(name)))
-
-
 def argument(arguments: Mapping[str, Any], name: str) -> Any:
     """The argument of this name, or inside one by a dotted name. MISSING if
     there is none, or both and they differ: one would hide the other."""
     value: Any = arguments
     for part in name.split("."):
-        inside = value if isinstance(value, Mapping) else {}
-        value = inside.get(part, MISSING)
+        value = value.get(part, MISSING) if isinstance(value, Mapping) else MISSING
     plain = arguments.get(name, value)
     return plain if value is MISSING or plain == value else MISSING
 
@@ -1090,6 +1075,23 @@ def objects_in(value: Any, quoted: bool = False) -> Iterator[Mapping[str, Any]]:
         count += 1
         if depth > MAX_DEPTH or count + len(todo) > MAX_MEMBERS:
             raise ValueError("the arguments are too large to look through")
+
+
+def values_of(arguments: Any, names: Container[str]) -> Iterator[Any]:
+    """The values of the arguments so called, at any depth."""
+    for members in objects_in(arguments):
+        for name, value in members.items():
+            if bare_name(name) in names:
+                yield value
+
+
+def texts_of(arguments: Any, names: Container[str]) -> Iterator[str]:
+    """The texts among them, in lists too; values_of itself looks into
+    objects."""
+    for value in values_of(arguments, names):
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(item, str):
+                yield item
 
 
 def both_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -1131,32 +1133,42 @@ def has_plain_values(arguments: Mapping[str, Any]) -> bool:
 # argument that holds the text, and a word for it in the tool's name, joined
 # in any way. In doubt it is of the kind.
 
-SHELL_WORDS = regex(
-    "bash|shell|pwsh|zsh|ksh|fish|terminal|console|command|cmd|exec|process|"
-    "stdin|script|ssh|tty|run|eval|invoke|spawn|launch|system|monitor|sandbox|"
-    "container|remote|tmux|python|xonsh|interpreter|popen|xterm|iterm|busybox|"
-    "(?<![a-z])(?:sh|start|job|task|batch|cli|repl|host|wsl|sudo|keys|perl|ruby|"
-    "node|deno|dash|ash|csh|tcsh|nu)(?![a-z])", re.IGNORECASE)
-EDIT_WORDS = regex(
-    "write|edit|patch|replace|create|update|insert|append|delete|remove|"
-    "rename|modify|notebook|refactor|restore|revert|truncate|upload|download|"
-    "upsert|mkfile|codemod|transform|extract|unzip|untar|trash|checkout|generate|"
-    "produce|populate|scaffold|"
-    "(?<![a-z])(?:save|move|copy|put|apply|add|set|mv|cp|rm|touch|link|"
-    "unlink|diff|change|make|new|fix|format|store|dump|undo|symlink|mkdir|chmod|"
-    "ln|sed|emit|export|output|import|push|commit)(?![a-z])", re.IGNORECASE)
-HUMP = regex("(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
-COMMANDS = frozenset(
-    "command commands cmd cmds script argv commandline cmdline shellcommand "
-    "bashcommand commandtext fullcommand code program input stdin chars keys "
-    "keystrokes text shell bash exec run line lines commandstring cmdstring "
-    "shellscript executable args expression snippet".split())
-PATHS = frozenset(
-    "path paths filepath filepaths file files filename targetfile targetpath "
-    "notebookpath absolutepath uri relativepath relativeworkspacepath source "
-    "sourcepath target destination destinationpath dest oldpath newpath src "
-    "dst".split())
+class Kind(NamedTuple):
+    """What tells a call's kind."""
+
+    words: re.Pattern[str]      # one of them is in the tool's name
+    names: frozenset[str]       # of the arguments that hold what it does
+    told_as: str                # what a template calls these
+
+
+KINDS = {
+    "shell": Kind(regex(
+        "bash|shell|pwsh|zsh|ksh|fish|terminal|console|command|cmd|exec|process|"
+        "stdin|script|ssh|tty|run|eval|invoke|spawn|launch|system|monitor|sandbox|"
+        "container|remote|tmux|python|xonsh|interpreter|popen|xterm|iterm|busybox|"
+        "(?<![a-z])(?:sh|start|job|task|batch|cli|repl|host|wsl|sudo|keys|perl|ruby|"
+        "node|deno|dash|ash|csh|tcsh|nu)(?![a-z])", re.IGNORECASE), frozenset(
+        "command commands cmd cmds script argv commandline cmdline shellcommand "
+        "bashcommand commandtext fullcommand code program input stdin chars keys "
+        "keystrokes text shell bash exec run line lines commandstring cmdstring "
+        "shellscript executable args expression snippet".split()), "command"),
+    "edit": Kind(regex(
+        "write|edit|patch|replace|create|update|insert|append|delete|remove|"
+        "rename|modify|notebook|refactor|restore|revert|truncate|upload|download|"
+        "upsert|mkfile|codemod|transform|extract|unzip|untar|trash|checkout|generate|"
+        "produce|populate|scaffold|"
+        "(?<![a-z])(?:save|move|copy|put|apply|add|set|mv|cp|rm|touch|link|"
+        "unlink|diff|change|make|new|fix|format|store|dump|undo|symlink|mkdir|chmod|"
+        "ln|sed|emit|export|output|import|push|commit)(?![a-z])", re.IGNORECASE),
+        frozenset(
+        "path paths filepath filepaths file files filename targetfile targetpath "
+        "notebookpath absolutepath uri relativepath relativeworkspacepath source "
+        "sourcepath target destination destinationpath dest oldpath newpath src "
+        "dst".split()), "file_path"),
+}
+COMMANDS, PATHS = KINDS["shell"].names, KINDS["edit"].names
 PATCHES = frozenset("patch patchtext diff input command changes edits".split())
+HUMP = regex("(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 PATCH_PATH = regex(
     r"^[ \t]*(?:\*\*\* (?:\w+ File|Move to): |--- |\+\+\+ |"
     r"(?:rename|copy) to )(?:[ab]/)?([^\t\r\n]+)", re.MULTILINE)
@@ -1182,18 +1194,17 @@ TOKEN = regex(r"""
   | (?P<blank> [ ]+ )""", re.VERBOSE)
 
 
-def has_word(words: re.Pattern[str], tool: str) -> bool:
-    """Whether a tool's name has one of these words: runCommand, run_command."""
+def has_word(kind: str, tool: str) -> bool:
+    """Whether a tool's name has a word of a kind: runCommand, run_command."""
     name = HUMP.sub("_", unicodedata.normalize("NFKC", tool))
-    return words.search(name) is not None
+    return KINDS[kind].words.search(name) is not None
 
 
 @functools.lru_cache(64)
 def may_be(kind: str, tool: str) -> bool:
     """Whether a tool of this name can be of this kind. A shell can hold an
     edit, too: Codex sends `apply_patch <<EOF` as a shell command."""
-    return has_word(SHELL_WORDS, tool) or (
-        kind == "edit" and has_word(EDIT_WORDS, tool))
+    return has_word("shell", tool) or kind == "edit" and has_word(kind, tool)
 
 
 class Call:
@@ -1202,8 +1213,8 @@ class Call:
     def __init__(self, tool: str, arguments: Mapping[str, Any],
                  cwd: str | None = None) -> None:
         self.tool, self.arguments, self.cwd = tool, arguments, cwd
-        self.files = 0                          # looked up on the disk
         self.seen: dict[str, list[str | None]] = {}
+        self.left: dict[str, list[str]] = {}
 
     @functools.cached_property
     def ambiguous(self) -> bool:
@@ -1246,61 +1257,37 @@ class Call:
                 self.seen[kind] = [None]
         return self.seen[kind]
 
-    def values_of(self, names: frozenset[str]) -> Iterator[Any]:
-        """The values of the arguments so called, at any depth."""
-        for members in objects_in(self.arguments):
-            for name, value in members.items():
-                if bare_name(name) in names:
-                    yield value
-
-    def items_of(self, names: frozenset[str]) -> Iterator[str]:
-        """The texts among them, in lists too; values_of itself looks into
-        objects."""
-        for value in self.values_of(names):
-            for item in value if isinstance(value, (list, tuple)) else [value]:
-                if isinstance(item, str):
-                    yield item
-
     def commands(self) -> Iterator[str | None]:
         """The commands in three views: as they are; without quotes,
         backslashes and line continuations; and then with $IFS as a blank."""
-        if has_word(SHELL_WORDS, self.tool):
-            for text in map(one_text, self.values_of(COMMANDS)):
+        if has_word("shell", self.tool):
+            for text in map(one_text, values_of(self.arguments, COMMANDS)):
                 bare = re.sub(r"\\\r?\n|[\\'\"`^]", "", text or "")
                 blank = re.sub(r"\$\{?IFS[^}\s]{0,9}\}?", " ", bare)
                 yield from dict.fromkeys((text, bare, blank))
 
     def edits(self) -> Iterator[str | None]:
-        """The files that an edit, or a patch in a shell text, would touch."""
-        for text in self.texts("shell"):
-            if text and ("apply_patch" in text or PATCH_PATH.search(text)):
-                yield from self.patched(text)
-        if has_word(EDIT_WORDS, self.tool):
-            for path in self.items_of(PATHS):
-                yield from self.landings(path)
-            for text in self.items_of(PATCHES):
-                yield from self.patched(text)
-
-    def patched(self, text: str) -> Iterator[str | None]:
-        """What a patch says of files: its lines but for content, and the
-        files it names."""
-        paths = [path.strip() for path in PATCH_PATH.findall(text)]
-        yield PATCH_CONTENT.sub("", text) if paths else text
-        for path in paths:
-            yield from self.landings(path)
-
-    def landings(self, path: str) -> Iterator[str | None]:
-        """A path as written, without disguise, and where each really is;
-        ValueError where they are too many to look up."""
-        self.files += 1
-        if self.files > MAX_FILES:
+        """What an edit, or a patch in a shell text, would touch: a patch but
+        for its content; each path as written, without disguise, and where both
+        really are; ValueError where they are too many to look up."""
+        paths: list[str] = []
+        patches = [text for text in self.texts("shell")
+                   if text and ("apply_patch" in text or PATCH_PATH.search(text))]
+        if has_word("edit", self.tool):
+            paths += texts_of(self.arguments, PATHS)
+            patches += texts_of(self.arguments, PATCHES)
+        for text in patches:
+            named = PATCH_PATH.findall(text)
+            yield PATCH_CONTENT.sub("", text) if named else text
+            paths += map(str.strip, named)
+        if len(paths) > MAX_FILES:
             raise ValueError(f"more than {MAX_FILES} files")
-        plain = re.sub("%([0-9A-Fa-f]{2})", lambda c: chr(int(c[1], 16)),
-                       unicodedata.normalize("NFKC", path))
-        plain = plain.replace("\\", "/").removeprefix("file://")
-        for way in dict.fromkeys((path, plain)):
-            yield way
-            yield self.resolved(way)
+        for path in paths:
+            plain = re.sub("%([0-9A-Fa-f]{2})", lambda c: chr(int(c[1], 16)),
+                           unicodedata.normalize("NFKC", path))
+            plain = plain.replace("\\", "/").removeprefix("file://")
+            for way in dict.fromkeys((path, plain)):
+                yield from (way, self.resolved(way))
 
     def resolved(self, path: str) -> str | None:
         """Where a path leads from the call's working directory, links
@@ -1318,14 +1305,15 @@ class Call:
         every path, of a call that says nothing else; empty where anything is
         in doubt, which no rule opens. It must be the agent's own tool, and
         nothing opens on Windows."""
-        texts = self.texts(kind)
-        if os.name == "nt" or not OWN_TOOL.fullmatch(self.tool) or (
-                not texts or None in texts):
-            return []
-        return self.shut_commands if kind == "shell" else self.shut_paths
+        if kind not in self.left:
+            texts, self.left[kind] = self.texts(kind), []
+            if os.name != "nt" and OWN_TOOL.fullmatch(self.tool) and (
+                    texts and None not in texts):
+                self.left[kind] = (self.plain_commands() if kind == "shell"
+                                   else self.plain_paths())
+        return self.left[kind]
 
-    @functools.cached_property
-    def shut_commands(self) -> list[str]:
+    def plain_commands(self) -> list[str]:
         texts: Any = None
         for name, value in self.arguments.items():
             key = bare_name(name)
@@ -1344,24 +1332,23 @@ class Call:
         return key in FOLDERS and isinstance(value, str) and (
             self.resolved(value) == self.resolved(".") is not None)
 
-    @functools.cached_property
-    def shut_paths(self) -> list[str]:
+    def plain_paths(self) -> list[str]:
         """The paths of an edit that end where they say, without `..`."""
-        paths, base = list(self.items_of(PATHS)), self.resolved(".")
+        paths, base = [*texts_of(self.arguments, PATHS)], self.resolved(".")
         plain = base and not self.texts("shell") and all(
             path.isascii() and path.isprintable() and ".." not in path.split("/")
             and os.path.normpath(os.path.join(base, path)) == self.resolved(path)
             for path in paths)
-        return paths if plain and not any(self.values_of(PATCHES)) else []
+        patched = any(values_of(self.arguments, PATCHES))
+        return paths if plain and not patched else []
 
 
 def arguments_limit(tool: str | None, arguments: Mapping[str, Any]) -> int:
     """How many bytes of arguments a call may have: an edit, which holds a
     file's new text, more than another action."""
-    call = Call(tool or "", arguments)
-    edits = has_word(EDIT_WORDS, call.tool) and any(
-        call.items_of(PATHS | PATCHES))
-    patches = any("apply_patch" in text for text in call.items_of(COMMANDS))
+    edits = has_word("edit", tool or "") and any(
+        texts_of(arguments, PATHS | PATCHES))
+    patches = any("apply_patch" in text for text in texts_of(arguments, COMMANDS))
     return MAX_EDITED if edits or patches else MAX_ARGUMENTS
 
 
@@ -1411,36 +1398,28 @@ def describe(checkpoint: Checkpoint, tool: str,
     no index, no format, and what is not there shows as not given; where
     nothing is there, the call itself is told. Of a shell command {command} is
     its text, of an edit {file_path} its files, whatever they are called."""
-    known = {**arguments, **kind_arguments(checkpoint.kind, tool, arguments)}
+    known = {**arguments}
+    if checkpoint.kind in KINDS:
+        kind = KINDS[checkpoint.kind]
+        with contextlib.suppress(ValueError):           # nests too deep
+            texts = map(one_text, values_of(arguments, kind.names))
+            if text := "\n".join(filter(None, texts)):
+                known[kind.told_as] = text
+    template = checkpoint.description_template
+    names = [part[1] for part in TEMPLATE_PART.finditer(template) if part[1]]
+    values = {name: argument(known, name) for name in names} | {"tool": tool}
+    given = [name for name in names if values[name] is not MISSING]
+    if names and not given or not checkpoint.action_pattern:
+        return call_in_words(tool, arguments)
 
     def fill_in(part: re.Match[str]) -> str:
         if not part[1]:
             return part[0][0]                   # {{ or }}
-        if part[1] == "tool":
-            return tool
-        value = argument(known, part[1])
+        value = values[part[1]]
         if value is MISSING:
             return "(not given)"
         return value if isinstance(value, str) else canonical(value)
-    template = checkpoint.description_template
-    names = [part[1] for part in TEMPLATE_PART.finditer(template) if part[1]]
-    if all(name != "tool" and argument(known, name) is MISSING for name in names
-           ) and (names or not checkpoint.action_pattern):
-        return call_in_words(tool, arguments)
     return TEMPLATE_PART.sub(fill_in, template).strip() or tool
-
-
-def kind_arguments(kind: str, tool: str, arguments: Mapping[str, Any]
-                   ) -> dict[str, str]:
-    """What a template of this kind can name, where the call has it."""
-    name, names = {"shell": ("command", COMMANDS),
-                   "edit": ("file_path", PATHS)}.get(kind, ("", frozenset()))
-    try:
-        texts = map(one_text, Call(tool, arguments).values_of(names))
-        text = "\n".join(filter(None, texts))
-    except ValueError:                          # nests too deep to be read
-        text = ""
-    return {name: text} if text else {}
 
 
 # ============================== Configuration ==============================
@@ -1746,7 +1725,7 @@ KEYS: dict[str, dict[str, tuple[Callable[[Any], Any], Any]]] = {
         "description_template": (template_value, REQUIRED),
         "category": (one_of(*CATEGORIES), ""),
         "effect": (one_of(*EFFECTS), "review"),
-        "kind": (one_of(*KINDS), "tool"),
+        "kind": (one_of("tool", *KINDS), "tool"),
         "arguments": (patterns_value, {}),
         "timeout_seconds": (seconds_value, None),
         "lifetime_seconds": (seconds_value, None),
@@ -6620,8 +6599,7 @@ def check_held(rules: Rules, tool: str, checkpoint: str | None,
             raise ConfigError(f'checkpoint "{checkpoint}" allows; guard '
                               "needs one that reviews or denies")
         return
-    held = any(match.effect != "allow" for match in rules.candidates(tool))
-    if not held and not optional:
+    if not rules.may_hold(tool) and not optional:
         raise ConfigError(
             f'@gate.guard on "{visible(tool)}" would hold nothing: no '
             f"checkpoint of {rules.path} matches that name",
@@ -7925,10 +7903,9 @@ class Proxy:
         said: dict[str, list[str]] = {"wait for a person": [], "run unasked": []}
         for tool in tools if isinstance(tools, list) else []:
             name = str(at_path(tool, "name"))
-            free = all(match.effect == "allow" for match in
-                       self.gate.rules.candidates(f"mcp__{self.name}__{name}"))
+            held = self.gate.rules.may_hold(f"mcp__{self.name}__{name}")
             if name not in self.tools:
-                said["run unasked" if free else "wait for a person"].append(name)
+                said["wait for a person" if held else "run unasked"].append(name)
             self.tools[name] = at_path(tool, "annotations")
         for words, names in said.items():
             if names:
