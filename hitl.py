@@ -4035,20 +4035,24 @@ PLACE = regex(r"\{([a-z_]+)\}")
 MARK = regex(f"{BRACKETS[0]}(?:([ -~]+)|([^{BRACKETS[1]}]*)){BRACKETS[1]}")
 
 
-def fill(template: str, **values: Any) -> Html:
-    """A template with its {names} filled in, escaped unless Html."""
-    return Html(PLACE.sub(lambda found: as_html(values[found[1]]), template))
+def fill(template: str, row: object = None, /, **values: Any) -> Html:
+    """A template with its {names} filled in, from the values or else from the
+    row, escaped unless Html."""
+    def value_of(found: re.Match[str]) -> Html:
+        name = found[1]
+        return as_html(values[name] if name in values else getattr(row, name))
+    return Html(PLACE.sub(value_of, template))
 
 
 def as_html(value: Any, between: str = "") -> Html:
-    """A value as inert markup: Html as it is, nothing for what is empty, of a
-    list all that is not, anything else as visible text."""
+    """A value as inert markup: Html as it is, of a list all that is not empty,
+    None and False as nothing, anything else as visible text."""
     if isinstance(value, Html):
         return value
     if isinstance(value, list):
         return Html(between.join(as_html(part) for part in value if part))
     nothing = value is None or value is False
-    return Html("") if nothing else marked(visible(str(value)))
+    return marked(visible("" if nothing else str(value)))
 
 
 def escaped(text: str) -> Html:
@@ -4234,8 +4238,10 @@ cannot be shown: {request_id}</p>
 """
 
 EXACT = """<section class="exact"><h4>{title} <code>{tool}</code></h4>
-    {rows}
+    <dl>{rows}</dl>
   </section>"""
+
+ARGUMENT = "<dt>{name}</dt><dd>{text}</dd>\n    "
 
 BLOCK = """<div class="block"><dt>{name}: {size}</dt>
     <dd><pre>
@@ -4255,7 +4261,7 @@ FOLDS = """<details><summary>Context, {size}: {first}</summary>
 ALLOW = """<p>To allow this call without being asked, whatever other arguments it
     has, put this above the other checkpoints:</p>
     <pre>[[checkpoint]]
-checkpoint_id = "allow-{digest}"
+checkpoint_id = "allow-{short}"
 action_pattern = '{tool}'
 effect = "allow"
 description_template = "allowed by hand"
@@ -4325,13 +4331,12 @@ class View(NamedTuple):
 
 def page(view: View, title: str, main: Html, waits: int = 0, q: str = "") -> Html:
     stop = view.stop and fill(
-        STOPPED, who=person(view.stop.made_by), since=moment(view.stop.made_at),
-        reason=view.stop.reason or "no reason given",
-        lift=fill(LIFT, number=view.stop.number))
+        STOPPED, view.stop, who=person(view.stop.made_by), lift=fill(LIFT, view.stop),
+        since=moment(view.stop.made_at), reason=view.stop.reason or "no reason given")
     return fill(
-        PAGE, title=title, main=main, style=Html(STYLE), script=Html(SCRIPT),
-        colour="f2a100" if waits else "888", change=view.change, at=view.at,
-        q=escaped(q), stop=stop, count=f"{waits} waiting" if waits else "",
+        PAGE, view, title=title, main=main, style=Html(STYLE), script=Html(SCRIPT),
+        colour="f2a100" if waits else "888", q=escaped(q), stop=stop,
+        count=f"{waits} waiting" if waits else "",
         who=view.who and f"signed in as {view.who}")
 
 
@@ -4366,10 +4371,9 @@ def problem_page(status: int, refusal: Refusal,
     view, request, lost = view or View(), refusal.about, ""
     if request and typed and request.status != Status.WAITING:
         lost = f"You had typed: {typed}"
-    note = fill(PROBLEM_NOTE, message=refusal.message, hint=refusal.hint,
-                status=status, reason=refusal.reason, typed=lost)
-    again = request and safely(card, request, view, True, True, typed)
-    return page(view, f"{status} {refusal.reason}", as_html([note, again]))
+    return page(view, f"{status} {refusal.reason}", as_html([
+        fill(PROBLEM_NOTE, refusal, status=status, typed=lost),
+        request and safely(card, request, view, True, True, typed)]))
 
 
 def history_page(view: View, found: Page, asks: Mapping[str, str]) -> Html:
@@ -4402,11 +4406,10 @@ def reviewed_list(title: str, requests: list[ReviewRequest], above: Any = None,
 
 
 def reviewed_row(request: ReviewRequest) -> Html:
-    link = fill('<a href="/review/{request_id}">{headline}</a>',
-                request_id=request.request_id,
+    link = fill('<a href="/review/{request_id}">{headline}</a>', request,
                 headline=marked(one_line(request.action_description)))
-    return fill(ROW, kind=request.status, status=request.status, headline=link,
-                when=moment(request.decided_at), form=None, how=endings(request))
+    return fill(ROW, request, kind=request.status, headline=link, form=None,
+                when=moment(request.decided_at), how=endings(request))
 
 
 def standing_page(view: View, standing: list[tuple[Standing, int]]) -> Html:
@@ -4415,8 +4418,8 @@ def standing_page(view: View, standing: list[tuple[Standing, int]]) -> Html:
     for row, used in standing:
         what, until = Html("every call"), Html("until it is lifted")
         if row.request_id:
-            what = fill('the same call as <a href="/review/{id}">{id}</a>',
-                        id=row.request_id)
+            what = fill('the same call as <a href="/review/{request_id}">'
+                        "{request_id}</a>", row)
         if row.until:
             until = fill("until {at}", at=moment(row.until))
         times = f"used {used} of {row.uses} times" if row.uses else f"used {used} times"
@@ -4425,7 +4428,7 @@ def standing_page(view: View, standing: list[tuple[Standing, int]]) -> Html:
             status=row.decision, headline=what, when=until, how=as_html([
                 f"by {person(row.made_by)}", times,
                 row.reason and f"reason: {row.reason}"], DOT),
-            form=fill(LIFT, number=row.number)))
+            form=fill(LIFT, row)))
     return page(view, "Standing decisions", fill(
         LIST, title="Standing decisions", rows=rows, below=None,
         above="" if rows else "There are none."))
@@ -4438,7 +4441,7 @@ def safely(show: Callable[..., Html], request: ReviewRequest, *more: Any) -> Htm
         return show(request, *more)
     except Exception:
         log.exception("a request cannot be shown")
-        return fill(UNSHOWN, request_id=request.request_id)
+        return fill(UNSHOWN, request)
 
 
 # ---- a request ----
@@ -4453,23 +4456,21 @@ def card(request: ReviewRequest, view: View, opened: bool = True,
     if headline != visible(request.action_description):
         full = marked(full_description(request))
     if request.size > LARGE_BYTES and not whole:
-        exact = fill(LARGE, request_id=request.request_id,
-                     size=readable_size(request.size))
+        exact = fill(LARGE, request, size=readable_size(request.size))
     else:
         asked = what_was_asked if whole else what_was_asked_before
         exact, folds = asked(request)
         if waits and request.intact and view.offers(request).decidable:
             forms = decision_forms(view, request, typed)
     return fill(
-        CARD, state=f"{request.status} {request.outcome or ''}".strip(),
-        open=Html(" open" if opened else ""), request_id=request.request_id,
-        status=request.status, category=known and request.category,
-        headline=marked(headline), agent=request.agent, full=full, exact=exact,
-        tool=not headline.startswith(tool) and tool, folds=folds, forms=forms,
-        left=waits and moment(request.deadline, "left", view.at),
+        CARD, request, state=f"{request.status} {request.outcome or ''}".strip(),
+        open=Html(" open" if opened else ""), category=known and request.category,
+        headline=marked(headline), tool=not headline.startswith(tool) and tool,
+        left=waits and moment(request.deadline, "left", view.at), full=full,
         warnings=[fill('<p class="warn">{text}</p>\n  ', text=text)
                   for text in warnings(view, request) if text],
-        who=who_line(view, request), said=not waits and endings(request))
+        exact=exact, who=who_line(view, request), folds=folds, forms=forms,
+        said=not waits and endings(request))
 
 
 def warnings(view: View, request: ReviewRequest) -> Iterator[str | Html]:
@@ -4521,28 +4522,34 @@ def full_description(request: ReviewRequest) -> str:
 
 
 def what_was_asked(request: ReviewRequest) -> tuple[Html, Html]:
-    """What does not change while it waits: the exact call; and behind folds
-    the context (of a large one, which would hold up the server, the beginning)
-    and what is seldom needed."""
-    title, context, left_out = "Exactly this:", request.agent_context, ""
+    """What does not change while it waits: the exact call, each argument as a
+    row or a block, and behind folds the context (of a large one, which would
+    hold up the server, the beginning) and what is seldom needed."""
+    title = "Exactly this:"
     if request.status == Status.WAITING:
         title = "Runs exactly this:"
-    size, cut = readable_size(len(context.encode())), len(context) - CONTEXT_SHOWN
-    text = context[:CONTEXT_SHOWN] if cut > 0 else layout(stored_json(context))
-    if cut > 0:
-        left_out = (f"{readable_size(cut)} more: hitl.py show {request.request_id} "
-                    "--json shows all of it")
+    rows: Any = Html("<em>no arguments</em>")
+    if request.runs is not None:
+        rows = [fill(BLOCK if size else ARGUMENT, name=name, size=size,
+                     text=marked(text))
+                for name, size, text in argument_rows(stored_json(request.runs))]
+    context, left_out = request.agent_context, ""
+    if len(context) > CONTEXT_SHOWN:
+        text = context[:CONTEXT_SHOWN]
+        left_out = f"All of it: hitl.py show {request.request_id} --json"
+    else:
+        text = layout(stored_json(context))
     first = re.match(r"(?:[\[{]\n)?\s*(.*)", text)
     facts = [(name, getattr(request, name)) for name in (
         "why", "category", "timestamp", "received_at", "asked_by", "request_id",
         "digest", "config_digest")]
     return fill(
-        EXACT, title=title, rows=exact_rows(request.runs),
+        EXACT, title=title, rows=rows or "no arguments: {}",
         tool=request.tool or Html("<em>no tool</em>")), fill(
-        FOLDS, size=size, first=first and first[1][:WIDE], left_out=left_out,
-        context=marked(visible_lines(text)), rule=allow_rule(request),
-        facts=[fill("<dt>{name}</dt><dd>{value}</dd>\n      ", name=name, value=value)
-               for name, value in facts if value])
+        FOLDS, size=readable_size(len(context.encode())), left_out=left_out,
+        first=first and first[1][:WIDE], context=marked(visible_lines(text)),
+        facts=[fill(ARGUMENT, name=name, text=value) for name, value in facts if value],
+        rule=allow_rule(request))
 
 
 # The desk is made again at each change for each open tab; of most cards this is
@@ -4550,36 +4557,25 @@ def what_was_asked(request: ReviewRequest) -> tuple[Html, Html]:
 what_was_asked_before = functools.lru_cache(maxsize=2 * PAGE_CARDS)(what_was_asked)
 
 
-def exact_rows(arguments: str | None) -> Html:
-    """Each argument as a row or a block."""
-    if arguments is None:
-        return Html("<em>no arguments</em>")
-    rows = [fill(BLOCK if size else "<dt>{name}</dt><dd>{text}</dd>\n    ", name=name,
-                 size=size, text=marked(text))
-            for name, size, text in argument_rows(stored_json(arguments))]
-    return fill("<dl>{rows}</dl>", rows=rows or "no arguments: {}")
-
-
 def decision_forms(view: View, request: ReviewRequest, typed: str) -> Html:
     """The buttons, and folded below them what else may be decided."""
     offers, ways = view.offers(request), []
-    known = {"request_id": request.request_id, "digest": request.digest,
-             "shown_at": instant(view.at)}
 
     def form(kind: str, label: str, fields: Any, reject: Any = None) -> Html:
-        return fill(DECISION_FORM, kind=kind, label=label, fields=fields,
-                    reject=reject, **known)
+        return fill(DECISION_FORM, request, kind=kind, label=label, fields=fields,
+                    reject=reject, shown_at=instant(view.at))
     if offers.remember:
         files = ", whatever its files contain by then" if offers.files else ""
         label = "Approve, and the same call for 1 hour, at most 10 times" + files
-        ways = [fill(ASK_AGAIN, **known), form("remember", label, REMEMBER)]
+        ways = [fill(ASK_AGAIN, request), form("remember", label, REMEMBER)]
     if offers.editable:
-        ways.append(form("edit", "Approve as changed", list(
-            edit_fields(stored_json(request.arguments)))))
-    folded = ways and fill("<details><summary>Other ways to decide</summary>{ways}"
-                           "</details>", ways=ways)
-    reason = fill(REASON, typed=escaped(typed), **known)
-    return as_html([form("decide", "Approve", reason, fill(REJECT, **known)), folded])
+        ways.append(form("edit", "Approve as changed", [
+            *edit_fields(stored_json(request.arguments))]))
+    return as_html([
+        form("decide", "Approve", fill(REASON, request, typed=escaped(typed)),
+             fill(REJECT, request)),
+        ways and fill("<details><summary>Other ways to decide</summary>{ways}"
+                      "</details>", ways=ways)])
 
 
 def edit_fields(arguments: dict[str, Any]) -> Iterator[Html]:
@@ -4604,7 +4600,7 @@ def allow_rule(request: ReviewRequest) -> Html | None:
         return None
     patterns = ", ".join(f"{name} = '{exact_pattern(value)}'"
                          for name, value in arguments.items())
-    return fill(ALLOW, digest=request.digest[:12], patterns=patterns,
+    return fill(ALLOW, short=request.digest[:12], patterns=patterns,
                 tool=exact_pattern(request.tool))
 
 
