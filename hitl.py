@@ -8477,13 +8477,10 @@ def server_settings(args: Any, configuration: Configuration) -> dict[str, Any]:
         if given[name] not in (None, ""):
             with config_error("--" + name.replace("_", "-")):
                 settings[name] = check(given[name])
-        elif name in PATHS_OF_SERVER and settings[name]:
+        elif name in ("database", "tls_certificate", "tls_key") and settings[name]:
             settings[name] = folder / settings[name]
     settings["database"] = Path(settings["database"]).absolute()
     return settings
-
-
-PATHS_OF_SERVER = ("database", "tls_certificate", "tls_key")
 
 
 def reviewer_client(args: Any) -> Client:

@@ -338,25 +338,21 @@ def clean_environment(tmp_path_factory):
     shutil.rmtree(CACHE)
 
 @pytest.fixture
-def desk(tmp_path):
-    """A desk with open agent routes, as on loopback."""
-    it = Desk(tmp_path)
-    yield it
-    it.stop()
+def make_desk(tmp_path):
+    """A maker of desks with their settings; all are stopped at the end."""
+    with contextlib.ExitStack() as stack:
+        def make(folder: Path | None = None, **settings):
+            made = Desk(folder or Path(tempfile.mkdtemp(dir=tmp_path)), **settings)
+            stack.callback(made.stop)
+            return made
+        yield make
+
 
 @pytest.fixture
-def make_desk(tmp_path):
-    """A maker of desks with other settings; all are stopped at the end."""
-    made = []
+def desk(make_desk, tmp_path):
+    """A desk with open agent routes, as on loopback."""
+    return make_desk(tmp_path)
 
-    def make(**settings):
-        folder = tmp_path / f"desk{len(made)}"
-        folder.mkdir()
-        made.append(Desk(folder, **settings))
-        return made[-1]
-    yield make
-    for it in made:
-        it.stop()
 
 @pytest.fixture
 def make_gate(tmp_path):
@@ -403,14 +399,9 @@ class Browser:
     DRIVER = shutil.which("chromedriver")
 
     def __init__(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        self.driver = Running(self.DRIVER, "--port=0")
+        port = self.driver.said(".* started successfully on port ([0-9]+).*")[1]
         self.base = f"http://127.0.0.1:{port}"
-        self.process = start(
-            self.DRIVER, f"--port={port}", stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        assert until(lambda: self.ready(), 20), "chromedriver does not start"
         arguments = [
             "--headless=new", "--no-sandbox", "--disable-gpu",
             "--disable-quic", "--no-first-run", "--disable-sync",
@@ -421,20 +412,14 @@ class Browser:
                 "browserName": "chrome", "goog:chromeOptions": options}}}
             )["sessionId"]
 
-    def ready(self) -> bool:
-        with contextlib.suppress(OSError, ValueError):
-            return self.ask("GET", "/status")["ready"]
-        return False
-
     def ask(self, method: str, path: str, body=None):
         """One WebDriver command -> its value; AssertionError if it fails."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(
             self.base + path, data, {"Content-Type": "application/json"},
             method=method)
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with opener.open(request, timeout=60) as reply:
+            with urllib.request.urlopen(request, timeout=60) as reply:
                 return json.load(reply)["value"]
         except urllib.request.HTTPError as error:
             raise AssertionError(error.read().decode()[:500]) from None
@@ -451,13 +436,14 @@ class Browser:
         return self.run("const e = document.querySelector(arguments[0]);"
                         "return e ? e.innerText : ''", css)
 
-    def find(self, css: str) -> str:
+    def touch(self, css: str, how: str, **what: str) -> None:
         found = self.ask("POST", self.session + "/element",
                          {"using": "css selector", "value": css})
-        return f"{self.session}/element/{next(iter(found.values()))}"
+        element, = found.values()
+        self.ask("POST", f"{self.session}/element/{element}/{how}", what)
 
     def click(self, css: str) -> None:
-        self.ask("POST", self.find(css) + "/click", {})
+        self.touch(css, "click")
 
     def act(self, kind: str, *actions: dict) -> None:
         """What a hand does with a pointer or keys."""
@@ -470,13 +456,12 @@ class Browser:
                         {"cmd": name, "params": values})
 
     def type(self, css: str, text: str) -> None:
-        self.ask("POST", self.find(css) + "/value", {"text": text})
+        self.touch(css, "value", text=text)
 
     def close(self) -> None:
         with contextlib.suppress(Exception):
             self.ask("DELETE", self.session)
-        self.process.terminate()
-        self.process.wait(10)
+        self.driver.stop()
 
 
 needs_browser = pytest.mark.skipif(
