@@ -3881,6 +3881,7 @@ const tell = (card, text) => first(".said", card).append(text);
 async function renew(card) {
   const page = await read("/review/" + card.id.slice(8));
   const fresh = page.getElementById(card.id), typed = reason(card).trim();
+  if (!card.isConnected) return document.getElementById(card.id);
   if (fresh.className === card.className) {
     first(".who", card)?.replaceWith(first(".who", fresh));
     return card;
