@@ -3248,13 +3248,14 @@ def test_the_event_is_signed(tell):
 def test_a_body_is_filled_in_its_texts(tell):
     """Placeholders are filled in string leaves, in one pass; one alone keeps
     its type; with details the description goes out, and never as a
-    placeholder."""
+    placeholder. A delay counts from when the request came in."""
     body = {"a": "{title}: {details}", "b": ["{waiting}", 7, None, {"c": "{deadline}"}],
             "${A}": "${A} {nothing", "d": "{text} {waiting}"}
     with Receiver() as receiver:
         tell(notify(url=receiver.url, body=json.dumps(body), details=True,
-                    headers={"Title": "{details} é\u2192", "X": "${A}"}),
-             a_request(deadline=None), A="{title}")
+                    headers={"Title": "{details} é\u2192", "X": "${A}"},
+                    after_seconds=60), a_request(
+            deadline=None, received_at=hitl.instant(time.time() - 60)), A="{title}")
         (_, headers, _), = receiver.got
         got, = receiver.bodies()
     assert got["b"] == [1, 7, None, {"c": None}]
@@ -3450,8 +3451,9 @@ def test_no_secret_shows_anywhere(tmp_path):
     page, in the log or in an error, whatever a receiver answers; of that 200
     characters are kept, and visible."""
     with Receiver(lambda h: h.reply(403, (
-            h.path + h.headers["X"] + json.dumps(h.headers["X"]) + "\x1b[2J\u202e"
-            + "z" * 900).encode())) as receiver:
+            h.path + h.headers["X"] + json.dumps(h.headers["X"]) + urlencode(
+                {"": h.headers["X"]}) + "\x1b[2J\u202e" + "z" * 900).encode()
+            )) as receiver:
         (tmp_path / "checkpoints.toml").write_text(RULES + notify(
             url=receiver.url + "${A}", headers={"X": "${B}"},
             body={"a": "${C}"}) + notify(
@@ -3466,14 +3468,14 @@ def test_no_secret_shows_anywhere(tmp_path):
         done = command("notify", "--test", folder=tmp_path, **secrets)
         assert done.returncode == 1
         phone, gone = done.stdout.splitlines()
-        assert phone.startswith('phone: 403: /******"***"')
+        assert phone.startswith('phone: 403: /******"***"=***')
         assert len(phone) == len("phone: 403: ") + 200
         assert gone == "gone: ConnectionRefusedError"
         log = command("log", "--json", folder=tmp_path).stdout
         assert "/******" in log and "403" in log
         refused = command("serve", folder=tmp_path, **secrets | {"A": "canary\nx"})
-        assert not re.search("cana|ry.{1,4}[12]|\x1b|\u202e", page + served.text
-                             + str(done) + log + refused.stderr)
+        assert not re.search(r"cana|ry.{1,4}[12]|u001b|u202e|\x1b|\u202e", page
+                             + served.text + str(done) + log + refused.stderr)
 
 
 def test_notify_test_sends_what_is_hard_to_send(tmp_path):
