@@ -7578,18 +7578,16 @@ class Hook:
         if self.dialect is UNKNOWN:
             raise HitlError("this is not a call of a coding agent that hitl.py knows")
         tool, arguments = proposed(call)
-        cwd = call.get("cwd")
+        cwd = str(call.get("cwd") or "")
         own = os.environ.get("HITL_AGENT") or self.dialect.name.partition("-")[0]
         session = next((call[name] for name in SESSIONS if call.get(name)), None)
         key = hashlib.sha256(canonical([session, cwd]).encode()).hexdigest()
-        gate = Gate(find_configuration(self.config, local=False), session=key,
-                    context=call, agent=cut(f"{own} {cwd or ''} session {key[:8]}",
-                                            MAX_NAME))
+        gate = Gate(find_configuration(self.config, local=False), context=call,
+                    session=key, agent=f"{own} {cwd} session {key[:8]}")
         text = canonical(arguments).replace("\\", "")       # JSON inside JSON
         if re.search('"echo(","| )hitl-selftest"', text):
             raise CollaborationError("the hook works: this call was refused as a test")
-        held = self.hold(gate, tool, arguments,                     # 2 hold
-                         cwd if isinstance(cwd, str) else None)
+        held = self.hold(gate, tool, arguments, cwd)                # 2 hold
         if held is None:
             return {}                   # no opinion: its own flow goes on
         why = held.changed or f"approved by {held.approved_by}"     # 3 answer
@@ -7598,8 +7596,7 @@ class Hook:
             answer["hookSpecificOutput"]["updatedInput"] = held.arguments
         return answer
 
-    def hold(self, gate: Gate, tool: str, arguments: Json, cwd: str | None
-             ) -> Held | None:
+    def hold(self, gate: Gate, tool: str, arguments: Json, cwd: str) -> Held | None:
         """As Gate.hold. The same call in the same session attaches to the
         request that still waits, or picks up what was decided meanwhile."""
         rule = gate.rules.first_match(tool, arguments, cwd).checkpoint

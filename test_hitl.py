@@ -6349,7 +6349,6 @@ HOOKS = {       # name -> its input around CMD, approved, rejected, and what an
          "command": "CMD", "cwd": "/w"}, {"permission": "allow"},
         {"permission": "deny", "user_message": WHY, "agent_message": WHY}, 2),
 }
-dialects = pytest.mark.parametrize("dialect", HOOKS)
 
 
 def hook_call(dialect, shell, **more) -> str:
@@ -6388,10 +6387,12 @@ def check_refusal(dialect, out, status, *, decided=False) -> str:
     return why
 
 
-@dialects
+@pytest.mark.parametrize("dialect", HOOKS)
 def test_hook_dialects(dialect, desk, ask_hook, monkeypatch):
     """Each agent's own answer for approve, reject and unmatched; `echo
-    hitl-selftest` shows that the hook is at work."""
+    hitl-selftest` shows that the hook is at work. No server, no configuration,
+    a fault: that dialect's refusal, which tells a model nothing that an
+    operator could do."""
     monkeypatch.setenv("HITL_SERVER_URL", desk.url)
     assert ask_hook(hook_call(dialect, "ls -la")) == ({}, 0, "")
     out, status, _ = ask_hook(hook_call(dialect, "echo hitl-selftest"))
@@ -6407,12 +6408,6 @@ def test_hook_dialects(dialect, desk, ask_hook, monkeypatch):
         assert request["agent"].startswith(f"{name} ")
         desk.decide(request["request_id"], decision, reason="no")
         assert wait() == (answer, 0, "")
-
-
-@dialects
-def test_hook_fails_closed(dialect, ask_hook, monkeypatch):
-    """No server, no configuration, a fault: that dialect's refusal, which
-    tells a model nothing that an operator could do."""
     monkeypatch.setenv("HITL_SERVER_URL", "http://127.0.0.1:9")
     for shell, config in (("rm x", "rules.toml"), ("rm x", "missing"),
                           ("rm \ud800", "rules.toml")):
@@ -6592,42 +6587,33 @@ def waiting(desk, folder, *words, call=None, argv=HITL, **environ):
             process.kill()
 
 
-def test_hook_ended_by_a_signal(desk, tmp_path):
+@pytest.mark.parametrize("gone", ["hook", "SIGTERM", "parent", "reader"])
+def test_hook_that_is_left_alone(gone, desk, tmp_path):
     """A hook killed while it waits: the card says nobody waits. SIGTERM is a
-    refusal, in words, and withdraws."""
-    with waiting(desk, tmp_path, "hook", call=hook_call("claude", "rm x")) as (
-            process, request):
-        process.kill()
-        assert until(lambda: not attended(desk, request["request_id"]))
-        desk.decide(request["request_id"])
-    with waiting(desk, tmp_path, "hook", call=hook_call("cursor", "rm y")) as (
-            process, request):
-        process.terminate()
-        out, _ = process.communicate(timeout=20)
-        assert check_refusal("cursor", out, process.returncode).startswith(
-            "hitl: refused: the hook was ended by SIGTERM. ")
-        assert desk.state(request["request_id"])["status"] == "withdrawn"
-
-
-@pytest.mark.parametrize("gone", ["parent", "reader"])
-def test_hook_of_an_agent_that_is_gone(gone, desk, tmp_path):
-    """A hook whose agent, or its shell, is gone withdraws, and claims nothing
-    that is approved late."""
-    with waiting(desk, tmp_path, "hook", "--deadline", "60",
-                 call=hook_call("cline", "rm x"),
-                 argv=("/bin/sh", "-c", '"$@" 2>/dev/null; :', "sh", *HITL)) as (
-                     process, request):
-        if gone == "parent":
-            process.kill()
-            process.wait()
-            desk.decide(request["request_id"])
-            process.stdout.read()               # until the hook has ended
-        else:
+    refusal, in words, and withdraws. A hook whose agent, or its shell, is gone
+    withdraws, and claims nothing that is approved late."""
+    shell = ("/bin/sh", "-c", '"$@" 2>/dev/null; :', "sh")
+    with waiting(desk, tmp_path, "hook", call=hook_call("cursor", "rm x"), argv=(
+            *(shell if gone in ("parent", "reader") else ()), *HITL)) as (
+                process, request):
+        name = request["request_id"]
+        if gone == "SIGTERM":
+            process.terminate()
+            out, _ = process.communicate(timeout=20)
+            assert check_refusal("cursor", out, process.returncode).startswith(
+                "hitl: refused: the hook was ended by SIGTERM. ")
+        elif gone == "reader":
             process.stdout.close()
             process.wait(30)
-        state = desk.state(request["request_id"])
+        else:
+            process.kill()
+            process.wait()
+            assert gone == "parent" or until(lambda: not attended(desk, name))
+            desk.decide(name)
+            process.stdout.read()               # until the hook has ended
+        state = desk.state(name)
     assert (state["status"], state["outcome"]) == (
-        "approved" if gone == "parent" else "withdrawn", None)
+        "approved" if gone in ("hook", "parent") else "withdrawn", None)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="redirections of a shell")
@@ -6704,33 +6690,25 @@ SERVER = '''
 import json, os, subprocess, sys
 for line in sys.stdin:
     m = json.loads(line)
-    if m.get("method") == "notifications/cancelled":
-        print(json.dumps({"jsonrpc": "2.0", "method": "saw/cancel",
-                          "params": m["params"]}), flush=True)
-    if "id" not in m or "method" not in m:
-        continue
     p = m.get("params") or {}
-    name = p.get("name")
+    name = p.get("name", m["method"])
     if name == "die":
         sys.exit(7)
     if name == "hang":
         subprocess.Popen(["sleep", "50"])       # which holds stdout
         continue
-    result = {"echo": line}
-    if m["method"] == "tools/list":
-        result = {"tools": [{"name": "delete_file", "annotations":
-                             {"destructiveHint": True}},
-                            {"name": "read_file"}]}
-    elif name == "env":
-        result = {"names": sorted(os.environ)}
-    elif name == "move_file":
-        result = {"content": [{"type": "text", "text": line}]}
-    elif name == "delete_locked":
-        result = {"isError": True, "content": "it is locked"}
-    elif name == "move_ask" and "requestState" not in p:
-        result = {"resultType": "input_required", "requestState": "S1"}
-    print(json.dumps({"jsonrpc": "2.0", "id": m["id"], "result": result}),
-          flush=True)
+    said = {"id": m.get("id"), "result": {
+        "tools/list": {"tools": [{"name": "read_file"}, {
+            "name": "delete_file", "annotations": {"destructiveHint": True}}]},
+        "env": {"names": sorted(os.environ)},
+        "move_file": {"content": [{"type": "text", "text": line}]},
+        "delete_locked": {"isError": True, "content": "it is locked"},
+        }.get(name, {"echo": line})}
+    if name == "move_ask" and "requestState" not in p:
+        said["result"] = {"resultType": "input_required", "requestState": "S1"}
+    if "id" not in m:
+        said = {"method": "saw/cancel", "params": p}
+    print(json.dumps({"jsonrpc": "2.0", **said}), flush=True)
 '''
 
 
@@ -6745,16 +6723,17 @@ class Mcp:
             *HITL, "mcp", "--config", "rules.toml", "--name", "fs", "--",
             sys.executable, "server.py", folder=folder, text=False,
             HITL_SERVER_URL=desk.url, HITL_REVIEWER_TOKEN=REVIEWER_TOKEN)
-        self.reader = threading.Thread(target=self.read)
+
+        def read():
+            for line in self.process.stdout:
+                self.lines.append(line)
+        self.reader = threading.Thread(target=read)
         self.reader.start()
 
-    def read(self):
-        for line in self.process.stdout:
-            self.lines.append(line)
-
     def send(self, message):
-        line = message if isinstance(message, bytes) else json.dumps(
-            message).encode()
+        line = message
+        if not isinstance(message, bytes):
+            line = json.dumps(message).encode()
         self.process.stdin.write(line + b"\n")
         self.process.stdin.flush()
 
