@@ -1427,8 +1427,11 @@ def describe(checkpoint: Checkpoint, tool: str,
 # understood: whatever is wrong is a ConfigError that names file, place and
 # cure, because a rule that is silently not there is a door left open.
 #
-# A table of what each TOML table may hold: key -> (check, default). A check
+# KEYS says what each TOML table may hold: key -> (check, default). A check
 # takes the value and returns it, or raises ValueError with the cure.
+
+Check = Callable[[Any], Any]
+
 
 class Configuration(NamedTuple):
     """checkpoints.toml, checked."""
@@ -1444,10 +1447,6 @@ class Configuration(NamedTuple):
     def path(self) -> Path | None:
         return self.rules.path
 
-    @property
-    def digest(self) -> str:
-        return self.rules.digest
-
 
 @contextlib.contextmanager
 def config_error(what: str) -> Iterator[None]:
@@ -1458,7 +1457,7 @@ def config_error(what: str) -> Iterator[None]:
         raise ConfigError(f"{what} {error}") from None
 
 
-def check_that(words: str, test: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def check_that(words: str, test: Check) -> Check:
     """A check that gives back what passes the test."""
     def check(value: Any) -> Any:
         if not test(value):
@@ -1467,30 +1466,58 @@ def check_that(words: str, test: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return check
 
 
-def url_value(value: Any) -> str:
-    found = re.fullmatch(
-        r"(https?://(?:[\w.-]+|\[[0-9A-Fa-f:]+\])(?::([0-9]{1,5}))?)/?",
-        value if isinstance(value, str) else "", re.ASCII)
-    if not found or int(found[2] or 0) > 65535:
-        raise ValueError('must be like "http://127.0.0.1:8765", no path')
-    return found[1]
-
-
-def public_url_value(value: Any) -> str:
-    return "" if value == "" else url_value(value)
-
-
-def number(words: str, test: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def number(words: str, test: Check) -> Check:
     return check_that(words, lambda v: type(v) in (int, float) and test(v))
 
 
-def one_of(*words: str) -> Callable[[Any], str]:
-    def check(value: Any) -> str:
+def text_like(words: str, pattern: str) -> Check:
+    return check_that(words, lambda v: isinstance(v, str) and re.fullmatch(pattern, v))
+
+
+def list_of(words: str, test: Check) -> Check:
+    """A check of a list, not empty, whose every item is text that passes."""
+    return check_that(words, lambda value: isinstance(value, list) and value and
+                      all(isinstance(item, str) and test(item) for item in value))
+
+
+def one_of(*words: str) -> Check:
+    def check(value: Any) -> Any:
         if value not in words:
             raise ValueError(f"must be one of {', '.join(words)}"
                              f"{did_you_mean(value, words)}")
-        return str(value)
+        return value
     return check
+
+
+HOST = r"([\w.-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?"
+NOTICE_PATH = "(?:[/?#][!-~]*)?"
+
+
+def address(like: str, *schemes: str, clear: str = "", rest: str = "/?") -> Check:
+    """A check of an address; with the `clear` scheme, in clear text, on this
+    machine alone. The host of a notice is never a {placeholder}, or an agent
+    could choose who is told; a ${NAME} in it is checked again by serve."""
+    def check(value: Any) -> str:
+        text = str(text_value(value))
+        if rest == NOTICE_PATH and "${" in re.split(r"(?<![:/])/|[?#]", text)[0]:
+            return text
+        kinds = "|".join((*schemes, clear) if clear else schemes)
+        found = re.fullmatch(f"({kinds})://{HOST}{rest}", text, re.ASCII)
+        if not found or int(found[3] or 0) > 65535:
+            raise ValueError(f"must be like {like}")
+        if found[1] == clear and not is_loopback(found[2]):
+            safe = " or ".join(f"{scheme}://" for scheme in schemes)
+            raise ValueError(f"would leave this machine in clear text: write {safe}")
+        return text if rest == NOTICE_PATH else text.removesuffix("/")
+    return check
+
+
+def is_loopback(host: str) -> bool:
+    import ipaddress
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 text_value = check_that("a text in quotes, and not empty",
@@ -1498,24 +1525,18 @@ text_value = check_that("a text in quotes, and not empty",
 boolean_value = check_that("true or false", lambda v: isinstance(v, bool))
 seconds_value = number("a number of seconds above 0, or inf",
                        lambda v: 0 < v < 1e12 or v == math.inf)
-poll_value = number("a number of seconds, 60 at most: a server holds no poll "
-                    "longer", lambda v: 0 < v <= 60)
-port_value = check_that("a port, 0 to 65535 (0: any free one)",
-                        lambda v: type(v) is int and 0 <= v <= 65535)
-sha256_value = check_that(
-    "a SHA-256 in hex: `hitl.py token NAME` prints one",
-    lambda v: isinstance(v, str) and re.fullmatch("[0-9a-f]{64}", v))
 name_value = check_that(
     "a printable name without a colon, 64 characters at most", lambda v:
     isinstance(v, str) and re.fullmatch(r"[^:]{1,64}", v)
     and v.isprintable() and v.strip())
+url_value = address('"http://127.0.0.1:8765", no path', "http", "https")
+notice_url_value = address('"https://ntfy.sh/": https, a plain host, a path',
+                           "https", clear="http", rest=NOTICE_PATH)
+sign_value = text_like(
+    '"whsec_" and base64: `openssl rand -base64 32` makes some',
+    "whsec_(?=.)([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}(==|[A-Za-z0-9+/]=))?")
+MAIL_ADDRESS = r"[^\s@<>,;\"{}]+@[^\s@<>,;\"{}]+"
 OURS = ("unmatched", "odd-name")        # checkpoint_ids that are not in a file
-
-
-def names_value(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not value:
-        raise ValueError('must be like ["ana", "ben"]')
-    return tuple(name_value(name) for name in value)
 
 
 def id_value(value: Any) -> str:
@@ -1533,9 +1554,12 @@ def pattern_value(value: Any) -> str:
         raise ValueError(f"{value!r} holds a control character (in TOML's "
                          '"double quotes" \\b is a backspace): write the '
                          "pattern in 'single quotes'")
-    if value[0] in "*?":                # a glob
+    if value[0] in "*?":                # a glob, to be searched for
+        body = "".join({"*": ".*", "?": "."}.get(c, re.escape(c))
+                       for c in value.strip("*"))
+        end = "$" if body and value[-1] != "*" else ""
         raise ValueError(f"{value!r} is a glob; as a regular expression "
-                         f"write {json.dumps(glob_as_regex(value))}")
+                         f"write {json.dumps(body + end or '.')}")
     import warnings
     try:
         with warnings.catch_warnings():
@@ -1554,26 +1578,15 @@ def pattern_value(value: Any) -> str:
     return value
 
 
-def glob_as_regex(glob: str) -> str:
-    """What a pattern like `*_prod` or `*prod*` means, to be searched for."""
-    body = "".join({"*": ".*", "?": "."}.get(c, re.escape(c))
-                   for c in glob.strip("*"))
-    end = "" if glob[-1] == "*" else "$"
-    return body + end if body else "."
-
-
 def patterns_value(value: Any) -> dict[str, str]:
     if not isinstance(value, dict) or not value:
         raise ValueError('must be like { table = "users|orders" }')
     for name, pattern in value.items():
-        if isinstance(pattern, dict):
-            raise ValueError(f'of a dotted name needs quotes: "{name}.'
-                             f'{next(iter(pattern), "...")}" = "..."')
         try:
             pattern_value(pattern)
         except ValueError as error:
             raise ValueError(f"of {name}: {error}") from None
-    return dict(value)
+    return value
 
 
 def template_value(value: Any) -> str:
@@ -1592,54 +1605,6 @@ NOTICE_FIELDS = ("title", "text", "url", "request_id", "status", "tool",
 PLACEHOLDER = regex(r"\$\{([A-Za-z_]\w*)\}|\{([A-Za-z_]\w*)\}", re.ASCII)
 NOTIFY_KINDS = {"url": ("headers", "body", "sign"),
                 "smtp": ("login", "password", "from", "to"), "command": ()}
-HOST = r"([\w.-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?"
-MAIL_ADDRESS = r"[^\s@<>,;\"{}]+@[^\s@<>,;\"{}]+"
-
-
-def is_loopback(host: str) -> bool:
-    import ipaddress
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def list_of(words: str, test: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A check of a list, not empty, whose every item passes the test."""
-    return check_that(words, lambda value: isinstance(value, list) and value and
-                      all(isinstance(item, str) and test(item) for item in value))
-
-
-def target_value(like: str, *schemes: str, rest: str = "/?") -> Callable[[Any], str]:
-    """A check of where notices go; the last scheme, in clear text, on this
-    machine alone. The host is never a {placeholder}, or an agent could choose
-    who is told; a ${NAME} in that of a url is checked again by serve."""
-    def check(value: Any) -> str:
-        text = str(text_value(value))
-        found = re.fullmatch(f"({'|'.join(schemes)})://{HOST}{rest}", text, re.ASCII)
-        if rest != "/?" and "${" in re.split(r"(?<![:/])/|[?#]", text)[0]:
-            return text
-        if not found or int(found[3] or 0) > 65535:
-            raise ValueError(f"must be like {like}")
-        if found[1] == schemes[-1] and not is_loopback(found[2]):
-            safe = " or ".join(f"{scheme}://" for scheme in schemes[:-1])
-            raise ValueError(f"would leave this machine in clear text: write {safe}")
-        return text
-    return check
-
-
-notice_url_value = target_value('"https://ntfy.sh/": https, a plain host, a path',
-                                "https", "http", rest="(?:[/?#][!-~]*)?")
-smtp_value = target_value('"starttls://mail.example.org:587" or '
-                          '"tls://mail.example.org:465"', "starttls", "tls", "plain")
-headers_value = check_that(
-    'like { Authorization = "Bearer ${TOKEN}" }', lambda v: isinstance(v, dict) and
-    all(re.fullmatch("[A-Za-z0-9_-]+", name) and isinstance(text, str)
-        and text.isprintable() for name, text in v.items()))
-sign_value = check_that(
-    '"whsec_" and base64: `openssl rand -base64 32` makes some',
-    lambda v: re.fullmatch("whsec_(?=.)([A-Za-z0-9+/]{4})*"
-                           "([A-Za-z0-9+/]{2}(==|[A-Za-z0-9+/]=))?", v))
 
 
 def body_value(value: Any) -> Any:
@@ -1649,22 +1614,22 @@ def body_value(value: Any) -> Any:
         body = parse_json(value) if isinstance(value, str) else value
         if not isinstance(body, (dict, list)):
             raise ValueError("an object or a list is needed")
-        json.dumps(body, allow_nan=False)
+        canonical(body)
     except (TypeError, ValueError) as error:
         raise ValueError("is not JSON: write a table, or JSON in '''...''' "
                          f"({error})") from None
     return body
 
 
-def command_value(value: Any) -> Any:
+def command_value(value: Any) -> list[str]:
     """A program and its arguments. No part of it is ever read by a shell of
     ours, and no placeholder may be read by one that it names."""
-    words = list_of('like ["notify-send", "--", "{title}"]', len)(value)
+    words: list[str] = list_of('like ["notify-send", "--", "{title}"]', bool)(value)
     shell = re.search(r"(?i)(?:^|[/\\])(\w*sh|cmd)(\.exe)?$", words[0])
-    for word, before in zip(words, ["", *words], strict=False):
-        script = shell and re.match(r"-\w*c|/c", before, re.IGNORECASE)
-        if (script or not before) and any(
-                field for _, field in PLACEHOLDER.findall(word)):
+    scripts = [word for flag, word in itertools.pairwise(words)
+               if shell and re.match(r"(?i)-\w*c|/c", flag)]
+    for word in (words[0], *scripts):
+        if any(found[2] for found in PLACEHOLDER.finditer(word)):
             raise ValueError(f'would run what fills "{word}": pass it as an '
                              'argument of its own, as "$1" of the script')
     return words
@@ -1686,8 +1651,7 @@ def check_notify(entry: Mapping[str, Any]) -> None:
         raise ValueError('smtp: needs from = "..." and to = ["..."]')
     if (entry["login"] is None) != (entry["password"] is None):
         raise ValueError("login and password: give both or neither")
-    text = json.dumps([entry[key] for key in (
-        "url", "headers", "body", "sign", "login", "password", "command")])
+    text = json.dumps(entry)
     if "${" in PLACEHOLDER.sub("", text):
         raise ValueError("${ is not closed: write ${NAME}, a variable of "
                          "serve's environment")
@@ -1702,20 +1666,22 @@ def check_notify(entry: Mapping[str, Any]) -> None:
 
 
 REQUIRED = object()
-KEYS: dict[str, dict[str, tuple[Callable[[Any], Any], Any]]] = {
+KEYS: dict[str, dict[str, tuple[Check, Any]]] = {
     "gate": {
         "server_url": (url_value, "http://127.0.0.1:8765"),
         "timeout_seconds": (seconds_value, 30),
-        "poll_seconds": (poll_value, 5),
+        "poll_seconds": (number("a number of seconds, 60 at most: a server holds "
+                                "no poll longer", lambda v: 0 < v <= 60), 5),
         "lifetime_seconds": (seconds_value, None),
         "unmatched": (one_of("allow", "review"), "allow"),
         "tls_ca": (text_value, ""),
     },
     "server": {
         "host": (text_value, "127.0.0.1"),
-        "port": (port_value, 8765),
+        "port": (check_that("a port, 0 to 65535 (0: any free one)",
+                            lambda v: type(v) is int and 0 <= v <= 65535), 8765),
         "database": (text_value, "hitl.db"),
-        "public_url": (public_url_value, ""),
+        "public_url": (lambda v: v if v == "" else url_value(v), ""),
         "tls_certificate": (text_value, ""),
         "tls_key": (text_value, ""),
     },
@@ -1729,37 +1695,46 @@ KEYS: dict[str, dict[str, tuple[Callable[[Any], Any], Any]]] = {
         "arguments": (patterns_value, {}),
         "timeout_seconds": (seconds_value, None),
         "lifetime_seconds": (seconds_value, None),
-        "reviewers": (names_value, ()),
+        "reviewers": (list_of('like ["ana", "ben"]', name_value), ()),
         "remember": (boolean_value, True),
         "editable": (boolean_value, False),
     },
     **dict.fromkeys(("reviewer", "agent"), {
         "name": (name_value, REQUIRED),
-        "token_sha256": (sha256_value, REQUIRED),
+        "token_sha256": (text_like(
+            "a SHA-256 in hex: `hitl.py token NAME` prints one",
+            "[0-9a-f]{64}"), REQUIRED),
     }),
     "notify": {
         "name": (name_value, REQUIRED),
         "url": (notice_url_value, None),
-        "headers": (headers_value, None),
+        "headers": (check_that(
+            'like { Authorization = "Bearer ${TOKEN}" }',
+            lambda v: isinstance(v, dict) and all(
+                re.fullmatch(r"[A-Za-z0-9_-]+", name) and isinstance(text, str)
+                and text.isprintable() for name, text in v.items())), None),
         "body": (body_value, None),
         "sign": (text_value, None),
-        "smtp": (smtp_value, None),
+        "smtp": (address('"starttls://mail.example.org:587" or '
+                         '"tls://mail.example.org:465"',
+                         "starttls", "tls", clear="plain"), None),
         "login": (text_value, None),
         "password": (text_value, None),
-        "from": (check_that("an address, like hitl@example.org", lambda v:
-                            re.fullmatch(MAIL_ADDRESS, str(v))), None),
-        "to": (list_of('like ["oncall@example.org"]', lambda v: re.fullmatch(
-            MAIL_ADDRESS, v)), None),
+        "from": (text_like("an address, like hitl@example.org", MAIL_ADDRESS), None),
+        "to": (list_of('like ["oncall@example.org"]',
+                       lambda v: re.fullmatch(MAIL_ADDRESS, v)), None),
         "command": (command_value, None),
         "after_seconds": (number("a number of seconds, 0 to 604800 (a week)",
                                  lambda v: 0 <= v <= 604800), 0),
         "category": (list_of(f"a list of {', '.join(CATEGORIES)}",
-                            lambda v: v in CATEGORIES), ()),
+                             lambda v: v in CATEGORIES), ()),
         "checkpoint": (list_of("a list of checkpoint_ids",
-                              REQUEST_ID.fullmatch), ()),
+                               REQUEST_ID.fullmatch), ()),
         "details": (boolean_value, False),
     },
 }
+MARKS = {name: f"[{name}]" if name in ("gate", "server") else f"[[{name}]]"
+         for name in KEYS}
 
 
 def find_configuration(path: str | os.PathLike[str] | None = None,
@@ -1800,25 +1775,29 @@ def load_configuration(path: Path) -> Configuration:
     wrong, where, and how to mend it."""
     data, tables = read_toml(path)
     check_tables(path, tables)
+    rows = {kind: rows_of(path, kind, tables) for kind in KEYS}
+    (gate,), (server,) = rows["gate"], rows["server"]
     checkpoints = tuple(
         Checkpoint(**row, digest=checkpoint_digest(table)) for row, table in zip(
-            rows_of(path, "checkpoint", tables), tables.get("checkpoint", ()),
-            strict=True))
+            rows["checkpoint"], tables.get("checkpoint", ()), strict=True))
     if not checkpoints:
         raise ConfigError(f"{path}: no [[checkpoint]] in it",
                           "`python3 hitl.py init` writes an example; to let "
                           'everything wait, set unmatched = "review" and '
                           "keep one")
-    gate, server = (checked(path, f"[{name}]", name, tables.get(name, {}))
-                    for name in ("gate", "server"))
-    people, agents = ({row["name"]: row["token_sha256"]
-                       for row in rows_of(path, kind, tables)}
+    people, agents = ({row["name"]: row["token_sha256"] for row in rows[kind]}
                       for kind in ("reviewer", "agent"))
-    refuse_strangers(path, checkpoints, people)
+    for checkpoint in checkpoints:
+        for name in checkpoint.reviewers:       # else nobody could decide it
+            if name not in people:
+                raise ConfigError(
+                    f'{path}: checkpoint "{checkpoint.checkpoint_id}": '
+                    f'reviewers: "{name}" is not a [[reviewer]]'
+                    f"{did_you_mean(name, people)}",
+                    f"`python3 hitl.py token {name}` prints the lines to add")
     digest = hashlib.sha256(data).hexdigest()
     return Configuration(Rules(checkpoints, gate["unmatched"], path, digest),
-                         gate, server, people, agents,
-                         tuple(rows_of(path, "notify", tables)))
+                         gate, server, people, agents, tuple(rows["notify"]))
 
 
 def read_toml(path: Path) -> tuple[bytes, dict[str, Any]]:
@@ -1847,9 +1826,29 @@ def checkpoint_digest(table: dict[str, Any]) -> str:
     return hashlib.sha256(canonical(plain).encode()).hexdigest()
 
 
+def check_tables(path: Path, tables: dict[str, Any]) -> None:
+    """ConfigError for a table or a top-level key that does not belong."""
+    for name, value in tables.items():
+        homes = [MARKS[table] for table in KEYS if name in KEYS[table]]
+        if name not in KEYS and homes:
+            raise ConfigError(f'{path}: "{name}" is outside of any table',
+                              f"put {name} under {homes[0]}")
+        if name not in KEYS:
+            near = did_you_mean(f"[[{name}]]", MARKS.values())
+            raise ConfigError(f'{path}: unknown table or key "{name}"', near[2:]
+                              or f"known: {', '.join(MARKS.values())}")
+        rows = value if isinstance(value, list) else [value]
+        if MARKS[name].startswith("[[") != isinstance(value, list) or not all(
+                isinstance(row, dict) for row in rows):
+            raise ConfigError(f'{path}: "{name}" is not written {MARKS[name]}',
+                              f"did you mean {MARKS[name]}?")
+
+
 def rows_of(path: Path, kind: str, tables: dict[str, Any]
             ) -> list[dict[str, Any]]:
-    """The [[kind]] tables, each checked; no two may have one name."""
+    """The tables of a kind, each checked; no two may have one name."""
+    if not MARKS[kind].startswith("[["):
+        return [checked(path, MARKS[kind], kind, tables.get(kind, {}))]
     rows = [checked(path, f"{kind} {n}", kind, table)
             for n, table in enumerate(tables.get(kind, ()), 1)]
     key = next(iter(KEYS[kind]))
@@ -1861,40 +1860,6 @@ def rows_of(path: Path, kind: str, tables: dict[str, Any]
     return rows
 
 
-def refuse_strangers(path: Path, checkpoints: Iterable[Checkpoint],
-                     reviewers: Mapping[str, str]) -> None:
-    """ConfigError where a checkpoint names somebody who is not a reviewer:
-    nobody could decide it."""
-    for checkpoint in checkpoints:
-        for name in checkpoint.reviewers:
-            if name not in reviewers:
-                raise ConfigError(
-                    f'{path}: checkpoint "{checkpoint.checkpoint_id}": '
-                    f'reviewers: "{name}" is not a [[reviewer]]'
-                    f"{did_you_mean(name, reviewers)}",
-                    f"`python3 hitl.py token {name}` prints the lines to add")
-
-
-def check_tables(path: Path, tables: dict[str, Any]) -> None:
-    """ConfigError for a table or a top-level key that does not belong."""
-    marks = {name: f"[{name}]" if name in ("gate", "server") else f"[[{name}]]"
-             for name in KEYS}
-    for name, value in tables.items():
-        homes = [marks[table] for table in KEYS if name in KEYS[table]]
-        if name not in KEYS and homes:
-            raise ConfigError(f'{path}: "{name}" is outside of any table',
-                              f"put {name} under {homes[0]}")
-        if name not in KEYS:
-            near = did_you_mean(f"[[{name}]]", marks.values())
-            raise ConfigError(f'{path}: unknown table or key "{name}"', near[2:]
-                              or f"known: {', '.join(marks.values())}")
-        rows = value if isinstance(value, list) else [value]
-        if marks[name].startswith("[[") != isinstance(value, list) or not all(
-                isinstance(row, dict) for row in rows):
-            raise ConfigError(f'{path}: "{name}" is not written {marks[name]}',
-                              f"did you mean {marks[name]}?")
-
-
 def checked(path: Path, place: str, kind: str,
             table: dict[str, Any]) -> dict[str, Any]:
     """A table with its defaults filled in; ConfigError for any other key."""
@@ -1903,13 +1868,12 @@ def checked(path: Path, place: str, kind: str,
     where = f"{path}: {place}"
     if isinstance(named, str):
         where += f' "{named}"'
-    for key in table:
-        if key not in known:
-            cure = f"known: {', '.join(known)}{did_you_mean(key, known)}"
-            for home in ("gate", "server"):
-                if key in KEYS[home]:
-                    cure = f"put {key} under [{home}]"
-            raise ConfigError(f'{where}: unknown key "{key}"', cure)
+    for key in sorted(table.keys() - known.keys()):
+        cure = f"known: {', '.join(known)}{did_you_mean(key, known)}"
+        for home in ("gate", "server"):
+            if key in KEYS[home]:
+                cure = f"put {key} under [{home}]"
+        raise ConfigError(f'{where}: unknown key "{key}"', cure)
     values = {}
     for key, (check, default) in known.items():
         if default is REQUIRED and key not in table:

@@ -750,7 +750,7 @@ WRONG_FILES = [     # text before a rule, place in the message, its cure
          "is not a regular expression: "),
         ("arguments", ['"x"', "{}"], 'like { table = "users|orders" }'),
         ("arguments", ["{ table = '(' }"], "of table: is not a regular"),
-        ("arguments", ["{ a.b = 'x' }"], 'needs quotes: "a.b" = "..."'),
+        ("arguments", ["{ a.b = 'x' }"], "of a: must be a regular"),
         ("category", ['"destructiv"'], "did you mean destructive?"),
         ("effect", ['"refuse"'], "one of allow, review, deny"),
         ("timeout_seconds", ["0", "nan", "-inf", "true", '"30"', "9" * 400],
