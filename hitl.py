@@ -427,6 +427,11 @@ class ReviewRequest(NamedTuple):
     agent_context: str = "null"
 
     @property
+    def subject(self) -> str:
+        """What the audit log calls it."""
+        return self.request_id
+
+    @property
     def runs(self) -> str | None:
         """The arguments that run once it is approved."""
         return self.approved_arguments or self.arguments
@@ -2970,31 +2975,56 @@ def unknown(request_id: str) -> Refusal:
 # history; `log --verify` looks at everything. Nothing is ever repaired: a file
 # that is not as it was left is refused, with the row that shows it.
 
-def open_store(path: Path, clock: Callable[[], float] = time.time) -> Store:
-    """The Store of a database that is ours, whole and durable, and that no
-    other server has; ConfigError for any other file."""
-    import sqlite3
-    try:
-        path = path.resolve()       # one lock, whatever name leads here
-    except (OSError, RuntimeError) as error:
-        raise bad_database(path, f"leads nowhere: {error}",
-                           "use --database with another path") from None
-    with contextlib.ExitStack() as opened:
-        lock = lock_database(path)
-        opened.callback(lock.close)
-        db = open_database(path)
-        opened.callback(db.close)
-        try:
-            store = Store(db, lock, path, clock)
-        except (sqlite3.Error, ValueError, TypeError, OSError) as error:
-            raise bad_database(path, f"is damaged: {error}",
-                               "restore a backup") from None
-        opened.pop_all()            # from here on the Store closes both
-        return store
+# SQLITE_BUSY, LOCKED, READONLY, IOERR, FULL, CANTOPEN
+NOT_DAMAGE = (5, 6, 8, 10, 13, 14)
 
 
 def bad_database(path: Path, what: str, cure: str) -> ConfigError:
     return ConfigError(f"{path}: {what}", cure, reason="bad-database")
+
+
+def open_store(path: Path, clock: Callable[[], float] = time.time) -> Store:
+    """The Store of a database that is ours, whole and durable, and that no
+    other server has; ConfigError for any other file, which is left as it is."""
+    import sqlite3
+    with contextlib.ExitStack() as opened:
+        try:
+            path = path.resolve()       # one lock, whatever name leads here
+            lock = lock_database(path)
+            opened.callback(lock.close)
+            if not path.exists():
+                create_database(path)
+            check_header(path)
+            db = sqlite3.connect(
+                f"{path.as_uri()}?mode=rw", uri=True, timeout=BUSY_SECONDS,
+                isolation_level=None, check_same_thread=False,
+                cached_statements=256)
+            opened.callback(db.close)
+            check_ours(db, path)
+            settings(db, path)
+            for fault in database_faults(db, path.stat().st_size):
+                raise bad_database(
+                    path, f"is damaged or was edited: {fault}",
+                    "restore a backup, or move it away to begin again; "
+                    "`hitl.py log --verify` tells more")
+            store = Store(db, lock, path, clock)
+        except ConfigError:
+            raise
+        except (OSError, RuntimeError) as error:
+            raise unusable(path, error) from None
+        except (sqlite3.Error, ValueError, TypeError) as error:
+            if getattr(error, "sqlite_errorcode", 0) & 255 in NOT_DAMAGE:
+                raise unusable(path, error) from None
+            raise bad_database(path, f"is damaged or not ours: {error}",
+                               "restore a backup, or move it away") from None
+        opened.pop_all()            # from here on the Store closes both
+        return store
+
+
+def unusable(path: Path, error: Exception) -> ConfigError:
+    return bad_database(path, f"cannot be used now: {error}",
+                        "stop what holds it, see to its mode and disk, or use "
+                        "--database with a folder of your own")
 
 
 def lock_database(path: Path) -> Any:
@@ -3003,58 +3033,35 @@ def lock_database(path: Path) -> Any:
     read the database itself."""
     import sqlite3
     beside = path.with_name(path.name + ".lock")
-    lock = None
+    with contextlib.suppress(FileExistsError):
+        # never open it again: closing it would drop our own lock (POSIX)
+        os.close(os.open(beside, os.O_CREAT | os.O_EXCL, 0o600))
+    lock = sqlite3.connect(beside, timeout=0, isolation_level=None,
+                           check_same_thread=False)
     try:
-        with contextlib.suppress(FileExistsError):
-            # never open it again: closing it would drop our own lock (POSIX)
-            os.close(os.open(beside, os.O_CREAT | os.O_EXCL, 0o600))
-        lock = sqlite3.connect(beside, timeout=0, isolation_level=None,
-                               check_same_thread=False)
         lock.execute("BEGIN EXCLUSIVE")
         return lock
-    except (sqlite3.Error, OSError) as error:
-        if lock is not None:
-            lock.close()
+    except sqlite3.Error as error:
+        lock.close()
         if "locked" in str(error):
             raise bad_database(path, "another server runs on this database",
                                "stop it, or use --database") from None
-        raise bad_database(path, f"its lock file cannot be used: {error}",
-                           "use --database with a folder of your own"
-                           ) from None
+        raise unusable(beside, error) from None
 
 
-def open_database(path: Path) -> Any:
-    """The connection, to a database that is ours, whole and durable;
-    ConfigError for any other file, which is left as it is."""
-    import sqlite3
+def check_header(path: Path) -> None:
+    """ConfigError for a file that is not a database, or that SQLite would take
+    for an empty one; SQLite itself finds out what else may be wrong."""
     if path.is_dir():
         raise bad_database(path, "is a folder", "name a file")
-    if not path.exists():
-        create_database(path)
-    check_header(path)
-    db = None
-    try:
-        db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True,
-                             timeout=BUSY_SECONDS, isolation_level=None,
-                             check_same_thread=False, cached_statements=256)
-        check_ours(db, path)
-        settings(db, path)
-        for fault in database_faults(db, path.stat().st_size):
-            raise bad_database(path, f"is damaged or was edited: {fault}",
-                               "restore a backup, or move it away to begin "
-                               "again; `hitl.py log --verify` tells more")
-    except (ConfigError, sqlite3.Error, ValueError, TypeError) as error:
-        if db is not None:
-            db.close()
-        if isinstance(error, ConfigError):
-            raise
-        if getattr(error, "sqlite_errorcode", 0) & 255 in NOT_DAMAGE:
-            raise bad_database(path, f"cannot be used now: {error}",
-                               "stop what holds it, see to its mode and disk, "
-                               "or use --database") from None
-        raise bad_database(path, f"is damaged or not ours: {error}",
-                           "restore a backup, or move it away") from None
-    return db
+    with open(path, "rb") as file:
+        beginning, size = file.read(16), os.stat(path).st_size
+    if size and beginning != b"SQLite format 3\0":
+        raise bad_database(path, "is not an SQLite database",
+                           "use --database with another file")
+    if not size or size % 512:
+        raise bad_database(path, "is empty or was cut short",
+                           "move it away, or restore a backup")
 
 
 def check_ours(db: Any, path: Path) -> None:
@@ -3073,31 +3080,9 @@ def check_ours(db: Any, path: Path) -> None:
                            f"{version})", "use that one")
 
 
-def check_header(path: Path) -> None:
-    """ConfigError for a file that is not a database, or that SQLite would take
-    for an empty one; SQLite itself finds out what else may be wrong."""
-    try:
-        with open(path, "rb") as file:
-            beginning, size = file.read(16), os.stat(path).st_size
-    except OSError as error:
-        raise bad_database(path, f"cannot be read: {error.strerror}",
-                           "see to its mode, or use --database") from None
-    if size and beginning != b"SQLite format 3\0":
-        raise bad_database(path, "is not an SQLite database",
-                           "use --database with another file")
-    if not size or size % 512:
-        raise bad_database(path, "is empty or was cut short",
-                           "move it away, or restore a backup")
-
-
-# SQLITE_BUSY, LOCKED, READONLY, IOERR, FULL, CANTOPEN
-NOT_DAMAGE = (5, 6, 8, 10, 13, 14)
-
-
 def settings(db: Any, path: Path) -> None:
     """A commit is on disk when it returns, and readers never wait."""
-    mode, = db.execute("PRAGMA journal_mode = WAL").fetchone()
-    if mode not in ("wal", "memory"):
+    if db.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
         raise bad_database(path, "this file system cannot hold it (no WAL)",
                            "put the database on a local disk")
     db.execute("PRAGMA synchronous = FULL")
@@ -3111,31 +3096,18 @@ def create_database(path: Path) -> None:
         raise bad_database(path, "is gone, but its -wal file is there",
                            "restore it, or move the -wal file away")
     fresh = path.with_name(path.name + ".new")
-    try:
-        fresh.unlink(missing_ok=True)       # of a start that did not end
-        os.close(os.open(fresh, os.O_CREAT | os.O_EXCL, 0o600))
-        with contextlib.closing(sqlite3.connect(
-                fresh, isolation_level=None)) as db:
-            settings(db, path)
-            db.executescript(
-                f"BEGIN; PRAGMA application_id = {APPLICATION_ID}; "
-                f"PRAGMA user_version = {SCHEMA_VERSION}; {SCHEMA} COMMIT;")
-        os.replace(fresh, path)
-        if os.name == "posix":      # the new name itself must be on disk
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-    except (OSError, sqlite3.Error) as error:
-        raise bad_database(path, f"cannot be made: {error}",
-                           "use --database with a folder of your own"
-                           ) from None
-
-
-def schema_of(db: Any) -> list[Any]:
-    # names with sqlite_ are SQLite's own, and refused to anybody else
-    return list(db.execute(
-        "SELECT name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite$_%' "
-        "ESCAPE '$' ORDER BY name"))
+    fresh.unlink(missing_ok=True)       # of a start that did not end
+    os.close(os.open(fresh, os.O_CREAT | os.O_EXCL, 0o600))
+    with contextlib.closing(sqlite3.connect(fresh, isolation_level=None)) as db:
+        settings(db, path)
+        db.executescript(
+            f"BEGIN; PRAGMA application_id = {APPLICATION_ID}; "
+            f"PRAGMA user_version = {SCHEMA_VERSION}; {SCHEMA} COMMIT;")
+    os.replace(fresh, path)
+    if os.name == "posix":      # the new name itself must be on disk
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def database_faults(db: Any, size: int) -> Iterator[str]:
@@ -3145,8 +3117,12 @@ def database_faults(db: Any, size: int) -> Iterator[str]:
     import sqlite3
     with contextlib.closing(sqlite3.connect(":memory:")) as ours:
         ours.executescript(SCHEMA)
-        expected = schema_of(ours)
-    if schema_of(db) != expected:
+        # names with sqlite_ are SQLite's own, and refused to anybody else
+        expected, found = (each.execute(
+            "SELECT name, sql FROM sqlite_master WHERE name NOT LIKE "
+            "'sqlite$_%' ESCAPE '$' ORDER BY name").fetchall()
+            for each in (ours, db))
+    if found != expected:
         yield "its tables or triggers are not those of this version"
         return
     if size <= 32 << 20:
@@ -3154,51 +3130,47 @@ def database_faults(db: Any, size: int) -> Iterator[str]:
         if result != "ok":
             yield result
             return
-    yield from request_faults(db, "WHERE status IN ('waiting', 'approved') AND "
-                              "outcome IS NULL")
-    yield from standing_faults(db, "WHERE lifted_at IS NULL")
+    yield from seal_faults(db, "WHERE status IN ('waiting', 'approved') AND "
+                           "outcome IS NULL", "WHERE lifted_at IS NULL")
 
 
-def request_faults(db: Any, where: str = "") -> Iterator[str]:
-    """Requests that are not as their last audit row sealed them, or whose
-    audit row does not have its hash."""
-    for row in db.execute(f"SELECT {WHOLE} FROM pending_reviews {where}"):
+def seal_faults(db: Any, requests: str = "", standing: str = "") -> Iterator[str]:
+    """Requests and standing decisions that are not as their last audit row
+    sealed them, or whose audit row does not have its hash; and votes, which
+    nobody can cast yet."""
+    for row in db.execute(f"SELECT {WHOLE} FROM pending_reviews {requests}"):
         request = ReviewRequest._make(row)
         name = f'request "{visible(str(request.request_id))}"'
         if asked_hash(request) != request.asked_sha256:
             yield f"{name} is not what was asked: its row was edited"
         else:
-            yield from seal_faults(db, name, request.request_id,
-                                   seal_of(request))
-
-
-def standing_faults(db: Any, where: str = "") -> Iterator[str]:
-    """The same of standing decisions; and votes, which nobody can cast yet."""
-    for standing in standing_rows(db, where):
-        yield from seal_faults(
-            db, f"standing decision {visible(str(standing.number))}",
-            standing.subject, seal_of(standing))
+            yield from last_row_faults(db, name, request)
+    for said in standing_rows(db, standing):
+        yield from last_row_faults(
+            db, f"standing decision {visible(str(said.number))}", said)
     for request_id, in db.execute("SELECT request_id FROM votes"):
         yield (f'request "{visible(str(request_id))}" has a vote, and this '
                "version takes none")
 
 
-def seal_faults(db: Any, name: str, subject: str, seal: str) -> Iterator[str]:
-    """Whether the last audit row of a subject has this seal, and its hash."""
+def last_row_faults(db: Any, name: str,
+                    about: ReviewRequest | Standing) -> Iterator[str]:
+    """Whether the last audit row of a subject has its seal, and its hash."""
     last = db.execute("SELECT * FROM audit_log WHERE subject = ? ORDER BY "
-                      "sequence DESC LIMIT 1", (subject,)).fetchone()
+                      "sequence DESC LIMIT 1", (about.subject,)).fetchone()
     if last is None:
         yield f"{name} has no audit row"
         return
     before = db.execute("SELECT hash FROM audit_log WHERE sequence = ?",
                         (last[0] - 1,)).fetchone() or (GENESIS,)
-    if last[6] != seal:
+    if last[6] != seal_of(about):
         yield f"{name} is not as the audit log has it: its row was edited"
     elif last[7] != sha256_of([before[0], *last[:7]]):
         yield f"{name} has an audit row that was edited: {last[0]}"
 
 
-def open_for_reading(path: Path) -> Any:
+@contextlib.contextmanager
+def open_for_reading(path: Path) -> Iterator[Any]:
     """A read-only connection, beside a running server or without one."""
     import sqlite3
     if not path.exists():
@@ -3206,13 +3178,9 @@ def open_for_reading(path: Path) -> Any:
     uri = f"{path.absolute().as_uri()}?mode=ro"
     if not path.with_name(path.name + "-wal").exists():
         uri += "&immutable=1"       # nobody writes, and no file is left behind
-    db = sqlite3.connect(uri, uri=True)
-    try:
+    with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
         check_ours(db, path)
-    except BaseException:
-        db.close()
-        raise
-    return db
+        yield db
 
 
 def audit_rows(db: Any) -> Iterator[tuple[Any, ...]]:
@@ -3230,18 +3198,9 @@ def stored_requests(db: Any) -> Iterator[ReviewRequest]:
 def verified(path: Path, noted: str = "") -> tuple[Head, list[str]]:
     """The head of a database's audit log, and what is wrong with it, at one
     instant, whatever a server writes meanwhile."""
-    with contextlib.closing(open_for_reading(path)) as db:
+    with open_for_reading(path) as db:
         db.execute("BEGIN")
         return last_head(db), list(audit_faults(db, noted))
-
-
-def row_faults(before: Head, row: tuple[Any, ...]) -> Iterator[str]:
-    """Whether an audit row follows the one before it."""
-    if row[0] != before.sequence + 1:
-        yield f"audit row {before.sequence + 1} is missing"
-    elif row[-1] != sha256_of([before.hash, *row[:-1]]):
-        yield (f"audit row {row[0]} was changed, or one before it: it is "
-               f'about "{visible(str(row[3]))}"')
 
 
 def audit_faults(db: Any, noted: str = "") -> Iterator[str]:
@@ -3249,13 +3208,16 @@ def audit_faults(db: Any, noted: str = "") -> Iterator[str]:
     every request against its last row, and a noted head against the log."""
     head, seen = Head(0, GENESIS), noted in ("", GENESIS)
     for row in audit_rows(db):
-        yield from row_faults(head, row)
+        if row[0] != head.sequence + 1:
+            yield f"audit row {head.sequence + 1} is missing"
+        elif row[-1] != sha256_of([head.hash, *row[:-1]]):
+            yield (f"audit row {row[0]} was changed, or one before it: it is "
+                   f'about "{visible(str(row[3]))}"')
         head = Head(row[0], row[-1])
         seen = seen or row[-1] == noted
     if not seen:
         yield f"the noted head {noted} is not in the log: its end was cut"
-    yield from request_faults(db)
-    yield from standing_faults(db)
+    yield from seal_faults(db)
     for subject, in db.execute(
             "SELECT DISTINCT subject FROM audit_log WHERE subject NOT IN "
             "(SELECT request_id FROM pending_reviews) AND subject NOT IN "
@@ -8042,7 +8004,7 @@ class Workshop:
         """The ids of what waits, once the database has any; none after five
         seconds."""
         end, ids = time.monotonic() + 5, list[str]()
-        with contextlib.closing(open_for_reading(self.database)) as db:
+        with open_for_reading(self.database) as db:
             while not ids and time.monotonic() < end:
                 time.sleep(0.005)
                 ids = [request.request_id for request in stored_requests(db)
@@ -8890,7 +8852,7 @@ def replay(args: Any, configuration: Configuration) -> int:
     path = server_settings(args, configuration)["database"]
     counts, changed = Counter(REPLAYED), []
     try:
-        with contextlib.closing(open_for_reading(path)) as db:
+        with open_for_reading(path) as db:
             for request in stored_requests(db):
                 became, now = replayed(configuration.rules, request)
                 counts[became] += 1
@@ -9169,22 +9131,20 @@ def cmd_notify(args: Any) -> int:
 def cmd_log(args: Any) -> int:
     """print the audit log; with --verify, check it"""
     import sqlite3
-    configuration = configuration_for(args)
-    path = server_settings(args, configuration)["database"]
+    path = server_settings(args, configuration_for(args))["database"]
     if not re.fullmatch("([0-9a-f]{64})?", args.head):
         raise ConfigError("--head must be a SHA-256 in hex",
                           "serve prints the head at start and stop")
     try:
         if args.verify:
             return print_verified(args, path)
-        with contextlib.closing(open_for_reading(path)) as db:
+        with open_for_reading(path) as db:
             for row in audit_rows(db):
                 line = " ".join(visible(str(part)) for part in row[:6])
                 if args.json:
                     line = json.dumps(dict(zip(AUDIT_COLUMNS, row, strict=True)))
                 say(line)
-    except (sqlite3.DatabaseError, ValueError, LookupError,
-            TypeError) as error:
+    except (sqlite3.DatabaseError, ValueError, LookupError, TypeError) as error:
         say(f"FAULT {path}: {visible(str(error))}")
         return 1
     return 0

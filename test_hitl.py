@@ -165,7 +165,7 @@ class Desk:
 
     def rows(self, sql: str, *values) -> list:
         """What another process sees in the database."""
-        with contextlib.closing(hitl.open_for_reading(self.database)) as db:
+        with hitl.open_for_reading(self.database) as db:
             return db.execute(sql, values).fetchall()
 
     def raw(self, data: bytes, seconds: float = 5.0) -> bytes:
@@ -1735,7 +1735,7 @@ def edited(path):
 
 
 def chain_faults(path):
-    with contextlib.closing(hitl.open_for_reading(path)) as db:
+    with hitl.open_for_reading(path) as db:
         return list(hitl.audit_faults(db))
 
 
@@ -3360,7 +3360,7 @@ def test_each_outcome_is_in_the_log_and_a_failure_is_marked(desk, start_notices)
     page = desk.page()
     assert "bad: 403, nobody was told" in page
     assert re.search("bad: 403, (good and also|also and good) was told", page)
-    with contextlib.closing(hitl.open_for_reading(desk.database)) as db:
+    with hitl.open_for_reading(desk.database) as db:
         assert verifies(db)
 
 
@@ -3440,8 +3440,7 @@ def test_promise_9_what_is_owed_is_told_once(tmp_path):
             time.sleep(0.2)             # time for a mistake
             served.stop()
         assert len(receiver.got) == 2
-        with contextlib.closing(
-                hitl.open_for_reading(tmp_path / "hitl.db")) as db:
+        with hitl.open_for_reading(tmp_path / "hitl.db") as db:
             assert db.execute("SELECT count(*) FROM audit_log WHERE event = "
                               "'notified'").fetchone() == (2,)
 
@@ -4044,7 +4043,7 @@ def test_what_serve_prints(serve, tmp_path):
         "decision": "rejected", "reason": "a\nb"})[0] == 200
     assert served.stop() == 0
     assert until(lambda: "stopped" in served.lines[-1])
-    with contextlib.closing(hitl.open_for_reading(tmp_path / "hitl.db")) as db:
+    with hitl.open_for_reading(tmp_path / "hitl.db") as db:
         head = db.execute("SELECT hash FROM audit_log WHERE sequence = 2")
         last = f"stopped; audit log: 2 rows, head {head.fetchone()[0]}"
     assert [re.sub(r"^\d\d:\d\d:\d\d ", "", line)
