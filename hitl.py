@@ -7387,12 +7387,10 @@ DENIED = claude(PRE, permissionDecision="deny", permissionDecisionReason=WHY)
 DIALECTS = (                    # the first whose sign is there
     # Cline ignores exit statuses, and runs the tool after 120 s, always
     Dialect("cline", ("clineVersion", "tool_call", "preToolUse"),
-            {"cancel": False}, {"cancel": True, "errorMessage": WHY},
-            115, 0, 115),
+            {"cancel": False}, {"cancel": True, "errorMessage": WHY}, 115, 0, 115),
     Dialect("cursor", ("cursor_version", "beforeShellExecution:",
                        "beforeMCPExecution:"), {"permission": "allow"},
-            {"permission": "deny", "user_message": WHY, "agent_message": WHY},
-            55, 2),
+            {"permission": "deny", "user_message": WHY, "agent_message": WHY}, 55, 2),
     Dialect("opencode", ("PreToolUse: hook_source", "PreToolUse: ses_"),
             ALLOWED, DENIED, 595, 0),
     # a plain allow is invalid in Codex: {} lets the call go on
@@ -7409,16 +7407,14 @@ DIALECTS = (                    # the first whose sign is there
             {"behavior": "allow"},
             {"behavior": "deny", "message": WHY, "interrupt": False}, 25, 0),
     Dialect("copilot", ("toolName",), {"permissionDecision": "allow"},
-            {"permissionDecision": "deny", "permissionDecisionReason": WHY},
-            25, 0),
+            {"permissionDecision": "deny", "permissionDecisionReason": WHY}, 25, 0),
 )
 UNKNOWN = Dialect("", (), {}, {}, 25, None, 25)
 CALLS = (       # where a tool's name is, and its arguments; the first counts
     ("tool_call.name", "tool_call.input"),
     ("preToolUse.toolName", "preToolUse.parameters"),
     ("tool_name", "tool_input"), ("toolName", "toolArgs"))
-SESSIONS = ("session_id", "sessionId", "taskId", "conversation_id",
-            "transcript_path")
+SESSIONS = ("session_id", "sessionId", "taskId", "conversation_id", "transcript_path")
 
 
 def dialect_of(call: Any) -> Dialect:
@@ -7479,9 +7475,7 @@ class Hook:
 
     def run(self) -> NoReturn:
         """Answer what is on stdin, and exit."""
-        try:
-            os.fstat(1)                 # or a file opened later would be it
-        except OSError:
+        if sys.stdout is None:          # or a file opened later would be it
             os._exit(2)
         log.warning = lambda words, *rest: self.notes.append(words % rest)
         log.error = lambda *_: None     # its hint is not for a model
@@ -7527,8 +7521,7 @@ class Hook:
         request that still waits, or picks up what was decided meanwhile."""
         rule = gate.rules.first_match(tool, arguments, cwd).checkpoint
         left = self.began + self.seconds - time.monotonic()
-        wait = min(left - min(1, left / 10),
-                   first_of(rule.timeout_seconds, math.inf))
+        wait = min(left - min(1, left / 10), first_of(rule.timeout_seconds, math.inf))
         lifetime = first_of(rule.lifetime_seconds,
                             gate.configuration.gate["lifetime_seconds"], DAY)
         try:
@@ -7556,10 +7549,9 @@ class Hook:
         an answer; an error is one only where the agent shows it."""
         decided = type(fault) in (CollaborationError, DeniedError,
                                   ReviewTimeoutError)
-        if isinstance(fault, SystemExit):
-            fault = HitlError(str(fault))
-        elif not isinstance(fault, HitlError):
-            fault = HitlError(visible(error_text(fault)))
+        if not isinstance(fault, HitlError):
+            ended = isinstance(fault, SystemExit)       # by us, who say why
+            fault = HitlError(visible(str(fault) if ended else error_text(fault)))
         why = fault.told if decided else f"hitl: refused: {fault.told}"
         if fault.reason == "still-waiting":
             said = fault.message.partition("; nothing ran")[0]
@@ -7656,8 +7648,7 @@ def snippet(agent: str, config: str | None) -> str:
 MODERN = "io.modelcontextprotocol/protocolVersion"
 CALL = "tools/call"
 MESSAGE = ("jsonrpc", "id", "method", "params", "result", "error")
-PARAMS = ("name", "arguments", "_meta", "task", "requestState",
-          "inputResponses")         # of a call; no others are sent
+PARAMS = ("name", "arguments", "_meta", "task", "requestState", "inputResponses")
 
 
 def read_message(line: bytes) -> Json:
@@ -7718,8 +7709,7 @@ class Proxy:
         pumps = [asyncio.ensure_future(work) for work in (
             self.pump_out(), self.pump_in(source), self.exited(math.inf))]
         try:
-            done, _ = await asyncio.wait(
-                pumps, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
         finally:
             await self.close(pumps)
         for task in done:
@@ -7728,8 +7718,7 @@ class Proxy:
 
     async def close(self, pumps: list[Any]) -> None:
         """End what is held, which withdraws it, then the server and all it
-        started; what it still says is passed on, and then answered for it
-        what it left open."""
+        started; pass on what it still says, and answer what it left open."""
         import asyncio
         import signal
         pumps[1].cancel()
@@ -7776,8 +7765,7 @@ class Proxy:
             write_whole(self.sink, line)
 
     def answer(self, **message: Any) -> None:
-        self.to_client(json.dumps({"jsonrpc": "2.0", **message}).encode()
-                       + b"\n")
+        self.to_client(json.dumps({"jsonrpc": "2.0", **message}).encode() + b"\n")
 
     # ---- what passes ----
 
