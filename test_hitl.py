@@ -4896,45 +4896,42 @@ def test_one_line_for_each_event(desk):
 # an impostor that lies, or a cable to the real desk that loses and changes.
 
 
-class Wire:
-    """A socket server: answer(path, request) yields the pieces to send; None
-    among them resets the connection."""
+class Wire(ThreadingHTTPServer):
+    """answer(path, request) yields the pieces to send; None among them resets
+    the connection."""
+
+    request_queue_size = 512
 
     def __init__(self, answer, tls=None) -> None:
-        self.answer, self.tls = answer, tls
-        self.socket = socket.create_server(("127.0.0.1", 0), backlog=512)
-        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
-        threading.Thread(target=self.accept, daemon=True).start()
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+                head = self.headers.as_bytes().replace(b"\n", b"\r\n")
+                for piece in answer(self.path, self.raw_requestline + head + body):
+                    if piece is None:
+                        self.connection.setsockopt(
+                            socket.SOL_SOCKET, socket.SO_LINGER,
+                            struct.pack("ii", 1, 0))
+                        return os.close(self.connection.detach())
+                    self.wfile.write(piece)
+            do_POST = do_GET
 
-    def accept(self) -> None:
-        with self.socket, contextlib.suppress(OSError):
-            while True:
-                threading.Thread(target=self.serve, daemon=True,
-                                 args=(self.socket.accept()[0],)).start()
+            def log_message(self, *args) -> None:
+                pass
+        super().__init__(("127.0.0.1", 0), Handler)
+        if tls:
+            self.socket = tls.wrap_socket(self.socket, server_side=True)
+        scheme = "https" if tls else "http"
+        self.url = f"{scheme}://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, args=(0.02,),
+                         daemon=True).start()
 
-    def serve(self, conn: socket.socket) -> None:
-        with contextlib.suppress(OSError), contextlib.ExitStack() as closing:
-            closing.push(conn)
-            conn.settimeout(20)
-            if self.tls:
-                conn = closing.enter_context(
-                    self.tls.wrap_socket(conn, server_side=True))
-            data, size = b"", 1 << 20
-            while len(data) < size:
-                data += conn.recv(1 << 16)
-                head, end, _ = data.partition(b"\r\n\r\n")
-                if end:
-                    body = re.search(rb"(?i)content-length: (\d+)", head)
-                    size = len(head) + 4 + int(body[1] if body else 0)
-            for piece in self.answer(head.split()[1].decode(), data):
-                if piece is None:
-                    conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
-                                    b"\1\0\0\0\0\0\0\0")
-                    return
-                conn.sendall(piece)
+    def handle_error(self, *client) -> None:
+        pass
 
-    def close(self) -> None:
-        self.socket.shutdown(socket.SHUT_RDWR)
+    def __exit__(self, *error) -> None:
+        self.shutdown()
+        self.server_close()
 
 
 def http_reply(body, status: int = 200, kind: str = "application/json",
@@ -4969,7 +4966,7 @@ class Impostor(Wire):
                         strict=True)) | {
             "request_id": request_id, "digest": self.digests[request_id],
             "decided_by": "reviewer:eve", **self.more.get(step, {})}
-        where, lie = self.lies[request_id]
+        where, lie = self.lies.get(request_id, ("", None))
         if where == step:
             return lie(good)
         if step == "claim":
@@ -5027,15 +5024,13 @@ def test_promise_1_a_false_server(make_gate, monkeypatch, step):
     """A tool call that matches a checkpoint never runs without a recorded
     approval: whatever answers, the tool runs after a valid claim only, and
     the call ends within its time with an error that says a cure."""
-    for name, value in (("UNREACHABLE_SECONDS", 0.2),
-                        ("CLAIM_RETRY_SECONDS", 0.2), ("MAX_REPLY", 1 << 20)):
+    for name, value in (("UNREACHABLE_SECONDS", 0.2), ("MAX_REPLY", 1 << 20),
+                        ("CLAIM_RETRY_SECONDS", 0.2)):
         monkeypatch.setattr(hitl, name, value)
-    impostor, ran, todo = Impostor(), {}, list(WIRES.items()) + [
+    ran, todo = {}, list(WIRES.items()) + [
         (f"{status} {name}", lambda g, s=status, b=body: [http_reply(b(g), s)])
         for status in (200, *OTHER_STATUSES) for name, body in BODIES.items()
-        if status == 200 or name in ("right", "{}")
-        or LONG]
-    gate = make_gate(impostor, RULES.replace("= 20", "= 0.2"))
+        if status == 200 or name in ("right", "{}") or LONG]
 
     def one(name: str, lie):
         request_id, began, error = name.encode().hex(), time.monotonic(), None
@@ -5059,15 +5054,15 @@ def test_promise_1_a_false_server(make_gate, monkeypatch, step):
         with contextlib.suppress(IndexError):
             while True:
                 one(*todo.pop())
-    for result in [in_background(work) for _ in range(32)]:
-        result(60)
-    for name in ("UNREACHABLE_SECONDS",):
-        monkeypatch.setattr(hitl, name, 10)     # and with time enough it runs
-    gate = make_gate(impostor)
-    assert one("200 right", lambda g: [http_reply(g)]) is None
-    assert one("yes", lambda g: [http_reply(g | {"status": "yes"})]
-               ).reason == "bad-reply"
-    impostor.close()
+    with Impostor() as impostor:
+        gate = make_gate(impostor, RULES.replace("= 20", "= 0.2"))
+        for result in [in_background(work) for _ in range(32)]:
+            result(60)
+        monkeypatch.setattr(hitl, "UNREACHABLE_SECONDS", 10)
+        gate = make_gate(impostor)              # with time enough it runs
+        assert one("200 right", lambda g: [http_reply(g)]) is None
+        assert one("yes", lambda g: [http_reply(g | {"status": "yes"})]
+                   ).reason == "bad-reply"
 
 
 def test_promise_1_the_server_is_down(make_gate, monkeypatch):
@@ -5110,22 +5105,20 @@ def test_https(make_gate, desk, certificate, monkeypatch):
     names, and says at once what is wrong with another certificate."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
-    wire = Wire(lambda _, request: [desk.raw(request, 20)], context)
-    url = wire.url.replace("http:", "https:")
     began = time.monotonic()
-    with pytest.raises(hitl.UnreachableError) as error:
-        make_gate(url).call("delete_records", CALL, dict)
-    assert time.monotonic() - began < 9 and str(error.value) == (
-        f"the certificate of {url} is not trusted: self-signed certificate "
-        '(name the authority that signed it: [gate] tls_ca = "ca.pem", or '
-        "SSL_CERT_FILE)")
-    trusting = RULES.replace("[gate]", f"[gate]\ntls_ca = '{certificate}'")
-    assert decided(make_gate(url, trusting), desk)() == CALL
-    with pytest.raises(hitl.ConfigError, match="tls_ca: .*none.pem"):
-        make_gate(url, RULES.replace("[gate]", '[gate]\ntls_ca = "none.pem"'))
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-    assert decided(make_gate(url), desk)() == CALL
-    wire.close()
+    with Wire(lambda _, request: [desk.raw(request, 20)], context) as wire:
+        with pytest.raises(hitl.UnreachableError) as error:
+            make_gate(wire).call("delete_records", CALL, dict)
+        assert time.monotonic() - began < 9 and str(error.value) == (
+            f"the certificate of {wire.url} is not trusted: self-signed "
+            "certificate (name the authority that signed it: [gate] tls_ca = "
+            '"ca.pem", or SSL_CERT_FILE)')
+        trusting = RULES.replace("[gate]", f"[gate]\ntls_ca = '{certificate}'")
+        assert decided(make_gate(wire, trusting), desk)() == CALL
+        with pytest.raises(hitl.ConfigError, match="tls_ca: .*none.pem"):
+            make_gate(wire, trusting.replace(str(certificate), "none.pem"))
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        assert decided(make_gate(wire), desk)() == CALL
 
 
 # ---- what a person says reaches the agent ----
@@ -5146,13 +5139,11 @@ def calling(gate, execute=dict, *, tool="delete_records", arguments=CALL,
     return in_background(run)
 
 
-def decided(gate, desk, execute=dict, decision="approved", reason=None,
-            **more):
+def decided(gate, desk, execute=dict, decision="approved", reason=None, **more):
     """A call that waits and is decided -> a function for its result."""
     result = calling(gate, execute, **more)
     card, = desk.waiting()
-    assert desk.decide(card["request_id"], decision,
-                       reason=reason).status == 200
+    assert desk.decide(card["request_id"], decision, reason=reason).status == 200
     return result
 
 
@@ -5172,6 +5163,7 @@ def newest(desk, columns: str = "status, outcome") -> tuple:
 WAYS = ["call", "acall", "require", "arequire", "guard"]
 REJECTED = "rejected by ana: use the staging table"
 NOBODY = 'nobody decided "Delete users where id = 3" within 20 s; nothing ran'
+DENIED = 'denied by checkpoint "no-drop"; nobody was asked and nothing ran'
 EFFECTS = RULES + """
 [[checkpoint]]
 checkpoint_id = "no-drop"
@@ -5247,7 +5239,7 @@ def test_effects(make_gate, way):
     """deny refuses and allow runs without asking anybody; a tool that no
     checkpoint matches is free."""
     gate = make_gate("http://127.0.0.1:9", EFFECTS)     # nobody listens
-    with pytest.raises(hitl.DeniedError, match='by checkpoint "no-drop"'):
+    with pytest.raises(hitl.DeniedError, match=DENIED):
         calling(gate, tool="drop_table", way=way)()
     for tool in ("read_file", "read_file", "list_files"):
         assert calling(gate, tool=tool, way=way)() == CALL
@@ -5267,9 +5259,7 @@ def test_refusals_as_text(make_gate, make_desk, way):
                    reason="use the staging table")() == REJECTED + end
     gate = make_gate(desk, EFFECTS, on_reject="return")
     assert unanswered(gate, desk, way=way)() == NOBODY + end
-    assert calling(gate, tool="drop", way=way)() == (
-        'denied by checkpoint "no-drop"; nobody was asked and nothing ran'
-        + end)
+    assert calling(gate, tool="drop", way=way)() == DENIED + end
     desk.post("taken")
     for error, more in ((hitl.ConfigError, {"checkpoint": "nope"}),
                         (hitl.ChangedError, {"request_id": "taken"}),
@@ -5299,11 +5289,10 @@ def test_hold(make_gate, desk):
     """hold gives whoever runs a call its approved arguments, claimed, None
     where nothing holds it; until it is reported it is handed over."""
     gate = make_gate(desk, EFFECTS)
-    assert gate.hold("read_file", {}) is None
-    assert asyncio.run(gate.ahold("read_file", {})) is None
     for way, error, end in (
             ("hold", OSError("no"), ("failed", "OSError: no")),
             ("hold", None, ("executed", "")), ("ahold", None, ("executed", ""))):
+        assert calling(gate, tool="read_file", arguments={}, way=way)() is None
         held = decided(gate, desk, way=way)()
         assert (held.arguments, held.approved_by) == (CALL, "ana")
         assert newest(desk, "request_id, outcome, handed_over") == (
@@ -5325,38 +5314,34 @@ effect = "deny"
 
 
 @pytest.mark.parametrize("way", ["call", "acall", "hold"])
-def test_changed_before_approval(make_gate, make_desk, way, caplog):
+def test_changed_before_approval(make_gate, make_desk, way):
     """What runs is what was approved: where the reviewer changed the
     arguments, those, and the model is told; a change into another checkpoint
     is refused, and so is one that this gate did not ask for."""
     desk = make_desk(rules=make_gate(rules=EDITABLE).rules)
     gate = make_gate(desk, EDITABLE, on_reject="return")
 
-    def changed(table: str, **more):
+    def changed(table: str, edits: bool = True):
         result = calling(gate, lambda **a: f"deleted {a['table']}", way=way,
-                         request_id=f"{way}-{table}", **more)
+                         request_id=f"{way}-{table}", edits=edits)
         card, = desk.waiting()
         said = desk.decide(card["request_id"], digest=card["digest"],
                            arguments=CALL | {"table": table})
-        return said, result
-    more = {"edits": True} if way == "hold" else {}
-    said, result = changed("orders", **more)
-    assert said.status == 200, said
+        assert said.status == 200 or not edits, said
+        return said.reason, result
     words = 'changed by ana: {table: "users" -> "orders"}'
+    result = changed("orders")[1]()
     if way == "hold":
-        held = result()
-        assert (held.arguments, held.changed) == (
+        assert (result.arguments, result.changed) == (
             CALL | {"table": "orders"}, words)
     else:
-        assert result() == f"{words}\ndeleted orders"
-    said, result = changed("secrets", **more)
-    assert said.status == 200, said
+        assert result == f"{words}\ndeleted orders"
     with pytest.raises(hitl.ChangedError, match="nothing ran"):
-        result()
+        changed("secrets")[1]()
     assert newest(desk, "outcome, outcome_text") == (
         "failed", "checkpoint-changed")
-    said, result = changed("pets", edits=False)
-    assert (said.status, said.reason) == (409, "not-editable")
+    reason, result = changed("pets", edits=False)
+    assert reason == "not-editable"
     desk.decide(f"{way}-pets", "rejected")
     if way == "hold":
         pytest.raises(hitl.CollaborationError, result)
@@ -5368,13 +5353,9 @@ def test_promise_2_a_false_claim(make_gate):
     """Where the reviewer changed a call, what runs is what was approved: with
     any byte of the claim's reply another, nothing runs, or just that; where
     no change was asked for, nothing is claimed."""
-    impostor, ran = Impostor(), {}
-    edited = CALL | {"table": "orders"}
+    ran, edited = {}, CALL | {"table": "orders"}
     digest = hitl.digest_of("Delete users where id = 3",
                             hitl.canonical(edited), "delete_records")
-    impostor.more = {"poll": {"approved_digest": digest}, "claim": {
-        "approved_digest": digest, "arguments": edited}}
-    gate = make_gate(impostor, EDITABLE, on_reject="return")
 
     def call(at: int) -> None:
         def lie(good):
@@ -5387,19 +5368,21 @@ def test_promise_2_a_false_claim(make_gate):
         with contextlib.suppress(hitl.HitlError):
             gate.call("delete_records", CALL, lambda **a: ran.update({at: a}),
                       request_id=f"r{at}")
-    for start in range(-1, 420, 20):
-        for result in [in_background(call, n) for n in range(start, start + 20)]:
-            result()
-    assert set(map(str, ran.values())) == {str(edited)} and -1 in ran
-    assert len(ran) < 5
-    impostor.claims.clear()
-    impostor.lies["r"] = "", None
-    for rules, edits in ((EDITABLE, False), (RULES, True)):
-        with pytest.raises(hitl.ChangedError, match="did not ask for"):
-            make_gate(impostor, rules).call("delete_records", CALL, dict,
-                                            request_id="r", edits=edits)
-    assert impostor.claims == set()
-    impostor.close()
+    with Impostor() as impostor:
+        impostor.more = {"poll": {"approved_digest": digest}, "claim": {
+            "approved_digest": digest, "arguments": edited}}
+        gate = make_gate(impostor, EDITABLE, on_reject="return")
+        for start in range(-1, 420, 20):
+            for result in [in_background(call, start + n) for n in range(20)]:
+                result()
+        assert set(map(str, ran.values())) == {str(edited)} and -1 in ran
+        assert len(ran) < 5
+        impostor.claims.clear()
+        for rules, edits in ((EDITABLE, False), (RULES, True)):
+            with pytest.raises(hitl.ChangedError, match="did not ask for"):
+                make_gate(impostor, rules).call("delete_records", CALL, dict,
+                                                edits=edits)
+        assert impostor.claims == set()
 
 
 def test_sessions(make_gate, make_desk):
@@ -5432,10 +5415,9 @@ def test_sessions(make_gate, make_desk):
 def test_attached(make_gate, desk):
     """With attach the same call of the same session meets the request that
     waits: one card, and of those who wait for it one runs."""
-    gates = [make_gate(desk, session="s") for _ in range(2)]
     ticks: list = []
-    results = [calling(gate, attach=True, tick=lambda: ticks.append(1))
-               for gate in gates]
+    results = [calling(make_gate(desk, session="s"), attach=True,
+                       tick=lambda: ticks.append(1)) for _ in range(2)]
     card, = desk.waiting()
     assert until(lambda: len(ticks) > 1)        # both look at it
     desk.decide(card["request_id"])
@@ -5452,17 +5434,16 @@ def test_attached(make_gate, desk):
 def test_attached_to_another_call(make_gate):
     """A gate follows another request_id only to the very call that it asked
     about, and only where it asked to be attached (promise 2)."""
-    impostor, ran = Impostor(), []
-    impostor.lies["other"] = "", None
-    for lie in ({"request_id": "other", "digest": "0" * 64},
-                {"request_id": "../x"}, {"request_id": None}):
-        impostor.lies["r-1"] = "pending", lambda g, x=lie: [http_reply(g | x)]
-        for attach in (True, False):
-            with pytest.raises(hitl.ChangedError, match="about another call"):
-                make_gate(impostor).call("delete_records", CALL, ran.append,
-                                         request_id="r-1", attach=attach)
-    assert ran == [] and impostor.claims == set()
-    impostor.close()
+    ran: list = []
+    with Impostor() as impostor:
+        for lie in ({"request_id": "other", "digest": "0" * 64},
+                    {"request_id": "../x"}, {"request_id": None}):
+            impostor.lies["r"] = "pending", lambda g, x=lie: [http_reply(g | x)]
+            for attach in (True, False):
+                with pytest.raises(hitl.ChangedError, match="another call"):
+                    make_gate(impostor).call("delete_records", CALL, ran.append,
+                                             request_id="r", attach=attach)
+        assert ran == [] and impostor.claims == set()
 
 
 @pytest.mark.parametrize("count", [40, pytest.param(2000, marks=long)])
@@ -5490,21 +5471,23 @@ def test_promise_4_a_race_at_the_deadline(make_gate, desk, count):
         "AND outcome = 'executed'")}
 
 
-def test_promise_4_a_reviewer_was_faster(make_gate, make_desk):
+@pytest.mark.parametrize("decision", ["rejected", "approved"])
+def test_promise_4_a_reviewer_was_faster(make_gate, make_desk, decision):
     """The answer to the withdrawal decides: if a reviewer was faster and
     approved, the call runs; if rejected, that is raised."""
     desk = make_desk(clock=Clock())     # stands: its deadline never comes
-    for decision in ("rejected", "approved"):
-        def answer(path: str, request: bytes, decision=decision):
-            if path.startswith("/withdraw/"):       # at the last moment
-                desk.decide(path.rpartition("/")[2], decision, reason="no")
-            yield desk.raw(request, 20)
-        wire = Wire(answer)
+
+    def answer(path: str, request: bytes):
+        if path.startswith("/withdraw/"):       # at the last moment
+            desk.decide(path.rpartition("/")[2], decision, reason="no")
+        yield desk.raw(request, 20)
+    with Wire(answer) as wire:
         result = calling(make_gate(wire, BRIEF))
-        with (pytest.raises(hitl.CollaborationError, match="by ana: no")
-              if decision == "rejected" else contextlib.nullcontext()):
+        if decision == "approved":
             assert result() == CALL
-        wire.close()
+        else:
+            with pytest.raises(hitl.CollaborationError, match="by ana: no"):
+                result()
 
 
 def test_timeouts(make_gate, make_desk):
@@ -5589,7 +5572,8 @@ def test_promise_2_the_callers_dict_changes(make_gate, desk):
 def test_promise_3_a_lost_reply(make_gate, desk):
     """A lost reply is asked for again with the same request or claim, and
     the call runs once."""
-    lost, ran, results = set(), [], []
+    lost, ran = set(), []
+    steps = sorted(4 * ["/pending", "/pending/", "/claim/", "/outcome/"])
 
     def lose(path: str, request: bytes):
         number = int((re.search(r"/(\d+)", path) or re.search(
@@ -5599,22 +5583,19 @@ def test_promise_3_a_lost_reply(make_gate, desk):
             return [answer]
         lost.add(number)
         return ([], [None], [answer[:40]], [answer[:-30]])[number % 4]
-    steps = sorted(4 * ["/pending", "/pending/", "/claim/", "/outcome/"])
-    wire = Wire(lose)
-    for number in range(16):
-        results.append(calling(make_gate(wire), lambda **a: ran.append(a),
-                               arguments={"n": number},
-                               request_id=str(number)))
-    assert len(desk.waiting(16)) == 16
-    for number in range(16):
-        desk.decide(str(number))
-    assert [result() for result in results] == [None] * 16
+    with Wire(lose) as wire:
+        results = [calling(make_gate(wire), lambda **a: ran.append(a),
+                           arguments={"n": number}, request_id=str(number))
+                   for number in range(16)]
+        assert len(desk.waiting(16)) == 16
+        for number in range(16):
+            desk.decide(str(number))
+        assert [result() for result in results] == [None] * 16
     assert len(lost) == 16
     assert sorted(a["n"] for a in ran) == list(range(16))
     assert [tuple(row) for row in desk.rows(
         "SELECT COUNT(*), outcome FROM pending_reviews GROUP BY outcome")
         ] == [(16, "executed")]
-    wire.close()
 
 
 def test_promise_3_twelve_at_a_barrier(make_gate, desk, caplog):
@@ -5662,21 +5643,18 @@ def test_a_clock_turned_by_hours(make_gate, make_desk, hours):
 class Agent:
     """A process that makes the one call of these tests."""
 
-    def __init__(self, desk, config: Path, name: str = "agent-1",
-                 way: str = "call", url: str = "") -> None:
+    def __init__(self, where, desk, config: Path, name: str,
+                 way: str = "call") -> None:
         self.desk, self.name = desk, name
         self.process = start(sys.executable, "-W", "error", "-c", f"""
 import sys; sys.path.insert(0, {str(HERE)!r})
 import asyncio, hitl
-gate = hitl.Gate({str(config)!r}, server_url={url or desk.url!r})
+gate = hitl.Gate({str(config)!r}, server_url={where.url!r})
 call = gate.{way}("delete_records", {CALL!r}, lambda **a: print("ran", *a),
                   request_id={name!r})
 asyncio.run(call) if asyncio.iscoroutine(call) else None
 """, stdin=subprocess.DEVNULL)
-
-    def waits(self):
-        assert until(lambda: self.desk.server.waiters.get(self.name), 30)
-        return self
+        assert until(lambda: desk.server.waiters.get(name), 30)
 
     def ends(self, number: int = 0) -> tuple[int, str, str]:
         self.process.send_signal(number)
@@ -5688,9 +5666,9 @@ def test_killed_and_started_again(make_gate, desk):
     """An agent that was killed and starts again with its request_id gets the
     decision it asked for; the reviewer sees one card; it runs once."""
     config = make_gate(desk).configuration.path
-    Agent(desk, config).waits().ends(signal.SIGKILL)
+    Agent(desk, desk, config, "agent-1").ends(signal.SIGKILL)
     assert until(lambda: not desk.server.waiters.get("agent-1"))
-    again = Agent(desk, config).waits()
+    again = Agent(desk, desk, config, "agent-1")
     assert len(desk.waiting()) == 1
     desk.decide("agent-1")
     code, out, err = again.ends()
@@ -5702,39 +5680,33 @@ def test_killed_and_started_again(make_gate, desk):
     assert newest(desk) == ("approved", "executed")
 
 
-def test_ctrl_c_withdraws(make_gate, desk):
-    """Ctrl-C withdraws the request: nobody waits any more. The library sets
-    no handler of its own for other signals."""
-    config = make_gate(desk).configuration.path
-    for way in ("call", "acall"):
-        agent = Agent(desk, config, f"agent-{way}", way).waits()
-        assert agent.ends(signal.SIGINT)[:2] == (-signal.SIGINT, ""), way
-        assert desk.state(agent.name)["status"] == "withdrawn"
-    agent = Agent(desk, config, "agent-term").waits()
-    assert agent.ends(signal.SIGTERM)[:2] == (-signal.SIGTERM, "")
-
-
 @pytest.mark.parametrize("way", ["call", "acall"])
-def test_interrupted_between_claim_and_run(make_gate, desk, way):
-    """A call that is interrupted once it is claimed, and before it ran, is
-    recorded as failed: cancelled, not as running."""
-    go = threading.Event()
+def test_interrupted(make_gate, desk, way):
+    """Ctrl-C withdraws the request: nobody waits any more. A call that is
+    interrupted once it is claimed, and before it ran, is recorded as failed:
+    cancelled, not as running. The library sets no handler of its own for
+    other signals."""
+    go, config = threading.Event(), make_gate(desk).configuration.path
 
     def slow(path: str, request: bytes):
         answer = desk.raw(request, 20)
         if path.startswith("/claim/"):
             go.wait(10)
         yield answer
-    wire = Wire(slow)
-    agent = Agent(desk, make_gate(desk).configuration.path, "r-1", way,
-                  url=wire.url).waits()
-    desk.decide("r-1")
-    assert until(lambda: desk.state("r-1")["outcome"] == "running")
-    code, out, err = agent.ends(signal.SIGINT)
-    go.set()
+    agent = Agent(desk, desk, config, "waiting", way)
+    assert agent.ends(signal.SIGINT)[:2] == (-signal.SIGINT, "")
+    assert desk.state("waiting")["status"] == "withdrawn"
+    with Wire(slow) as wire:
+        agent = Agent(wire, desk, config, "claimed", way)
+        desk.decide("claimed")
+        assert until(lambda: desk.state("claimed")["outcome"] == "running")
+        code, out, err = agent.ends(signal.SIGINT)
+        go.set()
     assert (code, out) == (-signal.SIGINT, ""), err
     assert newest(desk, "outcome, outcome_text") == ("failed", "cancelled")
-    wire.close()
+    if way == "call":
+        agent = Agent(desk, desk, config, "terminated")
+        assert agent.ends(signal.SIGTERM)[:2] == (-signal.SIGTERM, "")
 
 
 def test_cancelled_while_reporting(make_gate, desk):
@@ -5747,7 +5719,6 @@ def test_cancelled_while_reporting(make_gate, desk):
             reporting.set()
             go.wait(10)
         yield desk.raw(request, 20)
-    wire = Wire(slow)
 
     async def story():
         call = asyncio.ensure_future(make_gate(wire).acall(
@@ -5760,9 +5731,9 @@ def test_cancelled_while_reporting(make_gate, desk):
             await asyncio.sleep(0)
         go.set()
         return await call
-    assert asyncio.run(story()) == CALL
+    with Wire(slow) as wire:
+        assert asyncio.run(story()) == CALL
     assert newest(desk) == ("approved", "executed")
-    wire.close()
 
 
 def test_progress_is_told(make_gate, desk, caplog, monkeypatch):
@@ -5845,7 +5816,8 @@ class Callable:
 
 
 def guarded_things(gate):
-    """All that guard holds: (call, arguments on the card, result)."""
+    """All that guard holds: (call, arguments on the card, result, whether
+    something is hidden)."""
     guard = gate.guard(checkpoint="delete-records")
 
     class Things:
@@ -5866,36 +5838,38 @@ def guarded_things(gate):
     def no_method(self, cls=Colour.RED):
         return self, cls
     ctx = object()
-    hidden = gate.guard(checkpoint="delete-records", hide=["ctx"])(
-        lambda ctx, table: (ctx, table))
+    hides = gate.guard(checkpoint="delete-records", hide=["ctx"])
+    partial = functools.partial(lambda a, b, c, d: (a, b, c, d), 1, d=4)
     return [
-        (lambda: Things().method("t"), {"table": "t", "limit": 10}, ("t", 10)),
-        (lambda: Things.of_class(table=1), {"table": 1}, ("Things", 1)),
-        (lambda: asyncio.run(guard(Callable())("t")), {"table": "t"}, "t"),
-        (lambda: all_kinds(1, 2, 4, 5, d=6),
-         {"a": 1, "b": 2, "rest": [4, 5], "c": 3, "d": 6},
-         (1, 2, (4, 5), 3, {"d": 6})),
-        (lambda: no_method(1), {"self": 1, "cls": "red"}, (1, Colour.RED)),
-        (lambda: hidden(ctx, "t"), {"table": "t"}, (ctx, "t")),
-        (lambda: guard(hitl.functools.partial(
-            lambda a, b, c, d: (a, b, c, d), 1, d=4))(2, c=3),
-         {"a": 1, "b": 2, "c": 3, "d": 4}, (1, 2, 3, 4)),
-        (lambda: guard(lambda at, by: (at, by))((1, 2), by=(Colour.RED,)[0]),
-         {"at": [1, 2], "by": "red"}, ((1, 2), Colour.RED))]
+        (lambda: Things().method("t"), {"table": "t", "limit": 10}, ("t", 10), 1),
+        (lambda: Things.of_class(table=1), {"table": 1}, ("Things", 1), 1),
+        (lambda: asyncio.run(guard(Callable())("t")), {"table": "t"}, "t", 0),
+        (lambda: all_kinds(1, 2, 4, 5, d=6, more=7),
+         {"a": 1, "b": 2, "rest": [4, 5], "c": 3, "d": 6, "more": 7},
+         (1, 2, (4, 5), 3, {"d": 6, "more": 7}), 0),
+        (lambda: no_method(1), {"self": 1, "cls": "red"}, (1, Colour.RED), 0),
+        (lambda: hides(lambda ctx, table: (ctx, table))(ctx, "t"),
+         {"table": "t"}, (ctx, "t"), 1),
+        (lambda: guard(partial)(2, c=3), {"a": 1, "b": 2, "c": 3, "d": 4},
+         (1, 2, 3, 4), 0),
+        (lambda: guard(lambda at, by: (at, by))((1, 2), by=Colour.RED),
+         {"at": [1, 2], "by": "red"}, ((1, 2), Colour.RED), 0),
+        (lambda: guard(len)("xy"), {"obj": "xy"}, 2, 0)]
 
 
 def test_guarded_things(make_gate, desk):
-    """guard holds def, async def, methods, partials and callables; every
-    parameter is shown by its name, defaults and fixed arguments filled in, an
-    enum by its value, a tuple as a list, and given back; self and cls are
-    hidden in methods only, and what hides something has no session."""
-    for call, arguments, value in guarded_things(make_gate(desk)):
+    """guard holds def, async def, methods, partials and callables, whatever
+    the name; every parameter is shown by its name, defaults and fixed
+    arguments filled in, an enum by its value, a tuple as a list, and given
+    back; self and cls are hidden in methods only, and what hides something
+    has no session."""
+    for call, arguments, value, hides in guarded_things(make_gate(desk)):
         result = in_background(call)
         card, = desk.waiting()
         assert card["arguments"] == arguments
+        assert card["checkpoint_id"] == "delete-records"
         desk.decide(card["request_id"])
         assert result() == value
-        hides = {"Things", "hidden"} & set(call.__code__.co_freevars)
         assert (newest(desk, "session")[0] is None) == bool(hides)
 
 
@@ -5922,17 +5896,15 @@ def test_guard_keeps_the_face(make_gate):
             "return": found.return_annotation}
         with pytest.raises(TypeError, match="table"):
             guarded()
-    gather = gate.guard(name="free", optional=True)(lambda **more: more)
-    assert gather(more=1, n=(1,)) == {"more": 1, "n": (1,)}
     with pytest.raises(TypeError, match="comes twice: a"):
         gate.guard(name="delete")(lambda a, /, **more: 1)(1, a=2)
 
 
-def test_guard_and_names(make_gate, desk):
+def test_guard_and_names(make_gate):
     """A guard that no checkpoint can match is a ConfigError where it
-    decorates, with the cures, unless it is optional; guard(checkpoint=...)
-    waits whatever the name; an id in place of a function is asked about."""
-    gate = make_gate(desk, EFFECTS)
+    decorates, with the cures, unless it is optional; an id in place of a
+    function is asked about; a denial is raised."""
+    gate = make_gate("http://127.0.0.1:9", EFFECTS)
     for tool in ("purge_users", "read_file"):
         with pytest.raises(hitl.ConfigError) as bad:
             gate.guard(name=tool)(len)
@@ -5950,11 +5922,6 @@ def test_guard_and_names(make_gate, desk):
             gate.guard(checkpoint=name)(purge)
     with pytest.raises(TypeError, match="did you mean checkpoint=?"):
         gate.guard("delete-records")
-    result = in_background(gate.guard(checkpoint="delete-records")(len), "xy")
-    card, = desk.waiting()
-    assert (card["tool"], card["checkpoint_id"]) == ("len", "delete-records")
-    desk.decide(card["request_id"])
-    assert result() == 2
     for more in ({"checkpoint": "no-drop"}, {"name": "drop_all"}):
         with pytest.raises(hitl.DeniedError):
             gate.guard(**more)(len)("xy")
@@ -5991,7 +5958,8 @@ def test_not_guarded(make_gate):
     decorators and a hide that names no parameter are a TypeError."""
     gate = make_gate()
     for what in (async_generator, Generating.__call__, Generating(), Generating,
-                 7, hitl.functools.partial(Generating.__call__), FrameworkTool(),
+                 7, functools.partial(Generating.__call__), FrameworkTool(),
+                 functools.partial(Generating),
                  classmethod(len), property(len), staticmethod(len), max):
         with pytest.raises(TypeError, match="guard cannot hold"):
             gate.guard(what)
@@ -6055,37 +6023,37 @@ PLAIN = {"a": [1, None, True, "x", {"b": [2]}], "max_tokens": 512,
 DEEP: object = "x"
 for _ in range(60):
     DEEP = [DEEP]
-
-
 CONTEXTS = [
     (PLAIN, PLAIN), ([PLAIN, PLAIN], [PLAIN, PLAIN]), (None, "the gate's"),
     (lambda: {"b": (1, (2,))}, {"b": [1, [2]]}), ("\ud800", "\\ud800"),
     ({1: 1.5, None: {3}}, {"1": 1.5, "None": [3]}), (1j, "1j"),
-    (float("nan"), "nan"), (-1e400, "-inf"), (10 ** 5000, "[a int]")]
+    (float("nan"), "nan"), (-1e400, "-inf"), (10 ** 5000, "[a int]"),
+    (DEEP, None), (SELF, None)]
 
 
 def test_context(make_gate, desk):
     """context is a value or a callable, the call's over the gate's; what is
-    not JSON, or nests too deep, goes as text."""
+    not JSON, or nests too deep, goes as text; one that raises refuses."""
     gate = make_gate(desk, context="the gate's")
     results = [calling(gate, context=given, request_id=f"r-{number}")
-               for number, (given, _) in enumerate([*CONTEXTS, (DEEP, 0), (SELF, 0)])]
+               for number, (given, _) in enumerate(CONTEXTS)]
     assert len(desk.waiting(len(results))) == len(results)
-    for number, result in enumerate(results):
+    for number, (_, wanted) in enumerate(CONTEXTS):
         desk.decide(f"r-{number}")
-        assert result() == CALL
+        assert results[number]() == CALL
         stored = json.loads(desk.rows(
             "SELECT agent_context FROM pending_reviews WHERE request_id = ?",
             f"r-{number}")[0][0])
-        assert number >= len(CONTEXTS) or stored == CONTEXTS[number][1]
+        assert wanted is None or stored == wanted
+    with pytest.raises(KeyError):
+        gate.call("delete_records", CALL, dict, context=lambda: {}["no"])
+    assert len(desk.rows("SELECT 1 FROM pending_reviews")) == len(CONTEXTS)
 
 
-def test_a_large_context(make_gate, desk, monkeypatch):
+def test_a_large_context(monkeypatch):
     """A context above 512 KiB goes as its beginning and end, with size and
     SHA-256, and says so, and no secret is cut so that it shows; up to there
-    it goes in full; one that links to itself over and over takes no time;
-    one that raises refuses."""
-    gate = make_gate(desk)
+    it goes in full; one that links to itself over and over takes no time."""
     assert hitl.MAX_CONTEXT == 512 * 1024 >= 8 * hitl.KEPT
     for name, value in (("MAX_CONTEXT", 50_000), ("KEPT", 16_000),
                         ("CONTEXT_NODES", 1000)):
@@ -6093,14 +6061,11 @@ def test_a_large_context(make_gate, desk, monkeypatch):
     full = "b" + "x" * (hitl.MAX_CONTEXT - 4) + "e"
     assert hitl.snapshot(full, "") == full
     over = full + "\u00e9\"\\" * 100 + "e"
-    data = json.dumps(over, ensure_ascii=False)
-    decided(gate, desk, context=over)()
-    stored = json.loads(newest(desk, "agent_context")[0])
-    assert stored["sha256"] == hitl.hashlib.sha256(data.encode()).hexdigest()
-    assert f"{len(data.encode())} bytes" in stored["note"]
-    assert data.startswith(stored["beginning"])
-    assert data.endswith(stored["end"])
-    assert len(stored["beginning"]) == hitl.KEPT
+    data, sent = json.dumps(over, ensure_ascii=False), hitl.snapshot(over, "")
+    assert sent["sha256"] == hashlib.sha256(data.encode()).hexdigest()
+    assert f"{len(data.encode())} bytes" in sent["note"]
+    assert data.startswith(sent["beginning"]) and data.endswith(sent["end"])
+    assert len(sent["beginning"]) == hitl.KEPT
     for at in (hitl.KEPT - 20, 60_000 - hitl.KEPT - 5):
         text = "x " * 30_000
         text = f"{text[:at]} ghp_{CANARY} {text[at:]}"
@@ -6109,9 +6074,6 @@ def test_a_large_context(make_gate, desk, monkeypatch):
     for _ in range(20):
         value = [value, value]
     assert json.dumps(hitl.plain_json(value)).count("x") < 1000
-    with pytest.raises(KeyError):
-        gate.call("delete_records", CALL, dict, context=lambda: {}["no"])
-    assert len(desk.rows("SELECT 1 FROM pending_reviews")) == 1
 
 
 CANARY = "c4n4ryAbCdEf0123456789XyZ"      # like a token
@@ -6177,7 +6139,8 @@ SECRETS = [{name: PASSWORD} for name in NAMES] + [
     {"headers": [{"name": "X-Api-Key", "value": PASSWORD}]},
     {"headers": [f"Authorization: Basic {PASSWORD}="]},
     ["curl", "-u", f"ana:{PASSWORD}"], ["tool", "--password", PASSWORD],
-    ["mysql", "-u", "root", f"-p{PASSWORD}"],
+    ["mysql", "-u", "root", f"-p{PASSWORD}"], ["dbPass", PASSWORD],
+    [1, "--dbPass", f"two {PASSWORD} words"], ["x", f"password: two {PASSWORD}"],
     ["-----BEGIN PRIVATE KEY-----", PASSWORD, PASSWORD, "-----END PRIVATE KEY-----"]]
 PROSE = """\
 The password is wrong, so the token is expired, the secret is to be rotated.
@@ -6209,7 +6172,10 @@ def test_what_is_masked():
     assert [s for s in SECRETS if leaks(masked(s))] == []
     assert masked({"otp": 271828, "pin": 1234}) == {
         "otp": "[masked, 6 characters]", "pin": "[masked, 4 characters]"}
-    assert masked(PROSE) == PROSE
+    listed = PROSE.splitlines()
+    assert (masked(PROSE), masked(listed)) == (PROSE, listed)
+    assert masked(["Authorization: Basic x", "Accept: */*", 7, "token"]) == [
+        "Authorization: [masked, 7 characters]", "Accept: */*", 7, "token"]
     token = "own-token-0123456789-abc"
     for form in (token, base64.b64encode(token.encode()).decode()):
         assert form not in hitl.masked_text(f"x {form} y", token)
@@ -6240,11 +6206,9 @@ def test_canaries(make_gate, make_desk, tmp_path, caplog, capfd):
 
     def fail(**_):
         raise OSError(f"{AGENT_TOKEN} {SECRETS[0]} {'x' * 420} ghp_{CANARY}")
-    wire = Wire(tap)
-    with pytest.raises(OSError):
+    with Wire(tap) as wire, pytest.raises(OSError):
         decided(make_gate(wire, token=AGENT_TOKEN), desk, fail, context=[
             SECRETS[0], State(), f"ghp_{CANARY}", f"x {AGENT_TOKEN}"])()
-    wire.close()
     request_id, context, outcome = newest(
         desk, "request_id, agent_context, outcome_text")
     assert json.loads(context)[0] == {"password": "[masked, 12 characters]"}
