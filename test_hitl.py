@@ -3351,6 +3351,7 @@ def test_each_outcome_is_in_the_log_and_a_failure_is_marked(desk, start_notices)
         desk.post("r-2", checkpoint_id="delete-records", category="data-risk")
         rows = notified(desk, 4)
         assert time.monotonic() - start < 1
+        assert len({headers["webhook-id"] for _, headers, _ in good.got}) == 2
     why, told = {"name": "bad", "why": "403"}, ["notified", "r-2"]
     assert sorted(map(list, rows), key=str) == [
         ["not-notified", "r-1", why], ["not-notified", "r-2", why],
@@ -3392,6 +3393,9 @@ def test_a_burst_rings_once(desk, start_notices):
             assert second["url"] == f"{desk.url}/" and second["agent"] == "several"
             assert receiver.bodies()[-1]["newest"] == "r-49"
         assert len(siem.got) == 50
+    many = [a_request(deadline=f"2099-01-0{day}T12:00:00.000Z") for day in (2, 1, 3)]
+    assert " at 12:00:00 UTC" in hitl.notice_fields(many, "", 3)["text"]
+    assert hitl.notice_fields(many, "", 3)["deadline"] == many[1].deadline
 
 
 def test_a_hanging_receiver_holds_up_nobody(desk, start_notices):
@@ -3405,6 +3409,14 @@ def test_a_hanging_receiver_holds_up_nobody(desk, start_notices):
             seconds.append(time.monotonic() - start)
         assert sorted(seconds)[10] < 0.1
         assert until(lambda: stuck.got and len(well.got) == 20, 0.4)
+
+
+def test_tries_that_hang_are_few(make_rules):
+    """Of one entry five tries at most hang at once."""
+    with Receiver(dripping(b"HTTP/1.1 200 OK\r\nX: ")) as slow:
+        channel, = channels(make_rules, notify(url=slow.url), hitl.Pace(patience=0.1))
+        statuses = {channel.tell([a_request()], "", 1).status for _ in range(8)}
+        assert statuses == {"TimeoutError"} and len(slow.got) == 5
 
 
 def test_what_was_decided_is_not_told(desk, start_notices):
