@@ -8094,7 +8094,8 @@ def verify(model: str, timeout: float) -> dict[str, Any]:
             "database": str(shop.database), "server": shop.desk.url}
         rules, findings = shop.rules.read_text(), []
         say("\n".join(f"{name:20} {state[name]}" for name in state))
-        for step, expected, observed, holds in verification(shop, logged, timeout):
+        for step, expected, observed in verification(shop, logged, timeout):
+            holds = observed == expected
             findings.append({"step": step, "expected": expected,
                              "observed": observed, "holds": holds})
             say(f"\n{'ok  ' if holds else 'FAIL'} {step}\n     expected "
@@ -8105,56 +8106,46 @@ def verify(model: str, timeout: float) -> dict[str, Any]:
             "verified": all(finding["holds"] for finding in findings)}
 
 
-Finding = tuple[str, str, str, bool]    # step, expected, observed, it holds
-
-
-def verification(shop: Workshop, logged: Any, timeout: float) -> Iterator[Finding]:
-    """What the guide asks for, step by step."""
+def verification(shop: Workshop, logged: Any, timeout: float
+                 ) -> Iterator[tuple[str, str, str]]:
+    """What the guide asks for: what is done, what is expected and observed."""
     # 1. a call waits, and its card is on the page
     began = time.monotonic()
     call, request_id = triggered(shop)
     took = time.monotonic() - began
-    yield ("trigger delete_records", "a row with status waiting within 1 s",
-           f"{request_id or 'no row'} after {took:.3f} s",
-           bool(request_id) and took < 1)
+    yield (f"trigger delete_records ({took:.3f} s)", "waiting within 1 s: 1 row",
+           f"waiting within {math.ceil(took)} s: {1 if request_id else 'no'} row")
     card = card_of(shop, request_id)
     parts = ['class="card waiting"', f'action="/approve/{request_id}"',
              f"Delete users where {DELETE['condition']}</span>",
              'value="approved"', 'value="rejected"']
-    seen = [part for part in parts if part in card]
-    yield ("look at the page", f"a card with {', '.join(parts)}",
-           f"a card with {', '.join(seen)}", seen == parts)
+    yield ("look at the page", ", ".join(parts),
+           ", ".join(part for part in parts if part in card))
     # 2. a click on Approve lets it run
     status, clicked = click(shop, request_id, "approved"), time.monotonic()
     end, took = end_of(call), time.monotonic() - clicked
-    yield ("click Approve", "303 back to the page; the agent resumes within 5 s",
-           f"{status}, resumed after {took:.3f} s", status == 303 and took < 5)
-    yield ("look at the records", "the tool ran, 1 of 3 records left",
-           f"it returned {end}, {shop.left()}",
-           (end, shop.left()) == (2, "1 of 3 records left"))
+    yield (f"click Approve ({took:.3f} s)", "303, the agent resumes within 5 s",
+           f"{status}, the agent resumes within {max(5, math.ceil(took))} s")
+    yield ("look at the records", "the tool returned 2, 1 of 3 records left",
+           f"the tool returned {end}, {shop.left()}")
     # 3. a click on Reject reaches the caller and the log, and nothing runs
     call, request_id = triggered(shop)
     click(shop, request_id, "rejected")
-    end = end_of(call)
-    yield ("click Reject", "CollaborationError reaches the caller",
-           f"{type(end).__name__}: {end}", type(end) is CollaborationError)
-    line = re.search(".*CollaborationError: rejected.*", logged.getvalue())
-    yield ("read the log", "a line with CollaborationError: rejected",
-           line[0] if line else "none", bool(line))
-    yield ("look at the records", "nothing ran, 3 of 3 records left",
-           shop.left(), shop.left() == "3 of 3 records left")
+    end, rejected = end_of(call), "CollaborationError: rejected by verifier"
+    yield "click Reject", rejected, f"{type(end).__name__}: {end}"
+    yield "read the log", rejected, logged.getvalue().splitlines()[-1]
+    yield "look at the records", "3 of 3 records left", shop.left()
     # 4. nobody decides: TimeoutError, and a late click decides nothing
     call, request_id = triggered(shop, timeout)
     end = end_of(call, timeout + 10)
-    yield (f"wait (time-out set to {timeout} s here)", "TimeoutError",
-           f"{type(end).__name__}, {end}", isinstance(end, TimeoutError))
+    yield (f"wait (time-out set to {timeout} s here)", "a TimeoutError",
+           f"a {'TimeoutError' if isinstance(end, TimeoutError) else repr(end)}")
     reply = shop.decide(request_id, "approved")
-    late = f"{reply.status}, {reply.reason}, {shop.left()}"
-    yield ("click too late", "409, the row is expired, nothing runs", late,
-           late == "409, expired, 3 of 3 records left")
+    yield ("click too late", "409, expired, 3 of 3 records left",
+           f"{reply.status}, {reply.reason}, {shop.left()}")
     # 5. all of it is in the audit log
     _, faults = verified(shop.database)
-    yield "check the audit log", "whole", "; ".join(faults) or "whole", not faults
+    yield "check the audit log", "whole", "; ".join(faults) or "whole"
 
 
 def triggered(shop: Workshop, timeout: float | None = None) -> tuple[Any, str]:
@@ -8400,17 +8391,16 @@ def reviewer_client(args: Any) -> Client:
     import getpass
     url = configuration_for(args).gate["server_url"]
     url = args.server_url or os.environ.get("HITL_SERVER_URL") or url
-    name, token = map(os.environ.get, ("HITL_REVIEWER", "HITL_REVIEWER_TOKEN"))
-    if not name:
-        with contextlib.suppress(OSError, KeyError, ImportError):
-            name = getpass.getuser()
+    name = next(filter(None, map(os.environ.get, (
+        "HITL_REVIEWER", "LOGNAME", "USER", "USERNAME"))), "reviewer")
+    token = os.environ.get("HITL_REVIEWER_TOKEN")
     if not token and sys.stdin.isatty():
         token = getpass.getpass("reviewer's token (serve printed it): ")
     if not token:
         raise ConfigError("no reviewer's token",
                           "set HITL_REVIEWER_TOKEN; serve printed it")
     with config_error("HITL_REVIEWER"):
-        name = name_value(name or "reviewer")
+        name = name_value(name)
     with config_error("server_url"):
         return Client(url_value(url), basic(name, token))
 
