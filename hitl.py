@@ -8714,22 +8714,21 @@ def file_warnings(configuration: Configuration, serves: bool = False
     path, told = configuration.path, configuration.notify
     if path is None or os.name != "posix":
         return []
-    status, cure = path.stat(), f"chmod go-w {path}"
-    if status.st_mode & 0o002:
-        raise ConfigError(f"{path} can be written by everybody", cure)
-    people = told or configuration.reviewers or configuration.agents
-    if serves and people and status.st_uid not in (0, os.geteuid()):
-        raise ConfigError(
-            f"{path} belongs to another user, who could change its [[reviewer]], "
-            "[[agent]] and [[notify]]", "serve with a file of your own "
-            f"(--config), or as root: chown {os.geteuid()} {path}")
-    if not status.st_mode & 0o020:
-        return []
-    for entry in told:
-        if serves and entry["command"]:
-            raise ConfigError(f"{path} can be written by its group, and notify "
-                              f'"{entry["name"]}" runs a command from it', cure)
-    return [f"{path} can be written by its group"]
+    status, mode_cure = path.stat(), f"chmod go-w {path}"
+    people = serves and (told or configuration.reviewers or configuration.agents)
+    by_group = f"{path} can be written by its group"
+    for wrong, words, cure in (
+            (status.st_mode & 0o002, f"{path} can be written by everybody", mode_cure),
+            (people and status.st_uid not in (0, os.geteuid()),
+             f"{path} belongs to another user, who could change its [[reviewer]], "
+             "[[agent]] and [[notify]]", "serve with a file of your own "
+             f"(--config), or as root: chown {os.geteuid()} {path}"),
+            (serves and status.st_mode & 0o020
+             and any(entry["command"] for entry in told),
+             f"{by_group}, and a [[notify]] runs a command from it", mode_cure)):
+        if wrong:
+            raise ConfigError(words, cure)
+    return [by_group] if status.st_mode & 0o020 else []
 
 
 def notice_warnings(configuration: Configuration, public_url: str
@@ -8752,35 +8751,42 @@ def notice_warnings(configuration: Configuration, public_url: str
                        f"{did_you_mean(checkpoint_id, known)}")
 
 
-def writes_secret(value: Any, name: str = "") -> bool:
+def writes_secret(entry: Mapping[str, Any]) -> bool:
     """Whether a table holds what looks like a secret, by its name or shape."""
-    if isinstance(value, dict):
-        return any(writes_secret(item, key) for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return any(writes_secret(item, name) for item in value)
-    if not isinstance(value, str) or "${" in value:
-        return False
-    text = PLACEHOLDER.sub("", value)
-    return bool(
-        text and re.search(rf"{SECRET_NAME}|^sign$|key$", name)
-        or masked_text(text, "") != text
-        or re.search(r"(?=[\w-]*[0-9])(?=[\w-]*[A-Za-z])[\w-]{20,}", text))
+    for name, value in re.findall(r'(?:"([^"\\]*)": )?"((?:[^"\\]|\\.)*)"',
+                                  json.dumps(entry)):
+        text = PLACEHOLDER.sub("", value)
+        if "${" not in value and text and (
+                re.search(rf"{SECRET_NAME}|^sign$|key$", name)
+                or masked_text(text, "") != text
+                or re.search(r"(?=[\w-]*[0-9])(?=[\w-]*[A-Za-z])[\w-]{20,}", text)):
+            return True
+    return False
 
 
 def rule_warnings(rules: Rules) -> Iterator[str]:
     """What is doubtful about the checkpoints."""
-    for c in rules.checkpoints:
+    for n, c in enumerate(rules.checkpoints):
+        name = f'checkpoint "{c.checkpoint_id}"'
         if c.kind == "tool" and re.search(r" |(?:^|[|^])[A-Z]\w*\(",
                                           c.action_pattern):
-            yield (f'checkpoint "{c.checkpoint_id}": {c.action_pattern!r} is '
-                   "looked for in the names of tools, and no name holds that; "
-                   'did you mean kind = "shell"?')
+            yield (f"{name}: {c.action_pattern!r} is looked for in the names of "
+                   'tools, and no name holds that; did you mean kind = "shell"?')
+        for above in rules.checkpoints[:n]:
+            wide = re.fullmatch(r"[\w*|-]+", above.action_pattern)
+            if above.effect != "allow" and not above.arguments and (
+                    above.kind == c.kind) and (
+                    above.action_pattern == c.action_pattern or wide and
+                    c.action_pattern.isidentifier() and
+                    above.finds(above.action_pattern, c.action_pattern)):
+                yield (f'{name} never decides: "{above.checkpoint_id}" above it '
+                       "matches the same calls; put the narrower one first")
+                break
     effects = {c.effect for c in rules.checkpoints if c.kind == "shell"}
     if effects and "allow" not in effects:
-        yield ('kind = "shell" is used without an allow list (effect = '
-               '"allow"): what hitl.py 1.0 could not take apart waited, and now '
-               "runs unless a pattern finds it; `init --coding-agent` writes a "
-               "list")
+        yield ('kind = "shell" is used without an allow list (effect = "allow"): '
+               "a command that no pattern finds runs; `init --coding-agent` "
+               "writes a list")
 
 
 SPARE_FILES = 64                # descriptors that are not connections
@@ -8806,21 +8812,21 @@ def cmd_check(args: Any) -> int:
     configuration = load_configuration(find_configuration(args.config))
     if args.replay:
         return replay(args, configuration)
+    rules = configuration.rules
     if args.tool is None:
-        lint(configuration, args.json)
-        return 0
+        return answer(args, {"path": str(rules.path), "checkpoints": [
+            {name: str(value) if value == math.inf else value
+             for name, value in c._asdict().items()}
+            for c in rules.checkpoints]}, linted(configuration))
     with config_error("JSON of the arguments:"):
         arguments = parse_json(args.arguments)
         if not isinstance(arguments, dict):
             raise ValueError('it must be like {"table": "users"}')
-    match = configuration.rules.first_match(args.tool, arguments)
-    if args.json:
-        say(json.dumps({
-            "tool": args.tool, "effect": match.effect, "why": match.why,
-            "checkpoint_id": match.checkpoint.checkpoint_id}))
-    else:
-        explain(configuration, match, args.tool, arguments)
-    return 0
+    match = rules.first_match(args.tool, arguments)
+    return answer(args, {
+        "tool": args.tool, "effect": match.effect, "why": match.why,
+        "checkpoint_id": match.checkpoint.checkpoint_id},
+        explained(configuration, match, args.tool, arguments))
 
 
 def replay(args: Any, configuration: Configuration) -> int:
@@ -8828,7 +8834,8 @@ def replay(args: Any, configuration: Configuration) -> int:
     Paths in them are relative to this folder."""
     import sqlite3
     path = server_settings(args, configuration)["database"]
-    counts, changed = Counter(REPLAYED), []
+    counts, changed = Counter({"as before": 0, "would no longer wait": 0,
+                               "denied": 0, "by another checkpoint": 0}), []
     try:
         with open_for_reading(path) as db:
             for request in stored_requests(db):
@@ -8839,8 +8846,6 @@ def replay(args: Any, configuration: Configuration) -> int:
                         "request_id": request.request_id, "tool": request.tool,
                         "was": request.checkpoint_id, "now": now,
                         "became": became})
-                if sys.stderr.isatty() and counts.total() % 1000 == 0:
-                    print(f"\r{counts.total()} calls", end="\r", file=sys.stderr)
     except (sqlite3.DatabaseError, ValueError) as error:
         raise HitlError(f"{path}: {error}", "`hitl.py log --verify` says more"
                         ) from None
@@ -8852,10 +8857,6 @@ def replay(args: Any, configuration: Configuration) -> int:
             for row in changed)])
 
 
-REPLAYED = {"as before": 0, "would no longer wait": 0, "denied": 0,
-            "by another checkpoint": 0}
-
-
 def replayed(rules: Rules, request: ReviewRequest) -> tuple[str, str]:
     """What would become of a stored request, and by which checkpoint. One
     without a tool was asked without rules; a checkpoint that the code names
@@ -8864,62 +8865,51 @@ def replayed(rules: Rules, request: ReviewRequest) -> tuple[str, str]:
     if request.tool is None or named and was in (
             "unmatched", *(c.checkpoint_id for c in rules.checkpoints)):
         return "as before", was or ""
-    arguments = parse_json(request.arguments or "{}")
-    match = rules.first_match(request.tool, arguments)
+    match = rules.first_match(request.tool, parse_json(request.arguments or "{}"))
     now = match.checkpoint.checkpoint_id
     if match.effect == "review":
-        same = was in (now, None)
-        return "as before" if same else "by another checkpoint", now
+        return "as before" if was in (now, None) else "by another checkpoint", now
     return "denied" if match.effect == "deny" else "would no longer wait", now
 
 
-def lint(configuration: Configuration, as_json: bool) -> None:
-    """Say what the file holds, what is doubtful in it, and whether the server
+def linted(configuration: Configuration) -> Iterator[str]:
+    """What the file holds, what is doubtful in it, and whether the server
     answers."""
     rules = configuration.rules
-    if as_json:
-        say(json.dumps({"path": str(rules.path), "checkpoints": [
-            {name: str(value) if value == math.inf else value
-             for name, value in c._asdict().items()}
-            for c in rules.checkpoints]}))
-        return
     warnings = [*file_warnings(configuration), *rule_warnings(rules),
-                *notice_warnings(configuration,
-                                 str(configuration.server["public_url"]))]
-    say(f"{rules.path}: {len(rules.checkpoints)} checkpoints, fine")
+                *notice_warnings(configuration, configuration.server["public_url"])]
+    yield f"{rules.path}: {len(rules.checkpoints)} checkpoints, fine"
     for c in rules.checkpoints:
         kind = "" if c.kind == "tool" else f"{c.kind}: "
-        say(f"  {c.checkpoint_id:20} {c.effect:7} {kind}{c.action_pattern}")
-    say(f"  {'(what none matches)':20} {rules.unmatched}")
-    for warning in warnings:
-        say(f"warning: {warning}")
+        yield f"  {c.checkpoint_id:20} {c.effect:7} {kind}{c.action_pattern}"
+    yield f"  {'(what none matches)':20} {rules.unmatched}"
+    yield from (f"warning: {warning}" for warning in warnings)
     url = os.environ.get("HITL_SERVER_URL") or configuration.gate["server_url"]
     try:
         reply_of(Client(url), "GET", "/healthz")
-        say(f"server {url}: answers")
+        yield f"server {url}: answers"
     except HitlError as error:
-        say(f"server {url}: {error.message}")
+        yield f"server {url}: {error.message}"
 
 
-def explain(configuration: Configuration, match: Match, tool: str,
-            arguments: dict[str, Any]) -> None:
-    """Say what becomes of a call, and why."""
+def explained(configuration: Configuration, match: Match, tool: str,
+              arguments: dict[str, Any]) -> Iterator[str]:
+    """What becomes of a call, and why."""
     rules, rule = configuration.rules, match.checkpoint
     words = {"review": "waits for a person", "allow": "runs without review",
              "deny": "is denied"}[match.effect]
-    named = rule in rules.checkpoints
+    named, more = rule in rules.checkpoints, ""
     source = f'checkpoint "{rule.checkpoint_id}" in' if named else "by"
-    say(f"{visible(tool)} {words}: {source} {rules.path}")
-    unmatched = rule.checkpoint_id == "unmatched"
-    why = f'{match.why}, and unmatched = "{rules.unmatched}"'
-    say(f"  because  {why if unmatched else match.why}")
+    yield f"{visible(tool)} {words}: {source} {rules.path}"
+    if rule.checkpoint_id == "unmatched":
+        more = f', and unmatched = "{rules.unmatched}"'
+    yield f"  because  {match.why}{more}"
     if tool == "run" and not named:
-        say("  but      `hitl.py run` always waits")
+        yield "  but      `hitl.py run` always waits"
     if match.effect == "review":
-        say("  shown as " + visible(describe(rule, tool, arguments)))
-        seconds = first_of(rule.timeout_seconds,
-                           configuration.gate["timeout_seconds"])
-        say(f"  waits    {seconds:g} s")
+        yield "  shown as " + visible(describe(rule, tool, arguments))
+        seconds = rule.timeout_seconds or configuration.gate["timeout_seconds"]
+        yield f"  waits    {seconds:g} s"
 
 
 def cmd_init(args: Any) -> int:

@@ -1390,7 +1390,7 @@ def test_check_says_which_checkpoint_decides_and_why(tmp_path):
         "  shown as Deploy model m\u27e6U+000A\u27e7n to (not given)",
         "  waits    300 s"], "")
     status, lines, _ = check("read", "{}", "--json")
-    assert status == 0 and json.loads(lines[0]) == {
+    assert status == 0 and json.loads("".join(lines)) == {
         "tool": "read", "effect": "allow", "checkpoint_id": "unmatched",
         "why": "no checkpoint matches"}
     status, lines, said = check("x", '{"table": 1e400}')
@@ -1399,8 +1399,8 @@ def test_check_says_which_checkpoint_decides_and_why(tmp_path):
 
 
 def test_check_alone_lints_the_file_and_the_installation(tmp_path, desk):
-    """`check` alone lists the checkpoints, warns, and tries the server; a
-    file that everybody can write is refused with status 2."""
+    """`check` alone lists the checkpoints, warns (of one that another covers,
+    too), and tries the server; a file that everybody can write is refused."""
     path = tmp_path / "checkpoints.toml"
     path.write_text(rule() + rule('"b"', action_pattern="'Bash(git push:*)'")
                     + rule('"c"', action_pattern='"rm -rf"')
@@ -1422,6 +1422,9 @@ def test_check_alone_lints_the_file_and_the_installation(tmp_path, desk):
     assert said[10:] == [f"server {desk.url}: answers"]
     listed = json.loads(command("check", "--json", folder=tmp_path).stdout)
     assert [c["checkpoint_id"] for c in listed["checkpoints"]] == list("abcd")
+    path.write_text(rule() + rule('"b"', action_pattern='"delete_users"'))
+    assert ('checkpoint "b" never decides: "a" above it matches the same calls'
+            in command("check", folder=tmp_path).stdout)
     path.chmod(0o666)
     done = command("check", folder=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", (
