@@ -3703,8 +3703,8 @@ h1 a { text-decoration: none; }
 .card, .note, li { background: var(--card); border: 1px solid var(--line);
   border-left: 5px solid var(--edge, var(--tone)); font-size: 14px; }
 .card + .card, li + li { border-top: 0; }
-.card > summary, li { padding: 5px 10px; }
-.card > summary { flex-wrap: nowrap; }
+.card > summary { flex-wrap: nowrap; padding: 5px 10px; }
+li { padding: 3px 10px; }
 #waiting:has(.card:nth-child(13)) > .card > summary { padding-block: 0;
   font-size: 13px; line-height: 17px; }
 .status, .tag { font-size: 12px; font-weight: 600; border-radius: 99px;
@@ -3716,7 +3716,6 @@ summary .headline, .said { font-weight: 600; }
 summary .tool { font-size: 12px; }
 .status, .tag, .left, .card:not([open]) > summary > * { white-space: nowrap;
   overflow: hidden; text-overflow: ellipsis; flex-shrink: 0; }
-.left { min-width: 4.5em; text-align: right; }
 .card[style][open] { height: var(--tall); overflow: auto; }
 .body { padding: 0 10px 4px; }
 .body > details:not([open]) { display: inline-block; margin-right: 18px; }
@@ -3724,16 +3723,15 @@ summary .tool { font-size: 12px; }
   border-radius: 6px; padding: 5px 10px; }
 .exact pre { background: var(--card); border-left: 3px solid var(--soft); }
 pre, code, .exact dl { font-family: ui-monospace, monospace; }
-pre, dd, h4 code, .full { color: var(--ink); white-space: break-spaces;
+pre, dd, h4 code, .full, .said { color: var(--ink); white-space: break-spaces;
   unicode-bidi: isolate; }
 dl { display: grid; grid-template-columns: fit-content(38%) minmax(0, 1fr);
   gap: 1px 12px; }
 .block, li .soft, label { grid-column: 1 / -1; flex: 1 1 100%; }
-.said { white-space: pre-line; }
 summary :empty, p:empty { display: none; }
 .warn, .note { padding: 3px 10px; border-radius: 5px; }
-mark, bdi { border-radius: 3px; padding: 0 1px; }
-mark { font-size: .85em; margin: 0 1px; }
+mark, bdi { border-radius: 3px; padding: 0 1px; margin: 0 1px; }
+mark { font-size: .85em; }
 bdi { text-decoration: underline 1px; text-underline-offset: 3px; }
 
 /* deciding: buttons that have just appeared are dead */
@@ -4280,15 +4278,16 @@ def desk_page(view: View, waiting: list[ReviewRequest], count: int,
     cards = [safely(card, request, view, not n, False)
              for n, request in enumerate(waiting)]
     title = f"({count}) Review desk" if count else "Review desk"
-    return page(view, title, fill(
-        DESK, more=more, waiting=cards,
-        reviewed=reviewed and reviewed_list("Reviewed", reviewed)), count)
+    below = reviewed and fill(LIST, title="Reviewed", above=None, below=None,
+                              rows=[safely(reviewed_row, row) for row in reviewed])
+    return page(view, title, fill(DESK, more=more, waiting=cards, reviewed=below),
+                count)
 
 
 def review_page(view: View, request: ReviewRequest) -> Html:
     """One request with everything about it, the buttons after it all."""
     return page(view, f"{request.status}: {request.request_id}",
-                safely(card, request, view), int(request.status == Status.WAITING))
+                safely(card, request, view), request.status == Status.WAITING)
 
 
 def problem_page(status: int, refusal: Refusal,
@@ -4321,18 +4320,13 @@ def history_page(view: View, found: Page, asks: Mapping[str, str]) -> Html:
         at, number = found.next
         back = fill("Searched back to {at}.", at=moment(at))
         older = link("Older", before=f"{at}_{number}")
-    return page(view, "History", reviewed_list(
-        "History", found.rows, as_html([*above, back], DOT), older), q=q)
-
-
-def reviewed_list(title: str, requests: list[ReviewRequest], above: Any = None,
-                  below: Any = None) -> Html:
-    """What was reviewed, each on a line with who, why and what came of it."""
-    return fill(LIST, title=title, above=above, below=below,
-                rows=[safely(reviewed_row, request) for request in requests])
+    return page(view, "History", fill(
+        LIST, title="History", above=as_html([*above, back], DOT), below=older,
+        rows=[safely(reviewed_row, row) for row in found.rows]), q=q)
 
 
 def reviewed_row(request: ReviewRequest) -> Html:
+    """What was reviewed, on a line with who, why and what came of it."""
     link = fill('<a href="/review/{request_id}">{headline}</a>', request,
                 headline=marked(one_line(request.action_description)))
     return fill(ROW, request, kind=request.status, headline=link, form=None,
