@@ -5133,7 +5133,7 @@ def test_https(make_gate, desk, certificate, monkeypatch):
 def calling(gate, execute=dict, *, tool="delete_records", arguments=CALL,
             way="call", **more):
     """A call in the background -> a function that gives its result. `dict`
-    as the tool gives back what it was given."""
+    as the tool gives back what it was given, as if hold's caller ran it."""
     def run():
         if way == "guard":
             @gate.guard
@@ -5142,7 +5142,8 @@ def calling(gate, execute=dict, *, tool="delete_records", arguments=CALL,
             return delete_records(**arguments)
         tools = (execute,) if "call" in way else ()
         result = getattr(gate, way)(tool, arguments, *tools, **more)
-        return asyncio.run(result) if asyncio.iscoroutine(result) else result
+        result = asyncio.run(result) if asyncio.iscoroutine(result) else result
+        return result.arguments if isinstance(result, hitl.Held) else result
     return in_background(run)
 
 
@@ -5191,20 +5192,20 @@ BRIEF = EFFECTS.replace("= 20", "= 0.4")
 def test_every_end(make_gate, make_desk, caplog, way):
     """Approved: the tool runs, its result is returned, the outcome recorded.
     Rejected: logged at ERROR in full, then raised. Nobody (promise 4): a
-    TimeoutError that says so in full, `expired`, a late click 409."""
-    desk = make_desk(clock=Clock())
-    gate = make_gate(desk)
+    TimeoutError that says so in full, `expired`, a late click 409. Denied,
+    allowed or matched by nothing: nobody is asked."""
+    desk, ran = make_desk(clock=Clock()), []
+    gate = make_gate(desk, EFFECTS)
     assert decided(gate, desk, way=way)() == CALL
     assert newest(desk, "status, outcome, handed_over") == (
         ("approved", "running", 1) if "require" in way
         else ("approved", "executed", None))
-    ran = []
     with pytest.raises(hitl.CollaborationError) as no:
         decided(gate, desk, lambda **a: ran.append(a), "rejected",
                 "use the staging table", way=way)()
     assert (type(no.value), str(no.value)) == (hitl.CollaborationError,
                                                REJECTED)
-    gate = make_gate(desk)              # in which no rejection stands
+    gate = make_gate(desk, EFFECTS)     # in which no rejection stands
     with pytest.raises(TimeoutError) as late:
         unanswered(gate, desk, lambda **a: ran.append(a), way=way)()
     assert (type(late.value), str(late.value)) == (
@@ -5215,6 +5216,14 @@ def test_every_end(make_gate, make_desk, caplog, way):
     assert (said.status, said.reason) == (409, "expired") and ran == []
     assert [r.message for r in caplog.records if r.levelname == "ERROR"] == [
         f"CollaborationError: {REJECTED}", f"ReviewTimeoutError: {late.value}"]
+    if way != "guard":
+        with pytest.raises(hitl.DeniedError, match=DENIED):
+            calling(gate, tool="drop_table", way=way)()
+        for tool in ("read_file", "read_file", "list_files"):
+            assert calling(gate, tool=tool, way=way)() == CALL
+        with pytest.raises(hitl.ConfigError, match='no checkpoint "nope"'):
+            calling(gate, tool="read_file", way=way, checkpoint="nope")()
+    assert len(desk.rows("SELECT 1 FROM pending_reviews")) == 3
 
 
 class Unprintable(Exception):
@@ -5239,19 +5248,6 @@ def test_a_tool_that_raises(make_gate, desk):
         assert newest(desk, "outcome, outcome_text") == ("failed", text)
         with pytest.raises(type(error)):        # and where nobody is asked
             gate.call(f"list_{text[:3]}", CALL, fail)
-
-
-@pytest.mark.parametrize("way", WAYS[:4])
-def test_effects(make_gate, way):
-    """deny refuses and allow runs without asking anybody; a tool that no
-    checkpoint matches is free."""
-    gate = make_gate("http://127.0.0.1:9", EFFECTS)     # nobody listens
-    with pytest.raises(hitl.DeniedError, match=DENIED):
-        calling(gate, tool="drop_table", way=way)()
-    for tool in ("read_file", "read_file", "list_files"):
-        assert calling(gate, tool=tool, way=way)() == CALL
-    with pytest.raises(hitl.ConfigError, match='no checkpoint "nope"'):
-        calling(gate, tool="read_file", way=way, checkpoint="nope")()
 
 
 @pytest.mark.parametrize("way", ["call", "acall"])
@@ -5296,15 +5292,17 @@ def test_hold(make_gate, desk):
     """hold gives whoever runs a call its approved arguments, claimed, None
     where nothing holds it; until it is reported it is handed over."""
     gate = make_gate(desk, EFFECTS)
-    for way, error, end in (
-            ("hold", OSError("no"), ("failed", "OSError: no")),
-            ("hold", None, ("executed", "")), ("ahold", None, ("executed", ""))):
-        assert calling(gate, tool="read_file", arguments={}, way=way)() is None
-        held = decided(gate, desk, way=way)()
+    for error, end in ((OSError("no"), ("failed", "OSError: no")),
+                       (None, ("executed", ""))):
+        assert gate.hold("read_file", {}) is None
+        person = in_background(lambda: desk.decide(
+            desk.waiting()[0]["request_id"]))
+        held = gate.hold("delete_records", CALL)
+        person()
         assert (held.arguments, held.approved_by) == (CALL, "ana")
         assert newest(desk, "request_id, outcome, handed_over") == (
             held.request_id, "running", 1)
-        asyncio.run(held.areport()) if way == "ahold" else held.report(error)
+        held.report(error) if error else asyncio.run(held.areport())
         assert newest(desk, "outcome, outcome_text") == end
 
 
@@ -5320,7 +5318,7 @@ effect = "deny"
 """
 
 
-@pytest.mark.parametrize("way", ["call", "acall", "hold"])
+@pytest.mark.parametrize("way", ["call", "acall", "ahold"])
 def test_changed_before_approval(make_gate, make_desk, way):
     """What runs is what was approved: where the reviewer changed the
     arguments, those, and the model is told; a change into another checkpoint
@@ -5337,12 +5335,9 @@ def test_changed_before_approval(make_gate, make_desk, way):
         assert said.status == 200 or not edits, said
         return said.reason, result
     words = 'changed by ana: {table: "users" -> "orders"}'
-    result = changed("orders")[1]()
-    if way == "hold":
-        assert (result.arguments, result.changed) == (
-            CALL | {"table": "orders"}, words)
-    else:
-        assert result == f"{words}\ndeleted orders"
+    assert changed("orders")[1]() == (
+        CALL | {"table": "orders"} if way == "ahold"
+        else f"{words}\ndeleted orders")
     with pytest.raises(hitl.ChangedError, match="nothing ran"):
         changed("secrets")[1]()
     assert newest(desk, "outcome, outcome_text") == (
@@ -5350,7 +5345,7 @@ def test_changed_before_approval(make_gate, make_desk, way):
     reason, result = changed("pets", edits=False)
     assert reason == "not-editable"
     desk.decide(f"{way}-pets", "rejected")
-    if way == "hold":
+    if way == "ahold":
         pytest.raises(hitl.CollaborationError, result)
     else:
         assert result().startswith("rejected by ana.")
@@ -5417,25 +5412,6 @@ def test_sessions(make_gate, make_desk):
     with pytest.raises(hitl.CollaborationError,
                        match="^rejected by ana 4 min ago: no$"):
         one.call("delete_records", CALL, dict)
-
-
-def test_attached(make_gate, desk):
-    """With attach the same call of the same session meets the request that
-    waits: one card, and of those who wait for it one runs."""
-    ticks: list = []
-    results = [calling(make_gate(desk, session="s"), attach=True,
-                       tick=lambda: ticks.append(1)) for _ in range(2)]
-    card, = desk.waiting()
-    assert until(lambda: len(ticks) > 1)        # both look at it
-    desk.decide(card["request_id"])
-    ends = []
-    for result in results:
-        try:
-            ends.append(result() == CALL)
-        except hitl.AlreadyClaimedError:
-            ends.append(False)
-    assert sorted(ends) == [False, True]
-    assert len(desk.rows("SELECT 1 FROM pending_reviews")) == 1
 
 
 def test_attached_to_another_call(make_gate):
@@ -5910,7 +5886,8 @@ def test_guard_keeps_the_face(make_gate):
 def test_guard_and_names(make_gate):
     """A guard that no checkpoint can match is a ConfigError where it
     decorates, with the cures, unless it is optional; an id in place of a
-    function is asked about; a denial is raised."""
+    function is asked about; a call that nothing stops gets its very
+    arguments."""
     gate = make_gate("http://127.0.0.1:9", EFFECTS)
     for tool in ("purge_users", "read_file"):
         with pytest.raises(hitl.ConfigError) as bad:
@@ -5922,8 +5899,10 @@ def test_guard_and_names(make_gate):
             '"..."), or say that the file may let it pass: '
             "@gate.guard(optional=True))")
     purge = gate.guard(name="purge_users", optional=True)(
-        lambda table={1, 2}: table)
-    assert purge() == purge() == {1, 2}         # not even JSON
+        lambda table, *rest, **more: (table, *rest, *more.values()))
+    for value in (Point(1), Colour.RED, (1, 2), object()):      # no JSON
+        got = purge(value, value, more=value)
+        assert all(each is value for each in got) and len(got) == 3
     for name, word in (("nope", "nope"), ("reads", "allows")):
         with pytest.raises(hitl.ConfigError, match=word):
             gate.guard(checkpoint=name)(purge)
@@ -5934,40 +5913,19 @@ def test_guard_and_names(make_gate):
             gate.guard(**more)(len)("xy")
 
 
-def test_a_free_call_gets_its_very_arguments(make_gate):
-    """guard changes nothing of a call that no checkpoint stops."""
-    delete = make_gate(rules=RULES + 'arguments = { table = "prod" }\n').guard(
-        name="delete")(lambda table, value, *rest, **more: (
-            value, *rest, *more.values()))
-    for value in (Point(1), Colour.RED, (1, 2), object()):
-        got = delete("test", value, value, more=value)
-        assert all(each is value for each in got) and len(got) == 3
-
-
-class FrameworkTool:        # what a framework's decorator leaves behind
-    name = "delete_records"
-
-    def __call__(self, table):
-        return table
-
-
-class Generating:
-    def __call__(self):
-        yield 1
-
-
-async def async_generator():
-    yield 1
-
-
 def test_not_guarded(make_gate):
     """A generator, a class, a framework's tool object, a wrong order of
     decorators and a hide that names no parameter are a TypeError."""
-    gate = make_gate()
-    for what in (async_generator, Generating.__call__, Generating(), Generating,
-                 7, functools.partial(Generating.__call__), FrameworkTool(),
-                 functools.partial(Generating),
-                 classmethod(len), property(len), staticmethod(len), max):
+    async def async_generator():
+        yield 1
+
+    def generator(self):
+        yield 1
+    gate, kind = make_gate(), type("Tool", (), {"__call__": generator})
+    tool = type("Tool", (), {"name": "left by a framework", "__call__": len})()
+    for what in (async_generator, generator, kind(), kind, tool, 7, max,
+                 functools.partial(generator), functools.partial(kind),
+                 classmethod(len), property(len), staticmethod(len)):
         with pytest.raises(TypeError, match="guard cannot hold"):
             gate.guard(what)
     with pytest.raises(TypeError, match="hide names no parameter.*ctx"):
@@ -6023,19 +5981,14 @@ def test_arguments_that_are_no_json(make_gate, desk):
     assert repr(decided(gate, desk, arguments=values)()) == repr(values)
 
 
-SELF: dict = {"a": 1}
-SELF["self"] = SELF
 PLAIN = {"a": [1, None, True, "x", {"b": [2]}], "max_tokens": 512,
          "password": True, "secret": ""}
-DEEP: object = "x"
-for _ in range(60):
-    DEEP = [DEEP]
 CONTEXTS = [
     (PLAIN, PLAIN), ([PLAIN, PLAIN], [PLAIN, PLAIN]), (None, "the gate's"),
     (lambda: {"b": (1, (2,))}, {"b": [1, [2]]}), ("\ud800", "\\ud800"),
     ({1: 1.5, None: {3}}, {"1": 1.5, "None": [3]}), (1j, "1j"),
     (float("nan"), "nan"), (-1e400, "-inf"), (10 ** 5000, "[a int]"),
-    (DEEP, None), (SELF, None)]
+    (FAR_DOWN, None), (CYCLE, None)]
 
 
 def test_context(make_gate, desk):
@@ -6233,12 +6186,12 @@ def test_canaries(make_gate, make_desk, tmp_path, caplog, capfd):
 
 def test_agent_name(make_gate, desk, monkeypatch):
     """The name on the card: agent, else HITL_AGENT, else user@host:folder."""
-    def name(**more) -> str:
-        decided(make_gate(desk, **more), desk)()
-        return newest(desk, "agent")[0]
-    assert re.fullmatch(r".+@.*:" + re.escape(os.getcwd()), name())
+    decided(make_gate(desk), desk)()
+    assert newest(desk, "agent")[0].endswith(f":{os.getcwd()}")
     monkeypatch.setenv("HITL_AGENT", "the cleaner")
-    assert (name(), name(agent="another")) == ("the cleaner", "another")
+    assert hitl.agent_name() == "the cleaner"
+    decided(make_gate(desk, agent="another"), desk)()
+    assert newest(desk, "agent") == ("another",)
 
 
 # ================================= Adapters ================================
