@@ -8117,7 +8117,7 @@ def verification(shop: Workshop, logged: Any, timeout: float
            ", ".join(part for part in parts if part in card))
     # 2. a click on Approve lets it run
     status, clicked = click(shop, request_id, "approved"), time.monotonic()
-    end, took = end_of(call), time.monotonic() - clicked
+    end, took = call.exception(10) or call.result(), time.monotonic() - clicked
     yield (f"click Approve ({took:.3f} s)", "303, the agent resumes within 5 s",
            f"{status}, the agent resumes within {max(5, math.ceil(took))} s")
     yield ("look at the records", "the tool returned 2, 1 of 3 records left",
@@ -8125,13 +8125,13 @@ def verification(shop: Workshop, logged: Any, timeout: float
     # 3. a click on Reject reaches the caller and the log, and nothing runs
     call, request_id = triggered(shop)
     click(shop, request_id, "rejected")
-    end, rejected = end_of(call), "CollaborationError: rejected by verifier"
+    end, rejected = call.exception(10), "CollaborationError: rejected by verifier"
     yield "click Reject", rejected, f"{type(end).__name__}: {end}"
     yield "read the log", rejected, logged.getvalue().splitlines()[-1]
     yield "look at the records", "3 of 3 records left", shop.left()
     # 4. nobody decides: TimeoutError, and a late click decides nothing
     call, request_id = triggered(shop, timeout)
-    end = end_of(call, timeout + 10)
+    end = call.exception(timeout + 10)
     yield (f"wait (time-out set to {timeout} s here)", "a TimeoutError",
            f"a {'TimeoutError' if isinstance(end, TimeoutError) else repr(end)}")
     reply = shop.decide(request_id, "approved")
@@ -8149,11 +8149,6 @@ def triggered(shop: Workshop, timeout: float | None = None) -> tuple[Any, str]:
     call = ThreadPoolExecutor().submit(
         shop.call, "verification", {"plan": ["read", "delete"], "step": 2}, timeout)
     return call, "".join(shop.waiting()[:1])
-
-
-def end_of(call: Any, seconds: float = 10) -> Any:
-    """What the call raised or returned."""
-    return call.exception(seconds) or call.result()
 
 
 def card_of(shop: Workshop, request_id: str) -> str:
@@ -8401,12 +8396,10 @@ def reviewer_client(args: Any) -> Client:
 
 def reply_of(client: Client, method: str, path: str, body: Any = None
              ) -> dict[str, Any]:
-    """The server's answer; HitlError, with its words, if it refuses."""
-    return accepted(client.exchange(method, path, body, seconds=15))
-
-
-def accepted(reply: Reply) -> dict[str, Any]:
-    if reply.status < 400:
+    """The server's answer; HitlError, with its words, if it refuses and knows
+    no longer ids either."""
+    reply = client.exchange(method, path, body, seconds=15)
+    if reply.status < 400 or reply.body.get("longer_ids"):
         return reply.body
     title, detail = reply.body.get("title"), reply.body.get("detail")
     if reply.reason == "wrong-credentials":
@@ -8425,15 +8418,14 @@ def request_named(client: Client, start: str,
     if not REQUEST_ID.fullmatch(start):
         raise ConfigError(f'"{visible(start)}" is not a request_id',
                           "`python3 hitl.py list --all` prints them")
-    reply = client.exchange("GET", f"/review/{start}", seconds=15)
-    unknown, cure = reply.reason == "unknown", ""
-    ids = reply.body.get("longer_ids") or []
-    if not ids or not unknown and not alone:
-        return accepted(reply)
-    if unknown and len(ids) == 1:
-        return reply_of(client, "GET", f"/review/{ids[0]}")
-    if not unknown:
+    reply = reply_of(client, "GET", f"/review/{start}")
+    ids, found, cure = reply.get("longer_ids") or [], "digest" in reply, ""
+    if found and not (ids and alone):
+        return reply
+    if found:
         ids, cure = [*ids, start], f'; "{start}" itself can be decided on the page'
+    elif len(ids) == 1:
+        return reply_of(client, "GET", f"/review/{ids[0]}")
     raise ConfigError(f'"{start}" begins {len(ids)} request_ids',
                       f"write more of it: {', '.join(ids)}{cure}")
 
@@ -8987,19 +8979,15 @@ def cmd_list(args: Any) -> int:
         rows |= {row["request_id"]: row for row in reviewed}
     size = next(n for n in itertools.count(8)       # what tells them apart
                 if len({name[:n] for name in rows}) == len(rows))
-    return answer(args, list(rows.values()), [
-        list_line(row, size) for row in rows.values()] or ["nothing waits"])
-
-
-def list_line(request: dict[str, Any], size: int) -> str:
-    """A request on one line of the terminal, with so much of its id."""
-    age = time.time() - unix_time(request["received_at"])
-    line, *rest = fitted(
-        f"{request['status']:9} {request['request_id'][:size]:{size}} "
-        f"{readable_seconds(max(0, age)):>8} "
-        f"{one_line(request['agent'] or '-', 20):20} "
-        f"{one_line(request['action_description'])}")
-    return line[:-1] + "\u2026" if rest else line
+    lines = []
+    for name, row in rows.items():
+        age = readable_seconds(max(0, time.time() - unix_time(row["received_at"])))
+        line, *rest = fitted(
+            f"{row['status']:9} {name[:size]:{size}} {age:>8} "
+            f"{one_line(row['agent'] or '-', 20):20} "
+            f"{one_line(row['action_description'])}")
+        lines.append(line[:-1] + "\u2026" if rest else line)
+    return answer(args, list(rows.values()), lines or ["nothing waits"])
 
 
 def cmd_show(args: Any) -> int:
