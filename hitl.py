@@ -7678,8 +7678,6 @@ class Proxy:
     of its own, in which a person may be waited for while everything else goes
     on, and is then sent rebuilt from the members that were read."""
 
-    child: Any = None
-
     def __init__(self, gate: Gate, command: list[str], name: str) -> None:
         self.gate, self.command, self.name = gate, command, name
         # by JSON-RPC id: the tasks of calls; and what the server is to answer,
@@ -7697,7 +7695,7 @@ class Proxy:
         status."""
         import asyncio
         self.sink, self.loop = sink, asyncio.get_running_loop()
-        self.child = await asyncio.create_subprocess_exec(
+        self.child: Any = await asyncio.create_subprocess_exec(
             *self.command, stdin=-1, stdout=-1, limit=1 << 26,
             start_new_session=True)
         pumps = [asyncio.ensure_future(work) for work in (
@@ -7708,7 +7706,7 @@ class Proxy:
             await self.close(pumps)
         for task in done:
             task.result()                       # a fault of ours ends all
-        return shell_status(self.child.returncode)
+        return shell_status(self.child.returncode or 0)
 
     async def close(self, pumps: list[Any]) -> None:
         """End what is held, which withdraws it, then the server and all it
