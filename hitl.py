@@ -1779,7 +1779,8 @@ def load_configuration(path: Path) -> Configuration:
     """checkpoints.toml, read once and checked; ConfigError says what is
     wrong, where, and how to mend it."""
     data, tables = read_toml(path)
-    check_tables(path, tables)
+    for name in sorted(tables.keys() - KEYS.keys()):
+        raise unknown_key(str(path), name, MARKS.values())
     rows = {kind: rows_of(path, kind, tables) for kind in KEYS}
     (gate,), (server,) = rows["gate"], rows["server"]
     checkpoints = tuple(
@@ -1831,31 +1832,29 @@ def checkpoint_digest(table: dict[str, Any]) -> str:
     return hashlib.sha256(canonical(plain).encode()).hexdigest()
 
 
-def check_tables(path: Path, tables: dict[str, Any]) -> None:
-    """ConfigError for a table or a top-level key that does not belong."""
-    for name, value in tables.items():
-        homes = [MARKS[table] for table in KEYS if name in KEYS[table]]
-        if name not in KEYS and homes:
-            raise ConfigError(f'{path}: "{name}" is outside of any table',
-                              f"put {name} under {homes[0]}")
-        if name not in KEYS:
-            near = did_you_mean(f"[[{name}]]", MARKS.values())
-            raise ConfigError(f'{path}: unknown table or key "{name}"', near[2:]
-                              or f"known: {', '.join(MARKS.values())}")
-        rows = value if isinstance(value, list) else [value]
-        if MARKS[name].startswith("[[") != isinstance(value, list) or not all(
-                isinstance(row, dict) for row in rows):
-            raise ConfigError(f'{path}: "{name}" is not written {MARKS[name]}',
-                              f"did you mean {MARKS[name]}?")
+def unknown_key(where: str, key: str, known: Iterable[str]) -> ConfigError:
+    """An error that says where else a key belongs, or what was meant."""
+    homes = [MARKS[kind] for kind in ("gate", "server", "checkpoint")
+             if key in KEYS[kind]]
+    cure = f"known: {', '.join(known)}{did_you_mean(key, known)}"
+    if homes:
+        cure = f"put {key} under {homes[0]}"
+    return ConfigError(f'{where}: unknown key "{key}"', cure)
 
 
 def rows_of(path: Path, kind: str, tables: dict[str, Any]
             ) -> list[dict[str, Any]]:
     """The tables of a kind, each checked; no two may have one name."""
-    if not MARKS[kind].startswith("[["):
-        return [checked(path, MARKS[kind], kind, tables.get(kind, {}))]
-    rows = [checked(path, f"{kind} {n}", kind, table)
-            for n, table in enumerate(tables.get(kind, ()), 1)]
+    mark = MARKS[kind]
+    many = mark.startswith("[[")
+    value = tables.get(kind, [] if many else {})
+    rows = value if isinstance(value, list) else [value]
+    if many != isinstance(value, list) or not all(
+            isinstance(row, dict) for row in rows):
+        raise ConfigError(f'{path}: "{kind}" is not written {mark}',
+                          f"did you mean {mark}?")
+    rows = [checked(path, f"{kind} {n}" if many else mark, kind, row)
+            for n, row in enumerate(rows, 1)]
     key = next(iter(KEYS[kind]))
     what = f"{kind} name" if key == "name" else key
     for name, count in Counter(row[key] for row in rows).items():
@@ -1874,11 +1873,7 @@ def checked(path: Path, place: str, kind: str,
     if isinstance(named, str):
         where += f' "{named}"'
     for key in sorted(table.keys() - known.keys()):
-        cure = f"known: {', '.join(known)}{did_you_mean(key, known)}"
-        for home in ("gate", "server"):
-            if key in KEYS[home]:
-                cure = f"put {key} under [{home}]"
-        raise ConfigError(f'{where}: unknown key "{key}"', cure)
+        raise unknown_key(where, key, known)
     values = {}
     for key, (check, default) in known.items():
         if default is REQUIRED and key not in table:
