@@ -3670,15 +3670,14 @@ STYLE = """
 :root { color-scheme: light dark; --paper: light-dark(#f6f5f2, #161513);
   --card: light-dark(#fff, #21201d); --ink: light-dark(#1c1b19, #eeebe4);
   --soft: light-dark(#5d5a54, #a8a297); --line: light-dark(#dedbd3, #3a3732);
-  --tone: var(--soft); --tint: light-dark(#eceae5, #33312c); }
-.waiting { --tone: light-dark(#8a4a00, #ffb84d); --edge: #f2a100;
-  --tint: light-dark(#ffe9b0, #3d2c0c); }
-.approved, .approve { --tone: light-dark(#1a7340, #6fd195);
-  --tint: light-dark(#e0f4e6, #12331f); }
-.rejected, .reject, .warn, mark { --tone: light-dark(#b3261e, #ff8a7d);
-  --tint: light-dark(#fde7e4, #431814); }
-bdi { --tone: light-dark(#2f5fa8, #9cc0ff); --tint: light-dark(#e6eefa, #1c2a42); }
-.status, .warn, mark, bdi { color: var(--tone); background: var(--tint); }
+  --tone: var(--soft); }
+.waiting { --tone: light-dark(#8a4a00, #ffb84d); --edge: #f2a100; }
+.approved, .approve { --tone: light-dark(#1a7340, #6fd195); }
+.rejected, .reject, .warn, mark { --tone: light-dark(#b3261e, #ff8a7d); }
+bdi { --tone: light-dark(#2f5fa8, #9cc0ff); }
+.status, .warn, mark, bdi, #stopped .note { color: var(--tone);
+  background: color-mix(in srgb, var(--tone) 12%, var(--card)); }
+.waiting .status { background: light-dark(#ffe9b0, #3d2c0c); }
 
 * { box-sizing: border-box; overflow-wrap: anywhere; margin: 0; padding: 0; }
 body { margin: auto; padding: 0 16px 48px; max-width: 1080px; color: var(--ink);
@@ -3742,7 +3741,6 @@ main button { font-weight: 600; min-height: 40px; padding: 6px 22px; }
 .body > form > .approve { color: var(--card); background: var(--tone); }
 @keyframes appear { 0%, 99% { opacity: .45; pointer-events: none; } }
 .card[open] form button { animation: appear .6s; }
-#stopped .note { background: var(--tint); margin-bottom: 8px; }
 #lost { position: fixed; bottom: 0; left: 16px; right: 16px; }
 @media (max-width: 640px) {
   body { padding: 0 8px 32px; }
@@ -3956,8 +3954,7 @@ MARK = regex(f"{BRACKETS[0]}(?:([ -~]+)|([^{BRACKETS[1]}]*)){BRACKETS[1]}")
 
 
 def fill(template: str, row: object = None, /, **values: Any) -> Html:
-    """A template with its {names} filled in, from the values or else from the
-    row, escaped unless Html."""
+    """A template with its {names} filled in, escaped unless Html."""
     def value_of(found: re.Match[str]) -> Html:
         name = found[1]
         return as_html(values[name] if name in values else getattr(row, name))
@@ -3982,9 +3979,8 @@ def escaped(text: str) -> Html:
 
 
 def marked(text: str) -> Html:
-    """Visible text as inert markup: its codes are marks, its words of other
-    scripts keep the order of the text, and their brackets where they touch a
-    Latin letter or a digit."""
+    """Visible text as inert markup: its codes are marks, and words of other
+    scripts keep their order, and their brackets where they touch ASCII."""
     text = escaped(text)
     return Html(MARK.sub(mark, text) if BRACKETS[0] in text else text)
 
@@ -4321,7 +4317,7 @@ def history_page(view: View, found: Page, asks: Mapping[str, str]) -> Html:
 
 
 def reviewed_row(request: ReviewRequest) -> Html:
-    """What was reviewed, on a line with who, why and what came of it."""
+    """A line with who decided, why and what came of it."""
     link = fill('<a href="/review/{request_id}">{headline}</a>', request,
                 headline=marked(one_line(request.action_description)))
     return fill(ROW, request, kind=request.status, headline=link, form=None,
@@ -4351,8 +4347,7 @@ def standing_page(view: View, standing: list[tuple[Standing, int]]) -> Html:
 
 
 def safely(show: Callable[..., Html], request: ReviewRequest, *more: Any) -> Html:
-    """What is shown of a request, whatever is in its row: one bad row never
-    hides the others."""
+    """What is shown of a request: one bad row never hides the others."""
     try:
         return show(request, *more)
     except Exception:
@@ -4427,8 +4422,7 @@ def who_line(view: View, request: ReviewRequest) -> Html:
 
 
 def full_description(request: ReviewRequest) -> str:
-    """The description as visible text; an argument of several lines in it is
-    told by its name, since it is a block below."""
+    """The description, but for arguments that are blocks below it."""
     text = request.action_description
     arguments = stored_json(request.arguments)
     for name, value in arguments.items() if isinstance(arguments, dict) else ():
@@ -4438,9 +4432,8 @@ def full_description(request: ReviewRequest) -> str:
 
 
 def what_was_asked(request: ReviewRequest) -> tuple[Html, Html]:
-    """What does not change while it waits: the exact call, each argument as a
-    row or a block, and behind folds the context (of a large one, which would
-    hold up the server, the beginning) and what is seldom needed."""
+    """What does not change while it waits: the exact call, and behind folds
+    the context (of a large one the beginning) and what is seldom needed."""
     title = "Exactly this:"
     if request.status == Status.WAITING:
         title = "Runs exactly this:"
@@ -4521,8 +4514,7 @@ def allow_rule(request: ReviewRequest) -> Html | None:
 
 
 def exact_pattern(text: str) -> str:
-    """A regular expression that matches this text alone, as plain ASCII that
-    fits into TOML's 'single quotes'."""
+    """A pattern for this text alone, in ASCII, for TOML's 'single quotes'."""
     text = re.sub(r"[.^$*+?{}\[\]\\|()]", r"\\\g<0>", text)
     return re.sub("[^ -~]|'", lambda found: f"\\U{ord(found[0]):08x}", text)
 

@@ -7311,7 +7311,7 @@ HUES = {"waiting": (20, 50), "approved": (120, 165), "rejected": (-15, 15),
 
 # each text and how it stands out from its ground: [contrast, text] (WCAG 2.2)
 CONTRAST = r"""
-const rgb = c => c.match(/[\d.]+/g).map(Number);
+const rgb = c => c.match(/[\d.]+/g).map(n => c.startsWith("color(") ? n * 255 : +n);
 const light = c => { const [r, g, b] = c.map(v => (v /= 255) <= .04045 ?
   v/12.92 : ((v + .055)/1.055)**2.4); return .2126*r + .7152*g + .0722*b; };
 const ground = e => { const c = rgb(getComputedStyle(e).backgroundColor);
