@@ -3925,7 +3925,7 @@ bell.onclick = async () => {
   bell.hidden = true;
 };
 tellTimes("time");
-setInterval(tellTimes, 1000, ".left, .ago");
+setInterval(tellTimes, 1000, "time.left, time.ago");
 for (const field of every(".card [name=reason]"))       // after a reload
   field.value ||= sessionStorage[field.closest(".card").id] || "";
 if (change) live();
