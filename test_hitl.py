@@ -41,6 +41,7 @@ import time
 import tomllib
 import unicodedata
 import urllib.request
+from concurrent import futures
 from dataclasses import dataclass
 from email import message_from_bytes
 from html.parser import HTMLParser
@@ -120,8 +121,7 @@ class Desk:
                                      self.tokens, say=self.lines.append,
                                      **self.more)
         self.url, self.port = self.server.url, self.server.server_port
-        self.thread = threading.Thread(target=self.server.serve_forever,
-                                       args=(0.02,))
+        self.thread = threading.Thread(target=self.server.serve_forever)
         self.thread.start()
 
     def stop(self) -> None:
@@ -208,23 +208,12 @@ def until(test, seconds: float = 10.0):
 
 
 def in_background(function, *args):
-    """Run in a thread -> a function that joins and returns or raises."""
-    box: dict = {}
-
-    def run() -> None:
-        try:
-            box["value"] = function(*args)
-        except BaseException as error:
-            box["error"] = error
-    thread = threading.Thread(target=run)
-    thread.start()
+    """Run in a thread -> a function that waits for it, and returns or raises."""
+    future = futures.ThreadPoolExecutor().submit(function, *args)
 
     def result(seconds: float = 30.0):
-        thread.join(seconds)
-        assert not thread.is_alive(), "it still runs"
-        if "error" in box:
-            raise box["error"]
-        return box["value"]
+        assert futures.wait([future], seconds).done, "it still runs"
+        return future.result()
     return result
 
 
