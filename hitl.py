@@ -180,7 +180,7 @@ import re
 import threading
 import time
 import unicodedata
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import (
     Awaitable, Callable, Container, Iterable, Iterator, Mapping)
 from datetime import datetime, timezone
@@ -399,6 +399,7 @@ class ReviewRequest(NamedTuple):
     reason: str | None = None
     said_at: str | None = None          # of a standing decision: when made
     approved_digest: str | None = None  # where the reviewer changed the call
+    asked_by: str = ""
     signed_in: str | None = None
     lapses_at: str | None = None
     standing: int | None = None
@@ -411,7 +412,6 @@ class ReviewRequest(NamedTuple):
     asked_sha256: str = ""
     received_at: str = ""       # from here on: what was asked, never changed
     timestamp: str = ""
-    asked_by: str = ""
     agent: str | None = None
     tool: str | None = None
     checkpoint_id: str | None = None
@@ -1908,8 +1908,25 @@ SEARCH_SECONDS = 0.03           # for one look back: the loop waits meanwhile
 MAX_STANDING_SECONDS = 8 * 3600     # an approval stands for a working day ...
 MAX_STANDING_USES = 50              # ... and for what a person can recall
 CLOSED_A_TURN = 200             # by the clock or a stop: about 15 ms
+LARGE_BYTES = 8 * 1024          # a larger request is not listed in full
+GENESIS = "0" * 64              # the hash before the first audit row
 
-SCHEMA = """
+# what was asked: asked_sha256 covers these columns, and a seal the others
+ASKED = tuple(sorted((
+    "request_id", "digest", "deadline", "asked_by", *ReviewRequest._fields[
+        ReviewRequest._fields.index("received_at"):])))
+SEALED = tuple(sorted({*ReviewRequest._fields} - {*ASKED} | {"request_id"}))
+SEALED_STANDING = tuple(sorted(Standing._fields))
+asked_values, sealed_values, standing_values = (
+    operator.attrgetter(*names) for names in (ASKED, SEALED, SEALED_STANDING))
+
+
+def columns_of(names: Iterable[str], row: str = "") -> str:
+    """Columns as SQL lists them, of a `row` such as OLD."""
+    return ", ".join(f"{row}.{name}" if row else name for name in names)
+
+
+SCHEMA = f"""
 CREATE TABLE pending_reviews (
   id                 INTEGER PRIMARY KEY,           -- order of arrival
   request_id         TEXT NOT NULL UNIQUE           -- no duplicates, ever
@@ -1984,18 +2001,15 @@ WHEN NEW.status <> 'waiting' OR NEW.outcome IS NOT NULL
 BEGIN SELECT RAISE(ABORT, 'a request begins as waiting'); END;
 
 CREATE TRIGGER never_replaced BEFORE INSERT ON pending_reviews
-WHEN EXISTS (SELECT 1 FROM pending_reviews WHERE request_id = NEW.request_id)
-  OR EXISTS (SELECT 1 FROM pending_reviews WHERE id = NEW.id)
+WHEN EXISTS (SELECT 1 FROM pending_reviews
+             WHERE request_id = NEW.request_id OR id = NEW.id)
 BEGIN SELECT RAISE(IGNORE); END;        -- not by INSERT OR REPLACE either
 
 CREATE TRIGGER stays_in_order BEFORE UPDATE ON pending_reviews
 WHEN NEW.id IS NOT OLD.id
 BEGIN SELECT RAISE(ABORT, 'what was asked cannot change'); END;
 
-CREATE TRIGGER asked_once BEFORE UPDATE OF id, request_id, digest,
-  asked_sha256, received_at, deadline, timestamp, asked_by, agent, tool,
-  checkpoint_id, checkpoint_digest, session, category, why, config_digest,
-  edits, size, action_description, arguments, agent_context
+CREATE TRIGGER asked_once BEFORE UPDATE OF asked_sha256, {columns_of(ASKED)}
 ON pending_reviews                                               -- promise 2
 BEGIN SELECT RAISE(ABORT, 'what was asked cannot change'); END;
 
@@ -2037,12 +2051,10 @@ CREATE TABLE standing_decisions (
   lifted_at         TEXT,
   lifted_by         TEXT CHECK (lifted_by LIKE 'reviewer:_%'),
   CHECK ((lifted_at IS NULL) = (lifted_by IS NULL)),
-  CHECK (decision = 'stopped' OR (until IS NOT NULL AND request_id IS NOT NULL
-         AND digest IS NOT NULL AND session IS NOT NULL
-         AND principal IS NOT NULL)),
-  CHECK (decision <> 'approved' OR coalesce(uses BETWEEN 1 AND 50 AND
-         julianday(until) - julianday(made_at) < (8 * 3600 + 0.5) / 86400,
-         0))
+  CHECK (decision = 'stopped' OR (until IS NOT NULL AND session IS NOT NULL)),
+  CHECK (decision <> 'approved' OR coalesce(uses BETWEEN 1 AND
+         {MAX_STANDING_USES} AND julianday(until) - julianday(made_at) <
+         ({MAX_STANDING_SECONDS} + 0.5) / 86400, 0))
 );
 CREATE INDEX in_force ON standing_decisions (digest) WHERE lifted_at IS NULL;
 
@@ -2050,21 +2062,17 @@ CREATE TRIGGER standing_is_said BEFORE INSERT ON standing_decisions
 WHEN NEW.lifted_at IS NOT NULL
   OR NEW.number <= (SELECT max(number) FROM standing_decisions)
   OR (NEW.decision <> 'stopped' AND NOT EXISTS (
-    SELECT 1 FROM pending_reviews AS r WHERE r.request_id = NEW.request_id
-    AND r.status = NEW.decision AND r.decided_by = NEW.made_by
-    AND r.standing IS NULL AND r.approved_digest IS NULL
-    AND r.digest = NEW.digest AND r.checkpoint_id IS NEW.checkpoint_id
-    AND r.checkpoint_digest IS NEW.checkpoint_digest
-    AND r.session = NEW.session AND r.asked_by = NEW.principal))
+    SELECT 1 FROM pending_reviews WHERE request_id = NEW.request_id
+    AND (status, decided_by, standing, approved_digest, digest, checkpoint_id,
+         checkpoint_digest, session, asked_by) IS
+        (NEW.decision, NEW.made_by, NULL, NULL, NEW.digest, NEW.checkpoint_id,
+         NEW.checkpoint_digest, NEW.session, NEW.principal)))
 BEGIN SELECT RAISE(ABORT, 'a person decides what stands'); END;
 
-CREATE TRIGGER only_lifted BEFORE UPDATE OF number, decision, made_by, made_at,
-  until, uses, request_id, reason, signed_in, digest, checkpoint_id,
-  checkpoint_digest, desk_digest, session, principal ON standing_decisions
-BEGIN SELECT RAISE(ABORT, 'a standing decision is only ever lifted'); END;
-CREATE TRIGGER lifted_once BEFORE UPDATE ON standing_decisions
+CREATE TRIGGER only_lifted BEFORE UPDATE ON standing_decisions
 WHEN OLD.lifted_at IS NOT NULL OR NEW.lifted_at IS NULL
-  OR NEW.number IS NOT OLD.number
+  OR ({columns_of(Standing._fields[:-2], "NEW")}) IS NOT
+     ({columns_of(Standing._fields[:-2], "OLD")})
 BEGIN SELECT RAISE(ABORT, 'a standing decision is only ever lifted'); END;
 CREATE TRIGGER standing_is_kept BEFORE DELETE ON standing_decisions
 BEGIN SELECT RAISE(ABORT, 'a standing decision is only ever lifted'); END;
@@ -2076,11 +2084,10 @@ WHEN NEW.standing IS NOT NULL AND NOT EXISTS (
   AND s.made_by = NEW.decided_by AND s.made_at = NEW.said_at
   AND s.lifted_at IS NULL AND (
     (s.decision = 'stopped' AND NEW.status = 'rejected') OR
-    (s.decision = NEW.status AND s.until > NEW.decided_at
-     AND s.digest = NEW.digest AND s.checkpoint_id IS NEW.checkpoint_id
-     AND s.checkpoint_digest IS NEW.checkpoint_digest
-     AND s.session = NEW.session AND s.principal = NEW.asked_by AND
-     (s.uses IS NULL OR s.uses > (
+    (s.until > NEW.decided_at AND (s.decision, s.digest, s.checkpoint_id,
+      s.checkpoint_digest, s.session, s.principal) IS
+     (NEW.status, NEW.digest, NEW.checkpoint_id, NEW.checkpoint_digest,
+      NEW.session, NEW.asked_by) AND (s.uses IS NULL OR s.uses > (
       SELECT count(*) FROM pending_reviews WHERE standing = NEW.standing)))))
 BEGIN SELECT RAISE(ABORT, 'no standing decision answers this'); END;
 
@@ -2114,41 +2121,28 @@ BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END;
 CREATE TRIGGER audit_stays BEFORE DELETE ON audit_log
 BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END;
 """
-LARGE_BYTES = 8 * 1024          # a larger request is not listed in full
-WHOLE = ", ".join(ReviewRequest._fields)
+WHOLE = columns_of(ReviewRequest._fields)
 WITHOUT_CONTEXT = WHOLE.replace("agent_context", "'null'")
-CUT = {"arguments": "NULL", "approved_arguments": "NULL",
-       "agent_context": "'null'", "action_description":
-       "substr(action_description, 1, 200) || ' ...'"}
-
-
-def cut_if_large(name: str) -> str:
-    """A column as a list shows it: a desk full of large requests must fit
-    into memory."""
-    if name not in CUT:
-        return name
-    if name == "agent_context":         # its length alone takes a millisecond
-        return f"CASE WHEN size > {LARGE_BYTES} THEN 'null' ELSE {name} END"
-    return (f"CASE WHEN size > {LARGE_BYTES} AND length({name}) > 200 THEN "
-            f"{CUT[name]} ELSE {name} END")
-
-
-BRIEF = ", ".join(map(cut_if_large, ReviewRequest._fields))
-SELECT_SUMMARY = (f"SELECT asked_by, {', '.join(SUMMARY)} FROM "
-                  "pending_reviews WHERE request_id = ?")
-STANDING = ", ".join(Standing._fields)
-# what was asked: asked_sha256 covers these columns, and a seal the others
-ASKED = tuple(sorted(("request_id", "digest", "deadline", *ReviewRequest._fields[
-    ReviewRequest._fields.index("received_at"):])))
-SEALED = tuple(sorted({*ReviewRequest._fields} - {*ASKED} | {"request_id"}))
-SEALED_STANDING = tuple(sorted(Standing._fields))
-asked_values, sealed_values, standing_values = (
-    operator.attrgetter(*names) for names in (ASKED, SEALED, SEALED_STANDING))
-SUBMIT = (f"INSERT INTO pending_reviews ({', '.join(ASKED)}, asked_sha256) "
+POLLED = columns_of((*SUMMARY, "asked_by"))      # the others stay as by default
+# a desk full of large requests must fit into memory; the length of a context
+# alone takes a millisecond
+CUT = {"agent_context": "THEN 'null'"} | {
+    name: f"AND length({name}) > 200 THEN {cut}" for name, cut in (
+        ("arguments", "NULL"), ("approved_arguments", "NULL"),
+        ("action_description",
+         "substr(action_description, 1, 200) || ' ...'"))}
+BRIEF = columns_of(
+    f"CASE WHEN size > {LARGE_BYTES} {CUT[name]} ELSE {name} END"
+    if name in CUT else name for name in ReviewRequest._fields)
+STANDING = columns_of(Standing._fields)
+SUBMIT = (f"INSERT INTO pending_reviews ({columns_of(ASKED)}, asked_sha256) "
           f"VALUES ({', '.join('?' * (len(ASKED) + 1))})")
+# which standing decisions are in force now
+IN_FORCE = ("lifted_at IS NULL AND (decision = 'stopped' OR until > ?) AND "
+            "(uses IS NULL OR uses > (SELECT count(*) FROM pending_reviews "
+            "WHERE standing = number))")
 AUDIT_COLUMNS = ("sequence", "at", "event", "subject", "actor", "detail",
                  "seal", "hash")
-GENESIS = "0" * 64              # the hash before the first audit row
 
 
 class Head(NamedTuple):
@@ -2167,7 +2161,6 @@ class Change(NamedTuple):
     description: str            # of a request
 
 
-SAID = ("decision", "until", "uses", "request_id", "reason")
 SELDOM = ("said_at", "approved_digest")     # left out of a reply where empty
 
 
@@ -2187,15 +2180,13 @@ def bounds_from(value: Any, decision: Status) -> Bounds:
     without uses; Refusal where it is malformed or wider than may be."""
     approved = decision == Status.APPROVED
     longest = MAX_STANDING_SECONDS if approved else MAX_YEARS * 31_557_600
-    asked: dict[str, Any] = value if isinstance(value, dict) else {}
-    seconds: Any = asked.get("seconds")
-    uses: Any = asked.get("uses")
-    uses_fit = uses is None
-    if approved:
-        uses_fit = type(uses) is int and 1 <= uses <= MAX_STANDING_USES
-    if asked.keys() <= {"seconds", "uses"} and uses_fit and (
-            type(seconds) in (int, float) and 0 < seconds <= longest):
-        return Bounds(seconds, uses)
+    with contextlib.suppress(TypeError):        # no object, or other names in it
+        seconds, uses = bounds = Bounds(**value)
+        uses_fit = uses is None
+        if approved:
+            uses_fit = type(uses) is int and 1 <= uses <= MAX_STANDING_USES
+        if uses_fit and type(seconds) in (int, float) and 0 < seconds <= longest:
+            return bounds
     raise Refusal(
         "bad-field", '"remember" must be {"seconds": N, "uses": N}, of a '
         'rejection {"seconds": N}', "an approval stands for at most "
@@ -2248,10 +2239,6 @@ def last_head(db: Any) -> Head:
 def standing_rows(db: Any, where: str, *values: Any) -> list[Standing]:
     return list(map(Standing._make, db.execute(
         f"SELECT {STANDING} FROM standing_decisions {where}", values)))
-
-
-# What is in force, where its time and uses are not over: by the clock.
-IN_FORCE = "WHERE lifted_at IS NULL AND (decision = 'stopped' OR until > ?)"
 
 
 class Store:
@@ -2314,7 +2301,7 @@ class Store:
     def reread_standing(self) -> None:
         """The stop that is in force, and until when anything else stands."""
         self.stop_in_force, self.stands_until = None, ""
-        for standing in standing_rows(self.db, IN_FORCE, self.now):
+        for standing in standing_rows(self.db, f"WHERE {IN_FORCE}", self.now):
             if standing.decision == "stopped":
                 self.stop_in_force = self.stop_in_force or standing
             self.stands_until = max(self.stands_until, standing.until or "")
@@ -2379,25 +2366,19 @@ class Store:
             self.spoilt = False
         return None
 
-    def audit(self, event: str, subject: str, actor: str,
-              detail: Mapping[str, Any], seal: str, what: str = "") -> None:
-        """The audit row of a change, in the change's transaction: chained to
-        the one before, sealing its subject as it is now."""
-        row = (self.head.sequence + 1, self.now, event, subject, actor,
-               READABLE.encode(detail) if detail else "{}", seal)
+    def note(self, about: ReviewRequest | Standing, event: str, actor: str,
+             detail: Mapping[str, Any]) -> None:
+        """An audit row, in the transaction of the change that it tells of, if
+        any: chained to the one before, sealing its subject as it is now."""
+        row = (self.head.sequence + 1, self.now, event, about.subject, actor,
+               READABLE.encode(detail) if detail else "{}", seal_of(about))
         text = ",".join(map(json_text, row[1:]))        # canonical, written out
         chained = f'["{self.head.hash}",{row[0]},{text}]'
         self.head = Head(row[0], hashlib.sha256(chained.encode()).hexdigest())
         self.db.execute("INSERT INTO audit_log VALUES (?, ?, ?, ?, ?, ?, ?, "
                         "?)", (*row, self.head.hash))
-        self.news.append(Change(event, subject, actor, what))
-
-    def note(self, request: ReviewRequest, event: str, actor: str,
-             detail: Mapping[str, Any]) -> None:
-        """An audit row about a request that changes nothing of it, such as
-        `notified`."""
-        self.audit(event, request.request_id, actor, detail, seal_of(request),
-                   request.action_description)
+        self.news.append(Change(event, about.subject, actor,
+                                getattr(about, "action_description", "")))
 
     # ---- the changes of state ----
 
@@ -2454,14 +2435,13 @@ class Store:
     def open_like(self, asked: ReviewRequest) -> ReviewRequest | None:
         """The newest request for this call of this agent in this session that
         waits, or that a person approved and nobody claimed."""
-        found = self.select(
+        return next(self.select(
             "WHERE digest = ? AND status IN ('waiting', 'approved') AND "
             "outcome IS NULL AND standing IS NULL AND checkpoint_id IS ? AND "
             "session IS ? AND asked_by = ? AND edits IS ? AND "
             "coalesce(lapses_at, deadline, '~') > ? ORDER BY id DESC LIMIT 1",
             asked.digest, asked.checkpoint_id, asked.session, asked.asked_by,
-            asked.edits, self.now)
-        return found[0] if found else None
+            asked.edits, self.now), None)
 
     def move(self, request: ReviewRequest, event: str, actor: str,
              detail: Mapping[str, Any], **columns: Any) -> ReviewRequest:
@@ -2498,8 +2478,7 @@ class Store:
             lapses_at = self.lapse_of(request)
         if remember and (changed or request.session is None):
             raise refused("not-remembered", request)
-        detail = {"reason": reason, "signed_in": signed_in,
-                  "shown_at": shown_at}
+        detail = {"reason": reason, "signed_in": signed_in, "shown_at": shown_at}
         if changed:
             detail["changed"] = changed_in_words(request._replace(
                 decided_by=by, **changed))
@@ -2582,14 +2561,14 @@ class Store:
     def overdue(self) -> list[ReviewRequest]:
         """Requests past their deadline, approvals nobody claimed, and after
         a stop whatever waits, for close_overdue()."""
-        found = self.select("WHERE status = 'waiting' AND deadline <= ? "
-                            "LIMIT ?", self.now, CLOSED_A_TURN)
-        found += self.select("WHERE status = 'approved' AND outcome IS NULL "
-                             "AND lapses_at <= ? LIMIT ?", self.now,
-                             CLOSED_A_TURN)
+        found = [
+            *self.select("WHERE status = 'waiting' AND deadline <= ? LIMIT ?",
+                         self.now, CLOSED_A_TURN),
+            *self.select("WHERE status = 'approved' AND outcome IS NULL AND "
+                         "lapses_at <= ? LIMIT ?", self.now, CLOSED_A_TURN)]
         if self.stop_in_force and not found:
-            found = self.select("WHERE status = 'waiting' LIMIT ?",
-                                CLOSED_A_TURN)
+            found = list(self.select("WHERE status = 'waiting' LIMIT ?",
+                                     CLOSED_A_TURN))
         return found
 
     def close_overdue(self, request: ReviewRequest) -> ReviewRequest:
@@ -2620,16 +2599,12 @@ class Store:
         and session, under a checkpoint that neither side has edited since."""
         if self.stands_until <= self.now:       # the usual case costs nothing
             return None
-        for standing in standing_rows(
-                self.db, "WHERE digest = ? AND lifted_at IS NULL AND decision "
-                "= ? AND until > ? AND checkpoint_id IS ? AND checkpoint_digest "
-                "IS ? AND session = ? AND principal = ? AND desk_digest IS ? "
-                "ORDER BY number", asked.digest, decision, self.now,
-                asked.checkpoint_id, asked.checkpoint_digest, asked.session,
-                asked.asked_by, self.desk_digest(asked)):
-            if standing.uses is None or self.used(standing) < standing.uses:
-                return standing
-        return None
+        return next(iter(standing_rows(
+            self.db, f"WHERE {IN_FORCE} AND digest = ? AND decision = ? AND "
+            "checkpoint_id IS ? AND checkpoint_digest IS ? AND session = ? AND "
+            "principal = ? AND desk_digest IS ? ORDER BY number", self.now,
+            asked.digest, decision, asked.checkpoint_id, asked.checkpoint_digest,
+            asked.session, asked.asked_by, self.desk_digest(asked))), None)
 
     def used(self, standing: Standing) -> int:
         """How many requests a standing decision has answered."""
@@ -2667,13 +2642,12 @@ class Store:
 
     def keep(self, event: str, standing: Standing) -> Standing:
         """A new row of standing_decisions, with the next number."""
-        last, = self.db.execute("SELECT coalesce(max(number), 0) FROM "
-                                "standing_decisions").fetchone()
-        standing = standing._replace(number=last + 1)
+        number, = self.db.execute("SELECT 1 + coalesce(max(number), 0) FROM "
+                                  "standing_decisions").fetchone()
+        standing = standing._replace(number=number)
         self.db.execute(f"INSERT INTO standing_decisions ({STANDING}) VALUES "
                         f"({', '.join('?' * len(standing))})", standing)
-        self.audit_standing(standing, event, standing.made_by)
-        return standing
+        return self.said(standing, event, standing.made_by)
 
     def lift(self, number: int, by: str) -> Standing:
         """End a standing decision; one that was lifted stays as it is."""
@@ -2681,30 +2655,26 @@ class Store:
         if not found:
             raise Refusal("unknown", f"there is no standing decision {number}",
                           "`python3 hitl.py standing` lists them")
-        standing = found[0]
-        if standing.lifted_at is None:
-            standing = standing._replace(lifted_at=self.now, lifted_by=by)
-            self.db.execute("UPDATE standing_decisions SET lifted_at = ?, "
-                            "lifted_by = ? WHERE number = ?",
-                            (self.now, by, number))
-            self.audit_standing(standing, "lifted", by)
+        if found[0].lifted_at:
+            return found[0]
+        self.db.execute("UPDATE standing_decisions SET lifted_at = ?, lifted_by "
+                        "= ? WHERE number = ?", (self.now, by, number))
+        return self.said(found[0]._replace(lifted_at=self.now, lifted_by=by),
+                         "lifted", by)
+
+    def said(self, standing: Standing, event: str, actor: str) -> Standing:
+        """A standing decision that was made or lifted, now in the log."""
+        told = {name: getattr(standing, name) for name in (
+            "decision", "until", "uses", "request_id", "reason")}
+        self.note(standing, event, actor, {
+            name: value for name, value in told.items() if value is not None})
+        self.reread_standing()
         return standing
 
-    def audit_standing(self, standing: Standing, event: str,
-                       actor: str) -> None:
-        """The audit row of a standing decision that was made or lifted."""
-        self.audit(event, standing.subject, actor, {
-            name: value for name, value in standing._asdict().items()
-            if value is not None and name in SAID}, seal_of(standing))
-        self.reread_standing()
-
     def standing(self) -> list[tuple[Standing, int]]:
-        """What is in force, the newest first, each with how often it was
-        used."""
-        found = [(standing, self.used(standing)) for standing in standing_rows(
-            self.db, f"{IN_FORCE} ORDER BY number DESC LIMIT 500", self.now)]
-        return [(standing, used) for standing, used in found
-                if standing.uses is None or used < standing.uses]
+        """What is in force, the newest first, each with how often it was used."""
+        return [(row, self.used(row)) for row in standing_rows(
+            self.db, f"WHERE {IN_FORCE} ORDER BY number DESC LIMIT 500", self.now)]
 
     def check_not_stopped(self) -> None:
         """Refusal while a reviewer's stop is in force."""
@@ -2719,64 +2689,48 @@ class Store:
 
     # ---- reading ----
 
-    def select(self, where: str, *values: Any,
-               columns: str = WITHOUT_CONTEXT) -> list[ReviewRequest]:
+    def select(self, where: str, *values: Any, columns: str = WITHOUT_CONTEXT
+               ) -> Iterator[ReviewRequest]:
         """Requests, without their contexts unless `columns` says so: those
         are large, and no decision needs them."""
-        return list(map(ReviewRequest._make, self.db.execute(
-            f"SELECT {columns} FROM pending_reviews {where}", values)))
+        return itertools.starmap(ReviewRequest, self.db.execute(
+            f"SELECT {columns} FROM pending_reviews {where}", values))
 
-    def find(self, request_id: str) -> ReviewRequest | None:
-        rows = self.select("WHERE request_id = ?", request_id)
-        return rows[0] if rows else None
+    def find(self, request_id: str,
+             columns: str = WITHOUT_CONTEXT) -> ReviewRequest | None:
+        return next(self.select("WHERE request_id = ?", request_id,
+                                columns=columns), None)
 
     def request(self, request_id: str, by: str | None = None,
                 columns: str = WITHOUT_CONTEXT) -> ReviewRequest:
         """A request; Refusal "unknown", or where another agent than `by`
         asked it."""
-        found = self.select("WHERE request_id = ?", request_id, columns=columns)
-        if not found:
-            raise unknown(request_id)
-        if by is not None:
-            check_owner(found[0].asked_by, by)
-        return found[0]
-
-    def whole(self, request_id: str) -> ReviewRequest:
-        """A request with its context."""
-        return self.request(request_id, columns=WHOLE)
-
-    def summary(self, request_id: str, by: str = "") -> ReviewRequest:
-        """The few columns that a poll needs; Refusal "unknown", or where it
-        is another agent's than `by`."""
-        row = self.db.execute(SELECT_SUMMARY, (request_id,)).fetchone()
-        if row is None:
-            raise unknown(request_id)
-        if by:
-            check_owner(row[0], by)
-        return ReviewRequest(*row[1:])
+        request = self.find(request_id, columns)
+        if request is None:
+            raise Refusal("unknown", f'there is no request "{request_id}"',
+                          "check the id: `python3 hitl.py list --all` prints them")
+        if by not in (None, request.asked_by):
+            raise Refusal("not-your-request", "another agent asked this",
+                          "use the credentials that asked it")
+        return request
 
     def waiting(self, limit: int, skip: int = 0,
                 attended: Container[str] = ()) -> list[ReviewRequest]:
         """A page of what waits: what somebody waits for first, then in turns
         by credential, then by agent, each agent's soonest deadline first.
         Whoever floods the desk pushes nobody else's request off the page."""
-        first: list[QueueRow] = []
-        others: list[QueueRow] = []
-        for row in self.db.execute(
-                "SELECT coalesce(deadline, '~'), id, asked_by, agent, request_id "
-                "FROM pending_reviews WHERE status = 'waiting'"):
-            (first if row[4] in attended else others).append(row)
-        order = itertools.chain(in_turns(first), in_turns(others))
-        return self.by_number([number for _, number, *_ in itertools.islice(
-            order, skip, skip + limit)])
+        rows = [(request_id not in attended, *row) for request_id, *row in
+                self.db.execute("SELECT request_id, coalesce(deadline, '~'), id, "
+                                "asked_by, agent FROM pending_reviews WHERE "
+                                "status = 'waiting'")]
+        rows = in_turns(in_turns(sorted(rows), 0, 3, 4), 0, 3)
+        rows.sort(key=operator.itemgetter(0))       # keeps the turns
+        return self.by_number([row[2] for row in rows[skip:skip + limit]])
 
     def by_number(self, numbers: list[int]) -> list[ReviewRequest]:
         """The requests with these ids, in this order, as a list shows them."""
-        if not numbers:
-            return []
-        rows = self.select(f"WHERE id IN ({', '.join(map(str, numbers))})",
-                           columns=BRIEF)
-        found = {request.id: request for request in rows}
+        found = {request.id: request for request in self.select(
+            f"WHERE id IN ({', '.join(map(str, numbers))})", columns=BRIEF)}
         return [found[number] for number in numbers]
 
     def reviewed(self, limit: int, before: tuple[str, int] | None = None,
@@ -2788,7 +2742,7 @@ class Store:
         last = time.monotonic() + SEARCH_SECONDS
         numbers: list[int] = []
         position = None
-        for row in self.db.execute(
+        for decided_at, number, became, *texts in self.db.execute(
                 "SELECT decided_at, id, status, request_id, tool, agent, "
                 "checkpoint_id, decided_by, action_description FROM "
                 "pending_reviews WHERE status <> 'waiting' AND (decided_at, "
@@ -2796,12 +2750,10 @@ class Store:
                 before or ("~", 0)):
             if len(numbers) == limit or position and time.monotonic() > last:
                 return Page(self.by_number(numbers), position)
-            position = (row[0], row[1])
-            if status and row[2] != status:
-                continue
-            text = "\n".join(filter(None, row[3:])).casefold()
-            if all(word in text for word in wanted):
-                numbers.append(row[1])
+            position = (decided_at, number)
+            text = "\n".join(filter(None, texts)).casefold()
+            if status in ("", became) and all(word in text for word in wanted):
+                numbers.append(number)
         return Page(self.by_number(numbers), None)
 
     def beginning_with(self, start: str) -> list[str]:
@@ -2812,72 +2764,45 @@ class Store:
 
     def asked_before(self, request: ReviewRequest) -> ReviewRequest | None:
         """The newest earlier request for the same call that was decided."""
-        rows = self.select(
+        return next(self.select(
             "WHERE digest = ? AND decided_by IS NOT NULL AND id < ? "
             "ORDER BY decided_at DESC, id DESC LIMIT 1", request.digest,
-            request.id)
-        return rows[0] if rows else None
+            request.id), None)
 
     def notices_of(self, request_id: str) -> list[tuple[str, str, str]]:
         """What became of the notices of a request: (event, name, status or
         why), in the order of the log."""
-        found = []
-        for event, text in self.db.execute(
-                "SELECT event, detail FROM audit_log WHERE subject = ? AND event "
-                "IN ('notified', 'not-notified') ORDER BY sequence", (request_id,)):
-            detail = json.loads(text)
-            found.append((event, str(detail["name"]),
-                          str(detail.get("status") or detail.get("why"))))
-        return found
+        found = [(event, json.loads(detail)) for event, detail in self.db.execute(
+            "SELECT event, detail FROM audit_log WHERE subject = ? AND event IN "
+            "('notified', 'not-notified') ORDER BY sequence", (request_id,))]
+        return [(event, str(detail["name"]), str(
+            detail.get("status") or detail.get("why"))) for event, detail in found]
 
     def owed(self) -> list[tuple[ReviewRequest, list[str]]]:
         """What waits, in order of arrival, each with the names of the entries
         whose notice the log has: the others still owe one."""
-        waiting = self.select("WHERE status = 'waiting' ORDER BY id",
-                              columns=BRIEF)
         return [(request, [name for _, name, _ in self.notices_of(
-            request.request_id)]) for request in waiting]
+            request.request_id)]) for request in self.select(
+                "WHERE status = 'waiting' ORDER BY id", columns=BRIEF)]
 
 
-QueueRow = tuple[str, int, str, str | None, str]    # deadline, id, who, ...
-
-
-def in_turns(rows: list[QueueRow]) -> Iterator[QueueRow]:
-    """What waits, the credentials taking turns, within each its agents."""
-    agents: dict[Any, list[QueueRow]] = {}
-    for row in sorted(rows):
-        agents.setdefault(row[2:4], []).append(row)
-    credentials: dict[str, list[list[QueueRow]]] = {}
-    for (asked_by, _), queue in agents.items():
-        credentials.setdefault(asked_by, []).append(queue)
-    return take_turns(map(take_turns, credentials.values()))
-
-
-def take_turns(queues: Iterable[Iterable[QueueRow]]) -> Iterator[QueueRow]:
-    """The first of each queue, the soonest deadline before, then the second
-    of each, and so on."""
-    for turn in itertools.zip_longest(*queues):
-        yield from sorted(filter(None, turn))
-
-
-def check_owner(asked_by: str, by: str) -> None:
-    """Refusal where another agent asked."""
-    if asked_by != by:
-        raise Refusal("not-your-request", "another agent asked this",
-                      "use the credentials that asked it")
+def in_turns(rows: list[Any], *columns: int) -> list[Any]:
+    """The rows, those with the same `columns` in one queue: the first of each
+    queue, the smallest before, then the second of each, and so on."""
+    queues, queue_of = defaultdict(list), operator.itemgetter(*columns)
+    for row in rows:
+        queues[queue_of(row)].append(row)
+    return [row for turn in itertools.zip_longest(*queues.values())
+            for row in sorted(filter(None, turn))]
 
 
 # What is said when a request cannot do what was asked of it: why, and the cure.
+OVER = ("this request is {status} since {decided_at}",
+        "nobody waits for a decision any more; nothing will run")
 SAID_OF = {
-    "already-decided": (
-        "this request is {status} by {person} since {decided_at}",
-        "a decision is final; nothing was changed"),
-    "expired": (
-        "this request is expired since {decided_at}",
-        "nobody waits for a decision any more; nothing will run"),
-    "withdrawn": (
-        "this request is withdrawn since {decided_at}",
-        "nobody waits for a decision any more; nothing will run"),
+    "expired": OVER, "withdrawn": OVER,
+    "already-decided": ("this request is {status} by {person} since {decided_at}",
+                        "a decision is final; nothing was changed"),
     "not-remembered": (
         "this decision cannot stand for other calls",
         "only an unchanged call of a known session can, where its checkpoint "
@@ -2885,16 +2810,14 @@ SAID_OF = {
     "not-editable": (
         "the arguments of this request cannot be changed",
         "approve it as it is, or reject it and say what should change"),
-    "arguments-changed": (
-        "the digest is not that of this request", "look at it again"),
-    "not-approved": (
-        "this request is {status}", "only an approved request can be claimed"),
-    "lapsed": (
-        "nobody claimed this approval in time",
-        "ask again with another request_id"),
-    "already-claimed": (
-        "this approval was claimed already",
-        "ask again with another request_id"),
+    "arguments-changed": ("the digest is not that of this request",
+                          "look at it again"),
+    "not-approved": ("this request is {status}",
+                     "only an approved request can be claimed"),
+    "lapsed": ("nobody claimed this approval in time",
+               "ask again with another request_id"),
+    "already-claimed": ("this approval was claimed already",
+                        "ask again with another request_id"),
     "not-claimed": ("this claim does not hold this request", ""),
     "already-finished": ("this call is {outcome} already", ""),
     "damaged": (
@@ -2935,33 +2858,21 @@ def changed_value(old: Any, new: Any, name: str) -> Any:
     numbers and booleans change, and keep their types."""
     if type(old) is float and type(new) is int and abs(new) <= 2 ** 53:
         new = float(new)
-    if type(old) is not type(new) or names_of(old) != names_of(new):
+    same = type(old) is type(new)
+    if same and isinstance(old, dict) and old.keys() == new.keys():
+        return {key: changed_value(old[key], new[key], f"{name}.{key}")
+                for key in old}
+    if same and isinstance(old, list) and len(old) == len(new):
+        return [changed_value(*values, f"{name}.{n}")
+                for n, values in enumerate(zip(old, new, strict=True))]
+    if not same or isinstance(old, (dict, list)):
         raise Refusal("bad-field", f'"{visible(name[:200])}" has another type, '
                       "or other parts", "only the values of texts, numbers "
                       "and booleans change")
-    if isinstance(old, dict):
-        return {key: changed_value(old[key], new[key], f"{name}.{key}")
-                for key in old}
-    if isinstance(old, list):
-        return [changed_value(old[n], new[n], f"{name}.{n}")
-                for n in names_of(old)]
     if isinstance(old, str) and old != new and not editable_text(old):
         raise Refusal("not-editable", f'"{visible(name[:200])}" has characters '
-                      "that cannot be seen", "approve it as it is, or reject "
-                      "it")
+                      "that cannot be seen", "approve it as it is, or reject it")
     return new
-
-
-def names_of(value: Any) -> list[Any]:
-    """The names of a JSON object's members, or the places in a list."""
-    if isinstance(value, dict):
-        return sorted(value)
-    return list(range(len(value))) if isinstance(value, list) else []
-
-
-def unknown(request_id: str) -> Refusal:
-    return Refusal("unknown", f'there is no request "{request_id}"',
-                   "check the id: `python3 hitl.py list --all` prints them")
 
 
 # ============================== Database file ==============================
@@ -5273,7 +5184,8 @@ class Desk:
             return self.reply(http, self.change)
         self.attended_until[poll.about] = time.monotonic() + RECENT_SECONDS
         try:
-            return self.reply(http, self.store.summary(poll.about))
+            return self.reply(http, self.store.request(
+                poll.about, columns=POLLED))
         except (Refusal, sqlite3.Error):
             return self.problem(http, STORAGE_FAILED)
 
@@ -5347,7 +5259,8 @@ class Desk:
                           f"Location: /review/{asked.request_id}\r\n")
 
     def get_pending(self, http: HttpRequest, asks: Query) -> bytes | Poll:
-        summary = self.store.summary(http.request_id, str(http.who))
+        summary = self.store.request(
+            http.request_id, str(http.who), columns=POLLED)
         wait = wait_in(asks)
         if summary.status == Status.WAITING:
             self.attended_until[http.request_id] = (
@@ -5394,7 +5307,7 @@ class Desk:
         except Refusal as refusal:
             if not page or refusal.about is None:
                 raise
-            refusal.about = self.store.whole(http.request_id)
+            refusal.about = self.store.request(http.request_id, columns=WHOLE)
             status = REFUSALS[refusal.reason]
             return self.reply(http, problem_page(
                 status, refusal, self.view(http), asks.get("reason", "")), status)
@@ -5509,7 +5422,7 @@ class Desk:
         begin with its own."""
         longer = self.store.beginning_with(http.request_id)
         try:
-            request = self.store.whole(http.request_id)
+            request = self.store.request(http.request_id, columns=WHOLE)
         except Refusal as refusal:
             return self.problem(http, refusal, longer_ids=longer)
         if not wants(http, JSON):

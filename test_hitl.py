@@ -2259,13 +2259,13 @@ def test_the_same_id_is_the_same_call_of_the_same_agent(store):
         assert refused.value.reason == "id-taken"
         assert (refused.value.about is None) == ("asked_by" in other)
     digest = store.request("r-1").digest
-    for change in (lambda: store.summary("r-1", "agent:b"),
+    for change in (lambda: store.request("r-1", "agent:b"),
                    lambda: store.withdraw("r-1", "", "agent:b"),
                    lambda: store.claim("r-1", digest, "n", "agent:b"),
                    lambda: store.finish("r-1", "n", hitl.Outcome.FAILED, "",
                                         "agent:b")):
         assert turn(store, change) == "not-your-request"
-    assert store.summary("r-1", "agent:a").status == "waiting"
+    assert store.request("r-1", "agent:a", hitl.POLLED).status == "waiting"
 
 
 def test_a_stop_rejects_what_waits_in_turns(store):
@@ -2364,7 +2364,7 @@ def test_what_stands_is_remembered_after_a_failure_and_a_start(every):
     assert it.stands_until == until_then and same(it, "r-2").standing == 3
     it.close()
     with_sql("UPDATE standing_decisions SET uses = 50 WHERE number = 1",
-             "only_lifted", "lifted_once")(every)
+             "only_lifted")(every)
     with pytest.raises(hitl.ConfigError, match="standing decision 1 is not"):
         hitl.open_store(every)
 
@@ -7140,12 +7140,13 @@ def test_the_card_says_whose_rules_these_are(desk):
     own = hitl.Rules((hitl.Checkpoint("known", "x", "x", digest="a" * 64),),
                      path=Path("x.toml"))
     desk.post()
+    request = desk.store.request("r-1", columns=hitl.WHOLE)
     for name, digest, said in (
             ("known", "a", ""), ("known", "b", "rules and this desk&#x27;s differ"),
             ("other", "b", "this desk does not know the checkpoint &quot;other"),
             ("unmatched", "b", "")):
         marks = re.findall('<p class="warn">(.*)</p>', hitl.review_page(
-            hitl.View(rules=own), desk.store.whole("r-1")._replace(
+            hitl.View(rules=own), request._replace(
                 checkpoint_id=name, checkpoint_digest=digest * 64)))
         assert len(marks) == bool(said) and said in "".join(marks)
 
@@ -7156,6 +7157,7 @@ def test_a_card_offers_what_the_rules_allow(desk):
     cannot be seen has no field; who may not decide has no buttons."""
     desk.post(tool="send", arguments={"to": "ana", "n": 3, "x": "a\u200b",
                                       "text": "\n<b>\n\u0444"})
+    request = desk.store.request("r-1", columns=hitl.WHOLE)
     for offers, buttons, words in (
             ({}, BOTH, ""), ({"decidable": False}, [], "only the reviewers that"),
             ({"remember": True, "editable": True, "files": True},
@@ -7163,7 +7165,7 @@ def test_a_card_offers_what_the_rules_allow(desk):
              "Approve, and the same call for 1 hour, at most 10 times, whatever "
              "its files contain by then")):
         page = Page(hitl.review_page(hitl.View(
-            offers=lambda request: hitl.Offers(**offers)), desk.store.whole("r-1")))
+            offers=lambda request: hitl.Offers(**offers)), request))
         assert page.cards["r-1"]["buttons"] == buttons and words in page.text
         assert ("label",) not in page.tags or "editable" in offers
     assert re.findall(r'name="(remember_\w+)"\s+value="(\d+)"', page.source) == [
