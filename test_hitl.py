@@ -207,9 +207,9 @@ def until(test, seconds: float = 10.0):
     return value
 
 
-def in_background(function, *args):
+def in_background(function, *args, **how):
     """Run in a thread -> a function that waits for it, and returns or raises."""
-    future = futures.ThreadPoolExecutor().submit(function, *args)
+    future = futures.ThreadPoolExecutor().submit(function, *args, **how)
 
     def result(seconds: float = 30.0):
         assert futures.wait([future], seconds).done, "it still runs"
@@ -6362,9 +6362,8 @@ def test_hook_is_never_late(tmp_path):
         Slow(None, 0.4).run()"""
     with (socket.create_server(("127.0.0.1", 0)) as hangs,
           start(*HITL, "hook", "--deadline", "0.4") as silent):
-        slow = in_background(functools.partial(
-            command, argv=(sys.executable, "-c", script),
-            stdin=hook_call("claude", "ls")))
+        slow = in_background(command, argv=(sys.executable, "-c", script),
+                             stdin=hook_call("claude", "ls"))
         began = time.monotonic()
         done = command(
             "hook", "--config", "rules.toml", "--deadline", "0.4", folder=tmp_path,
@@ -6410,7 +6409,7 @@ def test_hook_deadline_and_repeat(desk, ask_hook, monkeypatch):
     request, = desk.waiting()
     assert request["agent"].startswith("claude /w session ")
     assert request["deadline"] > hitl.instant(time.time() + 86_000)
-    for wait in [in_background(functools.partial(ask, 0.3, **more)) for more in (
+    for wait in [in_background(ask, 0.3, **more) for more in (
             {"tool_use_id": "toolu_2"},                 # it attaches
             {"session_id": "5fde"}, {"cwd": "/other"})]:    # ask for themselves
         assert wait()[0] == "deny"
@@ -6451,9 +6450,8 @@ def test_nothing_beside_the_file_is_read(tmp_path):
     script = (sys.executable, str(tool / "hitl.py"))
 
     def run(*words, argv=script, **more):
-        return in_background(functools.partial(
-            command, *words, argv=argv, folder=work,
-            stdin=hook_call("claude", "ls"), **environ | more))
+        return in_background(command, *words, argv=argv, folder=work,
+                             stdin=hook_call("claude", "ls"), **environ | more)
     line = json.loads(run("hook", "--snippet", "claude")().stdout)
     py_compile.compile(
         str(work / "json.py"), cache_from_source(str(tool / "hitl.py")),
@@ -6579,9 +6577,9 @@ def test_hook_snippets(tmp_path, monkeypatch):
                 r'"(?:[^"\\]|\\.)*"', text) if " hook " in string}
             assert lines[agent] == lines["claude"]
     assert lines["claude"].endswith(" --deadline 86000 || exit 2")
-    runs = [(agent, in_background(functools.partial(
+    runs = [(agent, in_background(
         command, argv=("/bin/sh", "-c", lines[agent].replace(*change)),
-        stdin=hook_call(agent, "rm x"))))
+        stdin=hook_call(agent, "rm x")))
         for agent in ("claude", "cline")
         for change in (("rules.toml", "missing"), ("SourceFileLoader", "Nothing"))]
     for agent, wait in runs:
@@ -6871,9 +6869,9 @@ def test_run_refuses(desk, tmp_path):
     assert process.returncode == 125
     assert "hitl: error: rejected by ana: no" in err
     late = ["--timeout", "0.2", "--", "touch", "ran"]
-    for wait in [in_background(functools.partial(
+    for wait in [in_background(
             command, "run", "--config", "rules.toml", *words, folder=tmp_path,
-            HITL_SERVER_URL=url)) for words, url in (
+            HITL_SERVER_URL=url) for words, url in (
                 (["no-such-command"], desk.url), ([], desk.url),
                 (late, desk.url), (late, "http://127.0.0.1:9"))]:
         done = wait()
