@@ -7505,12 +7505,14 @@ def test_an_open_page_asks_for_little(make_desk, look):
     desk = make_desk(clock=clock)
     for n in range(3):
         desk.post(f"r-{n}", timeout_seconds=100)
+    desk.post("r-9")
     desk.state("r-0")
     page = look(desk=desk)
     assert "an agent waits" in page.text(".who")
     page.run("window.asked = []; const real = fetch; window.fetch = (path, more) => "
              "{ asked.push(new URL(path).pathname); return real(path, more); }")
-    assert until(lambda: "99 s left" in page.text(".left"))
+    assert until(lambda: re.fullmatch("9. s left", page.text(".left")))
+    assert page.text("#request-r-9 .left") == "no deadline"
     desk.server.desk.attended_until.clear()
     page.run("poll.abort(); refresh(false)")
     assert until(lambda: "nobody waits" in page.text(".who"))
