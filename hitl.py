@@ -1138,40 +1138,32 @@ def has_plain_values(arguments: Mapping[str, Any]) -> bool:
 # argument that holds the text, and a word for it in the tool's name, joined
 # in any way. In doubt it is of the kind.
 
-class Kind(NamedTuple):
-    """What tells a call's kind."""
-
-    words: re.Pattern[str]      # one of them is in the tool's name
-    names: frozenset[str]       # of the arguments that hold what it does
-    told_as: str                # what a template calls these
-
-
-KINDS = {
-    "shell": Kind(regex(
+WORDS = {
+    "shell": regex(
         "bash|shell|pwsh|zsh|ksh|fish|terminal|console|command|cmd|exec|process|"
         "stdin|script|ssh|tty|run|eval|invoke|spawn|launch|system|monitor|sandbox|"
         "container|remote|tmux|python|xonsh|interpreter|popen|xterm|iterm|busybox|"
         "(?<![a-z])(?:sh|start|job|task|batch|cli|repl|host|wsl|sudo|keys|perl|ruby|"
-        "node|deno|dash|ash|csh|tcsh|nu)(?![a-z])", re.IGNORECASE), frozenset(
-        "command commands cmd cmds script argv commandline cmdline shellcommand "
-        "bashcommand commandtext fullcommand code program input stdin chars keys "
-        "keystrokes text shell bash exec run line lines commandstring cmdstring "
-        "shellscript executable args expression snippet".split()), "command"),
-    "edit": Kind(regex(
+        "node|deno|dash|ash|csh|tcsh|nu)(?![a-z])", re.IGNORECASE),
+    "edit": regex(
         "write|edit|patch|replace|create|update|insert|append|delete|remove|"
         "rename|modify|notebook|refactor|restore|revert|truncate|upload|download|"
         "upsert|mkfile|codemod|transform|extract|unzip|untar|trash|checkout|generate|"
         "produce|populate|scaffold|"
         "(?<![a-z])(?:save|move|copy|put|apply|add|set|mv|cp|rm|touch|link|"
         "unlink|diff|change|make|new|fix|format|store|dump|undo|symlink|mkdir|chmod|"
-        "ln|sed|emit|export|output|import|push|commit)(?![a-z])", re.IGNORECASE),
-        frozenset(
-        "path paths filepath filepaths file files filename targetfile targetpath "
-        "notebookpath absolutepath uri relativepath relativeworkspacepath source "
-        "sourcepath target destination destinationpath dest oldpath newpath src "
-        "dst".split()), "file_path"),
-}
-COMMANDS, PATHS = KINDS["shell"].names, KINDS["edit"].names
+        "ln|sed|emit|export|output|import|push|commit)(?![a-z])", re.IGNORECASE)}
+COMMANDS = frozenset(
+    "command commands cmd cmds script argv commandline cmdline shellcommand "
+    "bashcommand commandtext fullcommand code program input stdin chars keys "
+    "keystrokes text shell bash exec run line lines commandstring cmdstring "
+    "shellscript executable args expression snippet".split())
+PATHS = frozenset(
+    "path paths filepath filepaths file files filename targetfile targetpath "
+    "notebookpath absolutepath uri relativepath relativeworkspacepath source "
+    "sourcepath target destination destinationpath dest oldpath newpath src "
+    "dst".split())
+TOLD_AS = {"shell": ("command", COMMANDS), "edit": ("file_path", PATHS)}
 PATCHES = frozenset("patch patchtext diff input command changes edits".split())
 HUMP = regex("(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 PATCH_PATH = regex(
@@ -1202,7 +1194,7 @@ TOKEN = regex(r"""
 def has_word(kind: str, tool: str) -> bool:
     """Whether a tool's name has a word of a kind: runCommand, run_command."""
     name = HUMP.sub("_", unicodedata.normalize("NFKC", tool))
-    return KINDS[kind].words.search(name) is not None
+    return WORDS[kind].search(name) is not None
 
 
 @functools.lru_cache(64)
@@ -1311,11 +1303,12 @@ class Call:
         in doubt, which no rule opens. It must be the agent's own tool, and
         nothing opens on Windows."""
         if kind not in self.left:
-            texts, self.left[kind] = self.texts(kind), []
-            if os.name != "nt" and OWN_TOOL.fullmatch(self.tool) and (
-                    texts and None not in texts):
-                self.left[kind] = (self.plain_commands() if kind == "shell"
-                                   else self.plain_paths())
+            texts, plain = self.texts(kind), self.plain_paths
+            if kind == "shell":
+                plain = self.plain_commands
+            sure = (os.name != "nt" and OWN_TOOL.fullmatch(self.tool)
+                    and texts and None not in texts)
+            self.left[kind] = plain() if sure else []
         return self.left[kind]
 
     def plain_commands(self) -> list[str]:
@@ -1404,17 +1397,19 @@ def describe(checkpoint: Checkpoint, tool: str,
     nothing is there, the call itself is told. Of a shell command {command} is
     its text, of an edit {file_path} its files, whatever they are called."""
     known = {**arguments}
-    if checkpoint.kind in KINDS:
-        kind = KINDS[checkpoint.kind]
+    if checkpoint.kind in TOLD_AS:
+        word, names = TOLD_AS[checkpoint.kind]
         with contextlib.suppress(ValueError):           # nests too deep
-            texts = map(one_text, values_of(arguments, kind.names))
+            texts = map(one_text, values_of(arguments, names))
             if text := "\n".join(filter(None, texts)):
-                known[kind.told_as] = text
+                known[word] = text
     template = checkpoint.description_template
-    names = [part[1] for part in TEMPLATE_PART.finditer(template) if part[1]]
-    values = {name: argument(known, name) for name in names} | {"tool": tool}
-    given = [name for name in names if values[name] is not MISSING]
-    if names and not given or not checkpoint.action_pattern:
+    values = {part[1]: argument(known, part[1])
+              for part in TEMPLATE_PART.finditer(template) if part[1]}
+    if "tool" in values:
+        values["tool"] = tool
+    given = [value for value in values.values() if value is not MISSING]
+    if values and not given or not checkpoint.action_pattern:
         return call_in_words(tool, arguments)
 
     def fill_in(part: re.Match[str]) -> str:
@@ -1696,7 +1691,7 @@ KEYS: dict[str, dict[str, tuple[Check, Any]]] = {
         "description_template": (template_value, REQUIRED),
         "category": (one_of(*CATEGORIES), ""),
         "effect": (one_of(*EFFECTS), "review"),
-        "kind": (one_of("tool", *KINDS), "tool"),
+        "kind": (one_of("tool", *WORDS), "tool"),
         "arguments": (patterns_value, {}),
         "timeout_seconds": (seconds_value, None),
         "lifetime_seconds": (seconds_value, None),
