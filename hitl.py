@@ -6047,10 +6047,8 @@ class Client:
                 f"{visible(str(distrust))}", "name the authority that signed "
                 'it: [gate] tls_ca = "ca.pem", or SSL_CERT_FILE',
                 reason="bad-certificate")
-        if isinstance(error, ValueError):       # it could quote the token
-            why = "the request could not be written"
-        elif not isinstance(error, OSError):
-            why = f"the answer is cut short ({type(error).__name__})"
+        if not isinstance(error, OSError):      # it could quote the token
+            why = f"nothing whole was exchanged ({type(error).__name__})"
         return UnreachableError(
             f"no answer from {self.server_url}: {visible(str(why))}",
             "is it running? `python3 hitl.py serve` starts it; "
@@ -6816,8 +6814,8 @@ class Held:
         if runs != self.digest and not self.body["edits"]:
             raise self.error(ChangedError, "the arguments were changed, which "
                              "this gate did not ask for; nothing ran")
-        self.claiming = True            # and only then: who cancels sees one
-        if self.cancelled:              # or the other
+        self.claiming = True            # first: whoever cancels sees it, or is
+        if self.cancelled:              # seen here
             raise self.nobody()
         self.check_claimed(runs, self.insist(
             f"/claim/{self.request_id}", {
@@ -7041,9 +7039,9 @@ class Gate:
         try:
             result = execute(**held.arguments)                      # 5 run
         except BaseException as error:
-            held.report(error)
+            held.report(error)                                      # 6 report
             raise
-        held.report()                                               # 6 report
+        held.report()
         return told_of_changes(held, result)
 
     async def acall(self, tool: str, arguments: Mapping[str, Any],
