@@ -6195,81 +6195,87 @@ def snapshot(value: Any, own: str) -> Any:
 
 
 # A name of a secret, in any joining (DB_PASS, dbPass, X-Api-Key); a number
-# after `tokens` counts them...
-LONG_NAMES = (
-    r"passw|pass[ _-]?phrase|passcode|secret(?!ar)|credential|cookie|jwt"
-    r"|token(?!\w{0,20}\W{1,4}\d{1,9}(?![\w.-]))"
-    r"|authorization|bearer|session[_-]?id|mnemonic|seed[ _-]?phrase"
+# after `tokens` counts them.
+SHORT_NAME = (r"(?:(?<![a-z])|(?-i:(?<=[a-z])(?=[A-Z])))"
+              r"(?:pass|pwd|pw|auth|pin|otp|creds?|sid|connect\.sid)(?![a-z])")
+NAME = (
+    r"(?:passw|pass[ _-]?phrase|passcode|secret(?!ar)|credential|cookie|jwt"
+    r"|token(?!\w{0,20}\W{1,4}\d{1,9}(?![\w.-]))|mnemonic|seed[ _-]?phrase"
+    r"|authorization|bearer|session[_-]?id"
     r"|(?:verification|security|access|recovery|backup)[ _-]?code"
     r"|(?:api|access|private|sign|signing|encrypt|encryption|master|account|shared"
     r"|ssh|auth|client|deploy|storage|service|license|hmac|webhook|admin|root|app"
-    r"|session|secret|fernet|subscription|functions)[ _-]?key")
-SHORT_NAMES = r"pass|pwd|pw|auth|pin|otp|creds?|sid|connect\.sid"
-NAME = (rf"(?:{LONG_NAMES}|(?:(?<![a-z])|(?-i:(?<=[a-z])(?=[A-Z])))"
-        rf"(?:{SHORT_NAMES})(?![a-z]))")
+    rf"|session|secret|fernet|subscription|functions)[ _-]?key|{SHORT_NAME})")
 SECRET_NAME = rf"(?i){NAME}|(?i:pwd$|pass$(?<!bypass)(?<!compass))"
-# ... a quoted value, the name in a text, the beginning of its line ...
-QUOTED = (r"""(?:\\"(?:[^"\\]|\\[^"])*+|"(?:[^"\\]|\\.)*+"""
-          r"""|'(?:[^'\\]|\\.|'')*+)""")
-NAMED = (NAME + r"""[\w.-]{0,20}+(?: (?:for|of) [\w.@-]{1,40})?+[\\"'\]]{0,4}+""")
-START = (r"""^[ \t>|*+\x1f-]{0,40}+(?:(?:export|set|const|let|var) )?"""
-         r"""["']?[\w.-]{0,40}?""")
-# ... and tokens: what only a vendor would write so, or the prefix of one
-# (ghp_, sk_live_, xoxb-) before letters and digits that are strewn.
-VENDORS = (
-    r"A(?:KI|SI|BI|CC|GP|ID|RO)A[0-9A-Z]{12}|(?:AIza|LTAI|AKID|EZ[AT]K|AT[AC]TT3"
-    r"|ATBB|EAA[A-Z])[\w-]{12}|eyJ[\w-]{8}|SK[0-9a-f]{32}|[0-9a-f]{32}-us\d"
-    r"|dapi[0-9a-f]{24}|1//0[\w-]{20}|\d{8,10}:[\w-]{30}|[MNO][\w-]{23}\."
-    r"[\w-]{6}\.[\w-]{20}|(?:ya29|SG|hv[bsr]|s|sl|dt0c01|dp\.[a-z]{2,5})\."
-    r"[\w-]{16}|(?:sk|pk|rk|gh[a-z]|gl[a-z]{2,5}|xox[a-z]|xapp|pypi)[-_][\w-]{8}"
-    r"|[A-Za-z][A-Za-z0-9]{1,9}(?:[-_][A-Za-z0-9]{1,8}){0,2}[-_](?=[A-Za-z0-9]{16})"
-    r"(?:(?:\d+[A-Za-z]+){2}|(?:[A-Za-z]+\d+){2})")
-# Group 1 of each stays, the rest of the match is masked.
-SECRETS = (
-    r"()-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?s:(?!-----END).)*+(?:-----END "
-    r"[A-Z0-9 ]{0,40}-----)?",
-    r"(?m)()^[\w+/=]{4,80}$(?=\n-----END [A-Z ]{0,40}PRIVATE KEY)",
-    # a header; the rest of a line, or a block below it; the next of a list
-    r"(?i)((?:authorization|cookie|x-[a-z-]{0,20}(?:key|token)): {0,4})"
-    r"""[^\s"'\\][^\n"'\\]*+""",
-    rf"(?im)({START}{NAMED}(?:[:\t][ \t]{{0,40}}+(?:\r?\n(?!\x1f))?|[ \t]{{1,40}}+"
-    r"[=|])[ \t]{0,40}+)(?:[|>][+-]?\r?\n(?:[ \t]+[^\n]*\n?)++"
-    r"""|(?!["'\\{\[\x1f])[^\r\n]++)""",
-    rf"(?im)(^\x1f?(?:--?[\w.-]{{0,40}}?{NAMED}|[\w.-]{{0,40}}?{NAMED}:?"
-    r"(?=\n\x1f[^\n]{0,400}(?:\d|\Z)))\n\x1f)[^\n]++",
-    # a call, a pair; an assignment, JSON, a repr(), a query
-    r"""(?i)((?:auth\s{0,4}\(\s{0,4}["'][^"'\n]{0,80}["'],|(?:set_?|[\[(]\s{0,8}"""
-    rf"""["'][\w.-]{{0,40}}?){NAMED}[(,])\s{{0,8}}){QUOTED}""",
-    rf"(?i)({NAMED}\s{{0,8}}(?:=>|:=|[:=])\s{{0,8}}"
-    r"(?:[\[(](?!masked,)\s{0,8}(?:[\"'][^\"'\n]{0,80}[\"']|[\w.@-]{1,80}),\s{0,8})?)"
-    rf"(?:{QUOTED}"
-    r"""|[^\s"'\\,;&(){}\[\]<>][^\s"'\\,;&)}\]<>]*+)""",
-    # an option, XML, a sentence
-    rf"(?i)((?<!\S)--?[\w-]{{0,30}}?{NAMED}\s{{1,8}})(?:{QUOTED}|[^\s-]\S*+)",
-    rf"(?i)(<[\w:.-]{{0,40}}?{NAMED}[^<>]{{0,200}}+>(?:<!\[CDATA\[)?|<key>[^<]{{0,40}}?"
-    rf"{NAMED}</key>\s{{0,40}}<string>|(?:name|key)=[\"'][\w:.-]{{0,40}}?{NAMED}"
-    r"(?:>|\s{1,40}value=[\"']))[^<\"]++",
-    r"(?i)((?:passw\w{0,6}|passphrase|passcode|secret|token|pin|pwd|pw|(?:api|"
-    r"access) key|(?:verification|security) code)(?: (?:for|of) \S{1,60})? "
-    r"(?:(?:is|was|to|now|be|as|set|called|changed|reset|->) ){1,3})"
-    rf"(?:{QUOTED}|(?=\S{{0,60}}?(?:\d|(?-i:[a-z][A-Z])|\w[!#$%&*+/@^~]\w))\S++)",
-    r"(?i)((?:passw\w{0,6}|passphrase|pwd?) (?=\S{0,40}\d)(?=\S{0,40}[a-z])(?=\S{8})"
-    r"|\blogin \S{1,80}\s{1,8}password\s{1,8})\S++",
-    # what a command is given
-    r"((?<!\S)(?:-[uab]|--(?:proxy-)?user|--auth|--cookie)[\s=]{0,2}[\"']?"
-    r"(?!\d{1,9}:\d)[^\s:=\"'/]{1,80}[:=])[^\s\"']++(?:;[^\"'\n]*+)?",
-    r"((?:mysql|mariadb|sshpass|mongo|redis-cli|psql|ldap|zip|7z| login )"
-    r"(?:[^\n|;&]|\n(?=\x1f)){0,160}?\s-[pPaw]\s?)[^\s-]\S*+",
-    r"(?m)(^[\w.*-]{1,80}:(?:\d{1,5}|\*):[^:\s]{1,60}:[^:\s]{1,60}:)\S++",
-    r"()\$(?:apr1|2[abxy]|[156y]|argon2\w{1,2})\$[^\s:]{8}[^\s:]*+",
-    # addresses, tokens
-    r"(://[^\s:/@\"']{0,100}:)(?!\d{1,5}(?:[/?#]|$))[^\s\"'<>]{1,120}(?=@)",
-    r"(://)[^\s:/@\"'<>]{8,120}(?=@)",
-    r"((?i:[?&#;][\w.-]{0,30}(?:key|sig|signature|code|auth|hash|ticket)=)"
-    r"(?=[^\s&\"'#]{6})|hooks\.slack\.com/\w{1,20}/|/webhooks/\d{1,30}/)"
-    r"[^\s&\"'#<>]++",
-    r"(?i)(\b(?:bearer|basic|token) {1,4})(?=\S{0,20}\d)[\w.~+/-]{12}[\w.~+/=-]*+",
-    rf"()(?<![A-Za-z0-9])(?:{VENDORS})[\w.+/=-]*+")
+PIECES = {      # of the shapes below: the name in a text, what may be before it
+    "{NAMED}": NAME + r"""[\w.-]{0,20}+(?: (?:for|of) [\w.@-]{1,40})?+[\\"'\]]{0,4}+""",
+    "{LEAD}": r"[\w.-]{0,40}?", "{GAP}": r"\s{0,8}",
+    "{START}": r"""^[ \t>|*+\x1f-]{0,40}+(?:(?:export|set|const|let|var) )?["']?""",
+    "{QUOTED}": r"""(?:\\"(?:[^"\\]|\\[^"])*+|"(?:[^"\\]|\\.)*+"""
+                r"""|'(?:[^'\\]|\\.|'')*+)"""}
+# What may stand around a secret: group 1 stays, the rest of the match is masked.
+SHAPES = r"""
+()-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?s:(?!-----END).)*+
+    (?:-----END [A-Z0-9 ]{0,40}-----)?
+()^[\w+/=]{4,80}$(?=\n-----END [A-Z ]{0,40}PRIVATE KEY)
+
+# a header; the rest of a line, or a block below it; the next text of a list
+((?:authorization|cookie|x-[a-z-]{0,20}(?:key|token)): {0,4})[^\s"'\\][^\n"'\\]*+
+({START}{LEAD}{NAMED}(?:[:\t][ \t]{0,40}+(?:\r?\n(?!\x1f))?|[ \t]{1,40}+[=|])
+    [ \t]{0,40}+)(?:[|>][+-]?\r?\n(?:[ \t]+[^\n]*\n?)++|(?!["'\\{\[\x1f])[^\r\n]++)
+(^\x1f?(?:--?{LEAD}{NAMED}|{LEAD}{NAMED}:?(?=\n\x1f[^\n]{0,400}(?:\d|\Z)))\n\x1f)
+    [^\n]++
+
+# a call, a pair; an assignment, JSON, a repr(), a query
+((?:auth\s{0,4}\({GAP}["'][^"'\n]{0,80}["'],|(?:set_?|[\[(]{GAP}["']{LEAD}){NAMED}[(,])
+    {GAP}){QUOTED}
+({NAMED}{GAP}(?:=>|:=|[:=]){GAP}
+    (?:[\[(](?!masked,){GAP}(?:["'][^"'\n]{0,80}["']|[\w.@-]{1,80}),{GAP})?)
+    (?:{QUOTED}|[^\s"'\\,;&(){}\[\]<>][^\s"'\\,;&)}\]<>]*+)
+
+# an option, XML, a sentence
+((?<!\S)--?[\w-]{0,30}?{NAMED}\s{1,8})(?:{QUOTED}|[^\s-]\S*+)
+(<[\w:.-]{0,40}?{NAMED}[^<>]{0,200}+>(?:<!\[CDATA\[)?
+    |<key>[^<]{0,40}?{NAMED}</key>\s{0,40}<string>
+    |(?:name|key)=["'][\w:.-]{0,40}?{NAMED}(?:>|\s{1,40}value=["']))[^<"]++
+((?:passw\w{0,6}|passphrase|passcode|secret|token|pin|pwd|pw|(?:api|access) key
+    |(?:verification|security) code)(?: (?:for|of) \S{1,60})?[ ]
+    (?:(?:is|was|to|now|be|as|set|called|changed|reset|->) ){1,3})
+    (?:{QUOTED}|(?=\S{0,60}?(?:\d|(?-i:[a-z][A-Z])|\w[!#$%&*+/@^~]\w))\S++)
+((?:passw\w{0,6}|passphrase|pwd?) (?=\S{0,40}\d)(?=\S{0,40}[a-z])(?=\S{8})
+    |\blogin \S{1,80}\s{1,8}password\s{1,8})\S++
+
+# what a command is given; lines of .pgpass and of a file of passwords
+((?<!\S)(?:-[uab]|--(?:proxy-)?user|--auth|--cookie)[\s=]{0,2}["']?
+    (?!\d{1,9}:\d)[^\s:="'/]{1,80}[:=])[^\s"']++(?:;[^"'\n]*+)?
+((?:mysql|mariadb|sshpass|mongo|redis-cli|psql|ldap|zip|7z| login )
+    (?:[^\n|;&]|\n(?=\x1f)){0,160}?\s(?-i:-[pPaw])\s?)[^\s-]\S*+
+(^[\w.*-]{1,80}:(?:\d{1,5}|\*):[^:\s]{1,60}:[^:\s]{1,60}:)\S++
+()\$(?:apr1|2[abxy]|[156y]|argon2\w{1,2})\$[^\s:]{8}[^\s:]*+
+
+# addresses
+(://[^\s:/@"']{0,100}:)(?!\d{1,5}(?:[/?#]|$))[^\s"'<>]{1,120}(?=@)
+(://)[^\s:/@"'<>]{8,120}(?=@)
+([?&#;][\w.-]{0,30}(?:key|sig|signature|code|auth|hash|ticket)=(?=[^\s&"'#]{6})
+    |hooks\.slack\.com/\w{1,20}/|/webhooks/\d{1,30}/)[^\s&"'#<>]++
+
+# tokens: what only a vendor would write so, or the prefix of one (ghp_,
+# sk_live_, xoxb-) before letters and digits that are strewn
+(\b(?:bearer|basic|token) {1,4})(?=\S{0,20}\d)[\w.~+/-]{12}[\w.~+/=-]*+
+()(?-i:(?<![A-Za-z0-9])(?:
+    A(?:KI|SI|BI|CC|GP|ID|RO)A[0-9A-Z]{12}|dapi[0-9a-f]{24}|[0-9a-f]{32}-us\d
+    |(?:AIza|LTAI|AKID|EZ[AT]K|AT[AC]TT3|ATBB|EAA[A-Z])[\w-]{12}|eyJ[\w-]{8}
+    |SK[0-9a-f]{32}|1//0[\w-]{20}|\d{8,10}:[\w-]{30}
+    |[MNO][\w-]{23}\.[\w-]{6}\.[\w-]{20}
+    |(?:ya29|SG|hv[bsr]|s|sl|dt0c01|dp\.[a-z]{2,5})\.[\w-]{16}
+    |(?:sk|pk|rk|gh[a-z]|gl[a-z]{2,5}|xox[a-z]|xapp|pypi)[-_][\w-]{8}
+    |[A-Za-z][A-Za-z0-9]{1,9}(?:[-_][A-Za-z0-9]{1,8}){0,2}[-_](?=[A-Za-z0-9]{16})
+    (?:(?:\d+[A-Za-z]+){2}|(?:[A-Za-z]+\d+){2}))[\w.+/=-]*+)
+"""
+SECRETS = tuple(        # an indented line goes on with the one before
+    functools.reduce(lambda shape, part: shape.replace(*part), PIECES.items(), line)
+    for line in SHAPES.replace("\n    ", "").splitlines()
+    if line and line[0] != "#")
 
 
 def mask(text: str) -> str:
@@ -6302,7 +6308,7 @@ def masked_text(text: str, own: str) -> str:
     for form in (own, binascii.b2a_base64(own.encode()).decode().rstrip("=\n")):
         text = text.replace(form, mask(form)) if form else text
     for pattern in SECRETS:
-        text = re.sub(pattern, hidden, text)
+        text = re.sub(pattern, hidden, text, flags=re.I | re.M)
     return re.sub(r"[\w+/-]{24,}+={0,2}", unless_plain, text)
 
 
