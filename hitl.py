@@ -8330,10 +8330,12 @@ def request_named(client: Client, start: str,
 def fitted(text: str, indent: int = 0) -> list[str]:
     """Visible text in pieces that fit the terminal behind so many columns."""
     import shutil
-    room = max(shutil.get_terminal_size((120, 24)).columns, 20) - indent
-    if any(unicodedata.east_asian_width(c) in "WF" for c in text):
-        room //= 2                      # a letter may be two columns wide
-    return [text[n:n + room] for n in range(0, len(text), room)]
+    room = max(shutil.get_terminal_size((120, 24)).columns, 20) - indent - 1
+    ends = itertools.accumulate(        # the column after each letter
+        1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+    pieces = itertools.groupby(zip(text, ends, strict=True),
+                               lambda pair: (pair[1] - 1) // room)
+    return ["".join(c for c, _ in piece) for _, piece in pieces]
 
 
 def labelled(name: str, text: str, size: str = "") -> str:

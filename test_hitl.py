@@ -7767,7 +7767,7 @@ def test_list_show_approve_reject(desk):
         f"waiting   abc-1 {'billing':20} Delete users where id = 3",
         f"waiting   abd-dddd {'-':20} Send \u27e6U+202E\u27e7 a letter"]
     assert [len(line) for line in typed(desk, "list", COLUMNS="60"
-                                        ).out.splitlines()] == [60, 60]
+                                        ).out.splitlines()] == [59, 59]
     assert "Send \\u27e6U+202E" in typed(desk, "list", encoding="ascii").out
     shown = typed(desk, "show", "abc").out
     for words in ("waiting   Delete users where id = 3\n",
@@ -7843,9 +7843,9 @@ def test_no_line_of_show_imitates_another(desk):
     assert shown[start + 1:start + 11] == [
         "    | one", "    | end of text", "    | ", "    end of text",
         '    "| two"      "x"', '    "end of text" "y"',
-        '    long         "' + "z" * 36, "    + " + "z" * 34 + '"',
-        '    wide         "\u27e6' + "\u6f22" * 8,
-        "    + " + "\u6f22" * 27]
+        '    long         "' + "z" * 35, "    + " + "z" * 35 + '"',
+        '    wide         "\u27e6' + "\u6f22" * 17,
+        "    + " + "\u6f22" * 23 + '\u27e7"']
 
 
 SILENT = "http://127.0.0.1:1"           # a port that nobody listens on
