@@ -4480,6 +4480,7 @@ SEEN_SECONDS = 0.6              # a card is read first: double clicks are shorte
 MAX_RULINGS = 2000              # which checkpoints hold a call, remembered
 MAX_FORM_FIELDS = 256           # the arguments of a call, and a few
 
+
 class Route(NamedTuple):
     method: str
     path: str
@@ -4506,10 +4507,9 @@ ROUTES = (
     Route("POST", "/stop",                 "reviewer", "post_stop"),
     Route("GET",  "/healthz",              "anyone",   "get_healthz"),
 )
-BY_PATH: dict[tuple[str, bool], dict[str, Route]] = {}
+BY_PATH: dict[str, dict[str, Route]] = {}       # "/claim/" -> method -> Route
 for _route in ROUTES:
-    _stem, _, _id = _route.path.partition("/{")
-    BY_PATH.setdefault((_stem, bool(_id)), {})[_route.method] = _route
+    BY_PATH.setdefault(_route.path.partition("{")[0], {})[_route.method] = _route
 
 
 class Principal(NamedTuple):
@@ -4523,39 +4523,34 @@ class Principal(NamedTuple):
         return f"{self.kind}:{self.name}"
 
 
-Query = Mapping[str, str]               # what a GET asks
-NO_ROUTE, NOBODY = Route("", "", "", ""), Principal("nobody", "")
-
-
 class Missing(dict[str, str]):
-    """A header field that was not sent reads as nothing."""
+    """What was not sent reads as nothing."""
 
     def __missing__(self, name: str) -> str:
         return ""
 
 
 class HttpRequest(NamedTuple):
-    """A request's head, and once it is admitted, who may ask what. Header
-    names are lower case; one that is not there reads as ""."""
+    """A request's head, and once it is admitted, who may ask what. The names
+    of headers are in lower case."""
 
-    method: str
-    path: str
-    query: str
-    headers: Mapping[str, str]
-    length: int
-    close: bool
-    route: Route = NO_ROUTE
+    method: str = ""
+    path: str = ""
+    query: Missing = Missing()
+    headers: Missing = Missing()
+    length: int = 0
+    close: bool = True
+    route: Route = Route("", "", "", "")
     request_id: str = ""
-    who: Principal = NOBODY
+    who: Principal = Principal("nobody", "")
 
 
-UNREAD = HttpRequest("", "", "", Missing(), 0, True)    # what is not kept
+# ---- the head of a request ----
+
 REQUEST_LINE = regex(rb"([A-Z]{1,20}) (/[!-~]*) HTTP/1\.([01])")
 FIELD = regex(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):"
                    rb"[ \t]*+([!-~\x80-\xff][ \t!-~\x80-\xff]*+)?")
 NOT_HTTP = regex(rb"\A[^A-Z]|\r(?!\n)(?!\Z)|(?<!\r)\n")
-PORT_OF = {"http": "80", "https": "443"}
-OWN_ADDRESS = "https://desk.example.org"        # in a hint
 READ_ONCE = frozenset((
     "host", "content-length", "content-type", "authorization", "origin",
     "sec-fetch-site", "sec-fetch-dest", "transfer-encoding", "expect"))
@@ -4565,40 +4560,14 @@ def bad_head(what: str) -> Refusal:
     return Refusal("bad-request", what, "send plain HTTP/1.1, as curl does")
 
 
-def bad_field(name: str, must: str, cure: str = "") -> Refusal:
-    return Refusal("bad-field", f'"{visible(name[:80])}" must be {must}',
-                   cure or f'send "{name}": ...')
-
-
 def parse_head(head: bytes) -> HttpRequest:
     """A request's head, strictly (RFC 9112): what is ambiguous is refused,
     never repaired, because two parsers that repair differently see two
     different requests (request smuggling)."""
-    line, _, block = head.partition(b"\r\n")
+    line, *lines = head.split(b"\r\n")
     start = REQUEST_LINE.fullmatch(line)
     if start is None:
         raise bad_head("malformed request line")
-    headers = parse_fields(block)
-    close = "close" in headers["connection"].lower()
-    if start[3] == b"0":
-        headers["expect"], close = "", True
-    elif "host" not in headers:
-        raise bad_head("there is no Host")
-    if "transfer-encoding" in headers:
-        raise Refusal("bad-request", "Transfer-Encoding is not accepted",
-                      "send the body with a Content-Length")
-    length = headers.get("content-length", "0")
-    if not re.fullmatch("[0-9]{1,12}", length, re.ASCII):
-        raise bad_head("Content-Length is not a number")
-    path, _, query = start[2].decode("ascii").partition("?")
-    return HttpRequest(start[1].decode("ascii"), path, query, headers, int(length),
-                   close)
-
-
-def parse_fields(block: bytes) -> dict[str, str]:
-    """Header lines by their names in lower case; Refusal where one is not
-    a header line, or where two of those we read differ."""
-    lines = block.split(b"\r\n") if block else []
     if len(lines) > MAX_FIELDS:
         raise Refusal("head-too-large", f"more than {MAX_FIELDS} fields")
     headers = Missing()
@@ -4611,16 +4580,61 @@ def parse_fields(block: bytes) -> dict[str, str]:
             raise bad_head(f"{name} comes twice")
         value = (parts[2] or b"").rstrip(b" \t").decode("latin-1")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    return headers
+    old = start[3] == b"0"              # HTTP/1.0
+    if old:
+        headers["expect"] = ""
+    elif "host" not in headers:
+        raise bad_head("there is no Host")
+    if "transfer-encoding" in headers:
+        raise Refusal("bad-request", "Transfer-Encoding is not accepted",
+                      "send the body with a Content-Length")
+    length = headers.get("content-length", "0")
+    if not re.fullmatch("[0-9]{1,12}", length, re.ASCII):
+        raise bad_head("Content-Length is not a number")
+    path, _, query = start[2].partition(b"?")
+    return HttpRequest(
+        start[1].decode("ascii"), path.decode("ascii"), pairs_in(query), headers,
+        int(length), old or "close" in headers["connection"].lower())
 
+
+def pairs_in(data: bytes) -> Missing:
+    """What a query, or a form, says."""
+    from urllib.parse import parse_qsl
+    try:
+        return Missing(unique_pairs(parse_qsl(
+            data.decode("ascii"), keep_blank_values=True, errors="strict",
+            max_num_fields=MAX_FORM_FIELDS)))
+    except ValueError:
+        raise Refusal("bad-request", "the query or form cannot be read",
+                      "send name=value&name=value, each name once") from None
+
+
+def is_form(http: HttpRequest) -> bool:
+    return content_type(http) == FORM
+
+
+def content_type(http: HttpRequest) -> str:
+    return http.headers["content-type"].partition(";")[0].strip().lower()
+
+
+def wants(http: HttpRequest, content_type: str) -> bool:
+    return content_type in http.headers["accept"]
+
+
+# ---- who asks, and from where ----
 
 class Tokens(NamedTuple):
     """Who may sign in, as SHA-256 in hex: tokens themselves are not kept."""
 
-    agent: str | None               # None: agent routes are open (loopback)
+    agent: str | None               # one for all agents
     shared: str | None              # any reviewer's name
     named: Mapping[str, str]        # or each reviewer's own
     agents: Mapping[str, str] = {}  # each agent's own
+
+    @property
+    def open(self) -> bool:
+        """Whether agents need none (loopback)."""
+        return self.agent is None and not self.agents
 
 
 def token_hash(token: str | bytes) -> str:
@@ -4641,27 +4655,23 @@ def identify(authorization: str, tokens: Tokens) -> Principal | None:
     from hmac import compare_digest
     scheme, _, value = authorization.partition(" ")
     reviewer, token = "", value.strip().encode("latin-1")
-    basic = scheme.lower() == "basic"
-    if basic:
+    if scheme.lower() == "basic":
         try:
-            name, _, token = base64.b64decode(
-                token, validate=True).partition(b":")
-            reviewer = name.decode("utf-8") or "reviewer"
+            name, _, token = base64.b64decode(token, validate=True).partition(b":")
+            reviewer = name.decode() or "reviewer"
         except ValueError:
             return None
     elif scheme.lower() != "bearer":
         return None
     known = token_hash(token)
-    if tokens.agent and compare_digest(known, tokens.agent):
-        return Principal("agent", "token")
-    for agent, own in tokens.agents.items():
-        if compare_digest(known, own):
-            return Principal("agent", agent, "own token")
+    for agent, own in (("token", tokens.agent), *tokens.agents.items()):
+        if own and compare_digest(known, own):
+            return Principal("agent", agent)
     expected, how = tokens.shared, "shared token"
     if reviewer in tokens.named:
         expected, how = tokens.named[reviewer], "own token"
-    if (basic and expected and compare_digest(known, expected)
-            and reviewer.isprintable() and len(reviewer) <= 64):
+    fits = reviewer.isprintable() and 0 < len(reviewer) <= 64
+    if fits and expected and compare_digest(known, expected):
         return Principal("reviewer", reviewer, how)
     return None
 
@@ -4672,29 +4682,28 @@ def authority(text: str, scheme: str = "") -> tuple[str, str]:
     found = re.fullmatch(HOST, text, re.ASCII)
     if found is None:
         return "", ""
-    return found[1].lower(), found[2] or PORT_OF.get(scheme, "")
+    ports = {"http": "80", "https": "443"}
+    return found[1].lower(), found[2] or ports.get(scheme, "")
 
 
-def check_origin(headers: Mapping[str, str], url: str) -> None:
+def check_origin(headers: Missing, url: str) -> None:
     """Refusal where another site's page sent this (CSRF). Browsers say so in
     Sec-Fetch-Site, older ones in Origin; a request with neither comes from no
     browser. Behind a proxy the scheme that we see is not the page's."""
-    origin, site = headers["origin"], headers["sec-fetch-site"]
-    scheme, _, place = origin.partition("://")
+    own, origin = True, headers["origin"]
     if "sec-fetch-site" in headers:
-        own = site == "same-origin" and origin != "null"
+        own = headers["sec-fetch-site"] == "same-origin" and origin != "null"
     elif "origin" in headers:
-        ours = (authority(headers["host"], scheme),
-                authority(url.partition("://")[2], scheme))
+        scheme, _, place = origin.partition("://")
         its = authority(place, scheme)
-        own = its != ("", "") and its in ours
-    else:
-        own = True
+        own = its[0] != "" and its in (
+            authority(headers["host"], scheme),
+            authority(url.partition("://")[2], scheme))
     if not own:
         raise Refusal("cross-site", "another site's page sent this",
                       "decide on the page itself, opened at its own address; "
                       "if that is the one you used, put it under [server] in "
-                      f'checkpoints.toml: public_url = "{OWN_ADDRESS}"')
+                      'checkpoints.toml: public_url = "https://desk.example.org"')
 
 
 def check_host(host: str, url: str) -> None:
@@ -4713,42 +4722,66 @@ def check_host(host: str, url: str) -> None:
             f'"http://{visible(host[:80])}"')
 
 
-def content_type(headers: Mapping[str, str]) -> str:
-    return headers["content-type"].partition(";")[0].strip().lower()
+# ---- what a body says ----
+
+REQUIRED_FIELDS = ("request_id", "action_description", "agent_context", "timestamp")
+OPTIONAL_FIELDS = {
+    "tool": MAX_NAME, "agent": MAX_NAME, "checkpoint_id": MAX_NAME,
+    "category": MAX_NAME, "why": MAX_WHY, "config_digest": MAX_NAME,
+    "session": MAX_SESSION, "checkpoint_digest": 64}
+PENDING_FIELDS = frozenset((
+    *REQUIRED_FIELDS, *OPTIONAL_FIELDS, "arguments", "timeout_seconds", "digest",
+    "attach", "edits"))
+TEXTS = OPTIONAL_FIELDS | {     # in any body: how many bytes at the most
+    "action_description": MAX_DESCRIPTION, "reason": MAX_WHY, "text": MAX_WHY,
+    "digest": 64, "claim": MAX_NAME, "shown_at": 40}
+FIELD_KINDS: dict[str, tuple[type, str, str]] = {     # what else it must be
+    "arguments": (dict, "an object", '{"name": value, ...}'),
+    **dict.fromkeys(("attach", "edits", "handed_over"),
+                    (bool, "true or false", "true"))}
 
 
-@functools.lru_cache(maxsize=256)
-def parse_query(query: str) -> Query:
-    from urllib.parse import parse_qsl
-    try:
-        return unique_pairs(parse_qsl(query, max_num_fields=16))
-    except ValueError:
-        raise bad_head("the query cannot be read") from None
+def bad_field(name: str, must: str, cure: str = "") -> Refusal:
+    return Refusal("bad-field", f'"{visible(name[:80])}" must be {must}',
+                   cure or f'send "{name}": ...')
 
 
-def number_in(asks: Query, name: str,
-              pattern: str = "[0-9]{1,15}") -> float:
-    """A number of the query; 0 where it is left out."""
-    text = asks.get(name, "0")
-    if not re.fullmatch(pattern, text, re.ASCII):
+def field(body: Mapping[str, Any], name: str, needed: bool = False) -> Any:
+    """A field of a body, checked by TEXTS or FIELD_KINDS; None where it is blank or
+    left out, unless it is needed."""
+    value: Any = body.get(name)
+    kind, must, example = FIELD_KINDS.get(name, (str, "a text", '"..."'))
+    blank = isinstance(value, str) and kind is str and not value.strip()
+    if (value is None or blank) and not needed:
+        return None
+    if blank or not isinstance(value, kind):
+        raise bad_field(name, must, f'send "{name}": {example}')
+    if kind is str and len(value) * 4 > TEXTS[name] and (
+            len(value.encode()) > TEXTS[name]):
+        raise Refusal("too-large", f'"{name}" is over {TEXTS[name]} bytes',
+                      "send less of it")
+    return value
+
+
+def reason_in(asks: Mapping[str, Any]) -> str | None:
+    return (field(asks, "reason") or "").strip() or None
+
+
+def number_in(query: Missing, name: str) -> float:
+    """A number of a query; 0 where it is left out."""
+    text = query.get(name, "0")
+    if not re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,9})?", text, re.ASCII):
         raise bad_field(name, "a number", f"ask for ?{name}=5")
     return float(text)
-
-
-def wait_in(asks: Query) -> float:
-    """How many seconds a poll may be held."""
-    return min(number_in(asks, "wait", r"[0-9]{1,9}(\.[0-9]{1,9})?"),
-               MAX_POLL_SECONDS)
-
-
-def is_form(http: HttpRequest) -> bool:
-    return content_type(http.headers) == FORM
 
 
 def parse_body(http: HttpRequest, body: bytes) -> dict[str, Any]:
     """The fields of a JSON object, or of a form."""
     if is_form(http):
-        return parse_form(body)
+        if body.lstrip()[:1] == b"{":
+            raise Refusal("wrong-type", "this is JSON, sent as a form",
+                          "add -H 'Content-Type: application/json'")
+        return pairs_in(body)
     try:
         value = parse_json(body)
     except ValueError as error:
@@ -4760,95 +4793,10 @@ def parse_body(http: HttpRequest, body: bytes) -> dict[str, Any]:
     return value
 
 
-def parse_form(body: bytes) -> dict[str, Any]:
-    from urllib.parse import parse_qsl
-    if body.lstrip()[:1] == b"{":
-        raise Refusal("wrong-type", "this is JSON, sent as a form",
-                      "add -H 'Content-Type: application/json'")
-    if not body:
-        return {}
-    try:
-        return unique_pairs(parse_qsl(
-            body.decode("ascii"), keep_blank_values=True, strict_parsing=True,
-            errors="strict", max_num_fields=MAX_FORM_FIELDS))
-    except ValueError:
-        raise Refusal("bad-request", "the form cannot be read",
-                      "send decision=approved or decision=rejected") from None
-
-
-FIELD_KINDS: dict[type, tuple[str, str]] = {   # what it must be, how it is sent
-    str: ("a text", '"..."'), bool: ("true or false", "true"),
-    dict: ("an object", '{"name": value, ...}')}
-
-
-def field(body: Mapping[str, Any], name: str, kind: type = str, *,
-          limit: int = MAX_NAME, needed: bool = False) -> Any:
-    """A field of a body, of this kind; a text has so many bytes at the most.
-    None where it is blank or left out; Refusal where it is needed then."""
-    value: Any = body.get(name)
-    blank = kind is str and isinstance(value, str) and not value.strip()
-    if (value is None or blank) and not needed:
-        return None
-    if blank or not isinstance(value, kind):
-        must, example = FIELD_KINDS[kind]
-        raise bad_field(name, must, f'send "{name}": {example}')
-    if isinstance(value, str) and len(value) * 4 > limit and (
-            len(value.encode()) > limit):
-        raise Refusal("too-large", f'"{name}" is over {limit} bytes',
-                      "send less of it")
-    return value
-
-
-# ---- what an agent asks ----
-
-REQUIRED_FIELDS = ("request_id", "action_description", "agent_context", "timestamp")
-OPTIONAL_FIELDS = {
-    "tool": MAX_NAME, "agent": MAX_NAME, "checkpoint_id": MAX_NAME,
-    "category": MAX_NAME, "why": MAX_WHY, "config_digest": MAX_NAME,
-    "session": MAX_SESSION, "checkpoint_digest": 64}
-PENDING_FIELDS = frozenset((
-    *REQUIRED_FIELDS, *OPTIONAL_FIELDS, "arguments", "timeout_seconds", "digest",
-    "attach", "edits"))
-
-
 def asked_from(body: dict[str, Any], by: Principal, at: float,
                now: str) -> ReviewRequest:
     """What POST /pending asks, checked field by field; Refusal with cure."""
-    check_fields(body)
-    request_id = body["request_id"]
-    if not isinstance(request_id, str) or not REQUEST_ID.fullmatch(request_id):
-        raise bad_field("request_id", "1 to 128 of A-Z a-z 0-9 . _ : -, not . or "
-                        ".., and not begin with standing:", "a UUID is fine")
-    description = field(body, "action_description", limit=MAX_DESCRIPTION,
-                        needed=True)
-    texts: dict[str, Any] = {name: field(body, name, limit=OPTIONAL_FIELDS[name])
-                             for name in OPTIONAL_FIELDS.keys() & body.keys()}
-    tool = texts.get("tool")
-    if not re.fullmatch("[0-9a-f]{64}", texts.get("checkpoint_digest") or "0" * 64):
-        raise bad_field("checkpoint_digest", "a SHA-256", "64 digits of 0-9 a-f")
-    sent, arguments = arguments_from(body, tool)
-    context = READABLE.encode(body["agent_context"])
-    try:
-        timestamp = parse_timestamp(body["timestamp"])
-    except ValueError as error:
-        raise Refusal("bad-field", str(error), f'a time is like "{now}"') from None
-    digest = digest_of(description, arguments, tool)
-    if body.get("digest") not in (None, digest):
-        raise Refusal("bad-digest", "the digest sent is not that of the "
-                      "action_description, arguments and tool sent",
-                      f"it would be {digest}")
-    return ReviewRequest(
-        request_id, Status.WAITING, None, digest,
-        deadline_from(body.get("timeout_seconds"), at), received_at=now,
-        timestamp=timestamp, asked_by=str(by), **texts,
-        action_description=description, arguments=sent, agent_context=context,
-        edits=1 if field(body, "edits", bool) else None,
-        size=sum(len((text or "").encode()) for text in (
-            description, arguments, context, texts.get("why"))))
-
-
-def check_fields(body: dict[str, Any]) -> None:
-    """Refusal where a field is missing, or is not one of ours."""
+    # 1. all of what is required, and nothing unknown
     for name in REQUIRED_FIELDS:
         if name not in body:
             raise Refusal("missing-field", f'"{name}" is missing',
@@ -4856,49 +4804,44 @@ def check_fields(body: dict[str, Any]) -> None:
     if extra := body.keys() - PENDING_FIELDS:
         raise Refusal("bad-field", f'unknown field "{visible(min(extra)[:80])}"',
                       f"known are {', '.join(sorted(PENDING_FIELDS))}")
-
-
-def arguments_from(body: dict[str, Any], tool: str | None
-                   ) -> tuple[str | None, str | None]:
-    """The arguments as they were sent, and as canonical JSON."""
-    arguments = field(body, "arguments", dict)
-    if arguments is None:
-        return None, None
-    text = canonical(arguments)
-    if len(text) > MAX_ARGUMENTS:
-        limit = arguments_limit(tool, arguments)
-        if len(text) > limit:
-            raise Refusal("too-large", f"arguments over {limit} bytes",
-                          "pass a reference, such as a file's name and SHA-256")
-    return as_sent(arguments), text
-
-
-def deadline_from(timeout: Any, at: float) -> str | None:
-    """When a request expires. Without a time-out it does not: nobody
-    promised to stop waiting."""
-    if timeout is None:
-        return None
-    longest = MAX_YEARS * 31_557_600
-    if type(timeout) not in (int, float) or not 0 < timeout < longest:
+    # 2. each field
+    request_id, timeout = body["request_id"], body.get("timeout_seconds")
+    if not isinstance(request_id, str) or not REQUEST_ID.fullmatch(request_id):
+        raise bad_field("request_id", "1 to 128 of A-Z a-z 0-9 . _ : -, not . or "
+                        ".., and not begin with standing:", "a UUID is fine")
+    texts: dict[str, Any] = {name: field(body, name) for name in OPTIONAL_FIELDS}
+    description = field(body, "action_description", True)
+    arguments, context = field(body, "arguments"), READABLE.encode(
+        body["agent_context"])
+    try:
+        timestamp = parse_timestamp(body["timestamp"])
+    except ValueError as error:
+        raise Refusal("bad-field", str(error), f'a time is like "{now}"') from None
+    if timeout is not None and (type(timeout) not in (int, float)
+                                or not 0 < timeout < MAX_YEARS * 31_557_600):
         raise bad_field(
             "timeout_seconds", f"a number above 0 and below {MAX_YEARS} years",
             "leave it out for no deadline")
-    return instant(at + timeout)
-
-
-# ---- what a reviewer decides ----
-
-def reason_in(asks: Mapping[str, Any]) -> str | None:
-    return (field(asks, "reason", limit=MAX_WHY) or "").strip() or None
-
-
-
-def json_in(name: str, text: str) -> Any:
-    """What a form's field says as JSON."""
-    try:
-        return parse_json(text)
-    except ValueError as error:
-        raise bad_field(name, f"JSON: {error}", "only its values change") from None
+    # 3. the call: its size, and the digest that names it
+    text = arguments if arguments is None else canonical(arguments)
+    if text and len(text) > MAX_ARGUMENTS:
+        limit = arguments_limit(texts["tool"], arguments)
+        if len(text) > limit:
+            raise Refusal("too-large", f"arguments over {limit} bytes",
+                          "pass a reference, such as a file's name and SHA-256")
+    digest = digest_of(description, text, texts["tool"])
+    if body.get("digest") not in (None, digest):
+        raise Refusal("bad-digest", "the digest sent is not that of the "
+                      "action_description, arguments and tool sent",
+                      f"it would be {digest}")
+    return ReviewRequest(
+        request_id, Status.WAITING, None, digest,
+        timeout and instant(at + timeout), received_at=now, timestamp=timestamp,
+        asked_by=str(by), **texts, action_description=description,
+        arguments=text and as_sent(arguments), agent_context=context,
+        edits=1 if field(body, "edits") else None,
+        size=sum(len((part or "").encode()) for part in (
+            description, text, context, texts["why"])))
 
 
 def as_json_says(form: Mapping[str, str], arguments: str | None) -> dict[str, Any]:
@@ -4906,20 +4849,25 @@ def as_json_says(form: Mapping[str, str], arguments: str | None) -> dict[str, An
     fields, without seconds for null, and each argument in one: a text as it is
     (with CR LF for a line break), another value as JSON."""
     asks: dict[str, Any] = dict(form)
-    if "remember_seconds" in form:
-        bounds = {name: json_in("remember", form[f"remember_{name}"])
-                  for name in ("seconds", "uses") if form.get(f"remember_{name}")}
-        asks["remember"] = bounds if bounds.get("seconds") else None
-    changed = json.loads(arguments or "{}")
-    for name, text in form.items():
-        if name.startswith("argument:"):
-            name = name.removeprefix("argument:")
-            is_text = isinstance(changed.get(name), str)
-            changed[name] = text.replace("\r\n", "\n") if is_text else json_in(
-                name, text)
-            asks["arguments"] = changed
+    changed, name = json.loads(arguments or "{}"), "remember"
+    try:
+        if "remember_seconds" in form:
+            bounds = {key: parse_json(form[f"remember_{key}"])
+                      for key in ("seconds", "uses") if form.get(f"remember_{key}")}
+            asks["remember"] = bounds if bounds.get("seconds") else None
+        for key, text in form.items():
+            if key.startswith("argument:"):
+                name = key.removeprefix("argument:")
+                is_text = isinstance(changed.get(name), str)
+                changed[name] = (text.replace("\r\n", "\n") if is_text
+                                 else parse_json(text))
+                asks["arguments"] = changed
+    except ValueError as error:
+        raise bad_field(name, f"JSON: {error}", "only its values change") from None
     return asks
 
+
+# ---- the answers ----
 
 # Security headers, on every answer alike. No CORS, no cookie, ever.
 SECURITY = (
@@ -4935,16 +4883,14 @@ SECURITY = (
 JSON, HTML = "application/json", "text/html; charset=utf-8"
 PROBLEM = "application/problem+json"
 FORM = "application/x-www-form-urlencoded"
-BASIC = 'WWW-Authenticate: Basic realm="hitl.py", charset="UTF-8"\r\n'
-SILENT = 'WWW-Authenticate: Script realm="hitl.py"\r\n'     # no dialog
-BEARER = 'WWW-Authenticate: Bearer realm="hitl.py"\r\n'
-
-
-CURES = {
-    "agent": "send -H 'Authorization: Bearer TOKEN', the HITL_AGENT_TOKEN "
-             "that serve has; where it has none, send no credentials",
-    "reviewer": "sign in as a reviewer: curl -u reviewer:TOKEN ...; serve "
-                "printed the token"}
+SIGN_IN = {         # how each kind is asked to, and the cure in words
+    "agent": ('WWW-Authenticate: Bearer realm="hitl.py"\r\n',
+              "send -H 'Authorization: Bearer TOKEN', the HITL_AGENT_TOKEN "
+              "that serve has; where it has none, send no credentials"),
+    "reviewer": ('WWW-Authenticate: Basic realm="hitl.py", charset="UTF-8"\r\n',
+                 "sign in as a reviewer: curl -u reviewer:TOKEN ...; serve "
+                 "printed the token")}
+NO_DIALOG = 'WWW-Authenticate: Script realm="hitl.py"\r\n'
 STORAGE_FAILED = Refusal(
     "storage-failed", "the database could not store this; none of it is kept",
     "see to the disk and to other programs that write it, then send it again")
@@ -4955,21 +4901,10 @@ def head_of(status: int, content_type: str, close: bool, second: int) -> bytes:
     """The head of an answer, but for its length and what is its own."""
     from email.utils import formatdate
     from http import HTTPStatus
-    connection = "close" if close else "keep-alive"
     return (f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
             f"Date: {formatdate(second, usegmt=True)}\r\n"
             f"Content-Type: {content_type}\r\n{SECURITY}"
-            f"Connection: {connection}\r\n").encode()
-
-
-def wants(http: HttpRequest, content_type: str) -> bool:
-    return content_type in http.headers["accept"]
-
-
-def standing_shape(row: Standing, used: int) -> dict[str, Any]:
-    return {name: getattr(row, name) for name in (
-        "number", "decision", "made_by", "made_at", "until", "uses", "request_id",
-        "reason", "lifted_at")} | {"used": used}
+            f"Connection: {'close' if close else 'keep-alive'}\r\n").encode()
 
 
 class Poll(NamedTuple):
@@ -4977,7 +4912,7 @@ class Poll(NamedTuple):
 
     about: str                          # a request_id; "": anything
     seconds: float                      # at most
-    close: bool                         # the connection, once it is answered
+    http: HttpRequest                   # then it is asked again, without a wait
 
 
 class Desk:
@@ -4990,11 +4925,11 @@ class Desk:
         self.rules = rules              # serve's own
         self.has_limits = any(c.reviewers or c.editable or not c.remember
                               for c in rules.checkpoints)
-        store.desk_digest = self.ruling_digest
         self.rules_written_at = 0
         self.admit = functools.lru_cache(maxsize=512)(self.judge)
         self.attended_until: dict[str, float] = {}  # request_id -> monotonic
         self.rulings: dict[Any, tuple[list[Checkpoint], bool]] = {}
+        store.desk_digest = self.ruling_digest
 
     def attended(self, request_id: str) -> bool:
         """Whether somebody waits for this: a parked poll or a recent one."""
@@ -5004,10 +4939,11 @@ class Desk:
         """Whether the file is no longer what was read; said once for each
         time that it is written."""
         path, before = self.rules.path, self.rules_written_at
+        if not path:
+            return False
         with contextlib.suppress(OSError):
-            if path:
-                self.rules_written_at = os.stat(path).st_mtime_ns
-            if path and self.rules_written_at != before:
+            self.rules_written_at = os.stat(path).st_mtime_ns
+            if self.rules_written_at != before:
                 return hashlib.sha256(path.read_bytes()).hexdigest() != (
                     self.rules.digest)
         return False
@@ -5016,10 +4952,8 @@ class Desk:
         """Close requests past their deadline, approvals nobody claimed, and
         what a stop rejects -> whether there is more of it. Raises what a
         failing database does."""
-        now = time.monotonic()
-        for request_id in [r for r, until in self.attended_until.items()
-                           if until < now]:
-            del self.attended_until[request_id]
+        now, until = time.monotonic(), self.attended_until
+        self.attended_until = {r: end for r, end in until.items() if end > now}
         overdue = self.store.overdue()
         for request in overdue:
             self.store.attempt(self.store.close_overdue, request)
@@ -5032,39 +4966,32 @@ class Desk:
         it may be answered. All of it is decided before a byte of the body is
         read, and depends on nothing but these bytes: a client sends the same
         head again and again, and admit() remembers the judgement."""
-        head = parse_head(data)
-        headers = head.headers
-        route, request_id = self.route(head)
-        if self.is_open(route) and "authorization" not in headers:
-            check_host(headers["host"], self.url)
-        if head.method == "POST":
-            check_origin(headers, self.url)
-        who = self.check_rights(route, headers)
-        if head.method == "POST":
-            wanted = (JSON, FORM) if route.who == "reviewer" else (JSON,)
-            if content_type(headers) not in wanted:
-                raise Refusal("wrong-type", f"this is not {JSON}",
-                              f"add -H 'Content-Type: {JSON}'")
-            if "content-length" not in headers:
-                raise Refusal("length-required", "there is no Content-Length",
-                              "send one")
-        elif head.length:
+        http = parse_head(data)
+        route, request_id = self.route(http)
+        posts = http.method == "POST"
+        if route.who == "agent" and self.tokens.open and (
+                "authorization" not in http.headers):
+            check_host(http.headers["host"], self.url)
+        if posts:
+            check_origin(http.headers, self.url)
+        who = self.check_rights(route, http.headers)
+        if posts and content_type(http) != JSON and not (
+                is_form(http) and route.who == "reviewer"):
+            raise Refusal("wrong-type", f"this is not {JSON}",
+                          f"add -H 'Content-Type: {JSON}'")
+        if posts and "content-length" not in http.headers:
+            raise Refusal("length-required", "there is no Content-Length", "send one")
+        if http.length and not posts:
             raise bad_head("a GET has no body")
-        if head.length > MAX_BODY:
+        if http.length > MAX_BODY:
             raise Refusal("too-large", f"the body is over {MAX_BODY} bytes",
                           "send less context")
-        return head._replace(route=route, request_id=request_id, who=who)
-
-    def is_open(self, route: Route) -> bool:
-        """Whether any program on this machine may ask this."""
-        return (route.who == "agent" and self.tokens.agent is None
-                and not self.tokens.agents)
+        return http._replace(route=route, request_id=request_id, who=who)
 
     def route(self, http: HttpRequest) -> tuple[Route, str]:
         """The row of ROUTES for a path and method, and the request_id."""
-        stem, _, name = http.path[1:].partition("/")
-        methods = BY_PATH.get(("/" + stem if name else http.path,
-                               bool(name)))
+        stem, slash, name = http.path[1:].partition("/")
+        methods = BY_PATH.get(f"/{stem}{slash}")
         if methods is None:
             raise Refusal("no-such-route", "there is no such route",
                           "see the README: POST /pending, "
@@ -5076,32 +5003,30 @@ class Desk:
         if "%" in name:
             from urllib.parse import unquote
             name = unquote(name)
-        if name and not REQUEST_ID.fullmatch(name):
+        if slash and not REQUEST_ID.fullmatch(name):
             raise Refusal("unknown", "this is not a request_id",
                           "1 to 128 of A-Z a-z 0-9 . _ : -")
         return methods[http.method], name
 
-    def check_rights(self, route: Route,
-                     headers: Mapping[str, str]) -> Principal:
+    def check_rights(self, route: Route, headers: Missing) -> Principal:
         """Who asks, if the route belongs to that kind (promise 5)."""
         if route.who == "anyone":
-            return NOBODY
-        challenge = BEARER if route.who == "agent" else BASIC
+            return Principal("nobody", "")
+        challenge, cure = SIGN_IN[route.who]
         if "authorization" not in headers:
-            if self.is_open(route):
+            if route.who == "agent" and self.tokens.open:
                 return Principal("agent", "unauthenticated")
-            raise Refusal("not-signed-in", f"this is for the {route.who}",
-                          CURES[route.who], headers=challenge)
+            raise Refusal("not-signed-in", f"this is for the {route.who}", cure,
+                          headers=challenge)
         who = identify(headers["authorization"], self.tokens)
         if who is None:
-            if headers["sec-fetch-dest"] == "empty":
-                challenge = SILENT
+            asks_a_script = headers["sec-fetch-dest"] == "empty"
             raise Refusal("wrong-credentials", "these credentials are not known "
-                          "here", CURES[route.who], headers=challenge)
+                          "here", cure,
+                          headers=NO_DIALOG if asks_a_script else challenge)
         if who.kind != route.who:
             raise Refusal("not-your-route", f"this is for the {route.who}, "
-                          f"and these are the {who.kind}'s credentials",
-                          CURES[route.who])
+                          f"and these are the {who.kind}'s credentials", cure)
         return who
 
     def ruling(self, request: ReviewRequest) -> tuple[list[Checkpoint], bool]:
@@ -5126,20 +5051,15 @@ class Desk:
         """The digest of the desk's own checkpoints for a call: a standing
         decision ends when it changes."""
         digests = sorted({c.digest for c in self.ruling(request)[0]})
-        if len(digests) > 1:
-            return sha256_of(digests)
-        return digests[0] if digests else None
+        return sha256_of(digests) if digests[1:] else "".join(digests) or None
 
     def offers(self, request: ReviewRequest, name: str) -> Offers:
         """What this reviewer may decide about a request."""
         ruling, shell = self.ruling(request)
         return Offers(
-            decidable=all(not c.reviewers or name in c.reviewers for c in ruling),
-            remember=(request.session is not None
-                      and all(c.remember for c in ruling)),
-            files=shell,
-            editable=(bool(request.edits and ruling)
-                      and all(c.editable for c in ruling)))
+            all(not c.reviewers or name in c.reviewers for c in ruling),
+            request.session is not None and all(c.remember for c in ruling), shell,
+            bool(request.edits and ruling) and all(c.editable for c in ruling))
 
     # ---- answers ----
 
@@ -5161,40 +5081,13 @@ class Desk:
                 "the server's log has it"))
 
     def answered(self, http: HttpRequest, body: bytes) -> bytes | Poll:
-        """A route's answer to what the body or the query asks; a refusal is
-        an answer too."""
+        """A route's answer; a refusal is one, too, and keeps what changed."""
         route: Callable[..., bytes | Poll] = getattr(self, http.route.answer)
         try:
-            if http.method == "POST":
-                return route(http, parse_body(http, body))
-            return route(http, parse_query(http.query))
+            return route(http, parse_body(http, body) if http.method == "POST"
+                         else http.query)
         except Refusal as refusal:
             return self.problem(http, refusal)
-
-    def news(self, poll: Poll) -> bytes:
-        """What a parked poll is answered."""
-        import sqlite3
-        http = UNREAD._replace(close=poll.close)
-        if not poll.about:
-            return self.reply(http, self.change)
-        self.attended_until[poll.about] = time.monotonic() + RECENT_SECONDS
-        try:
-            return self.reply(http, self.store.request(
-                poll.about, columns=POLLED))
-        except (Refusal, sqlite3.Error):
-            return self.problem(http, STORAGE_FAILED)
-
-    @property
-    def change(self) -> dict[str, int]:
-        """A number that grows with every change."""
-        return {"change": self.store.head.sequence}
-
-    def refused(self, head: bytes, refusal: Refusal) -> bytes:
-        """The answer to a request that is not admitted."""
-        http = UNREAD
-        with contextlib.suppress(Refusal):
-            http = parse_head(head)
-        return self.problem(http._replace(close=True), refusal)
 
     def problem(self, http: HttpRequest, refusal: Refusal, **more: Any) -> bytes:
         """A refusal as problem+json (RFC 9457), or as a page for a person."""
@@ -5211,10 +5104,6 @@ class Desk:
             "reason": refusal.reason,
             "detail": refusal.hint or refusal.message, **more}, status, headers)
 
-    def home(self, http: HttpRequest, path: str) -> bytes:
-        """Back to a page, once its form is answered."""
-        return self.reply(http, Html(), 303, f"Location: {path}\r\n")
-
     def reply(self, http: HttpRequest, value: Any, status: int = 200,
               headers: str = "") -> bytes:
         """A whole answer: a page, or what is said of a request, or JSON."""
@@ -5229,6 +5118,12 @@ class Desk:
         return b"%b%bContent-Length: %d\r\n\r\n%b" % (
             head_of(status, kind, http.close, int(self.store.time)),
             headers.encode("latin-1", "replace"), len(body), body)
+
+    def settled(self, http: HttpRequest, path: str, value: Any) -> bytes:
+        """What became of a reviewer's word; a page's form leads back to it."""
+        if is_form(http) and wants(http, "text/html"):
+            return self.reply(http, Html(), 303, f"Location: {path}\r\n")
+        return self.reply(http, value)
 
     def shape(self, request: ReviewRequest) -> dict[str, Any]:
         """The one shape of every reply about a request."""
@@ -5247,28 +5142,27 @@ class Desk:
 
     def post_pending(self, http: HttpRequest, asks: dict[str, Any]) -> bytes:
         asked = asked_from(asks, http.who, self.store.time, self.store.now)
-        summary, new = self.store.submit(asked, bool(field(asks, "attach", bool)))
+        summary, new = self.store.submit(asked, bool(field(asks, "attach")))
         if not new:
             return self.reply(http, summary)
         return self.reply(http, summary, 201,
                           f"Location: /review/{asked.request_id}\r\n")
 
-    def get_pending(self, http: HttpRequest, asks: Query) -> bytes | Poll:
+    def get_pending(self, http: HttpRequest, asks: Missing) -> bytes | Poll:
         summary = self.store.request(
             http.request_id, str(http.who), columns=POLLED)
-        wait = wait_in(asks)
+        wait = min(number_in(asks, "wait"), MAX_POLL_SECONDS)
         if summary.status == Status.WAITING:
             self.attended_until[http.request_id] = (
                 time.monotonic() + wait + RECENT_SECONDS)
             if wait:
-                return Poll(http.request_id, wait, http.close)
+                return Poll(http.request_id, wait, http._replace(query=Missing()))
         return self.reply(http, summary)
 
     def post_claim(self, http: HttpRequest, asks: dict[str, Any]) -> bytes:
         request = self.store.claim(
-            http.request_id, field(asks, "digest", limit=64, needed=True),
-            field(asks, "claim", needed=True), str(http.who),
-            bool(field(asks, "handed_over", bool)))
+            http.request_id, field(asks, "digest", True), field(asks, "claim", True),
+            str(http.who), bool(field(asks, "handed_over")))
         if request.approved_arguments is None:
             return self.reply(http, request)
         return self.reply(http, self.shape(request) | {
@@ -5279,16 +5173,14 @@ class Desk:
             raise bad_field("outcome", "executed or failed",
                             'send {"claim": "...", "outcome": "executed"}')
         return self.reply(http, self.store.finish(
-            http.request_id, field(asks, "claim", needed=True),
-            Outcome(asks["outcome"]), field(asks, "text", limit=MAX_WHY) or "",
-            str(http.who)))
+            http.request_id, field(asks, "claim", True), Outcome(asks["outcome"]),
+            field(asks, "text") or "", str(http.who)))
 
     def post_withdraw(self, http: HttpRequest, asks: dict[str, Any]) -> bytes:
-        why = field(asks, "why", limit=MAX_WHY) or ""
         return self.reply(http, self.store.withdraw(
-            http.request_id, why, str(http.who)))
+            http.request_id, field(asks, "why") or "", str(http.who)))
 
-    # ---- the routes: a reviewer's ----
+    # ---- the routes: what a reviewer decides ----
 
     def post_approve(self, http: HttpRequest, asks: dict[str, Any]) -> bytes:
         """A decision, as JSON or from a page's form, which leads home."""
@@ -5296,25 +5188,23 @@ class Desk:
             raise Refusal("bad-decision", '"decision" must be "approved" or '
                           '"rejected"', 'send {"decision": "approved"} or '
                           '{"decision": "rejected", "reason": "..."}')
-        page = is_form(http) and wants(http, "text/html")
         try:
-            request = self.decided(http, asks)
+            return self.settled(http, "/", self.decided(http, asks))
         except Refusal as refusal:
-            if not page or refusal.about is None:
+            if not (refusal.about and is_form(http) and wants(http, "text/html")):
                 raise
             refusal.about = self.store.request(http.request_id, columns=WHOLE)
             status = REFUSALS[refusal.reason]
             return self.reply(http, problem_page(
                 status, refusal, self.view(http), asks.get("reason", "")), status)
-        return self.home(http, "/") if page else self.reply(http, request)
 
     def decided(self, http: HttpRequest, asks: dict[str, Any]) -> ReviewRequest:
         """The request, decided. A form says when it was shown: nobody decides
         about a card that they cannot have seen."""
         request = self.store.request(http.request_id)
-        shown_at = field(asks, "shown_at", limit=40)
+        shown_at = field(asks, "shown_at") or ""
         if is_form(http):
-            if not self.was_seen(shown_at):
+            if not "" < shown_at <= instant(self.store.time - SEEN_SECONDS):
                 raise Refusal("too-fast", "this was decided before it could be "
                               "read", "look at it first, then decide",
                               about=request)
@@ -5326,9 +5216,9 @@ class Desk:
             raise Refusal("not-your-request", "this is for other reviewers",
                           "its checkpoint names who may decide it",
                           about=request)
-        arguments = field(asks, "arguments", dict)
-        if arguments is not None and (not offers.editable
-                                      or decision == Status.REJECTED):
+        arguments = field(asks, "arguments")
+        rejects = decision == Status.REJECTED
+        if arguments is not None and (rejects or not offers.editable):
             raise refused("not-editable", request)
         # 2. does the decision stand? A rejection does so by itself
         bounds = None
@@ -5336,24 +5226,30 @@ class Desk:
             bounds = bounds_from(asks["remember"], decision)
             if not offers.remember:
                 raise refused("not-remembered", request)
-        elif (decision == Status.REJECTED and offers.remember
-              and "remember" not in asks):
+        elif rejects and offers.remember and "remember" not in asks:
             bounds = REJECTION_STANDS
         # 3. it is decided
         return self.store.decide(
             http.request_id, decision, str(http.who), reason=reason_in(asks),
             signed_in=http.who.signed_in, shown_at=shown_at,
-            digest=field(asks, "digest", limit=64, needed=offers.editable),
+            digest=field(asks, "digest", offers.editable),
             arguments=arguments, remember=bounds)
 
-    def was_seen(self, shown_at: str | None) -> bool:
-        try:
-            age = self.store.time - unix_time(parse_timestamp(shown_at))
-        except ValueError:
-            return False
-        return SEEN_SECONDS <= age
+    def post_stop(self, http: HttpRequest, asks: dict[str, Any]) -> bytes:
+        row = self.store.stop(str(http.who), reason_in(asks), http.who.signed_in)
+        return self.settled(http, "/", self.standing_shape(row, 0))
 
-    def get_waiting(self, http: HttpRequest, asks: Query) -> bytes:
+    def post_lift(self, http: HttpRequest, asks: dict[str, Any]) -> bytes:
+        if not re.fullmatch("[0-9]{1,15}", http.request_id, re.ASCII):
+            raise Refusal("unknown", "this is not a number",
+                          "`python3 hitl.py standing` lists them")
+        row = self.store.lift(int(http.request_id), str(http.who))
+        return self.settled(http, "/standing", self.standing_shape(
+            row, self.store.used(row)))
+
+    # ---- the routes: what a reviewer reads ----
+
+    def get_waiting(self, http: HttpRequest, asks: Missing) -> bytes:
         """What waits, in the order of the page; `next` is where to go on."""
         start = int(number_in(asks, "from"))
         rows = self.store.waiting(LISTED + 1, start, self.attended_until)
@@ -5361,40 +5257,24 @@ class Desk:
             "waiting": list(map(self.listed, rows[:LISTED])),
             "next": start + LISTED if len(rows) > LISTED else None})
 
-    def get_changes(self, http: HttpRequest, asks: Query) -> bytes | Poll:
+    def get_changes(self, http: HttpRequest, asks: Missing) -> bytes | Poll:
         """A page's poll: answered when anything is no longer as it was."""
-        wait, after = wait_in(asks), number_in(asks, "after")
+        wait, after = number_in(asks, "wait"), number_in(asks, "after")
         if wait and after == self.store.head.sequence:
-            return Poll("", wait, http.close)
-        return self.reply(http, self.change)
+            return Poll("", min(wait, MAX_POLL_SECONDS), http._replace(query=Missing()))
+        return self.reply(http, {"change": self.store.head.sequence})
 
-    # ---- decisions that stand ----
-
-    def get_standing(self, http: HttpRequest, asks: Query) -> bytes:
+    def get_standing(self, http: HttpRequest, asks: Missing) -> bytes:
         rows = self.store.standing()
-        if wants(http, JSON):
-            return self.reply(http, {"standing": [
-                standing_shape(*row) for row in rows]})
-        return self.reply(http, standing_page(self.view(http), rows))
+        if not wants(http, JSON):
+            return self.reply(http, standing_page(self.view(http), rows))
+        return self.reply(http, {
+            "standing": [self.standing_shape(*row) for row in rows]})
 
-    def post_stop(self, http: HttpRequest, asks: dict[str, Any]) -> bytes:
-        return self.stands(http, "/", self.store.stop(
-            str(http.who), reason_in(asks), http.who.signed_in))
-
-    def post_lift(self, http: HttpRequest, asks: dict[str, Any]) -> bytes:
-        if not re.fullmatch("[0-9]{1,15}", http.request_id, re.ASCII):
-            raise Refusal("unknown", "this is not a number",
-                          "`python3 hitl.py standing` lists them")
-        return self.stands(http, "/standing", self.store.lift(
-            int(http.request_id), str(http.who)))
-
-    def stands(self, http: HttpRequest, path: str, row: Standing) -> bytes:
-        """The answer about a standing decision; to a form it leads home."""
-        if is_form(http) and wants(http, "text/html"):
-            return self.home(http, path)
-        return self.reply(http, standing_shape(row, self.store.used(row)))
-
-    # ---- reading ----
+    def standing_shape(self, row: Standing, used: int) -> dict[str, Any]:
+        return {name: getattr(row, name) for name in (
+            "number", "decision", "made_by", "made_at", "until", "uses",
+            "request_id", "reason", "lifted_at")} | {"used": used}
 
     def listed(self, request: ReviewRequest) -> dict[str, Any]:
         return self.shape(request) | {
@@ -5404,7 +5284,7 @@ class Desk:
             "received_at": request.received_at,
             "large": request.size > LARGE_BYTES}      # then its url has it all
 
-    def get_desk(self, http: HttpRequest, asks: Query) -> bytes:
+    def get_desk(self, http: HttpRequest, asks: Missing) -> bytes:
         start = int(number_in(asks, "from"))
         return self.reply(http, desk_page(
             self.view(http), self.store.waiting(PAGE_CARDS, start,
@@ -5412,7 +5292,7 @@ class Desk:
             self.store.waiting_count,
             self.store.reviewed(REVIEWED_CARDS).rows, start))
 
-    def get_review(self, http: HttpRequest, asks: Query) -> bytes:
+    def get_review(self, http: HttpRequest, asks: Missing) -> bytes:
         """All about a request, as a page, or as JSON with those whose ids
         begin with its own."""
         longer = self.store.beginning_with(http.request_id)
@@ -5428,13 +5308,11 @@ class Desk:
             "attended": self.attended(request.request_id),
             "notices": self.told(request.request_id)})
 
-    def get_history(self, http: HttpRequest, asks: Query) -> bytes:
+    def get_history(self, http: HttpRequest, asks: Missing) -> bytes:
         """What was reviewed, with all the words of `q`, of one `status`."""
-        behind = re.fullmatch("([0-9TZ:.-]{24})_([0-9]{1,18})",
-                              asks.get("before", ""))
+        behind = re.fullmatch("([0-9TZ:.-]{24})_([0-9]{1,18})", asks["before"])
         before = (behind[1], int(behind[2])) if behind else None
-        found = self.store.reviewed(HISTORY_ROWS, before, asks.get("q", ""),
-                                    asks.get("status", ""))
+        found = self.store.reviewed(HISTORY_ROWS, before, asks["q"], asks["status"])
         if not wants(http, JSON):
             return self.reply(http, history_page(self.view(http), found, asks))
         return self.reply(http, {
@@ -5452,7 +5330,7 @@ class Desk:
         """The mark of a request whose notices failed."""
         return notice_mark(self.store.notices_of(request_id))
 
-    def get_healthz(self, http: HttpRequest, asks: Query) -> bytes:
+    def get_healthz(self, http: HttpRequest, asks: Missing) -> bytes:
         self.store.reviewed(0)          # the database answers, or 503
         return self.reply(http, {"status": "ok"})
 
@@ -5491,27 +5369,24 @@ class Connection:
     requests to the queue. One request at a time, so answers keep their order.
     """
 
-    __slots__ = ("loop", "transport", "inbox", "searched", "http", "body", "poll",
-                 "timer", "shaking_hands", "answering", "refused",
-                 "close_connection", "trusted", "until")
+    __slots__ = ("loop", "transport", "inbox", "searched", "http", "poll", "timer",
+                 "reading", "answering", "close_connection", "trusted", "until")
 
     def __init__(self, loop: Loop) -> None:
-        self.loop, self.inbox, self.body = loop, bytearray(), b""
+        self.loop, self.inbox = loop, bytearray()
         self.searched = 0               # no end of a head before this byte
         self.http: HttpRequest | None = None     # its head is here
         self.poll: Poll | None = None   # it is parked
-        self.timer: Any = None          # of a poll, or of a slow answer
-        self.shaking_hands = False      # the TLS handshake is not finished
-        self.answering = False          # a request has no answer yet
-        self.refused = False            # what still comes in is discarded
+        self.timer: Any = None          # of the poll
+        self.reading = True             # else what still comes in is discarded
+        self.answering = False          # it waits for an answer, or for TLS
         self.close_connection = False   # after the next answer
         self.trusted = False            # a reviewer signed in here
-        self.until = loop.clock() + loop.limits.request_seconds
+        self.lasts(loop.limits.request_seconds)
 
-    @property
-    def unread(self) -> int:
-        """How many bytes of it are kept that have no answer so far."""
-        return len(self.inbox) + len(self.body)
+    def lasts(self, seconds: float) -> None:
+        """Unless something comes before that, sweep() drops it."""
+        self.until = self.loop.clock() + seconds
 
     # ---- what asyncio calls ----
 
@@ -5520,15 +5395,14 @@ class Connection:
         self.loop.welcome(self)
 
     def data_received(self, data: bytes) -> None:
-        if self.refused:
+        if not self.reading:
             return
         if not (self.inbox or self.http):
-            self.until = self.loop.clock() + self.loop.limits.request_seconds
+            self.lasts(self.loop.limits.request_seconds)
         self.inbox += data
-        if not self.shaking_hands:
-            self.advance()
+        self.advance()
         self.loop.count_unread(len(data))
-        if self.answering and len(self.inbox) > MAX_HEAD + MAX_BODY:
+        if self.answering and len(self.inbox) > MAX_HEAD + 2 * MAX_BODY:
             self.loop.drop(self)        # sends on and does not wait
 
     def eof_received(self) -> bool:
@@ -5553,12 +5427,9 @@ class Connection:
         if self.http is None:
             self.http = self.admitted()
         if self.http and len(self.inbox) >= self.http.length:
-            length = self.http.length
-            self.body = bytes(self.inbox[:length])
-            del self.inbox[:length]
             self.answering = True
             self.close_connection = self.close_connection or self.http.close
-            self.until = self.loop.clock() + self.loop.limits.idle_seconds
+            self.lasts(self.loop.limits.idle_seconds)
             self.loop.enqueue(self)
 
     def admitted(self) -> HttpRequest | None:
@@ -5566,15 +5437,14 @@ class Connection:
         head = b""
         try:
             head = self.next_head()
-            if not head:
-                return None
-            http = self.loop.desk.admit(head)
+            http = self.loop.desk.admit(head) if head else None
         except Refusal as refusal:
             self.refuse(head, refusal)
             return None
-        self.trusted = self.trusted or http.who.kind == "reviewer"
-        if http.headers["expect"].lower() == "100-continue":
-            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if http:
+            self.trusted = self.trusted or http.who.kind == "reviewer"
+            if http.headers["expect"].lower() == "100-continue":
+                self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         return http
 
     def next_head(self) -> bytes:
@@ -5601,36 +5471,41 @@ class Connection:
     def refuse(self, head: bytes, refusal: Refusal) -> None:
         """Answer a request that is not admitted; wrong credentials slowly,
         but nobody is locked out: an agent could lock the reviewer out."""
-        self.refused = self.answering = self.close_connection = True
+        self.reading, self.answering, self.close_connection = False, True, True
         self.inbox.clear()
-        answer = self.loop.desk.refused(head, refusal)
-        if refusal.reason == "wrong-credentials":
-            self.timer = self.loop.asyncio_loop.call_later(
-                self.loop.limits.slow_seconds, self.send, answer)
-        else:
+        http = HttpRequest()
+        with contextlib.suppress(Refusal):
+            http = parse_head(head)._replace(close=True)
+        answer = self.loop.desk.problem(http, refusal)
+        if refusal.reason != "wrong-credentials":
             self.send(answer)
+            return
+        self.loop.asyncio_loop.call_later(
+            self.loop.limits.slow_seconds, self.send, answer)
+
+    def take(self) -> tuple[HttpRequest, bytes] | None:
+        """The request that is here whole; None once the client is gone."""
+        http, self.http = self.http, None
+        if http is None:
+            return None
+        body = bytes(self.inbox[:http.length])
+        del self.inbox[:http.length]
+        return http, body
 
     def send(self, answer: bytes) -> None:
         """Give the answer; then the next request, or the end."""
         self.transport.write(answer)
         self.answering = False
-        seconds = self.loop.limits.idle_seconds
+        self.lasts(self.loop.limits.idle_seconds)
         if not self.close_connection:
             self.loop.renew(self)
-        elif self.refused and self.transport.can_write_eof():
+        elif not self.reading and self.transport.can_write_eof():
             # more may be on its way: a close now would reset the connection,
             # and the answer with it
-            seconds = self.loop.limits.linger_seconds
+            self.lasts(self.loop.limits.linger_seconds)
             self.transport.write_eof()
         else:
             self.transport.close()
-        self.until = self.loop.clock() + seconds
-
-
-def change_line(change: Change) -> str:
-    what = visible(change.description[:MAX_LINE])
-    return (f"{change.event:9} {what} [{change.request_id}] by "
-            f"{visible(change.actor)}")
 
 
 class Loop:
@@ -5683,7 +5558,7 @@ class Loop:
         scheme = "https" if self.tls else "http"
         return f"{scheme}://{host}:{self.server_port}"
 
-    def serve_forever(self, poll_interval: float = 0.0) -> None:
+    def serve_forever(self) -> None:
         """Serve until stop() is called, from a signal or another thread."""
         loop = self.asyncio_loop
         protocol: Any = functools.partial(Connection, self)
@@ -5751,10 +5626,8 @@ class Loop:
         # 1. run it, reviewers' first; nothing more once the turn is 30 ms old
         while any(self.queues) and self.clock() < end:
             connection = (self.queues[0] or self.queues[1]).popleft()
-            http, body = connection.http, connection.body
-            connection.http, connection.body = None, b""
-            if http:                            # its client is still there
-                answers.append((connection, http, self.desk.answer(http, body)))
+            if taken := connection.take():
+                answers.append((connection, taken[0], self.desk.answer(*taken)))
         self.record_notices()
         # 2. commit; if it is not on disk, every answer becomes a 503
         changes = self.desk.store.commit()
@@ -5762,10 +5635,7 @@ class Loop:
         for connection, http, answer in answers:
             if changes is None:
                 answer = self.desk.problem(http, STORAGE_FAILED)
-            if isinstance(answer, Poll):
-                self.park(connection, answer)
-            else:
-                connection.send(answer)
+            self.give(connection, answer)
         # 4. tell whoever waits for what changed; the rest, in another turn
         self.tell(changes)
         if any(self.queues) or self.reports:
@@ -5776,26 +5646,24 @@ class Loop:
         """Wake whoever waits for what changed, print lines, send notices."""
         if not changes:
             return
-        for connection in list(self.waiters.get("", ())):
-            self.release(connection)
         changes = [change for change in changes if change.event not in (
             "notified", "not-notified")]            # those change no request
-        for change in changes:
-            for connection in list(self.waiters.get(change.request_id, ())):
+        for about in ("", *(change.request_id for change in changes)):
+            for connection in list(self.waiters.get(about, ())):
                 self.release(connection)
+        for change in changes:
             if change.event != "submitted":
                 self.desk.attended_until.pop(change.request_id, None)
-        self.print_lines(map(change_line, changes))
+        self.print_lines(
+            f"{change.event:9} {visible(change.description[:MAX_LINE])} "
+            f"[{change.request_id}] by {visible(change.actor)}" for change in changes)
         if self.notices:
             self.notices.follow(self.desk.store, changes)
 
     def print_lines(self, lines: Iterable[str]) -> None:
         text = "\n".join(f"{self.desk.store.now[11:19]} {line}" for line in lines)
         if self.say and text:
-            try:
-                self.say(text)
-            except (OSError, ValueError):   # nobody reads our lines any more
-                self.say = None
+            self.say(text)
 
     # ---- notices ----
 
@@ -5868,7 +5736,7 @@ class Loop:
         if len(self.connections) > self.limits.connections:
             self.make_room()
         if self.tls:
-            connection.shaking_hands = True
+            connection.answering = True
             connection.transport.pause_reading()
             self.asyncio_loop.create_task(self.shake_hands(connection))
 
@@ -5900,7 +5768,7 @@ class Loop:
         if transport is None:
             self.drop(connection)
             return
-        connection.transport, connection.shaking_hands = transport, False
+        connection.transport, connection.answering = transport, False
         connection.advance()
 
     def renew(self, connection: Connection) -> None:
@@ -5918,9 +5786,8 @@ class Loop:
     def forget(self, connection: Connection) -> None:
         """It is gone, and nothing is kept of it."""
         self.connections.pop(connection, None)
-        connection.http, connection.body = None, b""
+        connection.http, connection.reading = None, False
         connection.inbox.clear()
-        connection.refused = True
         poll = self.unpark(connection)
         if poll and poll.about not in self.waiters:
             self.desk.attended_until.pop(poll.about, None)
@@ -5931,23 +5798,27 @@ class Loop:
         self.unread_bytes += size
         if self.unread_bytes <= self.limits.unread_bytes:
             return
-        self.unread_bytes = sum(each.unread for each in self.connections)
-        if self.unread_bytes <= self.limits.unread_bytes:
-            return
-        for oldest in list(self.connections):
-            if oldest.unread and not oldest.trusted and (
-                    self.unread_bytes > self.limits.unread_bytes // 2):
-                self.unread_bytes -= oldest.unread
-                self.drop(oldest)
+        total = sum(len(each.inbox) for each in self.connections)
+        if total > self.limits.unread_bytes:
+            for oldest in list(self.connections):
+                over = total > self.limits.unread_bytes // 2
+                if over and oldest.inbox and not oldest.trusted:
+                    total -= len(oldest.inbox)
+                    self.drop(oldest)
+        self.unread_bytes = total
 
     # ---- polls ----
 
-    def park(self, connection: Connection, poll: Poll) -> None:
-        """Hold a poll until its request changes or its time is up."""
-        connection.poll = poll
+    def give(self, connection: Connection, answer: bytes | Poll) -> None:
+        """Send an answer, or hold a poll until its request changes or its time
+        is up."""
+        if isinstance(answer, bytes):
+            connection.send(answer)
+            return
+        connection.poll = answer
         connection.timer = self.asyncio_loop.call_later(
-            poll.seconds, self.release, connection)
-        self.waiters.setdefault(poll.about, {})[connection] = None
+            answer.seconds, self.release, connection)
+        self.waiters.setdefault(answer.about, {})[connection] = None
 
     def unpark(self, connection: Connection) -> Poll | None:
         """Out of the table of polls -> its poll, if it had one."""
@@ -5963,9 +5834,8 @@ class Loop:
 
     def release(self, connection: Connection) -> None:
         """Answer a parked poll with what its request is now."""
-        poll = self.unpark(connection)
-        if poll:
-            connection.send(self.desk.news(poll))
+        if poll := self.unpark(connection):
+            self.give(connection, self.desk.answer(poll.http, b""))
 
 
 def open_desk(host: str, port: int, store: Store, tokens: Tokens,
@@ -8453,7 +8323,7 @@ def greeting(desk: Loop, configuration: Configuration,
         port = desk.server_port
         yield (f"from your own machine: ssh -L {port}:127.0.0.1:{port} "
                f"{getpass.getuser()}@{connection[2]}")
-    if tokens.agent is None and not tokens.agents:
+    if tokens.open:
         yield "any program on this machine can ask; HITL_AGENT_TOKEN changes that"
     asked = os.environ.get("HITL_SERVER_URL") or configuration.gate["server_url"]
     scheme, _, place = asked.rstrip("/").partition("://")
@@ -8578,7 +8448,7 @@ def tls_context(certificate: str, key: str) -> Any:
 def check_exposure(host: str, tokens: Tokens, safe: bool) -> None:
     """ConfigError for an address that other machines can reach, without what
     that needs; `safe`: tokens do not cross the network in clear text."""
-    if tokens.agent is None and not tokens.agents:
+    if tokens.open:
         raise ConfigError(f"{host} can be reached from other machines, and "
                           "agents have no token",
                           f"set HITL_AGENT_TOKEN; a good one: {fresh_token()}")

@@ -3724,7 +3724,7 @@ def test_every_refusal_says_the_cure(desk, monkeypatch):
             k: v for k, v in four().items() if k != name}, (),
             "required are " + ", ".join(four()))
     for case in (
-            ("bad-request", "/approve/no", r, b"a", form),
+            ("bad-request", "/approve/no", r, b"a=\xff", form),
             ("bad-json", "/pending", "", b"[1]"),
             ("bad-field", "/pending", "", four() | {"x": 1}),
             ("bad-digest", "/pending", "", four() | {"digest": "1"}),
@@ -3804,7 +3804,7 @@ def test_changes(desk):
     now = change("")
     assert now == 1 == change("after=0&wait=25") == change("after=9&wait=25")
     assert now == change(f"after={now}&wait=0.1") == change(f"after={now}")
-    for query in ("after=x", "after=-1", "after=1&wait=x", "after=1.0"):
+    for query in ("after=x", "after=-1", "after=1&wait=x", "after=1e3"):
         assert desk_ask(desk, "GET", f"/changes?{query}", REVIEWER)[0] == 400
     poll = in_background(change, f"after={now}&wait=25")
     assert until(lambda: desk.server.waiters)
@@ -4701,7 +4701,7 @@ def test_unfinished_bodies_share_a_limit(make_desk):
         b"\r\n", f"\r\nAuthorization: {REVIEWER}\r\n".encode(), 1)
 
     def unread():
-        return sum(each.unread for each in list(desk.server.connections))
+        return sum(len(each.inbox) for each in list(desk.server.connections))
     with contextlib.ExitStack() as stack:
         socks = []
         for data, total in ((own, 3), (part, 6), (part, 9), (part, 12), (part, 6)):
@@ -4855,8 +4855,7 @@ def test_one_line_for_each_event(desk):
     printed lines equal the events."""
     bad = "a\r\nSet-Cookie: b=c\r\n\r\n\x1b[2J\x07\u2028\x85\x0b\u202ez"
     for name in hitl.OPTIONAL_FIELDS | {"action_description": 0}:
-        expected = 400 if name == "checkpoint_digest" else 201
-        assert desk.post(f"r-{name}", **{name: bad}).status == expected
+        assert desk.post(f"r-{name}", **{name: bad}).status == 201
     desk.post("ran", arguments={bad: bad}, agent_context={bad: [bad]})
     digest = desk.decide("ran", reason=bad).body["digest"]
     for method, path, who, body in (
