@@ -5855,10 +5855,10 @@ def open_desk(host: str, port: int, store: Store, tokens: Tokens,
 
 
 # ================================== Client =================================
-# How another process talks to the server, and the only outgoing requests to
-# it. urllib.request, without proxies (the environment could route approvals
-# through a stranger), without redirects, with a bounded answer in a bounded
-# time: whatever answers instead of the server is an UnreachableError.
+# How another process talks to the server: urllib.request, without proxies
+# (the environment could route approvals through a stranger), without
+# redirects, the whole reply bounded in size and time. Whatever answers in the
+# server's place is an UnreachableError.
 
 MAX_REPLY = 64 << 20            # bytes: `list` of a full desk is the largest
 FINAL = ("bad-reply", "bad-certificate")    # asking again would not help
@@ -5874,8 +5874,8 @@ class Reply(NamedTuple):
 
 
 class Client:
-    """One server, and the credentials to use there. `tls_ca` names a file of
-    the authorities to trust; else SSL_CERT_FILE or the system's count."""
+    """One server, and the credentials to use there. `tls_ca` is a file of the
+    authorities to trust, in place of SSL_CERT_FILE's or the system's."""
 
     def __init__(self, server_url: str, authorization: str = "",
                  tls_ca: str = "") -> None:
@@ -5884,9 +5884,9 @@ class Client:
 
     def fetch(self, method: str, path: str, data: bytes | None = None, *,
               seconds: float, **headers: str) -> tuple[int, Any, bytes]:
-        """One request -> status, headers and body; UnreachableError if
-        nothing whole comes back within `seconds`. A header's name is written
-        with _ for -."""
+        """The status, headers and body of the reply; UnreachableError if it
+        is not complete within `seconds`. A header's name is written with _
+        for -."""
         import http.client
         import urllib.request
         headers = {"User-Agent": f"hitl.py/{__version__}", **{
@@ -5894,22 +5894,23 @@ class Client:
         if self.authorization:
             headers["Authorization"] = self.authorization
         try:
-            ask = urllib.request.Request(self.server_url + path, data, headers,
-                                         method=method)
-            made = opener(self.server_url.startswith("https:"), self.tls_ca,
+            request = urllib.request.Request(self.server_url + path, data,
+                                             headers, method=method)
+            urls = opener(self.server_url.startswith("https:"), self.tls_ca,
                           os.environ.get("SSL_CERT_FILE"))
-            with made.open(ask, timeout=seconds) as reply:
+            with urls.open(request, timeout=seconds) as reply:
                 text = reply.read(MAX_REPLY + 1)
                 if len(text) > MAX_REPLY:
-                    raise self.nonsense("without end")
-                if reply.length != 0 and not reply.chunked:
+                    raise self.bad_reply(f"over {MAX_REPLY >> 20} MiB")
+                if reply.length != 0 and not reply.chunked:     # cut short
                     raise http.client.IncompleteRead(b"")
                 return reply.status, reply.headers, text
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise self.no_answer(error) from None
 
     def no_answer(self, error: Exception) -> UnreachableError:
-        """What went wrong on the way; never quotes what was sent."""
+        """The error for what went wrong on the way; quotes nothing that was
+        sent."""
         why = getattr(error, "reason", error)
         if distrust := getattr(why, "verify_message", ""):
             return UnreachableError(
@@ -5926,8 +5927,8 @@ class Client:
 
     def exchange(self, method: str, path: str, body: Any = None, *,
                  seconds: float) -> Reply:
-        """One request and its JSON answer; UnreachableError for anything
-        else that comes back."""
+        """The server's reply, a JSON object; UnreachableError for any other
+        answer."""
         data = None if body is None else READABLE.encode(body).encode(
             errors="replace")
         status, headers, text = self.fetch(
@@ -5935,55 +5936,41 @@ class Client:
             Content_Type="application/json")
         kind = headers.get_content_type()
         if status // 100 == 3:
-            raise self.nonsense(f"a redirect ({status})")
+            raise self.bad_reply(f"a redirect ({status})")
         if kind not in ("application/json", "application/problem+json"):
             if status >= 500:           # a proxy, whose server is away
                 raise self.no_answer(OSError(f"{status} from a proxy"))
-            raise self.nonsense(f"{status} with {visible(kind)}, not JSON")
+            raise self.bad_reply(f"{status} and {visible(kind)}, not JSON")
         with contextlib.suppress(ValueError):
             value = parse_json(text)
             if isinstance(value, dict):
                 return Reply(status, value)
-        raise self.nonsense("no valid JSON object")
+        raise self.bad_reply("what is not a JSON object")
 
-    def nonsense(self, what: str) -> UnreachableError:
+    def bad_reply(self, what: str) -> UnreachableError:
         return UnreachableError(
-            f"{self.server_url} answers {what}",
+            f"{self.server_url} answers with {what}",
             "this is not hitl.py's server, or something stands between: "
             "check server_url", reason="bad-reply")
 
 
 @functools.cache
 def opener(tls: bool, tls_ca: str, ssl_cert_file: str | None) -> Any:
-    """urllib's opener, as above; `ssl_cert_file` is what ssl itself reads.
-
-    A socket's own time-out is for each step, and a server that sends a byte a
-    second would hold a call for ever: so each step of an answer gets only
-    what is left of the whole.
-    """
+    """urllib's opener, with no proxies, no redirects, no file:, and for which
+    a refusal is an answer too. `ssl_cert_file` is what ssl itself reads."""
     import http.client
-    import socket
     import urllib.request
+    kind: Any = http.client.HTTPConnection
+    trust: dict[str, Any] = {}
+    if tls:
+        import ssl
+        kind = http.client.HTTPSConnection
+        trust["context"] = ssl.create_default_context(cafile=tls_ca or None)
 
-    class Timely(socket.SocketIO):
-        end: float
-
-        def readinto(self, buffer: Any) -> int | None:
-            left = self.end - time.monotonic()
-            if left <= 0:
-                raise TimeoutError("timed out")
-            self._sock.settimeout(left)  # type: ignore[attr-defined]
-            return super().readinto(buffer)
-
-    def connection(host: str, **more: Any) -> Any:
-        end = time.monotonic() + more["timeout"]
-
-        def response(sock: Any, **how: Any) -> Any:
-            reply: Any = http.client.HTTPResponse(sock, **how)
-            reply.fp.raw.__class__, reply.fp.raw.end = Timely, end
-            return reply
-        made: Any = kind(host, **more)
-        made.response_class = response
+    def connection(host: str, **how: Any) -> Any:
+        made = kind(host, **how)
+        end = time.monotonic() + how["timeout"]
+        made.response_class = functools.partial(answer_until, end)
         return made
 
     class Handler(urllib.request.HTTPHandler):
@@ -5992,16 +5979,28 @@ def opener(tls: bool, tls_ca: str, ssl_cert_file: str | None) -> Any:
         def http_open(self, request: Any) -> Any:
             return self.do_open(connection, request, **trust)
         https_open = http_open
+    made = urllib.request.OpenerDirector()
+    made.add_handler(Handler())
+    return made
 
-    kind: Any = http.client.HTTPConnection
-    trust: dict[str, Any] = {}
-    if tls:
-        import ssl
-        kind = http.client.HTTPSConnection
-        trust["context"] = ssl.create_default_context(cafile=tls_ca or None)
-    made = urllib.request.OpenerDirector()      # no proxies, no redirects,
-    made.add_handler(Handler())                 # no file:, and an error's
-    return made                                 # answer is an answer
+
+def answer_until(end: float, sock: Any, **how: Any) -> Any:
+    """An HTTPResponse of which every read gets only the time left until `end`.
+    A socket's own time-out is for each read, so a server that sends a byte a
+    second would hold a call for ever."""
+    import http.client
+    import socket
+    answer: Any = http.client.HTTPResponse(sock, **how)
+    raw = answer.fp.raw
+
+    def readinto(buffer: Any) -> int | None:
+        left = end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        sock.settimeout(left)
+        return socket.SocketIO.readinto(raw, buffer)
+    raw.readinto = readinto
+    return answer
 
 
 def checked_authorities(configuration: Configuration) -> str:
@@ -6594,7 +6593,7 @@ class Held:
         texts = all(isinstance(value, (str, type(None))) for value in said.values())
         if not (texts and state.status in set(Status)
                 and state.outcome in (None, *Outcome)):
-            raise self.gate.client.nonsense("with fields that make no sense")
+            raise self.gate.client.bad_reply("fields that make no sense")
         self.state = state
 
     def error(self, kind: type[HitlError], message: str, hint: str = "",
