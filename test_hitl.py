@@ -323,8 +323,11 @@ def clean_environment(tmp_path_factory):
         if re.search("(?i)^HITL_|_proxy$", name):
             del os.environ[name]
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    # `pytest &` in a script ignores Ctrl-C, and so would all that it starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     shutil.rmtree(CACHE)
+
 
 @pytest.fixture
 def make_desk(tmp_path):
