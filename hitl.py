@@ -1450,34 +1450,27 @@ class Configuration(NamedTuple):
 
 @contextlib.contextmanager
 def config_error(what: str) -> Iterator[None]:
-    """A check's ValueError, as the ConfigError about this."""
+    """A check's ValueError becomes the ConfigError about this."""
     try:
         yield
     except ValueError as error:
         raise ConfigError(f"{what} {error}") from None
 
 
-def check_that(words: str, test: Check) -> Check:
-    """A check that gives back what passes the test."""
+def check_that(words: str, test: Check, *types: type) -> Check:
+    """A check of a value that has one of these types and passes the test."""
     def check(value: Any) -> Any:
-        if not test(value):
+        if type(value) not in types or not test(value):
             raise ValueError(f"must be {words}")
         return value
     return check
 
 
-def number(words: str, test: Check) -> Check:
-    return check_that(words, lambda v: type(v) in (int, float) and test(v))
-
-
-def text_like(words: str, pattern: str) -> Check:
-    return check_that(words, lambda v: isinstance(v, str) and re.fullmatch(pattern, v))
-
-
 def list_of(words: str, test: Check) -> Check:
-    """A check of a list, not empty, whose every item is text that passes."""
-    return check_that(words, lambda value: isinstance(value, list) and value and
-                      all(isinstance(item, str) and test(item) for item in value))
+    """A check of a list of at least one text, in which each passes the test."""
+    def all_pass(items: list[Any]) -> bool:
+        return bool(items) and all(type(item) is str and test(item) for item in items)
+    return check_that(words, all_pass, list)
 
 
 def one_of(*words: str) -> Check:
@@ -1489,53 +1482,13 @@ def one_of(*words: str) -> Check:
     return check
 
 
-HOST = r"([\w.-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?"
-NOTICE_PATH = "(?:[/?#][!-~]*)?"
-
-
-def address(like: str, *schemes: str, clear: str = "", rest: str = "/?") -> Check:
-    """A check of an address; with the `clear` scheme, in clear text, on this
-    machine alone. The host of a notice is never a {placeholder}, or an agent
-    could choose who is told; a ${NAME} in it is checked again by serve."""
-    def check(value: Any) -> str:
-        text = str(text_value(value))
-        if rest == NOTICE_PATH and "${" in re.split(r"(?<![:/])/|[?#]", text)[0]:
-            return text
-        kinds = "|".join((*schemes, clear) if clear else schemes)
-        found = re.fullmatch(f"({kinds})://{HOST}{rest}", text, re.ASCII)
-        if not found or int(found[3] or 0) > 65535:
-            raise ValueError(f"must be like {like}")
-        if found[1] == clear and not is_loopback(found[2]):
-            safe = " or ".join(f"{scheme}://" for scheme in schemes)
-            raise ValueError(f"would leave this machine in clear text: write {safe}")
-        return text if rest == NOTICE_PATH else text.removesuffix("/")
-    return check
-
-
-def is_loopback(host: str) -> bool:
-    import ipaddress
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-text_value = check_that("a text in quotes, and not empty",
-                        lambda v: isinstance(v, str) and v.strip())
-boolean_value = check_that("true or false", lambda v: isinstance(v, bool))
-seconds_value = number("a number of seconds above 0, or inf",
-                       lambda v: 0 < v < 1e12 or v == math.inf)
+text_value = check_that("a text in quotes, and not empty", str.strip, str)
+boolean_value = check_that("true or false", lambda v: True, bool)
+seconds_value = check_that("a number of seconds above 0, or inf",
+                           lambda v: 0 < v < 1e12 or v == math.inf, int, float)
 name_value = check_that(
-    "a printable name without a colon, 64 characters at most", lambda v:
-    isinstance(v, str) and re.fullmatch(r"[^:]{1,64}", v)
-    and v.isprintable() and v.strip())
-url_value = address('"http://127.0.0.1:8765", no path', "http", "https")
-notice_url_value = address('"https://ntfy.sh/": https, a plain host, a path',
-                           "https", clear="http", rest=NOTICE_PATH)
-sign_value = text_like(
-    '"whsec_" and base64: `openssl rand -base64 32` makes some',
-    "whsec_(?=.)([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}(==|[A-Za-z0-9+/]=))?")
-MAIL_ADDRESS = r"[^\s@<>,;\"{}]+@[^\s@<>,;\"{}]+"
+    "a printable name without a colon, 64 characters at most",
+    lambda v: v.strip() and v.isprintable() and ":" not in v and len(v) <= 64, str)
 OURS = ("unmatched", "odd-name")        # checkpoint_ids that are not in a file
 
 
@@ -1554,18 +1507,15 @@ def pattern_value(value: Any) -> str:
         raise ValueError(f"{value!r} holds a control character (in TOML's "
                          '"double quotes" \\b is a backspace): write the '
                          "pattern in 'single quotes'")
-    if value[0] in "*?":                # a glob, to be searched for
-        body = "".join({"*": ".*", "?": "."}.get(c, re.escape(c))
-                       for c in value.strip("*"))
-        end = "$" if body and value[-1] != "*" else ""
+    if value[0] in "*?":
         raise ValueError(f"{value!r} is a glob; as a regular expression "
-                         f"write {json.dumps(body + end or '.')}")
+                         f"write {json.dumps(regex_of_glob(value))}")
     import warnings
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            if "(?<" in value:          # that its width is fixed, the parser
-                re.compile(value, SEARCH)       # leaves to the compiler
+            if "(?<" in value:          # the parser that reach() uses does not
+                re.compile(value, SEARCH)       # see that its width varies
             endless = reach(value) < MAX_TOOL_NAME
     except (re.error, OverflowError, RecursionError, Warning) as error:
         raise ValueError(f"is not a regular expression: {error}") from None
@@ -1576,6 +1526,15 @@ def pattern_value(value: Any) -> str:
             "and Python's re cannot be interrupted; use two open repeats at most, "
             "and none inside another")
     return value
+
+
+def regex_of_glob(glob: str) -> str:
+    """The regular expression that finds what a glob means."""
+    signs = {"*": ".*", "?": "."}
+    found = "".join(signs.get(c) or re.escape(c) for c in glob.strip("*"))
+    if not found:
+        return "."
+    return found if glob.endswith("*") else f"{found}$"
 
 
 def patterns_value(value: Any) -> dict[str, str]:
@@ -1598,13 +1557,75 @@ def template_value(value: Any) -> str:
     return str(value)
 
 
+# ---- addresses ----
+
+HOST = r"([\w.-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?"
+IN_CLEAR = {"http": "https://", "plain": "starttls:// or tls://"}
+
+
+def address(value: Any, schemes: str, like: str, rest: str = "/?") -> re.Match[str]:
+    """An address as a match of its scheme, host and port."""
+    found = re.fullmatch(f"({schemes})://{HOST}{rest}", text_value(value), re.ASCII)
+    if not found or int(found[3] or 0) > 65535:
+        raise ValueError(f"must be like {like}")
+    return found
+
+
+def url_value(value: Any) -> str:
+    return address(value, "https?", '"http://127.0.0.1:8765", no path'
+                   )[0].removesuffix("/")
+
+
+def notice_url_value(value: Any) -> str:
+    """Where a notice is posted. Its host is never a {placeholder}, or an agent
+    could choose who is told. Only `serve` can check one with a ${NAME}."""
+    if "${" not in text_value(value):
+        check_private(address(
+            value, "https?", '"https://ntfy.sh/": https, a plain host, a path',
+            "(?:[/?#][!-~]*)?"))
+    return str(value)
+
+
+def smtp_value(value: Any) -> str:
+    check_private(address(value, "starttls|tls|plain", '"starttls://mail.example.'
+                          'org:587" or "tls://mail.example.org:465"'))
+    return str(value)
+
+
+def check_private(found: re.Match[str]) -> None:
+    """ValueError where a notice would cross the network in clear text."""
+    safe = IN_CLEAR.get(found[1])
+    if safe and not is_loopback(found[2]):
+        raise ValueError(f"would leave this machine in clear text: write {safe}")
+
+
+def is_loopback(host: str) -> bool:
+    import ipaddress
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 # ---- [[notify]]: its shape; what ${NAME} holds is read by serve alone ----
 
 NOTICE_FIELDS = ("title", "text", "url", "request_id", "status", "tool",
                  "checkpoint", "category", "agent", "deadline", "waiting")
 PLACEHOLDER = regex(r"\$\{([A-Za-z_]\w*)\}|\{([A-Za-z_]\w*)\}", re.ASCII)
-NOTIFY_KINDS = {"url": ("headers", "body", "sign"),
-                "smtp": ("login", "password", "from", "to"), "command": ()}
+MAIL_ADDRESS = r"[^\s@<>,;\"{}]+@[^\s@<>,;\"{}]+"
+SIGNING_KEY = "whsec_(?=.)([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}(==|[A-Za-z0-9+/]=))?"
+NEEDS = {                               # a key -> what it is of no use without
+    "headers": ["url"], "body": ["url"], "sign": ["url"],
+    "smtp": ["from", "to"], "from": ["smtp"], "to": ["smtp"],
+    "login": ["smtp", "password"], "password": ["smtp", "login"]}
+sign_value = check_that('"whsec_" and base64: `openssl rand -base64 32` makes some',
+                        lambda v: re.fullmatch(SIGNING_KEY, v), str)
+
+
+def is_header(field: tuple[str, Any]) -> bool:
+    name, text = field
+    return (re.fullmatch("[A-Za-z0-9_-]+", name) is not None
+            and isinstance(text, str) and text.isprintable())
 
 
 def body_value(value: Any) -> Any:
@@ -1625,10 +1646,11 @@ def command_value(value: Any) -> list[str]:
     """A program and its arguments. No part of it is ever read by a shell of
     ours, and no placeholder may be read by one that it names."""
     words: list[str] = list_of('like ["notify-send", "--", "{title}"]', bool)(value)
-    shell = re.search(r"(?i)(?:^|[/\\])(\w*sh|cmd)(\.exe)?$", words[0])
-    scripts = [word for flag, word in itertools.pairwise(words)
-               if shell and re.match(r"(?i)-\w*c|/c", flag)]
-    for word in (words[0], *scripts):
+    code = [words[0]]
+    if re.search(r"(?i)(^|[/\\])(\w*sh|cmd)(\.exe)?$", words[0]):
+        code += [word for flag, word in itertools.pairwise(words)
+                 if re.match(r"(?i)-\w*c|/c", flag)]
+    for word in code:
         if any(found[2] for found in PLACEHOLDER.finditer(word)):
             raise ValueError(f'would run what fills "{word}": pass it as an '
                              'argument of its own, as "$1" of the script')
@@ -1638,19 +1660,14 @@ def command_value(value: Any) -> list[str]:
 def check_notify(entry: Mapping[str, Any]) -> None:
     """ValueError where the keys of a [[notify]] do not go together, or a
     placeholder names nothing."""
-    kinds = [kind for kind in NOTIFY_KINDS if entry[kind]]
+    kinds = [kind for kind in ("url", "smtp", "command") if entry[kind]]
     if len(kinds) != 1:
         raise ValueError(f"has {' and '.join(kinds) or 'no target'}: it needs "
                          "exactly one of url, smtp, command")
-    for kind, keys in NOTIFY_KINDS.items():
-        for key in keys:
-            if kind != kinds[0] and entry[key] is not None:
-                raise ValueError(f"{key}: belongs to an entry with {kind}, and "
-                                 f"this one has {kinds[0]}")
-    if kinds == ["smtp"] and not (entry["from"] and entry["to"]):
-        raise ValueError('smtp: needs from = "..." and to = ["..."]')
-    if (entry["login"] is None) != (entry["password"] is None):
-        raise ValueError("login and password: give both or neither")
+    for key, others in NEEDS.items():
+        for other in others:
+            if entry[key] is not None and entry[other] is None:
+                raise ValueError(f"{key}: needs {other} in the same entry")
     text = json.dumps(entry)
     if "${" in PLACEHOLDER.sub("", text):
         raise ValueError("${ is not closed: write ${NAME}, a variable of "
@@ -1670,8 +1687,9 @@ KEYS: dict[str, dict[str, tuple[Check, Any]]] = {
     "gate": {
         "server_url": (url_value, "http://127.0.0.1:8765"),
         "timeout_seconds": (seconds_value, 30),
-        "poll_seconds": (number("a number of seconds, 60 at most: a server holds "
-                                "no poll longer", lambda v: 0 < v <= 60), 5),
+        "poll_seconds": (check_that(
+            "a number of seconds, 60 at most: a server holds no poll longer",
+            lambda v: 0 < v <= 60, int, float), 5),
         "lifetime_seconds": (seconds_value, None),
         "unmatched": (one_of("allow", "review"), "allow"),
         "tls_ca": (text_value, ""),
@@ -1679,7 +1697,7 @@ KEYS: dict[str, dict[str, tuple[Check, Any]]] = {
     "server": {
         "host": (text_value, "127.0.0.1"),
         "port": (check_that("a port, 0 to 65535 (0: any free one)",
-                            lambda v: type(v) is int and 0 <= v <= 65535), 8765),
+                            lambda v: 0 <= v <= 65535, int), 8765),
         "database": (text_value, "hitl.db"),
         "public_url": (lambda v: v if v == "" else url_value(v), ""),
         "tls_certificate": (text_value, ""),
@@ -1701,31 +1719,27 @@ KEYS: dict[str, dict[str, tuple[Check, Any]]] = {
     },
     **dict.fromkeys(("reviewer", "agent"), {
         "name": (name_value, REQUIRED),
-        "token_sha256": (text_like(
+        "token_sha256": (check_that(
             "a SHA-256 in hex: `hitl.py token NAME` prints one",
-            "[0-9a-f]{64}"), REQUIRED),
+            lambda v: re.fullmatch("[0-9a-f]{64}", v), str), REQUIRED),
     }),
     "notify": {
         "name": (name_value, REQUIRED),
         "url": (notice_url_value, None),
-        "headers": (check_that(
-            'like { Authorization = "Bearer ${TOKEN}" }',
-            lambda v: isinstance(v, dict) and all(
-                re.fullmatch(r"[A-Za-z0-9_-]+", name) and isinstance(text, str)
-                and text.isprintable() for name, text in v.items())), None),
+        "headers": (check_that('like { Authorization = "Bearer ${TOKEN}" }',
+                               lambda v: all(map(is_header, v.items())), dict), None),
         "body": (body_value, None),
         "sign": (text_value, None),
-        "smtp": (address('"starttls://mail.example.org:587" or '
-                         '"tls://mail.example.org:465"',
-                         "starttls", "tls", clear="plain"), None),
+        "smtp": (smtp_value, None),
         "login": (text_value, None),
         "password": (text_value, None),
-        "from": (text_like("an address, like hitl@example.org", MAIL_ADDRESS), None),
+        "from": (check_that("an address, like hitl@example.org",
+                            lambda v: re.fullmatch(MAIL_ADDRESS, v), str), None),
         "to": (list_of('like ["oncall@example.org"]',
                        lambda v: re.fullmatch(MAIL_ADDRESS, v)), None),
         "command": (command_value, None),
-        "after_seconds": (number("a number of seconds, 0 to 604800 (a week)",
-                                 lambda v: 0 <= v <= 604800), 0),
+        "after_seconds": (check_that("a number of seconds, 0 to 604800 (a week)",
+                                     lambda v: 0 <= v <= 604800, int, float), 0),
         "category": (list_of(f"a list of {', '.join(CATEGORIES)}",
                              lambda v: v in CATEGORIES), ()),
         "checkpoint": (list_of("a list of checkpoint_ids",
@@ -1852,8 +1866,9 @@ def rows_of(path: Path, kind: str, tables: dict[str, Any]
             for n, row in enumerate(rows, 1)]
     key = next(iter(KEYS[kind]))
     what = f"{kind} name" if key == "name" else key
-    for name, count in Counter(row[key] for row in rows).items():
-        if count > 1:
+    names = [row[key] for row in rows]
+    for name in names:
+        if names.count(name) > 1:
             raise ConfigError(f'{path}: {what} "{name}" appears twice',
                               "give each its own")
     return rows
@@ -3242,7 +3257,7 @@ class Channel:
         self.entry, self.name, self.pace = entry, str(entry["name"]), pace or Pace()
         self.read_secrets(f'{path}: notify "{self.name}":', environ)
         how = {"url": self.post, "smtp": self.mail, "command": self.start}
-        self.how = next(how[kind] for kind in NOTIFY_KINDS if entry[kind])
+        self.how = next(send for kind, send in how.items() if entry[kind])
         # a url without a body is for machines: an event a request
         self.bundles = not entry["url"] or entry["body"] is not None
         self.hanging: list[threading.Thread] = []
