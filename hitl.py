@@ -3572,19 +3572,18 @@ class Notices:
 
 
 # ================================== Pages ==================================
-# What the reviewer sees, and the only HTML. Pure functions from rows to text.
-# Templates are HTML a designer could read; fill() escapes every value that is
-# not Html already, after visible() has shown what cannot be seen (promise 7).
-# A request is one line that opens to everything about it: first what will
-# run, then who asks and what the agent says of it, then the buttons. Of what
-# will run no part is cut where there are buttons; the page works without its
-# script.
+# What the reviewer sees: the only HTML, made by pure functions from rows.
+# Templates are HTML that a designer could read. fill() escapes every value that
+# is not Html already, after visible() has shown what cannot be seen (promise 7).
+# A request is one line that opens to everything about it: what will run, who
+# asks, what the agent says of it, and the buttons. Where there are buttons,
+# nothing of what will run is cut. The page works without its script.
 
 HISTORY_ROWS = 100              # on one page of the history
 PAGE_CARDS = 100                # waiting requests on the page at once
 REVIEWED_CARDS = 20             # reviewed ones below them
 WIDE = 76                       # characters of JSON that stay on one line
-CONTEXT_SHOWN = 32 * 1024       # characters; of a longer one, both ends
+CONTEXT_SHOWN = 32 * 1024       # characters; of a longer one, its beginning
 DOT = " \u00b7 "                 # between the parts of a line
 
 STYLE = """
@@ -3883,25 +3882,26 @@ def fill(template: str, row: object = None, /, **values: Any) -> Html:
 
 
 def as_html(value: Any, between: str = "") -> Html:
-    """A value as inert markup: Html as it is, of a list all that is not empty,
-    None and False as nothing, anything else as visible text."""
+    """A value as inert markup: Html is unchanged, a list is its parts without
+    the empty ones, None and False are nothing, all else is visible text."""
     if isinstance(value, Html):
         return value
     if isinstance(value, list):
         return Html(between.join(as_html(part) for part in value if part))
-    nothing = value is None or value is False
-    return marked(visible("" if nothing else str(value)))
+    if value is None or value is False:
+        return Html()
+    return marked(visible(str(value)))
 
 
 def escaped(text: str) -> Html:
-    """Text as inert markup, as it is."""
+    """Text as inert markup, each of its characters as it is."""
     from html import escape
     return Html(escape(text))
 
 
 def marked(text: str) -> Html:
-    """Visible text as inert markup: its codes are marks, and words of other
-    scripts keep their order, and their brackets where they touch ASCII."""
+    """Visible text as inert markup: codes are marked; words of other scripts
+    keep their order and, where they touch ASCII, their brackets."""
     text = escaped(text)
     return Html(MARK.sub(mark, text) if BRACKETS[0] in text else text)
 
@@ -3916,13 +3916,17 @@ def mark(found: re.Match[str]) -> str:
 
 # ---- arguments and contexts: blocks of text and of JSON ----
 
-def layout(value: Any, depth: int = 1) -> str:
-    """JSON to read: what fits stays on one line, and a text of several lines
-    is broken where its lines end. Its own line breaks are escapes."""
+def layout(value: Any, depth: int = 0) -> str:
+    """JSON to read: what fits stays on one line, and a longer text is broken
+    behind its line breaks, which stay escapes."""
     text = READABLE.encode(value)
     if len(text) <= WIDE and "\\n" not in text:
         return text
-    outer, inner = ("\n" + "  " * min(n, 4) for n in (depth - 1, depth))
+    outer = "\n" + "  " * min(depth, 4)
+    inner = "\n" + "  " * min(depth + 1, 4)
+    if isinstance(value, str):
+        lines = re.findall(r"[^\n]+\n*|\n+", value)
+        return f'"{inner.join(READABLE.encode(line)[1:-1] for line in lines)}"'
     if isinstance(value, dict):
         rows = [f"{READABLE.encode(name)}: {layout(part, depth + 1)}"
                 for name, part in value.items()]
@@ -3930,8 +3934,7 @@ def layout(value: Any, depth: int = 1) -> str:
             isinstance(part, (str, dict, list)) for part in value):
         rows = [layout(part, depth + 1) for part in value]
     else:
-        return re.sub(r'\\(.)(?!\\n|"$)', lambda escape: escape[0] + (
-            inner if escape[1] == "n" else ""), text)
+        return text                     # a list of numbers
     return text[0] + ",".join(inner + row for row in rows) + outer + text[-1]
 
 
