@@ -689,12 +689,17 @@ def call_in_words(tool: str, arguments: Mapping[str, Any]) -> str:
     return f"{tool} {', '.join(short + long)}".strip()
 
 
+def person(principal: str | None) -> str:
+    """The name in `reviewer:ana` or `agent:billing`."""
+    return (principal or "").partition(":")[2]
+
+
 def changed_in_words(request: ReviewRequest) -> str:
     """What a reviewer changed: `changed by ana: {table: "users" -> "pets"}`;
     "" where they changed nothing."""
     if request.approved_arguments is None or request.arguments is None:
         return ""
-    who = (request.decided_by or "").partition(":")[2]
+    who = person(request.decided_by)
     return changes_in_words(who, json.loads(request.arguments),
                             json.loads(request.approved_arguments))
 
@@ -2839,9 +2844,8 @@ SAID_OF = {
 def refused(reason: str, request: ReviewRequest) -> Refusal:
     """What SAID_OF has for a reason, of this request."""
     message, cure = SAID_OF[reason]
-    person = (request.decided_by or "").partition(":")[2]
-    return Refusal(reason, message.format(person=person, **request._asdict()),
-                   cure, about=request)
+    message = message.format(person=person(request.decided_by), **request._asdict())
+    return Refusal(reason, message, cure, about=request)
 
 
 def changed_call(request: ReviewRequest,
@@ -3585,6 +3589,8 @@ REVIEWED_CARDS = 20             # reviewed ones below them
 WIDE = 76                       # characters of JSON that stay on one line
 CONTEXT_SHOWN = 32 * 1024       # characters; of a longer one, its beginning
 DOT = " \u00b7 "                 # between the parts of a line
+FACTS = ("why", "category", "timestamp", "received_at", "asked_by", "request_id",
+         "digest", "config_digest")             # behind "More"
 
 STYLE = """
 :root { color-scheme: light dark; --paper: light-dark(#f6f5f2, #161513);
@@ -4022,7 +4028,6 @@ run. Calls already running, and those that no checkpoint names, go on.</p>
 PROBLEM_NOTE = """<div class="note rejected"><h3>{message}</h3>
 <p>{hint}</p>
 <p class="soft">{status} {reason} <a href="/">Back to the desk</a></p></div>
-{typed}
 """
 
 LIFT = '<form method="post" action="/lift/{number}"><button>Lift</button></form>'
@@ -4069,6 +4074,9 @@ CARD = """<details class="card {state}" id="request-{request_id}"{open}>
   </div>
 </details>
 """
+
+WARNING = """<p class="warn">{text}</p>
+  """
 
 LARGE = """<p>This request is large, {size}. <a href="/review/{request_id}">Read
 all of it and decide</a>.</p>"""
@@ -4207,13 +4215,11 @@ def review_page(view: View, request: ReviewRequest) -> Html:
 
 def problem_page(status: int, refusal: Refusal,
                  view: View | None = None, typed: str = "") -> Html:
-    """Why something was refused. Where it was a decision about a request that
-    is still there, its card again, with the reason that was typed."""
-    view, request, lost = view or View(), refusal.about, ""
-    if request and typed and request.status != Status.WAITING:
-        lost = f"You had typed: {typed}"
+    """Why something was refused and, where it was a decision, the card of its
+    request again, with the reason that was typed."""
+    view, request = view or View(), refusal.about
     return page(view, f"{status} {refusal.reason}", as_html([
-        fill(PROBLEM_NOTE, refusal, status=status, typed=lost),
+        fill(PROBLEM_NOTE, refusal, status=status),
         request and safely(card, request, view, True, True, typed)]))
 
 
@@ -4284,12 +4290,17 @@ def safely(show: Callable[..., Html], request: ReviewRequest, *more: Any) -> Htm
 def card(request: ReviewRequest, view: View, opened: bool = True,
          whole: bool = True, typed: str = "") -> Html:
     """A request: its line, what will run, who asks and why, the buttons. A
-    large one has them on its own page only, which shows the `whole` of it."""
-    headline, full = one_line(request.action_description), Html("")
-    tool, known = request.tool or "", request.category in CATEGORIES
-    waits, folds, forms = request.status == Status.WAITING, None, None
+    large one has them on its own page only, which shows the `whole` of it.
+    Without buttons, a reason that was `typed` is shown as it is."""
+    headline, full = one_line(request.action_description), Html()
     if headline != visible(request.action_description):
         full = marked(full_description(request))
+    tool, category = request.tool or "", ""
+    if headline.startswith(tool):
+        tool = ""
+    if request.category in CATEGORIES:
+        category = request.category
+    waits, folds, forms = request.status == Status.WAITING, None, None
     if request.size > LARGE_BYTES and not whole:
         exact = fill(LARGE, request, size=readable_size(request.size))
     else:
@@ -4297,15 +4308,17 @@ def card(request: ReviewRequest, view: View, opened: bool = True,
         exact, folds = asked(request)
         if waits and request.intact and view.offers(request).decidable:
             forms = decision_forms(view, request, typed)
+    said = [not waits and endings(request),
+            typed and not forms and f"You had typed: {typed}"]
     return fill(
         CARD, request, state=f"{request.status} {request.outcome or ''}".strip(),
-        open=Html(" open" if opened else ""), category=known and request.category,
-        headline=marked(headline), tool=not headline.startswith(tool) and tool,
-        left=waits and moment(request.deadline, "left", view.at), full=full,
-        warnings=[fill('<p class="warn">{text}</p>\n  ', text=text)
-                  for text in warnings(view, request) if text],
+        open=Html(" open" if opened else ""), category=category, tool=tool,
+        headline=marked(headline), full=full,
+        left=waits and moment(request.deadline, "left", view.at),
+        warnings=[fill(WARNING, text=text) for text in warnings(view, request)
+                  if text],
         exact=exact, who=who_line(view, request), folds=folds, forms=forms,
-        said=not waits and endings(request))
+        said=as_html(said, DOT))
 
 
 def warnings(view: View, request: ReviewRequest) -> Iterator[str | Html]:
@@ -4347,17 +4360,17 @@ def who_line(view: View, request: ReviewRequest) -> Html:
 
 def full_description(request: ReviewRequest) -> str:
     """The description, but for arguments that are blocks below it."""
-    text = request.action_description
-    arguments = stored_json(request.arguments)
-    for name, value in arguments.items() if isinstance(arguments, dict) else ():
-        if isinstance(value, str) and "\n" in value.strip():
-            text = text.replace(value.strip(), f"({name}: see below)")
+    text, arguments = request.action_description, stored_json(request.arguments)
+    if isinstance(arguments, dict):
+        for name, value in arguments.items():
+            if isinstance(value, str) and "\n" in value.strip():
+                text = text.replace(value.strip(), f"({name}: see below)")
     return visible_lines(text)
 
 
 def what_was_asked(request: ReviewRequest) -> tuple[Html, Html]:
-    """What does not change while it waits: the exact call, and behind folds
-    the context (of a large one the beginning) and what is seldom needed."""
+    """What does not change while a request waits: the exact call, and what is
+    folded (its context, or the beginning of a large one, and other facts)."""
     title = "Exactly this:"
     if request.status == Status.WAITING:
         title = "Runs exactly this:"
@@ -4366,27 +4379,24 @@ def what_was_asked(request: ReviewRequest) -> tuple[Html, Html]:
         rows = [fill(BLOCK if size else ARGUMENT, name=name, size=size,
                      text=marked(text))
                 for name, size, text in argument_rows(stored_json(request.runs))]
+    exact = fill(EXACT, title=title, rows=rows or "no arguments: {}",
+                 tool=request.tool or Html("<em>no tool</em>"))
     context, left_out = request.agent_context, ""
+    size = readable_size(len(context.encode()))
     if len(context) > CONTEXT_SHOWN:
-        text = context[:CONTEXT_SHOWN]
+        context = context[:CONTEXT_SHOWN]
         left_out = f"All of it: hitl.py show {request.request_id} --json"
     else:
-        text = layout(stored_json(context))
-    first = re.match(r"(?:[\[{]\n)?\s*(.*)", text)
-    facts = [(name, getattr(request, name)) for name in (
-        "why", "category", "timestamp", "received_at", "asked_by", "request_id",
-        "digest", "config_digest")]
-    return fill(
-        EXACT, title=title, rows=rows or "no arguments: {}",
-        tool=request.tool or Html("<em>no tool</em>")), fill(
-        FOLDS, size=readable_size(len(context.encode())), left_out=left_out,
-        first=first and first[1][:WIDE], context=marked(visible_lines(text)),
-        facts=[fill(ARGUMENT, name=name, text=value) for name, value in facts if value],
-        rule=allow_rule(request))
+        context = layout(stored_json(context))
+    first = re.sub(r"^[\[{]\n *", "", context).partition("\n")[0][:WIDE]
+    facts = [fill(ARGUMENT, name=name, text=getattr(request, name))
+             for name in FACTS if getattr(request, name)]
+    return exact, fill(FOLDS, size=size, first=first, left_out=left_out,
+                       context=marked(visible_lines(context)), facts=facts,
+                       rule=allow_rule(request))
 
 
-# The desk is made again at each change for each open tab; of most cards this is
-# all the work.
+# An open page is made again at each change, and most of the work is this.
 what_was_asked_before = functools.lru_cache(maxsize=2 * PAGE_CARDS)(what_was_asked)
 
 
@@ -4457,10 +4467,6 @@ def moment(text: str | None, kind: str = "", now: float = 0.0) -> Html:
 
 def unix_time(text: str) -> float:
     return datetime.fromisoformat(text).timestamp()
-
-
-def person(principal: str | None) -> str:
-    return (principal or "").partition(":")[2]
 
 
 def decider(request: ReviewRequest) -> str:
@@ -6725,7 +6731,7 @@ class Held:
         """An error unless the request is approved; whether it was claimed
         before, the server decides at the claim."""
         state = self.state
-        name = (state.decided_by or "").partition(":")[2]
+        name = person(state.decided_by)
         self.approved_by = visible(name)
         if state.status == Status.REJECTED:
             reason = f": {state.reason}" if state.reason else ""
