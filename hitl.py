@@ -7459,6 +7459,14 @@ def read_message(line: bytes) -> Json:
     return message
 
 
+def ids_in(line: bytes) -> list[str | int | None]:
+    """The ids under which a line that is refused is to be answered."""
+    found = read_loosely(line)
+    ids = [at_path(message, "id") for message in
+           (found if isinstance(found, list) else [found])]
+    return [key for key in ids if type(key) in (str, int)] or [None]
+
+
 def check_names(members: Json, known: tuple[str, ...]) -> None:
     for name in members:
         if name not in known and folded(name) in known:
@@ -7472,13 +7480,13 @@ class Proxy:
 
     def __init__(self, gate: Gate, command: list[str], name: str) -> None:
         self.gate, self.command, self.name = gate, command, name
-        # by JSON-RPC id: the tasks of calls; and what the server is to answer,
-        # as a future or, where it simply passes, None
-        self.calls: dict[str, Any] = {}
-        self.open: dict[str, Any] = {}
+        # by JSON-RPC id: calls that are not sent yet, and what answers those
+        # that a person approved
+        self.waits: dict[str, asyncio.Task[None]] = {}
+        self.replies: dict[str, asyncio.Future[bytes]] = {}
         # what was approved and answered input_required, by call and state
         self.resumes: dict[tuple[str, str], Held] = {}
-        self.tools: Json = {}                   # what the server says of them
+        self.tools: Json = {}           # what the server says of them
 
     # ---- the two processes ----
 
@@ -7490,41 +7498,34 @@ class Proxy:
         self.child: Any = await asyncio.create_subprocess_exec(
             *self.command, stdin=-1, stdout=-1, limit=1 << 26,
             start_new_session=True)
-        pumps = [asyncio.ensure_future(work) for work in (
-            self.pump_out(), self.pump_in(source), self.exited(math.inf))]
+        from_client = self.loop.create_task(self.pump_in(source))
+        from_server = self.loop.create_task(self.pump_out())
+        ended = self.loop.create_task(self.exited(math.inf))
         try:
-            done, _ = await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait([from_client, from_server, ended],
+                                         return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()           # a fault of ours ends all
         finally:
-            await self.close(pumps)
-        for task in done:
-            task.result()                       # a fault of ours ends all
+            from_client.cancel()
+            for task in self.waits.values():
+                task.cancel()           # withdraws what is held
+            await self.end_server()
+            await asyncio.wait([from_server], timeout=3)    # its last words
         return shell_status(self.child.returncode or 0)
 
-    async def close(self, pumps: list[Any]) -> None:
-        """End what is held, which withdraws it, then the server and all it
-        started; pass on what it still says, and answer what it left open."""
-        import asyncio
+    async def end_server(self) -> None:
+        """End the server and all that it started."""
         import signal
-        pumps[1].cancel()
-        for key in self.calls.keys() - self.open.keys():
-            self.calls[key].cancel()
-            self.open[key] = None
-        self.child.stdin.close()                # it should end by itself
+        self.child.stdin.close()        # it should end by itself
         for name in ("SIGTERM", "SIGKILL"):
             await self.exited(3)
-            with contextlib.suppress(OSError):  # nobody is left
+            with contextlib.suppress(OSError):      # nobody is left
                 if os.name == "posix":
                     os.killpg(self.child.pid, getattr(signal, name))
                 else:
                     self.child.kill()
         await self.exited(3)
-        await asyncio.wait(pumps, timeout=3)
-        for key in list(self.open):
-            self.from_server(b'{"jsonrpc": "2.0", "id": %b, "error": {"code": '
-                             b'-32000, "message": "the MCP server has ended"}}\n'
-                             % key.encode())
-        if self.calls:
-            await asyncio.wait(self.calls.values(), timeout=3)
 
     async def exited(self, seconds: float) -> None:
         """Wait for the server itself; what it started may hold its pipes."""
@@ -7545,7 +7546,7 @@ class Proxy:
             self.from_server(line)
 
     def to_client(self, line: bytes) -> None:
-        with contextlib.suppress(OSError):      # the client is gone
+        with contextlib.suppress(OSError):              # the client is gone
             write_whole(self.sink, line)
 
     def answer(self, **message: Any) -> None:
@@ -7559,33 +7560,28 @@ class Proxy:
         try:
             message = read_message(line)
         except ValueError as error:     # a server might read it as a call
-            loose, why = read_loosely(line), visible(f"hitl: refused: {error}")
-            ids = [at_path(item, "id") for item in
-                   (loose if isinstance(loose, list) else [loose])]
-            for key in [k for k in ids if type(k) in (str, int)] or [None]:
+            why = visible(f"hitl: refused: {error}")
+            for key in ids_in(line):
                 self.answer(id=key, error={"code": -32600, "message": why})
             return
-        method, key = message.get("method"), json.dumps(message.get("id"))
-        if method == CALL:
-            self.calls[key] = task = self.loop.create_task(self.call(message, line))
-            task.add_done_callback(lambda _: self.calls.pop(key, None))
+        if message.get("method") == CALL:
+            self.waits[json.dumps(message["id"])] = self.loop.create_task(
+                self.call(message, line))
             return
-        if method == "notifications/cancelled":
-            asked = json.dumps(at_path(message, "params.requestId"))
-            if asked in self.calls and asked not in self.open:
-                self.calls[asked].cancel()
-                return                  # withdrawn, never sent or answered
-        if "id" in message and method:
-            self.open[key] = None
+        if message.get("method") == "notifications/cancelled":
+            wait = self.waits.get(json.dumps(at_path(message, "params.requestId")))
+            if wait:                    # it is withdrawn, never sent or answered
+                wait.cancel()
+                return
         self.child.stdin.write(line)
 
     def from_server(self, line: bytes) -> None:
         message = read_loosely(line)
         if isinstance(message, dict) and "method" not in message:
             self.learn_tools(at_path(message, "result.tools"))
-            reply = self.open.pop(json.dumps(message.get("id")), None)
-            if reply and not reply.done():
-                reply.set_result(line)          # call() goes on with it
+            reply = self.replies.pop(json.dumps(message.get("id")), None)
+            if reply:
+                reply.set_result(line)  # run_held() goes on with it
                 return
         self.to_client(line)
 
@@ -7610,10 +7606,11 @@ class Proxy:
         """A tools/call: its line passes where no checkpoint holds it."""
         params = message["params"]
         tool, arguments = params["name"], params.get("arguments") or {}
-        call, state = canonical([tool, arguments]), params.get("requestState")
-        held = self.resumes.pop((call, json.dumps(state)), None)
+        call = canonical([tool, arguments])
+        resumed = self.resumes.pop((call, json.dumps(params.get("requestState"))),
+                                   None)
         try:
-            held = held or await self.gate.ahold(
+            held = resumed or await self.gate.ahold(
                 f"mcp__{self.name}__{tool}", arguments, edits=True,
                 tick=self.progress(at_path(params, "_meta.progressToken")),
                 context={"MCP server": self.command,
@@ -7626,16 +7623,17 @@ class Proxy:
                 result["resultType"] = "complete"
             self.answer(id=message["id"], result=result)
             return
+        finally:
+            self.waits.pop(json.dumps(message["id"]), None)
         if held:
             await self.run_held(message, held, call)
         else:
-            self.open[json.dumps(message["id"])] = None
             self.child.stdin.write(line)
 
     async def run_held(self, message: Json, held: Held, call: str) -> None:
         """1 send what was approved (promise 2), 2 pass the answer on, with what
         a reviewer changed as its first content, 3 report it."""
-        self.open[json.dumps(message["id"])] = reply = self.loop.create_future()
+        reply = self.replies[json.dumps(message["id"])] = self.loop.create_future()
         params = {name: value for name, value in message["params"].items()
                   if name in PARAMS} | {"arguments": held.arguments}
         self.child.stdin.write(json.dumps({
