@@ -289,6 +289,8 @@ class ReviewTimeoutError(HitlError, TimeoutError):
     reason = "expired"
 
 
+# These answer the call; any other HitlError says that something is wrong.
+ANSWERS = (CollaborationError, DeniedError, ReviewTimeoutError)
 REFUSED_AS: dict[str, type[HitlError]] = {      # a reply's reason -> the error
     "already-claimed": AlreadyClaimedError, "stopped": CollaborationError,
     "lapsed": ReviewTimeoutError, "expired": ReviewTimeoutError,
@@ -6671,11 +6673,11 @@ class Held:
                     and time.monotonic() - began < 0.1):    # answered early
                 time.sleep(min(0.5, left))
 
-    def nobody(self, more: str = "", reason: str = "") -> HitlError:
+    def nobody(self, hint: str = "", reason: str = "") -> HitlError:
         seconds = min(self.timeout_seconds, self.lifetime_seconds)
         return self.error(
             ReviewTimeoutError, f'nobody decided "{self.description}" within '
-            f"{seconds:g} s; nothing ran{more}", "raise timeout_seconds in "
+            f"{seconds:g} s; nothing ran", hint or "raise timeout_seconds in "
             f"{self.gate.configuration.path}: people usually need 300 or more",
             reason)
 
@@ -6685,7 +6687,7 @@ class Held:
         outlives = self.lifetime_seconds > self.timeout_seconds
         if outlives and not self.cancelled:
             raise self.nobody(
-                "; the request still waits, and the same call asked again, as "
+                "the request still waits: the same call asked again, as "
                 f'request_id "{self.request_id}", picks up its decision',
                 "still-waiting")
         self.break_off("cancelled" if self.cancelled else "timeout")
@@ -7048,9 +7050,7 @@ class Gate:
         """How a refusal reaches the caller: raised, so that it propagates,
         or as text for a model whose framework swallows exceptions."""
         logged(error)
-        told = type(error) in (CollaborationError, DeniedError,
-                               ReviewTimeoutError)
-        if self.on_reject == "raise" or not told:
+        if self.on_reject == "raise" or type(error) not in ANSWERS:
             raise error
         if not callable(self.on_reject):
             return error.told
@@ -7147,7 +7147,6 @@ def on_signals(names: str, handler: Callable[[int, Any], None]) -> None:
 # ---- the hook: what each coding agent says and accepts ----
 
 DAY = 86_400                    # a request outlives the hook that asked
-MAX_HOOK_INPUT = 16 << 20       # bytes: a whole file may be written by a call
 PRE, ASK, WHY = "PreToolUse", "PermissionRequest", "{why}"
 
 
@@ -7265,7 +7264,7 @@ class Hook:
             os._exit(2)
         log.warning = lambda words, *rest: self.notes.append(words % rest)
         log.error = lambda *_: None     # its hint is not for a model
-        self.end(*self.reply(lambda: sys.stdin.buffer.read(MAX_HOOK_INPUT)))
+        self.end(*self.reply(lambda: sys.stdin.buffer.read()))
 
     def reply(self, read: Callable[[], bytes]) -> tuple[Json | None, int, str]:
         """What to print, the exit status, and what to say on stderr."""
@@ -7333,16 +7332,15 @@ class Hook:
     def refusal(self, fault: BaseException) -> tuple[Json | None, int, str]:
         """The dialect's refusal, as reply() gives it. A person's decision is
         an answer; an error is one only where the agent shows it."""
-        decided = type(fault) in (CollaborationError, DeniedError,
-                                  ReviewTimeoutError)
-        if not isinstance(fault, HitlError):
-            ended = isinstance(fault, SystemExit)       # by us, who say why
-            fault = HitlError(visible(str(fault) if ended else error_text(fault)))
+        if isinstance(fault, SystemExit):               # by us, who say why
+            fault = HitlError(str(fault))
+        elif not isinstance(fault, HitlError):
+            fault = HitlError(visible(error_text(fault)))
+        decided = type(fault) in ANSWERS
         why = fault.told if decided else f"hitl: refused: {fault.told}"
         if fault.reason == "still-waiting":
-            said = fault.message.partition("; nothing ran")[0]
-            why = (f"{said}; the call did not run, and its request still "
-                   "waits. Repeat this very call later to pick up the decision.")
+            why = (f"{fault.message}, but the request still waits. Repeat this very "
+                   "call later to pick up the decision.")
         answer: Json = json.loads(filled(self.dialect.rejected, why=why))
         if decided and answer:
             return answer, 0, ""
@@ -7366,7 +7364,8 @@ class Hook:
     def too_late(self, *_: Any) -> None:
         if not self.ended:
             self.end(*self.refusal(ReviewTimeoutError(
-                f"no answer within {self.seconds:g} s", reason="still-waiting")))
+                f"no answer within {self.seconds:g} s; nothing ran",
+                reason="still-waiting")))
 
     def end(self, answer: Json | None, status: int, words: str) -> NoReturn:
         """The one answer, whole, and the end of this process; exit status 2
@@ -7407,26 +7406,27 @@ SNIPPETS: dict[str, tuple[str, Json]] = {       # agent -> its file, what is in 
 
 
 def snippet(agent: str, config: str | None) -> str:
-    """The text to install. An agent that ignores exit statuses gets a refusal
-    to print."""
+    """The text to install. Cline ignores exit statuses, so it is given a
+    refusal to print."""
     import shlex
     try:
-        words = [sys.executable, "-I", "-c", LOADER, bytecode_folder(),
-                 str(Path(__file__).absolute()), "hook"]
+        cache = bytecode_folder()
     except OSError as error:
         raise ConfigError(f"{error.filename} {error.strerror}", "chmod 700 it, or "
                           "name another place in XDG_CACHE_HOME") from None
+    line = shlex.join([sys.executable, "-I", "-c", LOADER, cache,
+                       str(Path(__file__).absolute()), "hook"])
     if config:
-        words += ["--config", str(Path(config).absolute())]
+        line += f" --config {shlex.quote(str(Path(config).absolute()))}"
     if agent == "cline":
         refusal = '{"cancel":true,"errorMessage":"hitl unavailable"}'
-        return f"#!/bin/sh\n{shlex.join(words)} || echo {shlex.quote(refusal)}\n"
-    words += ["--deadline", "86000"]
-    url = os.environ.get("HITL_SERVER_URL", "http://127.0.0.1:8765")
-    with contextlib.suppress(ConfigError):
-        url = Gate(find_configuration(config, local=False)).server_url
-    return filled(SNIPPETS[agent][1], command=f"{shlex.join(words)} || exit 2",
-                  waiting=f"hitl: review at {url}") + "\n"
+        return f"#!/bin/sh\n{line} || echo {shlex.quote(refusal)}\n"
+    waiting = "hitl: waiting for a person"
+    with contextlib.suppress(ConfigError):      # there may be none so far
+        gate = Gate(find_configuration(config, local=False))
+        waiting = f"hitl: review at {gate.server_url}"
+    return filled(SNIPPETS[agent][1], waiting=waiting,
+                  command=f"{line} --deadline 86000 || exit 2") + "\n"
 
 
 # ---- MCP: a proxy between a client and a server on stdio ----
