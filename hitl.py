@@ -1727,7 +1727,7 @@ KEYS: dict[str, dict[str, tuple[Check, Any]]] = {
     **dict.fromkeys(("reviewer", "agent"), {
         "name": (name_value, REQUIRED),
         "token_sha256": (check_that(
-            "a SHA-256 in hex: `hitl.py token NAME` prints one",
+            "a SHA-256 in hex: `python3 hitl.py token NAME` prints one",
             lambda v: re.fullmatch("[0-9a-f]{64}", v), str), REQUIRED),
     }),
     "notify": {
@@ -2839,7 +2839,7 @@ SAID_OF = {
     "already-finished": ("this call is {outcome} already", ""),
     "damaged": (
         'what is stored of "{request_id}" is not what was asked: the database '
-        "was damaged or edited", "`hitl.py log --verify`; restore a backup"),
+        "was damaged or edited", "`python3 hitl.py log --verify`; restore a backup"),
 }
 
 
@@ -2928,7 +2928,7 @@ def open_store(path: Path, clock: Callable[[], float] = time.time) -> Store:
                 raise bad_database(
                     path, f"is damaged or was edited: {fault}",
                     "restore a backup, or move it away to begin again; "
-                    "`hitl.py log --verify` tells more")
+                    "`python3 hitl.py log --verify` tells more")
             store = Store(db, lock, path, clock)
         except ConfigError:
             raise
@@ -4387,7 +4387,7 @@ def what_was_asked(request: ReviewRequest) -> tuple[Html, Html]:
     size = readable_size(len(context.encode()))
     if len(context) > CONTEXT_SHOWN:
         context = context[:CONTEXT_SHOWN]
-        left_out = f"All of it: hitl.py show {request.request_id} --json"
+        left_out = f"All of it: python3 hitl.py show {request.request_id} --json"
     else:
         context = layout(stored_json(context))
     first = re.sub(r"^[\[{]\n *", "", context).partition("\n")[0][:WIDE]
@@ -7672,8 +7672,7 @@ class Proxy:
 
 # ---- a command behind a prefix ----
 
-def run_command(gate: Gate, tool: str, argv: list[str],
-                timeout: float | None) -> int:
+def run_command(gate: Gate, argv: list[str], timeout: float | None) -> int:
     """Ask, then run exactly the approved argv, never through a shell -> its
     exit status. HitlError if it may not, or cannot, run."""
     import shutil
@@ -7682,9 +7681,9 @@ def run_command(gate: Gate, tool: str, argv: list[str],
         raise HitlError(f"no such command: {visible(argv[0])}",
                         reason="no-such-command")
     call = {"argv": argv, "cwd": cwd, "executable": os.path.abspath(path)}
-    rule = gate.rules.first_match(tool, call).checkpoint
+    rule = gate.rules.first_match("run", call).checkpoint
     unmatched = rule.checkpoint_id == "unmatched"       # waits all the same
-    return gate.call(tool, call, execute, timeout_seconds=timeout,
+    return gate.call("run", call, execute, timeout_seconds=timeout,
                      checkpoint="unmatched" if unmatched else None)
 
 
@@ -8066,26 +8065,26 @@ TRIPWIRES = (                   # id, what it does, category, pattern
 
 def rule_text(checkpoint_id: str, pattern: str, template: str = "Run {command}",
               kind: str = "shell", **more: str) -> str:
-    """A [[checkpoint]] as TOML."""
+    """A [[checkpoint]] as TOML, after an empty line."""
     quoted = f"'{pattern}'"
     if "'" in pattern:
         quoted = json.dumps(pattern, ensure_ascii=False)
-    more = {"checkpoint_id": f'"{checkpoint_id}"', "kind": f'"{kind}"',
-            "action_pattern": quoted, "description_template": f'"{template}"',
-            **{name: f'"{value}"' for name, value in more.items()}}
-    return "\n[[checkpoint]]\n" + "".join(
-        f"{name} = {value}\n" for name, value in more.items())
+    lines = ["", "[[checkpoint]]", f'checkpoint_id = "{checkpoint_id}"',
+             f'kind = "{kind}"', f"action_pattern = {quoted}",
+             f'description_template = "{template}"',
+             *(f'{name} = "{value}"' for name, value in more.items())]
+    return "\n".join(lines) + "\n"
 
 
-def commented(*rules: str) -> str:
-    return "".join(rules).replace("\n", "\n# ").replace("\n# \n", "\n\n")[:-2]
+def commented(rules: Iterable[str]) -> str:
+    return re.sub("(?m)^(?=.)", "# ", "".join(rules))
 
 
-EXAMPLE = HEAD + MISSION + MONEY + TRIPWIRES_HEAD + commented(
+EXAMPLE = HEAD + MISSION + MONEY + TRIPWIRES_HEAD + commented([
     *(rule_text(name, pattern, what + ": {command}", category=category)
       for name, what, category, pattern in TRIPWIRES),
     rule_text("own-rules", r"checkpoints\.toml|hitl\.(py|db)|(hooks?|settings)\.json",
-              "Edit the rules of this agent: {file_path}", "edit", effect="deny"))
+              "Edit the rules of this agent: {file_path}", "edit", effect="deny")])
 
 # What a coding agent may run unasked: commands that only read, to the letter.
 # Quotes are in the patterns because what is matched is the text as written.
@@ -8168,8 +8167,9 @@ def reviewer_client(args: Any) -> Client:
     import getpass
     url = configuration_for(args).gate["server_url"]
     url = args.server_url or os.environ.get("HITL_SERVER_URL") or url
-    name = next(filter(None, map(os.environ.get, (
-        "HITL_REVIEWER", "LOGNAME", "USER", "USERNAME"))), "reviewer")
+    name = "reviewer"
+    for variable in ("USERNAME", "USER", "LOGNAME", "HITL_REVIEWER"):
+        name = os.environ.get(variable) or name
     token = os.environ.get("HITL_REVIEWER_TOKEN")
     if not token and sys.stdin.isatty():
         token = getpass.getpass("reviewer's token (serve printed it): ")
@@ -8184,8 +8184,8 @@ def reviewer_client(args: Any) -> Client:
 
 def reply_of(client: Client, method: str, path: str, body: Any = None
              ) -> dict[str, Any]:
-    """The server's answer; HitlError, with its words, if it refuses and knows
-    no longer ids either."""
+    """The body of the server's answer: to a request_id that is not there, the
+    longer ones that begin so. HitlError, in the server's words, if it refuses."""
     reply = client.exchange(method, path, body, seconds=15)
     if reply.status < 400 or reply.body.get("longer_ids"):
         return reply.body
@@ -8198,50 +8198,54 @@ def reply_of(client: Client, method: str, path: str, body: Any = None
                     reason=reply.reason)
 
 
-def request_named(client: Client, start: str,
-                  alone: bool = False) -> dict[str, Any]:
-    """The request of this id, or the only one whose id begins so. `alone`
-    refuses an id that is another's beginning, too: an agent chose the id
-    `1f0c`, and was approved in another's place."""
+def request_named(client: Client, start: str, alone: bool = False) -> dict[str, Any]:
+    """The request with this id, or else the only one whose id begins with it.
+    `alone` also refuses a whole id that another one begins with: an agent once
+    chose the id `1f0c`, and was approved in another's place."""
     if not REQUEST_ID.fullmatch(start):
         raise ConfigError(f'"{visible(start)}" is not a request_id',
                           "`python3 hitl.py list --all` prints them")
-    reply = reply_of(client, "GET", f"/review/{start}")
-    ids, found, cure = reply.get("longer_ids") or [], "digest" in reply, ""
-    if found and not (ids and alone):
-        return reply
-    if found:
-        ids, cure = [*ids, start], f'; "{start}" itself can be decided on the page'
-    elif len(ids) == 1:
+    request = reply_of(client, "GET", f"/review/{start}")
+    ids = request.get("longer_ids") or []
+    exact = "digest" in request
+    if exact and not (alone and ids):
+        return request
+    if not exact and len(ids) == 1:
         return reply_of(client, "GET", f"/review/{ids[0]}")
-    raise ConfigError(f'"{start}" begins {len(ids)} request_ids',
-                      f"write more of it: {', '.join(ids)}{cure}")
+    hint = f"write more of it: {', '.join(ids)}"
+    if exact:
+        hint += f'; "{start}" itself can be decided on the page'
+    raise ConfigError(f'"{start}" is the beginning of several request_ids', hint)
 
 
 def fitted(text: str, indent: int = 0) -> list[str]:
-    """Visible text in pieces that fit the terminal behind so many columns."""
+    """Visible text in pieces that fit the terminal after so many columns."""
     import shutil
     room = max(shutil.get_terminal_size((120, 24)).columns, 20) - indent - 1
-    ends = itertools.accumulate(        # the column after each letter
-        1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
-    pieces = itertools.groupby(zip(text, ends, strict=True),
-                               lambda pair: (pair[1] - 1) // room)
-    return ["".join(c for c, _ in piece) for _, piece in pieces]
+    pieces, used = [""], 0
+    for letter in text:
+        wide = unicodedata.east_asian_width(letter) in "WF"
+        if used + 1 + wide > room:
+            pieces.append("")
+            used = 0
+        pieces[-1] += letter
+        used += 1 + wide
+    return pieces
 
 
 def labelled(name: str, text: str, size: str = "") -> str:
-    """A text behind its name or, with a size, in a block behind bars. Where
-    the terminal is too narrow a line goes on behind a plus, so that nothing
+    """A text after its name or, with a size, in a block behind bars. A line
+    that is too long for the terminal goes on behind a plus, so that nothing
     can look like another line."""
     lines = [f"    {name:12} {text}"]
     if size:
-        lines = [f"    {name}: {size}", *(f"    | {line}" for line in
-                                          text.split("\n")), f"    end of {name}"]
+        block = [f"    | {line}" for line in text.split("\n")]
+        lines = [f"    {name}: {size}", *block, f"    end of {name}"]
     return "\n".join("\n    + ".join(fitted(line, 6)) for line in lines)
 
 
 def request_lines(request: dict[str, Any]) -> Iterator[str]:
-    """One request in full, as the page has it."""
+    """One request in full, as the page shows it."""
     headline = one_line(request["action_description"])
     yield f"{request['status']:9} {headline}"
     if headline.endswith("\u2026"):
@@ -8258,8 +8262,9 @@ def request_lines(request: dict[str, Any]) -> Iterator[str]:
                  "outcome_text", "notices", "request_id", "digest"):
         if request.get(name):
             yield labelled(name, visible(str(request[name])))
-    context = visible_lines(layout(request["agent_context"]))
-    yield labelled("context", context, readable_size(len(context.encode())))
+    if request["agent_context"] is not None:
+        context = visible_lines(layout(request["agent_context"]))
+        yield labelled("context", context, readable_size(len(context.encode())))
     if request["status"] == Status.WAITING:
         who = "an agent" if request["attended"] else "nobody"
         yield f"  {who} waits for it now"
@@ -8275,9 +8280,7 @@ def cmd_serve(args: Any) -> int:
     configuration = configuration_for(args)
     server = server_settings(args, configuration)
     host, port = server["host"], server["port"]
-    warnings = [*file_warnings(configuration, serves=True),
-                *rule_warnings(configuration.rules),
-                *notice_warnings(configuration, server["public_url"])]
+    warnings = warnings_of(configuration, server["public_url"], serves=True)
     channels = [Channel(configuration.path, entry, os.environ)
                 for entry in configuration.notify]
     terminal = sys.stdout is not None and sys.stdout.isatty()
@@ -8300,7 +8303,7 @@ def cmd_serve(args: Any) -> int:
     # 3. where it is, and everything worth knowing at the start
     printer = Printer(bell="\a" if terminal else "")
     for line in (*greeting(desk, configuration, made),
-                 *(f"warning: {warning}" for warning in warnings)):
+                 *warnings):
         printer.say(visible(line))
     # 4. serve until a signal
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -8323,18 +8326,16 @@ def greeting(desk: Loop, configuration: Configuration,
     """What serve prints at its start; `made` is a token that is new."""
     store, tokens = desk.desk.store, desk.desk.tokens
     yield f"hitl.py {__version__}: review what waits at"
-    yield link_with(desk.url, made) if made else f"{desk.url}/"
     if made:
+        yield link_with(desk.url, made)
         yield f"name reviewer, token {made}"
-        yield ("to keep this token: HITL_REVIEWER_TOKEN=TOKEN python3 hitl.py "
-               "serve")
-    elif tokens.named:
-        yield "sign in with your name and your own token"
-        if os.environ.get("HITL_REVIEWER_TOKEN"):
-            yield ("warning: HITL_REVIEWER_TOKEN is not used: each [[reviewer]] "
-                   "has a token")
+        yield "to keep this token: HITL_REVIEWER_TOKEN=TOKEN python3 hitl.py serve"
     else:
-        yield "sign in with any name and HITL_REVIEWER_TOKEN"
+        yield f"{desk.url}/"
+        whose = "your name and your own token"
+        if not tokens.named:
+            whose = "any name and HITL_REVIEWER_TOKEN"
+        yield f"sign in with {whose}"
     yield f"configuration {configuration.path or 'none found: defaults of [server]'}"
     yield f"database {store.path}"
     yield f"audit log: {store.head.sequence} rows, head {store.head.hash}"
@@ -8344,43 +8345,41 @@ def greeting(desk: Loop, configuration: Configuration,
         port = desk.server_port
         yield (f"from your own machine: ssh -L {port}:127.0.0.1:{port} "
                f"{getpass.getuser()}@{connection[2]}")
+    asked = os.environ.get("HITL_SERVER_URL") or configuration.gate["server_url"]
+    yield f"agents that read this configuration ask at {asked} (server_url)"
     if tokens.open:
         yield "any program on this machine can ask; HITL_AGENT_TOKEN changes that"
-    asked = os.environ.get("HITL_SERVER_URL") or configuration.gate["server_url"]
-    scheme, _, place = asked.rstrip("/").partition("://")
-    here = ("https" if desk.tls else "http", str(desk.server_port))
-    if asked.rstrip("/") != desk.url.rstrip("/") and here != (
-            scheme, authority(place, scheme)[1]):
-        yield (f"warning: agents that read this configuration ask at {asked} "
-               f"(server_url), and this desk is {here[0]} on port {here[1]}")
+
+
+MAX_UNREAD_LINES = 1000         # of serve, before more are lost
 
 
 class Printer:
-    """Lines on stdout and stderr that serve never waits for: where nobody
-    reads them they are lost, and counted."""
+    """Lines on stdout that serve never waits for: where nobody reads them
+    they are lost, and counted. What is logged is printed, too."""
 
     def __init__(self, bell: str) -> None:
-        self.lines: deque[tuple[int, str]] = deque()
+        self.lines: deque[str] = deque()
         self.lost, self.ended, self.bell = 0, False, bell
-        # a file that is closed: its number may be a socket's by now
-        self.open = {1: sys.stdout is not None, 2: sys.stderr is not None}
-        handler = logging.Handler()
-        handler.emit = lambda record: self.say(      # type: ignore[method-assign]
-            handler.format(record), 2)
-        logging.getLogger().addHandler(handler)
+        # where stdout is closed, its number may be a socket's by now
+        self.open = sys.stdout is not None
         self.wake = threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
+        logging.basicConfig(stream=self, format="%(message)s")
 
-    def say(self, text: str, file: int = 1) -> None:
+    def say(self, text: str) -> None:
         if " submitted " in text:
             text += self.bell
         for line in text.split("\n"):
             if len(self.lines) < MAX_UNREAD_LINES:
-                self.lines.append((file, f"{line}\n"))
+                self.lines.append(f"{line}\n")
             else:
                 self.lost += 1
         self.wake.set()
+
+    def write(self, text: str) -> None:
+        self.say(text.removesuffix("\n"))
 
     def run(self) -> None:
         said = 0
@@ -8388,32 +8387,26 @@ class Printer:
             self.wake.wait()
             self.wake.clear()
             lines = [self.lines.popleft() for _ in range(len(self.lines))]
-            if self.lost > said:
-                lines.append((1, f"{self.lost - said} lines were lost here\n"))
-                said = self.lost
-            for file in self.open:
-                self.write(file, "".join(line for at, line in lines if at == file))
+            lost = self.lost
+            if lost > said:
+                lines.append(f"{lost - said} lines were lost here\n")
+                said = lost
+            self.print("".join(lines))
 
-    def write(self, file: int, text: str) -> None:
+    def print(self, text: str) -> None:
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         data = text.encode(encoding, "backslashreplace")
-        while data and self.open[file]:
+        while data and self.open:
             try:
-                data = data[os.write(file, data):]
+                data = data[os.write(1, data):]
             except OSError:                 # nobody is there any more
-                self.open[file] = False
+                self.open = False
 
     def close(self) -> None:
         """Wait for the last lines, but not for long."""
         self.ended = True
         self.wake.set()
         self.thread.join(1)
-
-
-MAX_UNREAD_LINES = 1000         # of serve, before more are lost
-
-
-RESERVED_AGENTS = ("token", "unauthenticated")      # principals of ours
 
 
 def serving_tokens(configuration: Configuration, terminal: bool
@@ -8439,28 +8432,23 @@ def serving_tokens(configuration: Configuration, terminal: bool
         raise ConfigError("agent and reviewer have the same token",
                           "an agent could approve; a good one for the agent: "
                           f"{fresh_token()}")
-    for name in RESERVED_AGENTS:
-        if name in tokens.agents:
-            raise ConfigError(f'[[agent]] cannot be called "{name}"',
-                              "the log uses this name for others: choose another")
+    if tokens.agents.keys() & {"token", "unauthenticated"}:
+        raise ConfigError('no [[agent]] can be called "token" or "unauthenticated"',
+                          "the log uses these names for agents without a name")
     return tokens, made
 
 
 def tls_context(certificate: str, key: str) -> Any:
-    """An ssl.SSLContext of the certificate and key, or None without."""
-    if not certificate and key:
-        raise ConfigError("tls_key without tls_certificate",
-                          "name the certificate, too")
-    if not certificate:
+    """An ssl.SSLContext of a certificate and its key, or None without them."""
+    if not certificate and not key:
         return None
     import ssl
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.set_alpn_protocols(["http/1.1"])
     try:        # an encrypted key would ask on the terminal: "" is no password
         context.load_cert_chain(certificate, key or None, password="")
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"cannot use the TLS certificate {certificate}: {error}",
+            f'cannot use tls_certificate "{certificate}", tls_key "{key}": {error}',
             "tls_certificate and tls_key are PEM files that belong together; "
             "the key has no password") from None
     return context
@@ -8482,33 +8470,41 @@ def check_exposure(host: str, tokens: Tokens, safe: bool) -> None:
             "certificate), or say --allow-clear-text")
 
 
-def file_warnings(configuration: Configuration, serves: bool = False
-                  ) -> list[str]:
-    """A warning where a group can write the file, ConfigError where everybody
-    can. For what `serves` also where another user could change who decides,
-    who asks or who is told, or a group a command, which runs as this user."""
+def warnings_of(configuration: Configuration, public_url: str,
+                serves: bool = False) -> list[str]:
+    """What is doubtful about a configuration; ConfigError where it is unsafe."""
+    return [f"warning: {doubt}" for doubt in (
+        *file_doubts(configuration, serves), *rule_doubts(configuration.rules),
+        *notice_doubts(configuration, public_url))]
+
+
+def file_doubts(configuration: Configuration, serves: bool) -> list[str]:
+    """That a group can write the file; ConfigError where everybody can. For
+    what `serves` also where another user could change who decides, who asks or
+    who is told, or a group a command, which runs as this user."""
     path, told = configuration.path, configuration.notify
     if path is None or os.name != "posix":
         return []
-    status, mode_cure = path.stat(), f"chmod go-w {path}"
-    people = serves and (told or configuration.reviewers or configuration.agents)
+    status, cure = path.stat(), f"chmod go-w {path}"
+    if status.st_mode & 0o002:
+        raise ConfigError(f"{path} can be written by everybody", cure)
+    people = told or configuration.reviewers or configuration.agents
+    if serves and people and status.st_uid not in (0, os.geteuid()):
+        raise ConfigError(
+            f"{path} belongs to another user, who could change its [[reviewer]], "
+            "[[agent]] and [[notify]]",
+            "serve with a file of your own (--config), or as root: chown "
+            f"{os.geteuid()} {path}")
+    if not status.st_mode & 0o020:
+        return []
     by_group = f"{path} can be written by its group"
-    for wrong, words, cure in (
-            (status.st_mode & 0o002, f"{path} can be written by everybody", mode_cure),
-            (people and status.st_uid not in (0, os.geteuid()),
-             f"{path} belongs to another user, who could change its [[reviewer]], "
-             "[[agent]] and [[notify]]", "serve with a file of your own "
-             f"(--config), or as root: chown {os.geteuid()} {path}"),
-            (serves and status.st_mode & 0o020
-             and any(entry["command"] for entry in told),
-             f"{by_group}, and a [[notify]] runs a command from it", mode_cure)):
-        if wrong:
-            raise ConfigError(words, cure)
-    return [by_group] if status.st_mode & 0o020 else []
+    if serves and any(entry["command"] for entry in told):
+        raise ConfigError(f"{by_group}, and a [[notify]] runs a command from it",
+                          cure)
+    return [by_group]
 
 
-def notice_warnings(configuration: Configuration, public_url: str
-                    ) -> Iterator[str]:
+def notice_doubts(configuration: Configuration, public_url: str) -> Iterator[str]:
     """What is doubtful about the [[notify]] entries."""
     known = [c.checkpoint_id for c in configuration.rules.checkpoints]
     linked = [f'"{entry["name"]}"' for entry in configuration.notify
@@ -8527,20 +8523,21 @@ def notice_warnings(configuration: Configuration, public_url: str
                        f"{did_you_mean(checkpoint_id, known)}")
 
 
-def writes_secret(entry: Mapping[str, Any]) -> bool:
-    """Whether a table holds what looks like a secret, by its name or shape."""
-    for name, value in re.findall(r'(?:"([^"\\]*)": )?"((?:[^"\\]|\\.)*)"',
-                                  json.dumps(entry)):
-        text = PLACEHOLDER.sub("", value)
-        if "${" not in value and text and (
-                re.search(rf"{SECRET_NAME}|^sign$|key$", name)
-                or masked_text(text, "") != text
-                or re.search(r"(?=[\w-]*[0-9])(?=[\w-]*[A-Za-z])[\w-]{20,}", text)):
-            return True
-    return False
+def writes_secret(value: Any, name: str = "") -> bool:
+    """Whether some text in a [[notify]] table looks like a secret, by its name
+    or its shape."""
+    if isinstance(value, dict):
+        return any(writes_secret(item, key) for key, item in value.items())
+    if isinstance(value, list):
+        return any(map(writes_secret, value))
+    if not isinstance(value, str) or "${" in value:
+        return False
+    line = f"{name}: {PLACEHOLDER.sub('', value)}"
+    strewn = r"(?=[\w-]*[0-9])(?=[\w-]*[A-Za-z])[\w-]{20,}"
+    return masked_text(line, "") != line or bool(re.search(strewn, line))
 
 
-def rule_warnings(rules: Rules) -> Iterator[str]:
+def rule_doubts(rules: Rules) -> Iterator[str]:
     """What is doubtful about the checkpoints."""
     for n, c in enumerate(rules.checkpoints):
         name = f'checkpoint "{c.checkpoint_id}"'
@@ -8548,21 +8545,25 @@ def rule_warnings(rules: Rules) -> Iterator[str]:
                                           c.action_pattern):
             yield (f"{name}: {c.action_pattern!r} is looked for in the names of "
                    'tools, and no name holds that; did you mean kind = "shell"?')
-        for above in rules.checkpoints[:n]:
-            wide = re.fullmatch(r"[\w*|-]+", above.action_pattern)
-            if above.effect != "allow" and not above.arguments and (
-                    above.kind == c.kind) and (
-                    above.action_pattern == c.action_pattern or wide and
-                    c.action_pattern.isidentifier() and
-                    above.finds(above.action_pattern, c.action_pattern)):
-                yield (f'{name} never decides: "{above.checkpoint_id}" above it '
-                       "matches the same calls; put the narrower one first")
-                break
+        above = next((a for a in rules.checkpoints[:n] if covers(a, c)), None)
+        if above:
+            yield (f'{name} never decides: "{above.checkpoint_id}" above it '
+                   "matches the same calls; put the narrower one first")
     effects = {c.effect for c in rules.checkpoints if c.kind == "shell"}
     if effects and "allow" not in effects:
         yield ('kind = "shell" is used without an allow list (effect = "allow"): '
-               "a command that no pattern finds runs; `init --coding-agent` "
-               "writes a list")
+               "a command that no pattern finds runs; `python3 hitl.py init "
+               "--coding-agent` writes a list")
+
+
+def covers(above: Checkpoint, c: Checkpoint) -> bool:
+    """Whether one checkpoint plainly matches all that another does: they have
+    the same pattern, or the other's is a name that a simple pattern finds."""
+    if above.effect == "allow" or above.arguments or above.kind != c.kind:
+        return False
+    pattern, other = above.action_pattern, c.action_pattern
+    simple = re.fullmatch(r"[\w*|-]+", pattern) and other.isidentifier()
+    return pattern == other or bool(simple and above.finds(pattern, other))
 
 
 SPARE_FILES = 64                # descriptors that are not connections
@@ -8590,10 +8591,9 @@ def cmd_check(args: Any) -> int:
         return replay(args, configuration)
     rules = configuration.rules
     if args.tool is None:
-        return answer(args, {"path": str(rules.path), "checkpoints": [
-            {name: str(value) if value == math.inf else value
-             for name, value in c._asdict().items()}
-            for c in rules.checkpoints]}, linted(configuration))
+        ids = [c.checkpoint_id for c in rules.checkpoints]
+        return answer(args, {"path": str(rules.path), "checkpoints": ids},
+                      linted(configuration))
     with config_error("JSON of the arguments:"):
         arguments = parse_json(args.arguments)
         if not isinstance(arguments, dict):
@@ -8615,6 +8615,8 @@ def replay(args: Any, configuration: Configuration) -> int:
     try:
         with open_for_reading(path) as db:
             for request in stored_requests(db):
+                if sys.stderr.isatty() and counts.total() % 1000 == 0:
+                    print(f"{counts.total()} calls", end="\r", file=sys.stderr)
                 became, now = replayed(configuration.rules, request)
                 counts[became] += 1
                 if became != "as before":
@@ -8623,7 +8625,7 @@ def replay(args: Any, configuration: Configuration) -> int:
                         "was": request.checkpoint_id, "now": now,
                         "became": became})
     except (sqlite3.DatabaseError, ValueError) as error:
-        raise HitlError(f"{path}: {error}", "`hitl.py log --verify` says more"
+        raise HitlError(f"{path}: {error}", "`python3 hitl.py log --verify` tells more"
                         ) from None
     told = ", ".join(f"{count} {became}" for became, count in counts.items())
     return answer(
@@ -8652,14 +8654,13 @@ def linted(configuration: Configuration) -> Iterator[str]:
     """What the file holds, what is doubtful in it, and whether the server
     answers."""
     rules = configuration.rules
-    warnings = [*file_warnings(configuration), *rule_warnings(rules),
-                *notice_warnings(configuration, configuration.server["public_url"])]
+    warnings = warnings_of(configuration, configuration.server["public_url"])
     yield f"{rules.path}: {len(rules.checkpoints)} checkpoints, fine"
     for c in rules.checkpoints:
         kind = "" if c.kind == "tool" else f"{c.kind}: "
         yield f"  {c.checkpoint_id:20} {c.effect:7} {kind}{c.action_pattern}"
     yield f"  {'(what none matches)':20} {rules.unmatched}"
-    yield from (f"warning: {warning}" for warning in warnings)
+    yield from warnings
     url = os.environ.get("HITL_SERVER_URL") or configuration.gate["server_url"]
     try:
         reply_of(Client(url), "GET", "/healthz")
@@ -8681,7 +8682,7 @@ def explained(configuration: Configuration, match: Match, tool: str,
         more = f', and unmatched = "{rules.unmatched}"'
     yield f"  because  {match.why}{more}"
     if tool == "run" and not named:
-        yield "  but      `hitl.py run` always waits"
+        yield "  but      `python3 hitl.py run` always waits"
     if match.effect == "review":
         yield "  shown as " + visible(describe(rule, tool, arguments))
         seconds = rule.timeout_seconds or configuration.gate["timeout_seconds"]
@@ -8720,7 +8721,7 @@ def coding_rules(path: Path, project: Path) -> str:
         rule_text("leash-shell", OWN_PROGRAM, "Touch the reviewer's program: "
                   "{command}", effect="deny"), *held, *runs,
         "\n# Builds and tests: these run what the agent wrote; with them this is "
-        "no boundary.\n", commented(*builds),
+        "no boundary.\n", commented(builds),
         rule_text("shell", ".*", category="high-impact"),
         rule_text("mcp-tools", MCP_TOOLS, "{tool}", "tool", category="high-impact")])
 
@@ -8848,7 +8849,7 @@ def standing_line(row: dict[str, Any]) -> str:
 def cmd_notify(args: Any) -> int:
     """send a sample notice through each [[notify]], or one of them"""
     configuration = load_configuration(find_configuration(args.config))
-    file_warnings(configuration, serves=True)
+    file_doubts(configuration, serves=True)     # may refuse
     names = [entry["name"] for entry in configuration.notify]
     if args.test not in ("", *names) or not names:
         missing = f' "{args.test}"' if args.test else ""
@@ -8952,7 +8953,7 @@ def cmd_run(args: Any) -> int:
     log.error = lambda *_: None         # it is printed below
     try:
         gate, command = gate_and_command(args)
-        return run_command(gate, args.tool_name, command, args.timeout)
+        return run_command(gate, command, args.timeout)
     except (HitlError, OSError) as error:
         if not sys.stderr.isatty() and isinstance(error, HitlError):
             error.hint = ""             # a model may read it
@@ -8976,7 +8977,7 @@ def gate_and_command(args: Any) -> tuple[Gate, list[str]]:
 
 def cmd_demo(args: Any) -> int:
     """see it happen: a sample agent asks, you decide"""
-    demo(first_of(args.timeout, 300.0))
+    demo(300.0)
     return 0
 
 
@@ -8988,7 +8989,7 @@ def cmd_verify(args: Any) -> int:
     except OSError as error:
         raise ConfigError(f"{output}: {error.strerror}",
                           "choose another file with --output") from None
-    evidence = verify(args.model, first_of(args.timeout, 1.0))
+    evidence = verify(args.model, 1.0)
     output.write_text(json.dumps(evidence, indent=2) + "\n")
     say(f"\n{'verified' if evidence['verified'] else 'NOT VERIFIED'}; the "
         f"evidence is in {output}")
@@ -9045,13 +9046,13 @@ COMMAND_LINES: tuple[tuple[Callable[[Any], int], str, str], ...] = (
     (cmd_lift, "lift 7", "number" + ASKING),
     (cmd_log, "log --verify", "--verify --head --json --config --database"),
     (cmd_token, "token ana >> checkpoints.toml", "name --agent"),
-    (cmd_run, "run -- terraform apply", "--tool --timeout --config command_words"),
+    (cmd_run, "run -- terraform apply", "--timeout --config command_words"),
     (cmd_hook, "hook --snippet claude", "--snippet --deadline --config"),
     (cmd_mcp,
      "mcp --name fs -- npx -y @modelcontextprotocol/server-filesystem .",
      "--name --config command_words"),
-    (cmd_demo, "demo", "--timeout"),
-    (cmd_verify, "verify --output evidence.json", "--timeout --model --output"),
+    (cmd_demo, "demo", ""),
+    (cmd_verify, "verify --output evidence.json", "--model --output"),
 )
 OPTIONS: dict[str, tuple[Any, ...]] = {     # its value or "", help, and more
     "--agent": ("", "it is for an agent"),
@@ -9083,8 +9084,6 @@ OPTIONS: dict[str, tuple[Any, ...]] = {     # its value or "", help, and more
                   {"type": float}),
     "--tls-certificate": ("FILE", "a PEM file: serve https with it"),
     "--tls-key": ("FILE", "its key, if in another file"),
-    "--tool": ("NAME", "the tool name for checkpoints (run)",
-               {"default": "run", "dest": "tool_name"}),
     "--verify": ("", "check every row and request"),
     "--yes": ("", "do not ask y/N"),
     "arguments": ("arguments", "its arguments, as JSON",
