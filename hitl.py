@@ -3683,8 +3683,8 @@ main button { font-weight: 600; min-height: 40px; padding: 6px 22px; }
 """
 
 # The script decides by fetch, keeps the page live and moves by keys. Its cards
-# are the server's own: it replaces one that has changed, and adds new ones
-# below. Nothing moves under a finger.
+# are the server's own: it replaces one that was decided, and adds new ones
+# below the others. Nothing moves under a finger.
 SCRIPT = r"""
 const first = (css, root = document) => root.querySelector(css);
 const every = (css, root = document) => [...root.querySelectorAll(css)];
@@ -3718,19 +3718,18 @@ function tellTimes(css, page = document) {
 
 // ---- deciding ----
 
+const alone = card => read("/review/" + card.id.slice(8));    // on its own page
 const reason = card => first("[name=reason]", card)?.value || "";
 const tell = (card, text) => first(".said", card).append(text);
 
-// A card as the server has it now: who waits for it, or all of it once it is
-// decided, as tall and as open as it was.
-async function renew(card) {
-  const page = await read("/review/" + card.id.slice(8));
+// The card as it is now on a page that was read: one that waits says who waits
+// for it; one that was decided stays as tall and as open as it was.
+function renew(card, page) {
   const fresh = page.getElementById(card.id), typed = reason(card).trim();
   if (!card.isConnected) return document.getElementById(card.id);
-  if (fresh.className === card.className) {
+  if (fresh.className === card.className)
     first(".who", card)?.replaceWith(first(".who", fresh));
-    return card;
-  }
+  if (fresh.className === card.className || fresh.matches(".waiting")) return card;
   const folds = every("details", card), focused = card.contains(document.activeElement);
   every("details", fresh).forEach((fold, n) => { fold.open = folds[n]?.open; });
   fresh.open = card.open;
@@ -3738,7 +3737,7 @@ async function renew(card) {
   if (typed && !first(".said", fresh).textContent.includes(typed))
     tell(fresh, `\nYou had typed: ${typed}`);
   card.replaceWith(fresh);
-  if (focused) first("summary", fresh)?.focus({preventScroll: true});
+  if (focused) first("summary", fresh).focus({preventScroll: true});
   return fresh;
 }
 document.addEventListener("submit", async event => {
@@ -3754,7 +3753,7 @@ document.addEventListener("submit", async event => {
     const reply = await ask(new URL(form.action).pathname,
       {method: "POST", body, headers: {Accept: "application/json"}});
     const {title, detail = ""} = await reply.json();
-    const fresh = await renew(card);
+    const fresh = renew(card, await alone(card));
     if (!reply.ok) tell(fresh, `\nNot decided: ${title}. ${detail}`);
   } catch {
     tell(card, "The server does not answer. Your reason is kept: " +
@@ -3770,10 +3769,10 @@ document.addEventListener("input", event => {
   if (card) sessionStorage[card.id] = reason(card);
 });
 
-// ---- live: the page again when something changed, else the open cards ----
+// ---- live: the page is read again when something changed, or after a while ----
 
-async function refresh(changed) {
-  const page = changed ? await read(location.pathname + location.search) : document;
+async function refresh() {
+  const page = await read(location.pathname + location.search);
   const news = every("#waiting .card", page).filter(
     card => !document.getElementById(card.id));
   for (const card of news) {
@@ -3789,20 +3788,22 @@ async function refresh(changed) {
   first("link[rel=icon]").href = first("link[rel=icon]", page).href;
   if (news.length && document.hidden && self.Notification?.permission === "granted")
     new Notification(page.title, {tag: "hitl"});
-  for (const card of every(".card.waiting, main > .card"))
-    if (card.open || !page.getElementById(card.id)) await renew(card);
+  for (const card of every(".card")) {
+    if (page.getElementById(card.id)) renew(card, page);
+    else if (card.matches(".waiting")) renew(card, await alone(card));
+  }
 }
 let poll = new AbortController(), wake = () => {};
 const pause = time => new Promise(done => { wake = done; setTimeout(done, time); });
 async function live() {
   for (;;) {
+    const hidden = document.hidden, wait = hidden || !lost.hidden ? 0 : 25;
     poll = new AbortController();
     try {
-      const hidden = document.hidden, wait = hidden || !lost.hidden ? 0 : 10;
       const reply = await ask(`/changes?after=${change}&wait=${wait}`,
                               {signal: poll.signal});
       const now = (await reply.json()).change;
-      if (now != change || !hidden) await refresh(now != change);
+      if (now != change || !hidden) await refresh();
       change = now;
       lost.hidden = true;
       if (hidden) await pause(REST);
@@ -3833,19 +3834,24 @@ const KEYS = {
   j: () => go(1), k: () => go(-1),
   a: () => reach(".approve"), r: () => reach("[name=reason]"),
   "/": () => first("#q").focus(), "?": () => { first("#keys").open = true; },
-  "typing Escape": field => field.blur(),
-  "reached Enter": field => field.form.requestSubmit(first(".reject", field.form)),
 };
 document.addEventListener("keydown", event => {
   if (event.ctrlKey || event.altKey || event.metaKey || event.isComposing) return;
-  const field = event.target, reached = field.reached && !event.shiftKey;
-  let key = event.key;
-  if (field.matches("textarea, input"))
-    key = (reached && key === "Enter" ? "reached " : "typing ") + key;
-  if (!KEYS[key]) return;
+  const field = event.target, key = event.key;
+  if (!field.matches("textarea, input")) {
+    if (!KEYS[key]) return;
+    KEYS[key]();
+  } else if (key === "Escape") {
+    field.blur();
+  } else if (key === "Enter" && field.reached && !event.shiftKey) {
+    field.form.requestSubmit(first(".reject", field.form));
+  } else {
+    return;
+  }
   event.preventDefault();
-  KEYS[key](field);
 });
+
+// ---- the start ----
 
 bell.hidden = self.Notification?.permission !== "default";
 bell.onclick = async () => {
@@ -3856,7 +3862,7 @@ tellTimes("time");
 setInterval(tellTimes, 1000, "time.left, time.ago");
 for (const field of every(".card [name=reason]"))       // after a reload
   field.value ||= sessionStorage[field.closest(".card").id] || "";
-if (change) live();
+if (first("#waiting, main > .card")) live();
 """
 
 
@@ -4174,7 +4180,7 @@ class View(NamedTuple):
     decided: Callable[[ReviewRequest], ReviewRequest | None] = (
         lambda request: None)           # the last decision of the same call
     rules: Rules = Rules(())            # the desk's own
-    change: int | str = ""              # what GET /changes counts; "": not live
+    change: int = 0                     # what GET /changes counts
     offers: Callable[[ReviewRequest], Offers] = lambda request: Offers()
     stop: Standing | None = None        # what stopped everything
 
