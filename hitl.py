@@ -1579,31 +1579,23 @@ def address(value: Any, schemes: str, like: str, rest: str = "/?") -> re.Match[s
 
 
 def url_value(value: Any) -> str:
-    return address(value, "https?", '"http://127.0.0.1:8765", no path'
-                   )[0].removesuffix("/")
+    found = address(value, "https?", '"http://127.0.0.1:8765", no path')
+    return found[0].removesuffix("/")
 
 
-def notice_url_value(value: Any) -> str:
-    """Where a notice is posted. Its host is never a {placeholder}, or an agent
-    could choose who is told. Only `serve` can check one with a ${NAME}."""
-    if "${" not in text_value(value):
-        check_private(address(
-            value, "https?", '"https://ntfy.sh/": https, a plain host, a path',
-            "(?:[/?#][!-~]*)?"))
-    return str(value)
-
-
-def smtp_value(value: Any) -> str:
-    check_private(address(value, "starttls|tls|plain", '"starttls://mail.example.'
-                          'org:587" or "tls://mail.example.org:465"'))
-    return str(value)
-
-
-def check_private(found: re.Match[str]) -> None:
-    """ValueError where a notice would cross the network in clear text."""
-    safe = IN_CLEAR.get(found[1])
-    if safe and not is_loopback(found[2]):
-        raise ValueError(f"would leave this machine in clear text: write {safe}")
+def receiver(schemes: str, like: str, rest: str = "/?") -> Check:
+    """A check of where notices go: nowhere else in clear text than to this
+    machine. The host is never a {placeholder}, or an agent could choose who is
+    told. An address with a ${NAME} is checked by `serve`, which knows it."""
+    def check(value: Any) -> Any:
+        if "${" in text_value(value):
+            return value
+        found = address(value, schemes, like, rest)
+        safe = IN_CLEAR.get(found[1])
+        if safe and not is_loopback(found[2]):
+            raise ValueError(f"would leave this machine in clear text: write {safe}")
+        return value
+    return check
 
 
 def is_loopback(host: str) -> bool:
@@ -1625,6 +1617,11 @@ NEEDS = {                               # a key -> what it is of no use without
     "headers": ["url"], "body": ["url"], "sign": ["url"],
     "smtp": ["from", "to"], "from": ["smtp"], "to": ["smtp"],
     "login": ["smtp", "password"], "password": ["smtp", "login"]}
+notice_url_value = receiver(
+    "https?", '"https://ntfy.sh/": https, a plain host, a path', "(?:[/?#][!-~]*)?")
+smtp_value = receiver(
+    "starttls|tls|plain",
+    '"starttls://mail.example.org:587" or "tls://mail.example.org:465"')
 sign_value = check_that('"whsec_" and base64: `openssl rand -base64 32` makes some',
                         lambda v: re.fullmatch(SIGNING_KEY, v), str)
 
@@ -3149,15 +3146,11 @@ def audit_faults(db: Any, noted: str = "") -> Iterator[str]:
 
 # ================================= Notices =================================
 # Telling a reviewer that something waits (promise 9), and the only outgoing
-# messages. One mechanism for url, smtp and command: a template that is filled
-# with fields made here. Of what an agent wrote only names leave the house, as
-# letters, digits and _; with details = true the description as well.
-#
-# Each [[notify]] has a thread of its own, so that one that hangs holds up no
-# other and no POST waits. It hears from the loop what waits and what has ended,
-# and never touches SQLite: what became of a notice comes back to the loop, which
-# writes it into the audit log. So what is owed after a restart is what waits,
-# times the entries, less those rows.
+# messages. An entry's url, mail or command is filled with fields made here: of
+# what an agent wrote only names leave the house and, with details = true, the
+# description. Each entry has a thread, so that one that hangs holds up neither
+# a POST nor another entry. What became of a notice goes back to the loop, which
+# writes it into the audit log: so it is known what is owed after a restart.
 
 MAX_ANSWER = 200                # characters of an answer that are kept
 MAX_DETAILS = 900               # characters: every receiver takes so many
@@ -3180,7 +3173,7 @@ class Answer(NamedTuple):
     told: bool
     status: str                 # "204", "exit 1", "ConnectionRefusedError"
     text: str = ""
-    again: bool = False
+    again: bool = False         # another try may help
 
 
 class Job(NamedTuple):
@@ -3194,33 +3187,30 @@ class Job(NamedTuple):
 def notice_fields(requests: list[ReviewRequest], desk_url: str, waiting: int
                   ) -> dict[str, Any]:
     """All that a message can say of these requests, the newest one last."""
-    def common(name: str) -> str:
-        """One value, as it may leave the house: agents choose names, and
-        `https://evil`, `@/etc/passwd` and `-x` are some."""
-        values = {getattr(request, name) or "" for request in requests}
-        value = values.pop() if len(values) == 1 else "several"
-        return re.sub("[^A-Za-z0-9]", "_", value[:64])
-    names = {name.removesuffix("_id"): common(name) for name in (
-        "tool", "agent", "checkpoint_id", "category")}
-    names["category"] = names["category"].replace("_", "-")
-    text = [f"{name}: {value or 'none'}" for name, value in names.items()]
-    deadline = min(filter(None, (request.deadline for request in requests)),
-                   default=None)
-    if deadline is None:
-        text.append("no deadline")
-    else:
-        left = datetime.fromisoformat(deadline).timestamp() - time.time()
-        text.append(f"expires in {readable_seconds(max(0, left))}, at "
-                    f"{deadline[11:19]} UTC")
+    names = {}
+    for column in ("tool", "agent", "checkpoint_id", "category"):
+        values = {getattr(request, column) or "" for request in requests}
+        name = values.pop() if len(values) == 1 else "several"
+        if column != "category":        # agents choose names: `https://evil`,
+            name = re.sub("[^A-Za-z0-9]", "_", name[:64])   # `@/etc/passwd`, `-x`
+        names[column.removesuffix("_id")] = name
     title, url = f"{len(requests)} requests wait", f"{desk_url}/"
     if len(requests) == 1:
         title = f"{names['tool'] or 'A request'} waits for a decision"
         url += f"review/{requests[0].request_id}"
+    deadline = min((request.deadline for request in requests if request.deadline),
+                   default=None)
+    ends = "no deadline"
+    if deadline:
+        left = datetime.fromisoformat(deadline).timestamp() - time.time()
+        ends = (f"expires in {readable_seconds(max(0, left))}, at "
+                f"{deadline[11:19]} UTC")
     last = requests[-9:]
     details = "\n".join(one_line(request.action_description,
                                  MAX_DETAILS // len(last) - 1) for request in last)
     return names | {
-        "title": title, "text": "\n".join(text), "url": url,
+        "title": title, "url": url, "text": "\n".join(
+            [f"{name}: {value or 'none'}" for name, value in names.items()] + [ends]),
         "request_id": requests[-1].request_id, "status": str(Status.WAITING),
         "deadline": deadline, "waiting": waiting, "details": details}
 
@@ -3253,6 +3243,11 @@ def failure(error: BaseException) -> Answer:
         error, (OSError, http.client.HTTPException)))
 
 
+def percent_encoded(text: str) -> str:
+    from urllib.parse import quote
+    return quote(text, safe="")
+
+
 class Channel:
     """One [[notify]]: how its messages are filled in and sent, and those that
     it owes, which are its own thread's alone."""
@@ -3262,15 +3257,13 @@ class Channel:
         import queue
         self.entry, self.name, self.pace = entry, str(entry["name"]), pace or Pace()
         self.read_secrets(f'{path}: notify "{self.name}":', environ)
-        how = {"url": self.post, "smtp": self.mail, "command": self.start}
-        self.how = next(send for kind, send in how.items() if entry[kind])
+        ways = {"url": self.post, "smtp": self.mail, "command": self.start}
+        self.send = next(way for kind, way in ways.items() if entry[kind])
         # a url without a body is for machines: an event a request
         self.bundles = not entry["url"] or entry["body"] is not None
         self.hanging: list[threading.Thread] = []
-        self.curious = False            # what does it say when all is well?
         self.inbox: queue.SimpleQueue[Job | str] = queue.SimpleQueue()
         self.jobs: dict[str, Job] = {}              # by request_id
-        self.heap: list[tuple[float, str]] = []     # the same, by when it is due
         self.quiet_until = 0.0
 
     def read_secrets(self, where: str, environ: Mapping[str, str]) -> None:
@@ -3279,16 +3272,18 @@ class Channel:
         names = PLACEHOLDER.findall(json.dumps(self.entry))
         self.secrets = {name: environ.get(name, "") for name, _ in names if name}
         for name, value in self.secrets.items():
-            for wrong, problem, cure in (
-                    (name in ("HITL_REVIEWER_TOKEN", "HITL_AGENT_TOKEN"),
-                     "is a credential of this desk", "send another one"),
-                    (not value, "is not set",
-                     f"set {name} where `serve` is started"),
-                    (not value.isprintable(), "holds a line break, or another "
-                     "character that cannot be seen", f"set {name} without it")):
-                if wrong:
-                    raise ConfigError(f"{where} ${{{name}}} {problem}", cure)
-        for key, check in (("url", notice_url_value), ("sign", sign_value)):
+            wrong = ""
+            if name in ("HITL_REVIEWER_TOKEN", "HITL_AGENT_TOKEN"):
+                wrong, cure = "is a credential of this desk", "send another one"
+            elif not value:
+                wrong, cure = "is not set", f"set {name} where `serve` is started"
+            elif not value.isprintable():
+                wrong = "holds a line break, or another unseen character"
+                cure = f"set {name} without it"
+            if wrong:
+                raise ConfigError(f"{where} ${{{name}}} {wrong}", cure)
+        for key, check in (("url", notice_url_value), ("smtp", smtp_value),
+                           ("sign", sign_value)):
             if self.entry[key]:
                 with config_error(f"{where} {key}"):
                     check(self.text(self.entry[key], {}))
@@ -3332,9 +3327,9 @@ class Channel:
     # ---- one try ----
 
     def tell(self, requests: list[ReviewRequest], desk_url: str, waiting: int,
-             **other: str) -> Answer:
-        """Tell of these requests, once, with other texts if they are given. The
-        id of the message is the same over all tries, and after a restart.
+             sample: dict[str, Any] | None = None) -> Answer:
+        """Tell of these requests, once; in a sample with other texts. The id of
+        the message is the same over all tries, and after a restart.
 
         It is over in `patience` seconds whatever hangs (a dead name server
         included): a thread of its own makes the try, and is left behind. An
@@ -3345,13 +3340,15 @@ class Channel:
 
         def run() -> None:
             try:
-                fields = notice_fields(requests, desk_url, waiting) | other
+                fields = notice_fields(requests, desk_url, waiting) | (sample or {})
                 if not self.entry["details"]:
                     del fields["details"]
                 event = {"type": "request.waiting", "data": fields,
                          "timestamp": requests[-1].received_at}
-                for answer in self.how(event, message_id):
+                for answer in self.send(event, message_id):
                     answers.append(answer)
+                    if answer.told and not sample:
+                        break           # what else it says may never end
             except Exception as error:
                 if len(answers) == 1:
                     answers.append(failure(error))
@@ -3366,13 +3363,13 @@ class Channel:
 
     def sample(self, desk_url: str) -> Answer:
         """Send a text that is hard to send, once."""
-        self.curious, now = True, instant(time.time())
-        hard = '"quotes", a \\, an emoji \U0001f514'
+        now, hard = instant(time.time()), '"quotes", a \\, an emoji \U0001f514'
         request = ReviewRequest(
             f"test-{now}", "waiting", None, "", None, received_at=now, tool="test",
             agent="test", action_description=hard)
-        return self.tell([request], desk_url, 1, title=f"A test of hitl.py: {hard}",
-                         url=f"{desk_url}/", text=f"{hard},\na line break, {{title}}")
+        return self.tell([request], desk_url, 1, {
+            "title": f"A test of hitl.py: {hard}", "url": f"{desk_url}/",
+            "text": f"{hard},\na line break, {{title}}"})
 
     def post(self, event: dict[str, Any], message_id: str) -> Iterator[Answer]:
         """An HTTP POST, through the environment's proxies. Without redirects:
@@ -3401,8 +3398,7 @@ class Channel:
             if answer.again and re.fullmatch("[0-9]{1,9}", after):
                 self.quiet_until = time.monotonic() + min(int(after), MAX_RETRY_AFTER)
             yield answer
-            if not answer.told or self.curious:     # else its body may never end
-                yield answer._replace(text=self.shown(reply.read(4096)))
+            yield answer._replace(text=self.shown(reply.read(4096)))
 
     def signature(self, message_id: str, data: bytes) -> dict[str, str]:
         """The headers of Standard Webhooks 1.0.0."""
@@ -3432,7 +3428,8 @@ class Channel:
         letter["Auto-Submitted"] = "auto-generated"
         letter.set_content("\n\n".join(filter(None, (
             fields["text"], fields.get("details"), fields["url"]))) + "\n")
-        context, where = ssl.create_default_context(), urlsplit(entry["smtp"])
+        context = ssl.create_default_context()
+        where = urlsplit(self.text(entry["smtp"], {}))
         port = where.port or {"tls": 465, "starttls": 587, "plain": 25}[where.scheme]
         connect: Any = smtplib.SMTP
         if where.scheme == "tls":
@@ -3472,63 +3469,60 @@ class Channel:
 
     # ---- what is owed, and when ----
 
+    def wants(self, request: ReviewRequest) -> bool:
+        """Whether the entry's filters let a request through."""
+        categories, checkpoints = self.entry["category"], self.entry["checkpoint"]
+        return ((not categories or request.category in categories)
+                and (not checkpoints or request.checkpoint_id in checkpoints))
+
     def ring(self, notices: Notices) -> None:
-        """The entry's thread. It hears of what to tell, or of the id of what no
-        longer waits (no further try, and a row if its notice was due), and makes
-        one try after the other, each when it is due."""
+        """The entry's thread: it hears what the loop has to say, and makes one
+        try after the other, each when it is due."""
         import queue
         while True:
-            now, wait = time.monotonic(), 3600.0
-            if self.heap:
-                wait = max(self.heap[0][0], self.quiet_until, now) - now
-            try:
-                news = self.inbox.get(timeout=min(wait, 3600))
-            except queue.Empty:
-                self.try_due(notices)
-                continue
-            if isinstance(news, Job):
-                self.owe(news)
-                continue
-            job = self.jobs.pop(news, None)
-            if job and (job.tries or job.due <= now):
-                notices.report(self.name, [news],
-                               Answer(False, "it stopped waiting first"))
+            due = min((job.due for job in self.jobs.values()), default=math.inf)
+            wait = max(due, self.quiet_until) - time.monotonic()
+            with contextlib.suppress(queue.Empty):
+                self.hear(self.inbox.get(timeout=min(max(0, wait), 3600)), notices)
+            while not self.inbox.empty():
+                self.hear(self.inbox.get(), notices)
+            self.try_due(notices)
 
-    def owe(self, job: Job) -> None:
-        import heapq
-        self.jobs[job.request.request_id] = job
-        heapq.heappush(self.heap, (job.due, job.request.request_id))
+    def hear(self, news: Job | str, notices: Notices) -> None:
+        """Of a notice that is owed, or of a request that no longer waits: there
+        is no further try, and a row if its notice was due."""
+        if isinstance(news, Job):
+            self.jobs[news.request.request_id] = news
+            return
+        job = self.jobs.pop(news, None)
+        if job and (job.tries or job.due <= time.monotonic()):
+            notices.report(self.name, [news], Answer(False, "it stopped waiting first"))
 
     def try_due(self, notices: Notices) -> None:
-        """One try: all that is due in one message, or the one event that is due
-        first. Then it is owed again, or done with."""
-        import heapq
-        started, taken = time.monotonic(), list[Job]()
-        while self.heap and self.heap[0][0] <= started and (
-                self.bundles or not taken):
-            job = self.jobs.pop(heapq.heappop(self.heap)[1], None)
-            if job:                     # else it no longer waits
-                taken.append(job)
-        if not taken:
+        """One try: all that is due in one message, or the first event that is
+        due. Then each is owed again, or done with."""
+        now, pauses = time.monotonic(), self.pace.pauses
+        due = [job for job in self.jobs.values() if job.due <= now]
+        if not due or now < self.quiet_until:
             return
-        answer = self.tell([job.request for job in taken], notices.desk_url,
+        if not self.bundles:
+            del due[1:]
+        answer = self.tell([job.request for job in due], notices.desk_url,
                            len(notices.waiting))
-        pauses, done = self.pace.pauses, list[str]()
-        for job in taken:
-            if not answer.again or job.tries == len(pauses):
-                done.append(job.request.request_id)
+        done = []
+        for job in due:
+            request_id = job.request.request_id
+            if answer.again and job.tries < len(pauses):
+                self.jobs[request_id] = Job(
+                    job.request, now + pauses[job.tries], job.tries + 1)
             else:
-                self.owe(Job(job.request, started + pauses[job.tries], job.tries + 1))
+                del self.jobs[request_id]
+                done.append(request_id)
         if self.bundles:                # a burst rings once
             pause = pauses[0] if answer.again else self.pace.window
-            self.quiet_until = max(self.quiet_until, started + pause)
+            self.quiet_until = max(self.quiet_until, now + pause)
         if done:
             notices.report(self.name, done, answer)
-
-
-def percent_encoded(text: str) -> str:
-    from urllib.parse import quote
-    return quote(text, safe="")
 
 
 class Notices:
@@ -3544,20 +3538,17 @@ class Notices:
             threading.Thread(target=channel.ring, args=(self,), daemon=True).start()
 
     def begins(self, request: ReviewRequest, told: Iterable[str] = ()) -> None:
-        """A request waits: the entries owe it that let it through and have not
-        told of it. Its category is that of the checkpoint in serve's own file,
+        """A request waits: the entries that want it and have not told of it owe
+        a notice. Its category is that of the checkpoint in serve's own file,
         which counts more than what the agent says."""
         self.waiting.add(request.request_id)
         category = self.known.get(request.checkpoint_id or "", request.category)
         request = request._replace(
             category=category if category in CATEGORIES else "", arguments=None,
             action_description=request.action_description[:MAX_DETAILS])
-        values = {"category": category, "checkpoint": request.checkpoint_id}
         waited = time.time() - datetime.fromisoformat(request.received_at).timestamp()
         for channel in self.channels:
-            if channel.name not in told and all(
-                    value in (channel.entry[key] or [value])
-                    for key, value in values.items()):
+            if channel.wants(request) and channel.name not in told:
                 delay = max(0, channel.entry["after_seconds"] - waited)
                 channel.inbox.put(Job(request, time.monotonic() + delay))
 
