@@ -2971,7 +2971,7 @@ def test_log_lists_every_change_beside_a_running_server(desk):
 # delays of minutes short.
 
 WHSEC = "whsec_" + base64.b64encode(b"k" * 24).decode()
-SOON = hitl.Pace(pauses=(0.05, 0.05, 0.05, 0.05), window=0.3, patience=0.5)
+SOON = hitl.Pace(pauses=(0.05, 0.05, 0.05, 0.05), window=0.3)
 
 
 class Receiver(ThreadingHTTPServer):
@@ -3085,10 +3085,14 @@ def a_request(request_id="r-1", **fields):
 def tell(make_rules):
     """Tell the entries of a TOML text of requests -> [(name, ids, Answer)]."""
     def run(text, *requests, pace=SOON, count=1, **environ):
-        done = []
+        done, run.at = [], {}
+
+        def report(*result) -> None:
+            done.append(result)
+            run.at[result[0]] = time.monotonic()
         notices = hitl.Notices(
             channels(make_rules, text, pace, **environ), make_rules(RULES),
-            "https://desk.example", lambda *result: done.append(result))
+            "https://desk.example", report)
         for request in requests or [a_request()]:
             notices.begins(request)
         assert until(lambda: len(done) >= count), done
@@ -3161,31 +3165,39 @@ def test_what_only_serve_resolves(make_rules, make_gate, keys, value, cure):
     assert "secret" not in str(error.value) and WHSEC[6:] not in str(error.value)
 
 
-@pytest.mark.parametrize("answers, tries, status, told", [
-    ([200], 1, "200", True), ([204], 1, "204", True),
-    ([dripping(b"HTTP/1.1 200 OK\r\n\r\n")], 1, "200", True),
-    ([dripping(b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\n", b"", 0.01)],
-     1, "200", True),
-    ([302], 1, "302", False),
-    ([lambda h: h.reply(307, Location="/other")], 1, "307", False),
-    ([403], 1, "403", False), ([410], 1, "410", False),
-    ([dripping(b"HTTP/1.1 403 No\r\n\r\n")], 1, "403", False),
-    ([500, 204], 2, "204", True), ([408, 425, 204], 3, "204", True),
-    ([reset, 204], 2, "204", True), ([500], 5, "500", False),
-    ([reset], 5, "ConnectionResetError|RemoteDisconnected", False),
-    ([hang, 204], 2, "204", True),
-    ([dripping(b"HTTP/1.1 200 OK\r\nX: "), 204], 2, "204", True)])
-def test_the_answers_of_a_receiver(tell, answers, tries, status, told):
+ANSWERS = {                     # answers, tries, status, told
+    "ok": ([200], 1, "200", True), "empty": ([204], 1, "204", True),
+    "endless": ([dripping(b"HTTP/1.1 200 OK\r\n\r\n")], 1, "200", True),
+    "silent": ([dripping(b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\n", b"")],
+               1, "200", True),
+    "moved": ([302], 1, "302", False), "no": ([403], 1, "403", False),
+    "elsewhere": ([lambda h: h.reply(307, Location="/x")], 1, "307", False),
+    "gone": ([410], 1, "410", False),
+    "endless no": ([dripping(b"HTTP/1.1 403 No\r\n\r\n")], 1, "403", False),
+    "once": ([500, 204], 2, "204", True), "twice": ([408, 425, 204], 3, "204", True),
+    "ill": ([500], 5, "500", False), "reset once": ([reset, 204], 2, "204", True),
+    "reset": ([reset], 5, "ConnectionResetError|RemoteDisconnected", False),
+    "hanging": ([hang, 204], 2, "204", True),
+    "dripping": ([dripping(b"HTTP/1.1 200 OK\r\nX: "), 204], 2, "204", True)}
+
+
+def test_the_answers_of_a_receiver(tell):
     """2xx is told; a transport error, 408, 425, 429 and 5xx are tried five
     times; any other answer is final, and no redirect is followed."""
-    with Receiver(*answers) as receiver:
-        start = time.monotonic()
-        (name, ids, answer), = tell(notify(url=receiver.url))
-        assert not told or tries > 1 or time.monotonic() - start < SOON.patience
-        assert (name, ids, answer.told) == ("phone", ["r-1"], told)
-        assert re.fullmatch(status, answer.status)
-        assert [path for path, _, _ in receiver.got] == ["/"] * tries
-        assert len({h["webhook-id"] for _, h, _ in receiver.got}) == 1
+    with contextlib.ExitStack() as stack:
+        receivers = {name: stack.enter_context(Receiver(*answers))
+                     for name, (answers, *_) in ANSWERS.items()}
+        done = tell("".join(notify(name, url=receiver.url)
+                            for name, receiver in receivers.items()),
+                    pace=SOON._replace(patience=1.5), count=len(ANSWERS))
+        for name, ids, answer in done:
+            got, (_, tries, status, told) = receivers[name].got, ANSWERS[name]
+            assert (name, ids, answer.told, len(got)) == (name, ["r-1"], told, tries)
+            assert re.fullmatch(status, answer.status), name
+            assert {path for path, _, _ in got} == {"/"}
+            assert len({headers["webhook-id"] for _, headers, _ in got}) == 1
+        for name in ("endless", "silent"):      # nobody waited for their ends
+            assert tell.at[name] < tell.at["hanging"] - 0.5
 
 
 def test_the_proxy_of_the_environment_is_used(tell, monkeypatch):
@@ -3196,19 +3208,22 @@ def test_the_proxy_of_the_environment_is_used(tell, monkeypatch):
         assert proxy.got[0][0] == "http://localhost:9/x"
 
 
-@pytest.mark.parametrize("after, least, most", [
-    ("1", 1, 9), ("-1", 0, 0.9), ("9" * 30, 0, 0.9), ("Wed, 1 Jan 2098", 0, 0.9)])
-def test_retry_after_is_minded(tell, after, least, most):
-    """After a 429 the next try comes as many seconds later as Retry-After says,
-    and for no other request earlier."""
+def test_retry_after_is_minded(tell):
+    """After a 429 the next try comes at least as many seconds later as
+    Retry-After says, and for no other request earlier; nonsense is ignored."""
     def late(handler) -> None:
+        after = handler.path.strip("/").replace("_", " ")
         handler.reply(429, Retry_After=after)
-    with Receiver(late, 204) as phone, Receiver(late, 204) as siem:
-        done = tell(notify(url=phone.url, body={}) + notify("siem", url=siem.url),
-                    a_request("r-1"), a_request("r-2"), count=3)
+    with Receiver(late, 204) as phone, Receiver(late, 204) as siem, Receiver(
+            late, late, 204) as odd:
+        done = tell(notify(url=phone.url + "1", body={})
+                    + notify("siem", url=siem.url + "1")
+                    + notify("odd", url=odd.url + "-1")
+                    + notify("date", url=odd.url + "Wed,_1_Jan_2098"),
+                    a_request("r-1"), a_request("r-2"), count=7)
         assert all(answer.told for _, _, answer in done)
         for receiver in (phone, siem):
-            assert least <= receiver.at[1] - receiver.at[0] + 0.01 < most
+            assert receiver.at[1] - receiver.at[0] >= 0.9
 
 
 def test_the_event_is_signed(tell):
@@ -3285,7 +3300,7 @@ def test_a_command_gets_arguments_and_no_credential(tell, tmp_path, monkeypatch)
     (_, _, answer), = tell(notify(command=[
         sys.executable, "-c", script, "--", "{request_id}", "a {title}",
         "$(id) `id` ;"]), a_request("-rf"))
-    assert answer == hitl.Answer(True, "exit 0")
+    assert answer == hitl.Answer(True, "exit 0") and tell.notices.channels[0].bundles
     argv, event, environ = json.loads(out.read_text())
     assert argv[1:] == [" -rf", f"a {event['data']['title']}", "$(id) `id` ;"]
     assert event["data"]["request_id"] == "-rf" and "canary" not in str(environ)
@@ -3293,11 +3308,12 @@ def test_a_command_gets_arguments_and_no_credential(tell, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("argv, status, text", [
     ([sys.executable, "-c", "print('no'); raise SystemExit(3)"], "exit 3", "no"),
-    ([sys.executable, "-c", "import time; time.sleep(9)"], "TimeoutE.*", ""),
+    ([sys.executable, "-c", "import time; time.sleep(60)"], "TimeoutE.*", ""),
     (["/no/such/program"], "FileNotFoundError", "")])
 def test_a_command_that_fails_is_final(tell, argv, status, text):
     """Any end of a command but exit 0 is final, one that hangs too."""
-    (_, _, answer), = tell(notify(command=argv))
+    (_, _, answer), = tell(notify(command=argv), pace=SOON._replace(
+        patience=0.5 if "Timeout" in status else 10))
     assert re.fullmatch(status, answer.status)
     assert (answer.told, answer.text, answer.again) == (False, text, False)
 
@@ -3340,7 +3356,7 @@ def test_each_outcome_is_in_the_log_and_a_failure_is_marked(desk, start_notices)
         start = time.monotonic()
         desk.post("r-2", checkpoint_id="delete-records", category="data-risk")
         rows = notified(desk, 4)
-        assert time.monotonic() - start < 1
+        assert time.monotonic() - start < 2
         assert len({headers["webhook-id"] for _, headers, _ in good.got}) == 2
     why, told = {"name": "bad", "why": "403"}, ["notified", "r-2"]
     assert sorted(map(list, rows), key=str) == [
@@ -3362,7 +3378,7 @@ def test_a_burst_rings_once(desk, start_notices):
     body = {"title": "{title}", "url": "{url}", "newest": "{request_id}",
             "agent": "{agent}"}
     with Receiver() as phone, Receiver(403) as bad, Receiver() as siem:
-        start_notices(notify(url=phone.url, body=body)
+        start_notices(notify(url=phone.url, body=body, sign=WHSEC)
                       + notify("bad", url=bad.url, body=body)
                       + notify("siem", url=siem.url))
         start = time.monotonic()
@@ -3376,13 +3392,13 @@ def test_a_burst_rings_once(desk, start_notices):
                    ) == len(rows) == 150
         for receiver in (phone, bad):
             assert 2 <= len(receiver.got) <= windows + 2
-            assert receiver.at[1] - receiver.at[0] >= SOON.window * 0.9
-            first, second = receiver.bodies()[:2]
-            assert first["newest"] == "r-0"
-            assert re.fullmatch("[0-9]+ requests wait", second["title"])
-            assert second["url"] == f"{desk.url}/" and second["agent"] == "several"
-            assert receiver.bodies()[-1]["newest"] == "r-49"
+            first, *_, last = receiver.bodies()
+            assert first["newest"] == "r-0" and last["newest"] == "r-49"
+            assert any(re.fullmatch("[0-9]+ requests wait", each["title"])
+                       and each["url"] == f"{desk.url}/" and each["agent"] == "several"
+                       for each in receiver.bodies())
         assert len(siem.got) == 50
+        assert all(verified(headers, body) for _, headers, body in phone.got)
     many = [a_request(deadline=f"2099-01-0{day}T12:00:00.000Z") for day in (2, 1, 3)]
     assert " at 12:00:00 UTC" in hitl.notice_fields(many, "", 3)["text"]
     assert hitl.notice_fields(many, "", 3)["deadline"] == many[1].deadline
@@ -3398,7 +3414,7 @@ def test_a_hanging_receiver_holds_up_nobody(desk, start_notices):
             assert desk.post(f"r-{n}").status == 201
             seconds.append(time.monotonic() - start)
         assert sorted(seconds)[10] < 0.1
-        assert until(lambda: stuck.got and len(well.got) == 20, 0.4)
+        assert until(lambda: stuck.got and len(well.got) == 20, 4)
 
 
 def test_tries_that_hang_are_few(make_rules):
@@ -3406,7 +3422,7 @@ def test_tries_that_hang_are_few(make_rules):
     with Receiver(dripping(b"HTTP/1.1 200 OK\r\nX: ")) as slow:
         channel, = channels(make_rules, notify(url=slow.url), hitl.Pace(patience=0.1))
         statuses = {channel.tell([a_request()], "", 1).status for _ in range(8)}
-        assert statuses == {"TimeoutError"} and len(slow.got) == 5
+        assert statuses == {"TimeoutError"} and until(lambda: len(slow.got) == 5)
 
 
 def test_what_was_decided_is_not_told(desk, start_notices):
