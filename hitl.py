@@ -4166,7 +4166,7 @@ class View(NamedTuple):
 
     who: str = ""                       # the reviewer signed in
     at: float = 0.0                     # now, in Unix seconds
-    attended: Callable[[str], bool] = lambda request_id: False
+    attended: Container[str] = ()       # what somebody waits for
     told: Callable[[str], str] = lambda request_id: ""      # of its failed notices
     decided: Callable[[ReviewRequest], ReviewRequest | None] = (
         lambda request: None)           # the last decision of the same call
@@ -4346,7 +4346,7 @@ def warnings(view: View, request: ReviewRequest) -> Iterator[str | Html]:
 def who_line(view: View, request: ReviewRequest) -> Html:
     """Who asks, under which checkpoint, since when, until when."""
     waits, attended = request.status == Status.WAITING, "an agent waits for it"
-    if not view.attended(request.request_id):
+    if request.request_id not in view.attended:
         attended = "nobody waits for it now: an approval runs nothing by itself"
     return as_html([
         f"{request.agent or 'an agent'} ({person(request.asked_by)})",
@@ -4950,13 +4950,15 @@ class Desk:
                               for c in rules.checkpoints)
         self.rules_written_at = 0
         self.admit = functools.lru_cache(maxsize=512)(self.judge)
-        self.attended_until: dict[str, float] = {}  # request_id -> monotonic
+        self.parked: Iterable[str] = ()       # what somebody waits for now
+        self.polled_until: dict[str, float] = {}    # request_id -> monotonic
         self.rulings: dict[Any, tuple[list[Checkpoint], bool]] = {}
         store.desk_digest = self.ruling_digest
 
-    def attended(self, request_id: str) -> bool:
-        """Whether somebody waits for this: a parked poll or a recent one."""
-        return self.attended_until.get(request_id, 0) > time.monotonic()
+    @property
+    def attended(self) -> set[str]:
+        """What somebody waits for: those of a parked poll or a recent one."""
+        return {*self.parked, *self.polled_until}
 
     def rules_edited(self) -> bool:
         """Whether the file is no longer what was read; said once for each
@@ -4975,8 +4977,8 @@ class Desk:
         """Close requests past their deadline, approvals nobody claimed, and
         what a stop rejects -> whether there is more of it. Raises what a
         failing database does."""
-        now, until = time.monotonic(), self.attended_until
-        self.attended_until = {r: end for r, end in until.items() if end > now}
+        now, until = time.monotonic(), self.polled_until
+        self.polled_until = {r: end for r, end in until.items() if end > now}
         overdue = self.store.overdue()
         for request in overdue:
             self.store.attempt(self.store.close_overdue, request)
@@ -5176,10 +5178,9 @@ class Desk:
             http.request_id, str(http.who), columns=POLLED)
         wait = min(number_in(asks, "wait"), MAX_POLL_SECONDS)
         if summary.status == Status.WAITING:
-            self.attended_until[http.request_id] = (
-                time.monotonic() + wait + RECENT_SECONDS)
             if wait:
                 return Poll(http.request_id, wait, http._replace(query=Missing()))
+            self.polled_until[http.request_id] = time.monotonic() + RECENT_SECONDS
         return self.reply(http, summary)
 
     def post_claim(self, http: HttpRequest, asks: dict[str, Any]) -> bytes:
@@ -5275,7 +5276,7 @@ class Desk:
     def get_waiting(self, http: HttpRequest, asks: Missing) -> bytes:
         """What waits, in the order of the page; `next` is where to go on."""
         start = int(number_in(asks, "from"))
-        rows = self.store.waiting(LISTED + 1, start, self.attended_until)
+        rows = self.store.waiting(LISTED + 1, start, self.attended)
         return self.reply(http, {
             "waiting": list(map(self.listed, rows[:LISTED])),
             "next": start + LISTED if len(rows) > LISTED else None})
@@ -5310,8 +5311,7 @@ class Desk:
     def get_desk(self, http: HttpRequest, asks: Missing) -> bytes:
         start = int(number_in(asks, "from"))
         return self.reply(http, desk_page(
-            self.view(http), self.store.waiting(PAGE_CARDS, start,
-                                                self.attended_until),
+            self.view(http), self.store.waiting(PAGE_CARDS, start, self.attended),
             self.store.waiting_count,
             self.store.reviewed(REVIEWED_CARDS).rows, start))
 
@@ -5328,7 +5328,7 @@ class Desk:
         return self.reply(http, request._asdict() | self.listed(request) | {
             "longer_ids": longer,
             "agent_context": stored_json(request.agent_context), "claim": None,
-            "attended": self.attended(request.request_id),
+            "attended": request.request_id in self.attended,
             "notices": self.told(request.request_id)})
 
     def get_history(self, http: HttpRequest, asks: Missing) -> bytes:
@@ -5363,8 +5363,8 @@ class Desk:
 # Whole requests queue up. A turn takes them, reviewers' first, runs them in
 # one SQLite transaction, and answers only after its COMMIT: a group commit
 # without a second thread, no locks, no races. A waiting agent is a parked
-# connection, not a thread. Nothing here waits for anybody: a client that is
-# slow, silent or greedy is dropped when its time or its share is used up.
+# connection, not a thread. A client that is slow, silent or greedy is dropped
+# when its time or its share is used up.
 
 
 class Limits(NamedTuple):
@@ -5385,6 +5385,7 @@ LIMITS = Limits()
 TURN_SECONDS = 0.03             # then commit and answer, before more work
 BREAK_SECONDS = 0.001           # between turns: a reviewer's request may come in
 ACCEPTED = 64                   # connections in one round of asyncio
+BACKLOG = 1024                  # connections not accepted yet: a burst of agents
 
 
 class Connection:
@@ -5397,8 +5398,8 @@ class Connection:
 
     def __init__(self, loop: Loop) -> None:
         self.loop, self.inbox = loop, bytearray()
-        self.searched = 0               # no end of a head before this byte
-        self.http: HttpRequest | None = None     # its head is here
+        self.searched = 0               # no head ends before this byte
+        self.http: HttpRequest | None = None    # its head is here
         self.poll: Poll | None = None   # it is parked
         self.timer: Any = None          # of the poll
         self.reading = True             # else what still comes in is discarded
@@ -5414,8 +5415,13 @@ class Connection:
     # ---- what asyncio calls ----
 
     def connection_made(self, transport: Any) -> None:
-        self.transport = transport
-        self.loop.welcome(self)
+        loop, self.transport = self.loop, transport
+        loop.connections[self] = None
+        loop.make_room()
+        if loop.tls:
+            self.answering = True
+            transport.pause_reading()
+            loop.asyncio_loop.create_task(self.shake_hands())
 
     def data_received(self, data: bytes) -> None:
         if not self.reading:
@@ -5426,21 +5432,41 @@ class Connection:
         self.advance()
         self.loop.count_unread(len(data))
         if self.answering and len(self.inbox) > MAX_HEAD + 2 * MAX_BODY:
-            self.loop.drop(self)        # sends on and does not wait
+            self.drop()                 # sends on and does not wait
 
     def eof_received(self) -> bool:
         self.close_connection = True    # an answer on its way is still given
         return self.answering and not (self.poll or self.loop.tls)
 
     def connection_lost(self, error: Exception | None) -> None:
-        self.loop.forget(self)
+        """It is gone, and nothing is kept of it."""
+        self.loop.connections.pop(self, None)
+        self.http, self.reading = None, False
+        self.inbox.clear()
+        self.unpark()
 
     def pause_writing(self) -> None:
         """An answer is written whole; sweep() drops a client that does not take it."""
 
     resume_writing = pause_writing
 
-    # ---- requests ----
+    async def shake_hands(self) -> None:
+        """Put TLS between the socket and this."""
+        loop: Any = self.loop
+        try:
+            transport = await loop.asyncio_loop.start_tls(
+                self.transport, self, loop.tls, server_side=True,
+                ssl_handshake_timeout=loop.limits.handshake_seconds,
+                ssl_shutdown_timeout=loop.limits.linger_seconds)
+        except OSError:                 # ssl.SSLError is one
+            transport = None
+        if transport is None:
+            self.drop()
+            return
+        self.transport, self.answering = transport, False
+        self.advance()
+
+    # ---- a request comes in ----
 
     def advance(self) -> None:
         """Queue the next request, if all of it is here and the one before is
@@ -5448,27 +5474,29 @@ class Connection:
         if self.answering:
             return
         if self.http is None:
-            self.http = self.admitted()
+            self.read_head()
         if self.http and len(self.inbox) >= self.http.length:
             self.answering = True
             self.close_connection = self.close_connection or self.http.close
             self.lasts(self.loop.limits.idle_seconds)
-            self.loop.enqueue(self)
+            self.loop.queues[0 if self.trusted else 1].append(self)
+            self.loop.turn_soon()
 
-    def admitted(self) -> HttpRequest | None:
-        """The next head, if all of it is here and it may be answered."""
+    def read_head(self) -> None:
+        """Take the next head off the inbox, if all of it is here; a request
+        that is not admitted is refused."""
         head = b""
         try:
             head = self.next_head()
-            http = self.loop.desk.admit(head) if head else None
+            if not head:
+                return
+            self.http = http = self.loop.desk.admit(head)
         except Refusal as refusal:
             self.refuse(head, refusal)
-            return None
-        if http:
-            self.trusted = self.trusted or http.who.kind == "reviewer"
-            if http.headers["expect"].lower() == "100-continue":
-                self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return http
+            return
+        self.trusted = self.trusted or http.who.kind == "reviewer"
+        if http.headers["expect"].lower() == "100-continue":
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def next_head(self) -> bytes:
         """The head that is here whole; b"" if none is. Only what is new is
@@ -5496,15 +5524,13 @@ class Connection:
         but nobody is locked out: an agent could lock the reviewer out."""
         self.reading, self.answering, self.close_connection = False, True, True
         self.inbox.clear()
-        http = HttpRequest()
+        http, seconds = HttpRequest(), 0.0
         with contextlib.suppress(Refusal):
             http = parse_head(head)._replace(close=True)
-        answer = self.loop.desk.problem(http, refusal)
-        if refusal.reason != "wrong-credentials":
-            self.send(answer)
-            return
+        if refusal.reason == "wrong-credentials":
+            seconds = self.loop.limits.slow_seconds
         self.loop.asyncio_loop.call_later(
-            self.loop.limits.slow_seconds, self.send, answer)
+            seconds, self.send, self.loop.desk.problem(http, refusal))
 
     def take(self) -> tuple[HttpRequest, bytes] | None:
         """The request that is here whole; None once the client is gone."""
@@ -5515,86 +5541,106 @@ class Connection:
         del self.inbox[:http.length]
         return http, body
 
+    # ---- an answer goes out ----
+
+    def give(self, answer: bytes | Poll) -> None:
+        """Send an answer, or hold a poll until its request changes or its time
+        is up."""
+        if isinstance(answer, bytes):
+            self.send(answer)
+            return
+        self.poll = answer
+        self.timer = self.loop.asyncio_loop.call_later(answer.seconds, self.release)
+        self.loop.waiters.setdefault(answer.about, {})[self] = None
+
+    def unpark(self) -> Poll | None:
+        """Out of the table of polls -> its poll, if it had one."""
+        poll, self.poll = self.poll, None
+        if poll:
+            self.timer.cancel()
+            others = self.loop.waiters[poll.about]
+            del others[self]
+            if not others:
+                del self.loop.waiters[poll.about]
+        return poll
+
+    def release(self) -> None:
+        """Answer a parked poll with what its request is now."""
+        if poll := self.unpark():
+            self.give(self.loop.desk.answer(poll.http, b""))
+
     def send(self, answer: bytes) -> None:
         """Give the answer; then the next request, or the end."""
+        connections, limits = self.loop.connections, self.loop.limits
         self.transport.write(answer)
         self.answering = False
-        self.lasts(self.loop.limits.idle_seconds)
+        self.lasts(limits.idle_seconds)
         if not self.close_connection:
-            self.loop.renew(self)
+            if self in connections:         # it is the youngest again
+                connections[self] = connections.pop(self)
+            if self.inbox:
+                self.loop.asyncio_loop.call_soon(self.advance)
         elif not self.reading and self.transport.can_write_eof():
             # more may be on its way: a close now would reset the connection,
             # and the answer with it
-            self.lasts(self.loop.limits.linger_seconds)
+            self.lasts(limits.linger_seconds)
             self.transport.write_eof()
         else:
             self.transport.close()
 
+    def drop(self) -> None:
+        """Let it go at once; only a parked poll is answered first."""
+        if self.poll:
+            self.close_connection = True
+            self.release()
+        else:
+            self.connection_lost(None)
+            self.transport.abort()
+
 
 class Loop:
-    """The connections. open_desk() makes it the class of http.server that
-    owns the listening socket; the answers are the Desk's."""
+    """The connections, and the turns that answer them; the answers are the
+    Desk's. open_desk() makes one."""
 
-    address_family: int
-    socket: Any
-    url: str
-    desk: Desk
-    request_queue_size = 1024       # a burst of agents is not refused
-
-    def __init__(self, address: tuple[str, int], handler: type,
-                 limits: Limits, say: Callable[[str], None] | None,
-                 tls: Any) -> None:
+    def __init__(self, socket: Any, desk: Desk, limits: Limits,
+                 say: Callable[[str], None] | None, tls: Any) -> None:
         import asyncio
-        import socket
-        if ":" in address[0]:
-            self.address_family = socket.AF_INET6
-        self.allow_reuse_address = os.name == "posix"
-        super().__init__(address, handler)  # type: ignore[call-arg]
-        self.socket.setblocking(False)
+        self.socket, self.server_port = socket, socket.getsockname()[1]
+        self.desk, self.url = desk, desk.url
         self.limits, self.say = limits, say
         self.tls = tls                  # an ssl.SSLContext, or None
         self.notices: Notices | None = None
+        self.reports: deque[tuple[str, str, Answer]] = deque()  # what became of them
         self.asyncio_loop = asyncio.new_event_loop()
+        self.asyncio_loop.set_exception_handler(self.unexpected)
         self.clock = self.asyncio_loop.time
         self.stopped = asyncio.Event()
-        self.asyncio_loop.set_exception_handler(self.unexpected)
         self.fault: BaseException | None = None
         self.connections: dict[Connection, None] = {}   # the oldest first
         self.waiters: dict[str, dict[Connection, None]] = {}
-        self.unread_bytes = 0           # at most so many, see count_unread()
+        desk.parked = self.waiters
         self.queues: tuple[deque[Connection], deque[Connection]] = (
             deque(), deque())           # whole requests: reviewers', agents'
-        self.reports: deque[tuple[str, str, Answer]] = deque()
+        self.unread_bytes = 0           # at most so many, see count_unread()
         self.turn_is_due = self.failing = False
-
-    def server_bind(self) -> None:
-        """Bind, without http.server's getfqdn: with dead DNS that takes half
-        a minute, and air-gapped is where this runs."""
-        import socketserver
-        socketserver.TCPServer.server_bind(self)  # type: ignore[arg-type]
-        self.server_name, self.server_port = self.socket.getsockname()[:2]
-
-    def own_url(self, host: str) -> str:
-        """Where this is reached from the same machine."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        host = f"[{host}]" if ":" in host else host
-        scheme = "https" if self.tls else "http"
-        return f"{scheme}://{host}:{self.server_port}"
 
     def serve_forever(self) -> None:
         """Serve until stop() is called, from a signal or another thread."""
         loop = self.asyncio_loop
         protocol: Any = functools.partial(Connection, self)
-        server = loop.run_until_complete(loop.create_server(
+        listening = loop.run_until_complete(loop.create_server(
             protocol, sock=self.socket, backlog=ACCEPTED))
-        self.socket.listen(self.request_queue_size)
+        self.socket.listen(BACKLOG)
         loop.call_soon(self.sweep)
         loop.run_until_complete(self.stopped.wait())
-        server.close()
+        listening.close()
         loop.run_until_complete(self.drain())
         loop.close()
         if self.fault:
             raise self.fault
+
+    def stop(self) -> None:
+        self.asyncio_loop.call_soon_threadsafe(self.stopped.set)
 
     async def drain(self) -> None:
         """Give the last answers, for a bounded time; then nobody is left."""
@@ -5603,18 +5649,14 @@ class Loop:
         while any(self.queues) and not self.fault and self.clock() < end:
             self.turn()
         for connection in list(self.connections):
-            self.release(connection)
+            connection.release()
             connection.transport.close()
         while self.connections and self.clock() < end:
             await asyncio.sleep(0.001)
         for connection in list(self.connections):
             connection.transport.abort()
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        if others:                      # handshakes, which end by the abort
-            await asyncio.wait(others, timeout=1)
-
-    def stop(self) -> None:
-        self.asyncio_loop.call_soon_threadsafe(self.stopped.set)
+        handshakes = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.gather(*handshakes, return_exceptions=True)   # they end, too
 
     def unexpected(self, loop: Any, context: dict[str, Any]) -> None:
         """An unexpected exception in a callback ends serve, because it is not
@@ -5627,11 +5669,6 @@ class Loop:
             self.stopped.set()
 
     # ---- a turn ----
-
-    def enqueue(self, connection: Connection) -> None:
-        """A whole request: a turn takes it."""
-        self.queues[0 if connection.trusted else 1].append(connection)
-        self.turn_soon()
 
     def turn_soon(self) -> None:
         """A turn, once all that is readable now has been read: two rounds of
@@ -5658,7 +5695,7 @@ class Loop:
         for connection, http, answer in answers:
             if changes is None:
                 answer = self.desk.problem(http, STORAGE_FAILED)
-            self.give(connection, answer)
+            connection.give(answer)
         # 4. tell whoever waits for what changed; the rest, in another turn
         self.tell(changes)
         if any(self.queues) or self.reports:
@@ -5673,10 +5710,7 @@ class Loop:
             "notified", "not-notified")]            # those change no request
         for about in ("", *(change.request_id for change in changes)):
             for connection in list(self.waiters.get(about, ())):
-                self.release(connection)
-        for change in changes:
-            if change.event != "submitted":
-                self.desk.attended_until.pop(change.request_id, None)
+                connection.release()
         self.print_lines(
             f"{change.event:9} {visible(change.description[:MAX_LINE])} "
             f"[{change.request_id}] by {visible(change.actor)}" for change in changes)
@@ -5687,6 +5721,34 @@ class Loop:
         text = "\n".join(f"{self.desk.store.now[11:19]} {line}" for line in lines)
         if self.say and text:
             self.say(text)
+
+    def sweep(self) -> None:
+        """Four times a second: what is past its time ends."""
+        import sqlite3
+        now, more = self.clock(), False
+        for connection in list(self.connections):
+            if connection.until <= now and not connection.poll:
+                connection.drop()
+        if self.desk.rules_edited():
+            self.print_lines(["the configuration was edited since this desk "
+                              "started: start it again to use it"])
+        if not self.desk.store.still_there():
+            self.fault = HitlError(
+                f"{self.desk.store.path} was deleted or replaced",
+                "what is written to it would be lost: put it back, or start "
+                "again with a new one")
+            self.stop()
+        self.desk.store.tick()
+        try:
+            more = self.desk.close_overdue()
+            self.failing = False
+        except (sqlite3.Error, Refusal, ValueError, TypeError) as error:
+            if not self.failing:            # once, not four times a second
+                log.error("the database fails: %s", error)
+            self.failing = True
+        self.tell(self.desk.store.commit())
+        self.asyncio_loop.call_later(
+            0.01 if more else self.limits.sweep_seconds, self.sweep)
 
     # ---- notices ----
 
@@ -5723,97 +5785,19 @@ class Loop:
             except (Refusal, sqlite3.Error) as error:   # told again after a restart
                 log.error("a notice cannot be recorded: %s", error)
 
-    def sweep(self) -> None:
-        """What is past its time: connections, polls, requests."""
-        import sqlite3
-        now, more = self.clock(), False
-        for connection in list(self.connections):
-            if connection.until <= now and not connection.poll:
-                self.drop(connection)
-        if self.desk.rules_edited():
-            self.print_lines(["the configuration was edited since this desk "
-                              "started: start it again to use it"])
-        if not self.desk.store.still_there():
-            self.fault = HitlError(
-                f"{self.desk.store.path} was deleted or replaced",
-                "what is written to it would be lost: put it back, or start "
-                "again with a new one")
-            self.stop()
-        self.desk.store.tick()
-        try:
-            more = self.desk.close_overdue()
-            self.failing = False
-        except (sqlite3.Error, Refusal, ValueError, TypeError) as error:
-            if not self.failing:            # once, not four times a second
-                log.error("the database fails: %s", error)
-            self.failing = True
-        self.tell(self.desk.store.commit())
-        pause = 0.01 if more else self.limits.sweep_seconds
-        self.asyncio_loop.call_later(pause, self.sweep)
-
-    # ---- connections ----
-
-    def welcome(self, connection: Connection) -> None:
-        """A new connection: with TLS the handshake comes first."""
-        self.connections[connection] = None
-        if len(self.connections) > self.limits.connections:
-            self.make_room()
-        if self.tls:
-            connection.answering = True
-            connection.transport.pause_reading()
-            self.asyncio_loop.create_task(self.shake_hands(connection))
+    # ---- when there is too much of it ----
 
     def make_room(self) -> None:
-        """Let the oldest of the larger group go, parked or not; a parked poll
-        is answered early. A signed-in reviewer's is never pushed out."""
+        """Where there are too many connections, let the oldest of the larger
+        group go, parked or not; a signed-in reviewer's is never pushed out."""
+        most = self.limits.connections
+        if len(self.connections) <= most:
+            return
         others = [each for each in self.connections if not each.trusted]
         parked = [each for each in others if each.poll]
         idle = [each for each in others if not each.poll]
-        group = max(idle, parked, key=len)
-        for oldest in group[:1 + self.limits.connections // 100]:
-            if oldest.poll:
-                oldest.close_connection = True
-                self.release(oldest)
-            else:
-                self.drop(oldest)
-
-    async def shake_hands(self, connection: Connection) -> None:
-        """Put TLS between the socket and the connection."""
-        limits = self.limits
-        protocol: Any = connection
-        try:
-            transport = await self.asyncio_loop.start_tls(
-                connection.transport, protocol, self.tls, server_side=True,
-                ssl_handshake_timeout=limits.handshake_seconds,
-                ssl_shutdown_timeout=limits.linger_seconds)
-        except OSError:                 # ssl.SSLError is one
-            transport = None
-        if transport is None:
-            self.drop(connection)
-            return
-        connection.transport, connection.answering = transport, False
-        connection.advance()
-
-    def renew(self, connection: Connection) -> None:
-        """An answer is out: the connection is the youngest again."""
-        if connection in self.connections:
-            del self.connections[connection]
-            self.connections[connection] = None
-        if connection.inbox:
-            self.asyncio_loop.call_soon(connection.advance)
-
-    def drop(self, connection: Connection) -> None:
-        self.forget(connection)
-        connection.transport.abort()
-
-    def forget(self, connection: Connection) -> None:
-        """It is gone, and nothing is kept of it."""
-        self.connections.pop(connection, None)
-        connection.http, connection.reading = None, False
-        connection.inbox.clear()
-        poll = self.unpark(connection)
-        if poll and poll.about not in self.waiters:
-            self.desk.attended_until.pop(poll.about, None)
+        for oldest in max(idle, parked, key=len)[:1 + most // 100]:
+            oldest.drop()
 
     def count_unread(self, size: int) -> None:
         """Count what came in. What is not answered shares a limit: above it
@@ -5827,38 +5811,8 @@ class Loop:
                 over = total > self.limits.unread_bytes // 2
                 if over and oldest.inbox and not oldest.trusted:
                     total -= len(oldest.inbox)
-                    self.drop(oldest)
+                    oldest.drop()
         self.unread_bytes = total
-
-    # ---- polls ----
-
-    def give(self, connection: Connection, answer: bytes | Poll) -> None:
-        """Send an answer, or hold a poll until its request changes or its time
-        is up."""
-        if isinstance(answer, bytes):
-            connection.send(answer)
-            return
-        connection.poll = answer
-        connection.timer = self.asyncio_loop.call_later(
-            answer.seconds, self.release, connection)
-        self.waiters.setdefault(answer.about, {})[connection] = None
-
-    def unpark(self, connection: Connection) -> Poll | None:
-        """Out of the table of polls -> its poll, if it had one."""
-        poll, connection.poll = connection.poll, None
-        if connection.timer:
-            connection.timer.cancel()
-        if poll:
-            others = self.waiters[poll.about]
-            del others[connection]
-            if not others:
-                del self.waiters[poll.about]
-        return poll
-
-    def release(self, connection: Connection) -> None:
-        """Answer a parked poll with what its request is now."""
-        if poll := self.unpark(connection):
-            self.give(connection, self.desk.answer(poll.http, b""))
 
 
 def open_desk(host: str, port: int, store: Store, tokens: Tokens,
@@ -5868,13 +5822,24 @@ def open_desk(host: str, port: int, store: Store, tokens: Tokens,
     """A desk that listens; OSError if the port is taken. http.server is
     imported here, because a gate does not need it: HTTPServer owns the
     socket, BaseHTTPRequestHandler's class is the handler of a connection."""
+    import socket
     from http.server import BaseHTTPRequestHandler, HTTPServer
-    server: Any = type("Server", (Loop, HTTPServer), {})
-    loop: Loop = server((host, port), BaseHTTPRequestHandler, limits, say,
-                        tls)
-    loop.url = public_url or loop.own_url(host)
-    loop.desk = Desk(store, tokens, loop.url, rules or Rules(()))
-    return loop
+    from socketserver import TCPServer
+    server: Any = type("Server", (HTTPServer,), {
+        "address_family": socket.AF_INET6 if ":" in host else socket.AF_INET,
+        "allow_reuse_address": os.name == "posix",
+        # HTTPServer's own asks DNS for our name: half a minute where DNS is dead,
+        # and air-gapped is where this runs
+        "server_bind": TCPServer.server_bind})
+    own = server((host, port), BaseHTTPRequestHandler).socket
+    own.setblocking(False)
+    if not public_url:
+        name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        name = f"[{name}]" if ":" in name else name
+        scheme = "https" if tls else "http"
+        public_url = f"{scheme}://{name}:{own.getsockname()[1]}"
+    return Loop(own, Desk(store, tokens, public_url, rules or Rules(())),
+                limits, say, tls)
 
 
 # ================================== Client =================================

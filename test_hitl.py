@@ -7520,7 +7520,7 @@ def test_an_open_page_stays_true(make_desk, look):
     assert "an agent waits" in page.text(".who")
     assert until(lambda: re.fullmatch("9. s left", page.text(".left")))
     assert page.text("#request-r-9 .left") == "no deadline"
-    desk.server.desk.attended_until.clear()
+    desk.server.desk.polled_until.clear()
     page.run("refresh()")
     assert until(lambda: "nobody waits" in page.text(".who"))
 
