@@ -341,6 +341,8 @@ MAX_NAME = 256                  # bytes of a tool's or an agent's name
 MAX_SESSION = 128               # bytes of a session's name
 MAX_WHY = 4096                  # bytes of a reason or an explanation
 MAX_YEARS = 100                 # of a deadline: beyond it, leave it out
+TOO_DEEP = f"nested deeper than {MAX_DEPTH}"
+TOO_MANY = f"more than {MAX_PARTS} lists and objects"
 
 
 def regex(text: AnyStr, flags: int = 0) -> re.Pattern[AnyStr]:
@@ -522,25 +524,72 @@ def parse_json(data: bytes | str) -> Any:
     text = data.decode("utf-8") if isinstance(data, bytes) else data
     parts = text.count("[") + text.count("{")
     if parts > MAX_PARTS:
-        raise ValueError(f"more than {MAX_PARTS} lists and objects")
-    too_deep = f"nested deeper than {MAX_DEPTH}"
+        raise ValueError(TOO_MANY)
     try:
         value = STRICT.decode(text)
     except RecursionError:
-        raise ValueError(too_deep) from None
-    level: list[Any] = [[value]] if parts > MAX_DEPTH else []
-    for _ in range(MAX_DEPTH + 1):
-        level = [part for item in level for part in (
-            item.values() if type(item) is dict else item)
-            if type(part) in (dict, list)]
-    if level:
-        raise ValueError(too_deep)
+        raise ValueError(TOO_DEEP) from None
+    if parts > MAX_DEPTH:
+        for _ in objects_in(value):     # raises where it is nested too deep
+            pass
     if "\\ud" in text.lower() or not text.isascii():
         try:
             READABLE.encode(value).encode()
         except UnicodeEncodeError:
             raise ValueError("a lone surrogate is not text") from None
     return value
+
+
+def both_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a name that comes twice the first and, under a name
+    that counts as the same, the last: readers differ in which they take."""
+    members: dict[str, Any] = {}
+    for name, value in pairs:
+        members[name + "\0" if name in members else name] = value
+    return members
+
+
+LENIENT = json.JSONDecoder(object_pairs_hook=both_members, strict=False)
+
+
+def read_json(text: str) -> Any:
+    """The value of a text that some reader could take for JSON; None for
+    other text; ValueError where it is nested too deep."""
+    try:
+        return LENIENT.decode(text)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+    except ValueError:
+        return None
+
+
+PLAIN_TYPES = frozenset((int, float, bool, type(None)))
+JSON_STARTS = ("{", "[", '"', " ", "\t", "\r", "\n")
+
+
+def objects_in(value: Any, quoted: bool = False) -> Iterator[Mapping[str, Any]]:
+    """Every object in a JSON value, the outer ones first: inside objects and
+    lists and, if `quoted`, inside texts that are JSON. ValueError where they
+    are nested too deep, or too many to look through."""
+    level, count = [value], 0
+    for _ in range(MAX_DEPTH):
+        below: list[Any] = []
+        for item in level:
+            parts: Iterable[Any] = ()
+            if isinstance(item, (dict, Mapping)):
+                yield item
+                parts = item.values()
+            elif isinstance(item, (list, tuple)):
+                parts = item
+            elif isinstance(item, str) and quoted:
+                parts = [read_json(item)]
+            below += [part for part in parts if type(part) not in PLAIN_TYPES and (
+                type(part) is not str or quoted and part.startswith(JSON_STARTS))]
+            if count + len(below) > MAX_PARTS:
+                raise ValueError(TOO_MANY)
+        level, count = below, count + len(below)
+    if level:
+        raise ValueError(TOO_DEEP)
 
 
 def digest_of(description: str, arguments: str | None,
@@ -749,6 +798,7 @@ def did_you_mean(word: Any, known: Any) -> str:
 # here, and of the disk only links are read: where an edit would really land.
 # Every way of looking at a call only ever gates more; what opens a door
 # (effect = "allow") needs the call exactly as written, and nothing in doubt.
+# The decision itself is at the end: Checkpoint.matches and Rules.first_match.
 
 CATEGORIES = ("high-impact", "data-risk", "destructive")
 EFFECTS = ("allow", "review", "deny")    # the stricter the later
@@ -760,243 +810,6 @@ ENDLESS = MAX_STEPS ** 2
 MAX_PATH = 4096                 # characters of a path that is looked up
 MAX_FILES = 1000                # that one edit touches; with more it matches
 MAX_INNER = 100                 # inner calls of one call; with more it waits
-MAX_MEMBERS = 200_000           # names and items in one call's arguments
-
-
-class Checkpoint(NamedTuple):
-    """One rule: which calls, what to tell the reviewer, what to do."""
-
-    checkpoint_id: str
-    action_pattern: str                 # "" in one of our own, which all match
-    description_template: str
-    category: str = ""
-    effect: str = "review"
-    kind: str = "tool"
-    arguments: Mapping[str, str] = {}
-    timeout_seconds: float | None = None
-    lifetime_seconds: float | None = None
-    reviewers: tuple[str, ...] = ()     # who may decide it; empty: any
-    remember: bool = True               # a decision may stand for the same call
-    editable: bool = False              # a reviewer may change the arguments
-    digest: str = ""                    # of its table, checkpoint_digest
-
-    @property
-    def unconditional(self) -> bool:
-        """Whether the tool's name alone says that it matches."""
-        return self.kind == "tool" and not self.arguments
-
-    def finds(self, pattern: str, text: str) -> bool:
-        """Whether a pattern of this checkpoint finds a text. `allow` opens a
-        door, so it needs the whole text to the letter; the others only ever
-        stop more: anywhere, in any case, and whatever is too long."""
-        short = len(text) <= reach(pattern)
-        if self.effect == "allow":
-            return short and re.fullmatch(pattern, text) is not None
-        return not short or re.search(pattern, text, SEARCH) is not None
-
-    def view(self, pattern: str, text: str) -> str | None:
-        """The view of a text in which a pattern finds it, None if none."""
-        seen = (text,) if self.effect == "allow" else views(text)
-        return next((view for view in seen if self.finds(pattern, view)), None)
-
-    def names(self, tool: str) -> str:
-        """Why a tool of this name can be meant, or ""."""
-        pattern = self.action_pattern
-        if self.kind != "tool":
-            why = f'kind = "{self.kind}" and action_pattern {pattern!r}'
-            return why if may_be(self.kind, tool) else ""
-        view = self.view(pattern, tool)
-        if view is None:
-            return ""
-        hit = re.search(pattern, view, SEARCH)
-        found = visible(hit[0] if hit else view)
-        return f'action_pattern {pattern!r} finds "{found}" in "{visible(view)}"'
-
-    def matches(self, call: Call) -> bool:
-        """Whether a call with a name that matches is meant. In doubt (two
-        names that count as one, an argument that is missing or not a text)
-        review and deny match, and allow does not."""
-        opens = self.effect == "allow"
-        if call.ambiguous and self.action_pattern:
-            return not opens and (self.kind == "tool" or call.texts(self.kind) != [])
-        for name, pattern in self.arguments.items():
-            value = argument(call.arguments, name)
-            if isinstance(value, str):
-                if self.view(pattern, value) is None:
-                    return False
-            elif opens:
-                return False
-        return self.kind == "tool" or self.finds_in(call)
-
-    def finds_in(self, call: Call) -> bool:
-        """Whether action_pattern finds what a shell or an edit would do. An
-        allow rule takes from the call what it opens; it decides once nothing
-        is left, so that several rules can make one list."""
-        if self.effect != "allow":
-            return any(text is None or self.finds(self.action_pattern, text)
-                       for text in call.texts(self.kind))
-        shut = call.shut(self.kind)
-        left = [text for text in shut if not self.finds(self.action_pattern, text)]
-        opened = len(left) < len(shut)
-        shut[:] = left
-        return opened and not shut
-
-
-class Match(NamedTuple):
-    """Which checkpoint decides about a call, and why."""
-
-    checkpoint: Checkpoint
-    why: str
-
-    @property
-    def effect(self) -> str:
-        return self.checkpoint.effect
-
-
-ODD_NAME = Checkpoint("odd-name", "", "")
-
-
-class Rules(NamedTuple):
-    """The checkpoints of one file, in its order, and what they say of a call.
-    `digest` is the SHA-256 of the file's bytes."""
-
-    checkpoints: tuple[Checkpoint, ...]
-    unmatched: str = "allow"
-    path: Path | None = None
-    digest: str = ""
-
-    def first_match(self, tool: str, arguments: Mapping[str, Any],
-                    cwd: str | None = None) -> Match:
-        """The checkpoint that decides about this call. A dispatcher is looked
-        through: of the call and those inside it the strictest counts. Paths
-        are relative to `cwd`, the working directory if it is not given."""
-        def decides(call: Call) -> Match:
-            return next(match for match in self.of_name(call.tool)
-                        if match.checkpoint.matches(call))
-        call = Call(tool, arguments, cwd)
-        found = [decides(call)]
-        try:
-            for inner in call.inner():
-                checkpoint, why = decides(inner)
-                why = f'in it, the call "{visible(inner.tool)}": {why}'
-                found.append(Match(checkpoint, why))
-        except ValueError as error:
-            found.append(Match(ODD_NAME, str(error)))
-        return max(found, key=lambda match: EFFECTS.index(match.effect))
-
-    def of_name(self, tool: str) -> Iterator[Match]:
-        """The checkpoints that a tool's name lets match, and then what
-        becomes of a call that none of them holds."""
-        odd = odd_name(tool)
-        if len(tool) <= MAX_TOOL_NAME:          # before anything is cut
-            for checkpoint in self.checkpoints:
-                why = checkpoint.names(tool)
-                if why and not (odd and checkpoint.effect == "allow"):
-                    yield Match(checkpoint, why)
-        if odd:
-            yield Match(ODD_NAME, odd)
-        yield Match(Checkpoint("unmatched", "", "", effect=self.unmatched),
-                    "no checkpoint matches")
-
-    def all_holding(self, tool: str, arguments: Mapping[str, Any]
-                    ) -> list[Checkpoint]:
-        """Every checkpoint that matches a call, or one inside it; all there
-        are, where that cannot be told."""
-        call = Call(tool, arguments)
-        try:
-            calls = [call, *call.inner()]
-        except ValueError:
-            return list(self.checkpoints)
-        return [checkpoint for call in calls for checkpoint in self.checkpoints
-                if checkpoint.names(call.tool) and checkpoint.matches(call)]
-
-    def may_hold(self, tool: str) -> bool:
-        """Whether some call of a tool of this name would not run unasked."""
-        for match in self.of_name(tool):
-            if match.effect != "allow" or match.checkpoint.unconditional:
-                break
-        return match.effect != "allow"
-
-    def is_free(self, tool: str, names: Iterable[str]) -> bool:
-        """Whether every call of this tool with arguments of these names runs
-        unasked, as long as has_plain_values() is true of their values."""
-        first = next(self.of_name(tool)).checkpoint
-        keys = [bare_name(name) for name in names]
-        return (first.effect == "allow" and first.unconditional
-                and len(set(keys)) == len(keys)
-                and INNER_TOOLS.isdisjoint(keys))
-
-    def named(self, checkpoint_id: str) -> Checkpoint:
-        """The checkpoint of this id, ConfigError if there is none;
-        "unmatched" is the one that holds what no other names."""
-        ids = {c.checkpoint_id: c for c in self.checkpoints}
-        ids.setdefault("unmatched", Checkpoint("unmatched", "", ""))
-        if checkpoint_id not in ids:
-            raise ConfigError(
-                f'no checkpoint "{checkpoint_id}" in {self.path}',
-                f'there are: {", ".join(ids)}{did_you_mean(checkpoint_id, ids)}')
-        return ids[checkpoint_id]
-
-
-# ---- how long a pattern may take ----
-# `re` cannot be interrupted and holds every thread, so what a pattern looks at
-# is bounded: about 4,400 characters for one open repeat (`.*`), 390 for two.
-# The parser of `re` is private to Python, and the same since 3.11; it gives a
-# list of (operation, argument).
-
-@functools.cache
-def reach(pattern: str) -> int:
-    """How many characters a pattern may look at, to be done in MAX_STEPS: from
-    every start it tries every end of every open repeat."""
-    loops, ways = cost(_parser.parse(pattern, SEARCH), False)
-    if loops > 2:
-        return 0
-    steps = MAX_STEPS * math.factorial(loops + 1) // ways
-    return min(MAX_MATCHED, int(steps ** (1 / (loops + 1))))
-
-
-def cost(tree: Any, repeated: bool) -> tuple[int, int]:
-    """The most open repeats of a parsed pattern that can meet, and the product
-    of its bounded choices, ENDLESS where it repeats a repeat. A repeat of one
-    character ends, and meets no other, at a letter that it does not match."""
-    most = loops = 0
-    ways, last = 1, None
-    for kind, value in tree:
-        low, high = 1, 1
-        if kind in (op.MAX_REPEAT, op.MIN_REPEAT, op.POSSESSIVE_REPEAT):
-            low, high, value = value
-        inner = [cost(part, repeated or high > 1) for part in parts_of(value)]
-        inside, choices = map(max, zip((0, 1), *inner, strict=True))
-        unclear = kind is op.BRANCH and repeated and not are_apart(value[1])
-        if unclear or high > 64 and (inside or choices > 1):
-            return 0, ENDLESS
-        if kind is op.LITERAL and last and not last.match(chr(value)):
-            most, loops, last = max(most, loops), loops - 1, None
-        loops += inside * high + (kind is op.GROUPREF)
-        if inside:
-            last = None
-        if high < op.MAXREPEAT:
-            ways = min(ways * (high - low + 1) * choices ** high, ENDLESS)
-        else:
-            loops, last = loops + 1, None
-            if value.getwidth() == (1, 1):      # [a-z]+/[a-z]+ ends at the /
-                last = _compiler.compile(value, re.IGNORECASE)
-    return max(most, loops), ways
-
-
-def parts_of(value: Any) -> Iterator[Any]:
-    """The patterns inside an item of a parsed pattern."""
-    if isinstance(value, _parser.SubPattern):
-        yield value
-    for part in value if isinstance(value, (tuple, list)) else ():
-        yield from parts_of(part)
-
-
-def are_apart(branches: list[Any]) -> bool:
-    """Whether the first letter tells alternatives apart."""
-    firsts = {chr(branch[0][1]).casefold() for branch in branches
-              if len(branch) and branch[0][0] is op.LITERAL}
-    return len(firsts) == len(branches)
 
 
 # ---- names: of the tool, of arguments ----
@@ -1044,15 +857,72 @@ def bare_name(name: str) -> str:
     return re.sub(r"[\W_]+", "", folded(str(name)))
 
 
-# What a dispatcher calls the tool inside it: by itself, or beside arguments.
-INNER_ALONE = frozenset(("toolname", "toolslug", "recipientname"))
-INNER_TOOLS = INNER_ALONE | set(
-    "name tool toolid function functionname action method".split())
-INNER_ARGUMENTS = frozenset(
-    "arguments parameters input args params kwargs toolinput toolargs "
-    "toolarguments toolparameters actioninput functionarguments".split())
-JSON_STARTS = ("{", "[", '"', " ", "\t", "\r", "\n")
-PLAIN_TYPES = frozenset((int, float, bool, type(None)))
+# ---- how long a pattern may take ----
+# `re` cannot be interrupted and holds every thread, so what a pattern looks at
+# is bounded: about 4,400 characters for one open repeat (`.*`), 390 for two.
+# The parser of `re` is private to Python, and the same since 3.11; it gives a
+# list of (operation, argument).
+
+@functools.cache
+def reach(pattern: str) -> int:
+    """How many characters a pattern may look at, to be done in MAX_STEPS: from
+    every start it tries every end of every open repeat."""
+    loops, ways = cost(_parser.parse(pattern, SEARCH), False)
+    if loops > 2:
+        return 0
+    steps = MAX_STEPS * math.factorial(loops + 1) // ways
+    return min(MAX_MATCHED, int(steps ** (1 / (loops + 1))))
+
+
+def cost(tree: Any, repeated: bool) -> tuple[int, int]:
+    """The most open repeats of a parsed pattern that can meet, and the product
+    of its bounded choices, ENDLESS where it repeats a repeat. A repeat of one
+    character ends, and meets no other, at a letter that it does not match."""
+    most = loops = 0            # open repeats: the most, and those not ended
+    ways, last = 1, None
+    for kind, value in tree:
+        low, high = 1, 1
+        if kind in (op.MAX_REPEAT, op.MIN_REPEAT, op.POSSESSIVE_REPEAT):
+            low, high, value = value
+        inside, choices = 0, 1          # the worst of what is in it
+        for part in parts_of(value):
+            part_loops, part_ways = cost(part, repeated or high > 1)
+            inside, choices = max(inside, part_loops), max(choices, part_ways)
+        if kind is op.BRANCH and repeated and not are_apart(value[1]):
+            return 0, ENDLESS
+        if high > 64 and (inside or choices > 1):
+            return 0, ENDLESS
+        if kind is op.LITERAL and last and not last.match(chr(value)):
+            most, loops, last = max(most, loops), loops - 1, None
+        loops += inside * high + (kind is op.GROUPREF)
+        if inside:
+            last = None
+        if high < op.MAXREPEAT:
+            ways = min(ways * (high - low + 1) * choices ** high, ENDLESS)
+        else:
+            loops, last = loops + 1, None
+            if value.getwidth() == (1, 1):      # [a-z]+/[a-z]+ ends at the /
+                last = _compiler.compile(value, re.IGNORECASE)
+    return max(most, loops), ways
+
+
+def parts_of(value: Any) -> Iterator[Any]:
+    """The patterns inside an item of a parsed pattern."""
+    if isinstance(value, _parser.SubPattern):
+        yield value
+    for part in value if isinstance(value, (tuple, list)) else ():
+        yield from parts_of(part)
+
+
+def are_apart(branches: list[Any]) -> bool:
+    """Whether the first letter tells alternatives apart."""
+    firsts = {chr(branch[0][1]).casefold() for branch in branches
+              if len(branch) and branch[0][0] is op.LITERAL}
+    return len(firsts) == len(branches)
+
+
+# ---- what is in a call's arguments ----
+
 MISSING = object()
 
 
@@ -1066,29 +936,6 @@ def argument(arguments: Mapping[str, Any], name: str) -> Any:
     return plain if value is MISSING or plain == value else MISSING
 
 
-def objects_in(value: Any, quoted: bool = False) -> Iterator[Mapping[str, Any]]:
-    """Every JSON object in a value: at any depth, in lists and, if `quoted`,
-    in texts that are JSON; ValueError where that is too much to look at."""
-    todo, count = [(value, 0)], 0
-    while todo:
-        item, depth = todo.pop()
-        parts: Iterable[Any] = ()
-        if isinstance(item, Mapping):
-            yield item
-            parts = item.values()
-        elif isinstance(item, (list, tuple)):
-            parts = item
-        elif isinstance(item, str) and quoted:
-            parts = read_json(item)
-        todo += ((part, depth + 1) for part in parts
-                 if type(part) not in PLAIN_TYPES and (
-                     type(part) is not str
-                     or quoted and part.startswith(JSON_STARTS)))
-        count += 1
-        if depth > MAX_DEPTH or count + len(todo) > MAX_MEMBERS:
-            raise ValueError("the arguments are too large to look through")
-
-
 def values_of(arguments: Any, names: Container[str]) -> Iterator[Any]:
     """The values of the arguments so called, at any depth."""
     for members in objects_in(arguments):
@@ -1098,34 +945,30 @@ def values_of(arguments: Any, names: Container[str]) -> Iterator[Any]:
 
 
 def texts_of(arguments: Any, names: Container[str]) -> Iterator[str]:
-    """The texts among them, in lists too; values_of itself looks into
-    objects."""
+    """The texts among these values, each item of a list by itself."""
     for value in values_of(arguments, names):
-        for item in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(item, str):
-                yield item
+        items = value if isinstance(value, (list, tuple)) else [value]
+        yield from (item for item in items if isinstance(item, str))
 
 
-def both_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of a name that comes twice the first and, under a name
-    that counts as the same, the last: readers differ in which they take."""
-    members: dict[str, Any] = {}
-    for name, value in pairs:
-        members[name + "\0" if name in members else name] = value
-    return members
+def command_of(value: Any) -> str | None:
+    """A command as one text: a list of words (an argv, some commands) is
+    joined, also where it comes as JSON; None for what is not text."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = read_json(value) or value
+    if isinstance(value, (list, tuple)) and all(
+            isinstance(item, str) for item in value):
+        return " ".join(value)
+    return value if isinstance(value, str) else None
 
 
-LENIENT = json.JSONDecoder(object_pairs_hook=both_members, strict=False)
-
-
-def read_json(text: str) -> list[Any]:
-    """The value of a JSON text, alone in a list; an empty list for other text."""
-    try:
-        return [LENIENT.decode(text)]
-    except RecursionError:
-        raise ValueError("the arguments nest too deep") from None
-    except ValueError:
-        return []
+# What a dispatcher calls the tool inside it: by itself, or beside arguments.
+INNER_ALONE = frozenset(("toolname", "toolslug", "recipientname"))
+INNER_TOOLS = INNER_ALONE | set(
+    "name tool toolid function functionname action method".split())
+INNER_ARGUMENTS = frozenset(
+    "arguments parameters input args params kwargs toolinput toolargs "
+    "toolarguments toolparameters actioninput functionarguments".split())
 
 
 def has_plain_values(arguments: Mapping[str, Any]) -> bool:
@@ -1170,7 +1013,6 @@ PATHS = frozenset(
     "notebookpath absolutepath uri relativepath relativeworkspacepath source "
     "sourcepath target destination destinationpath dest oldpath newpath src "
     "dst".split())
-TOLD_AS = {"shell": ("command", COMMANDS), "edit": ("file_path", PATHS)}
 PATCHES = frozenset("patch patchtext diff input command changes edits".split())
 HUMP = regex("(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 PATCH_PATH = regex(
@@ -1198,17 +1040,35 @@ TOKEN = regex(r"""
   | (?P<blank> [ ]+ )""", re.VERBOSE)
 
 
+@functools.lru_cache(64)
 def has_word(kind: str, tool: str) -> bool:
     """Whether a tool's name has a word of a kind: runCommand, run_command."""
     name = HUMP.sub("_", unicodedata.normalize("NFKC", tool))
     return WORDS[kind].search(name) is not None
 
 
-@functools.lru_cache(64)
-def may_be(kind: str, tool: str) -> bool:
-    """Whether a tool of this name can be of this kind. A shell can hold an
-    edit, too: Codex sends `apply_patch <<EOF` as a shell command."""
-    return has_word("shell", tool) or kind == "edit" and has_word(kind, tool)
+def simple_commands(text: Any) -> list[str]:
+    """The simple commands of a shell text, to the letter but for blanks and
+    redirections; none unless it is plain from end to end. An argv is one
+    command, and never shell text."""
+    if isinstance(text, list):
+        plain = all(isinstance(word, str) and PLAIN_WORD.fullmatch(word)
+                    for word in text)
+        return [" ".join(text)] if plain and text else []
+    if not isinstance(text, str) or re.search(r"[^\n -~]|--%", text):
+        return []
+    commands: list[list[str]] = [[]]
+    at, last = 0, ""
+    while at < len(text):
+        token = TOKEN.match(text, at)
+        if not token or {last, token.lastgroup} <= {"word", "redirection"}:
+            return []                   # a word ends at a blank or a joint
+        at, last = token.end(), str(token.lastgroup)
+        if last == "word":
+            commands[-1].append(token[0])
+        elif last == "joint":
+            commands.append([])
+    return [" ".join(words) for words in commands] if all(commands) else []
 
 
 class Call:
@@ -1217,8 +1077,7 @@ class Call:
     def __init__(self, tool: str, arguments: Mapping[str, Any],
                  cwd: str | None = None) -> None:
         self.tool, self.arguments, self.cwd = tool, arguments, cwd
-        self.seen: dict[str, list[str | None]] = {}
-        self.left: dict[str, list[str]] = {}
+        self.found: dict[str, list[str | None]] = {}    # by texts()
 
     @functools.cached_property
     def ambiguous(self) -> bool:
@@ -1242,30 +1101,32 @@ class Call:
                      if key in known and isinstance(value, str) and value]
             for tool, value in itertools.product(tools, given or [members]):
                 if isinstance(value, str):
-                    value = next(iter(read_json(value)), value)
+                    value = read_json(value) or value
                 if not isinstance(value, Mapping):
                     value = {"input": value}
                 yield Call(tool, value, self.cwd)
                 count += 1
                 if count > MAX_INNER:
-                    raise ValueError(f"more than {MAX_INNER} calls are in it")
+                    raise ValueError(f"more than {MAX_INNER} calls are in them")
+
+    # what a pattern for commands or edits looks at
 
     def texts(self, kind: str) -> list[str | None]:
         """What a call of this kind would do: the texts that a pattern looks
         at, None for one that cannot be read; empty if it is of another."""
-        if kind not in self.seen:
+        if kind not in self.found:
+            find = self.commands if kind == "shell" else self.edits
             try:
-                self.seen[kind] = list(
-                    self.commands() if kind == "shell" else self.edits())
+                self.found[kind] = list(find())
             except ValueError:
-                self.seen[kind] = [None]
-        return self.seen[kind]
+                self.found[kind] = [None]
+        return self.found[kind]
 
     def commands(self) -> Iterator[str | None]:
         """The commands in three views: as they are; without quotes,
         backslashes and line continuations; and then with $IFS as a blank."""
         if has_word("shell", self.tool):
-            for text in map(one_text, values_of(self.arguments, COMMANDS)):
+            for text in map(command_of, values_of(self.arguments, COMMANDS)):
                 bare = re.sub(r"\\\r?\n|[\\'\"`^]", "", text or "")
                 blank = re.sub(r"\$\{?IFS[^}\s]{0,9}\}?", " ", bare)
                 yield from dict.fromkeys((text, bare, blank))
@@ -1304,30 +1165,32 @@ class Call:
         except (OSError, ValueError):
             return None
 
-    def shut(self, kind: str) -> list[str]:
-        """What no allow rule has opened so far: every simple command, or
-        every path, of a call that says nothing else; empty where anything is
-        in doubt, which no rule opens. It must be the agent's own tool, and
-        nothing opens on Windows."""
-        if kind not in self.left:
-            texts, plain = self.texts(kind), self.plain_paths
-            if kind == "shell":
-                plain = self.plain_commands
-            sure = (os.name != "nt" and OWN_TOOL.fullmatch(self.tool)
-                    and texts and None not in texts)
-            self.left[kind] = plain() if sure else []
-        return self.left[kind]
+    # what an allow rule for commands or edits has to open
+
+    def plain(self, kind: str) -> list[str]:
+        """Every simple command, or every path, of a call that says nothing
+        else; empty where anything is in doubt, where the tool may not be the
+        agent's own, and on Windows: no rule opens that."""
+        texts = self.texts(kind)
+        if not texts or None in texts:
+            return []
+        if os.name == "nt" or not OWN_TOOL.fullmatch(self.tool):
+            return []
+        return self.plain_commands() if kind == "shell" else self.plain_paths()
 
     def plain_commands(self) -> list[str]:
-        texts: Any = None
-        for name, value in self.arguments.items():
-            key = bare_name(name)
-            if key in COMMANDS and texts is None:
-                texts = value if key == "commands" else [value]
-            elif not self.is_beside(key, value):
-                return []
-        read = [simple_commands(text) for text in (
-            texts if isinstance(texts, list) else ())]
+        """The simple commands, where the other arguments change nothing."""
+        keyed = [(bare_name(name), value) for name, value in self.arguments.items()]
+        beside = all(self.is_beside(key, value) for key, value in keyed
+                     if key not in COMMANDS)
+        given = [(key, value) for key, value in keyed if key in COMMANDS]
+        if len(given) != 1 or not beside:
+            return []
+        key, value = given[0]
+        texts = value if key == "commands" else [value]
+        if not isinstance(texts, list):
+            return []
+        read = [simple_commands(text) for text in texts]
         return list(itertools.chain(*read)) if all(read) else []
 
     def is_beside(self, key: str, value: Any) -> bool:
@@ -1351,45 +1214,192 @@ class Call:
 def arguments_limit(tool: str | None, arguments: Mapping[str, Any]) -> int:
     """How many bytes of arguments a call may have: an edit, which holds a
     file's new text, more than another action."""
-    edits = has_word("edit", tool or "") and any(
-        texts_of(arguments, PATHS | PATCHES))
-    patches = any("apply_patch" in text for text in texts_of(arguments, COMMANDS))
-    return MAX_EDITED if edits or patches else MAX_ARGUMENTS
+    edits = Call(tool or "", arguments).texts("edit")
+    return MAX_EDITED if edits else MAX_ARGUMENTS
 
 
-def one_text(value: Any) -> str | None:
-    """A command as one text: a list of words (an argv, some commands) is
-    joined, also where it comes as JSON; None for what is not text."""
-    if isinstance(value, str) and value.lstrip()[:1] == "[":
-        value = next(iter(read_json(value)), value)
-    if isinstance(value, (list, tuple)) and all(
-            isinstance(item, str) for item in value):
-        return " ".join(value)
-    return value if isinstance(value, str) else None
+# ---- the decision ----
+
+class Checkpoint(NamedTuple):
+    """One rule: which calls, what to tell the reviewer, what to do."""
+
+    checkpoint_id: str
+    action_pattern: str                 # "" in one of our own, which all match
+    description_template: str
+    category: str = ""
+    effect: str = "review"
+    kind: str = "tool"
+    arguments: Mapping[str, str] = {}
+    timeout_seconds: float | None = None
+    lifetime_seconds: float | None = None
+    reviewers: tuple[str, ...] = ()     # who may decide it; empty: any
+    remember: bool = True               # a decision may stand for the same call
+    editable: bool = False              # a reviewer may change the arguments
+    digest: str = ""                    # of its table, checkpoint_digest
+
+    def finds(self, pattern: str, text: str) -> bool:
+        """Whether a pattern of this checkpoint finds a text. `allow` opens a
+        door, so it needs the whole text to the letter; the others only ever
+        stop more: anywhere, in any case, and whatever is too long."""
+        short = len(text) <= reach(pattern)
+        if self.effect == "allow":
+            return short and re.fullmatch(pattern, text) is not None
+        return not short or re.search(pattern, text, SEARCH) is not None
+
+    def view(self, pattern: str, text: str) -> str | None:
+        """The view of a text in which a pattern finds it, None if none."""
+        seen = (text,) if self.effect == "allow" else views(text)
+        return next((view for view in seen if self.finds(pattern, view)), None)
+
+    def fits(self, tool: str) -> str:
+        """Why a tool of this name can be meant, or ""."""
+        pattern = self.action_pattern
+        if self.kind != "tool":
+            # a shell can hold an edit: Codex sends `apply_patch <<EOF` to one
+            if has_word("shell", tool) or has_word(self.kind, tool):
+                return f'kind = "{self.kind}" and action_pattern {pattern!r}'
+            return ""
+        view = self.view(pattern, tool)
+        if view is None:
+            return ""
+        hit = re.search(pattern, view, SEARCH)
+        found = visible(hit[0] if hit else view)
+        return f'action_pattern {pattern!r} finds "{found}" in "{visible(view)}"'
+
+    def matches(self, call: Call) -> bool:
+        """Whether a call is meant, if its tool's name fits. In doubt (two names
+        that count as one, an argument that is missing or not a text) review
+        and deny match, and allow does not. What an allow rule opens of a
+        command or an edit, Rules.decision looks at."""
+        opens, is_tool = self.effect == "allow", self.kind == "tool"
+        if not self.action_pattern:
+            return True
+        if not is_tool and not call.texts(self.kind):
+            return False
+        if call.ambiguous:
+            return not opens
+        for name, pattern in self.arguments.items():
+            value = argument(call.arguments, name)
+            if not isinstance(value, str):
+                if opens:
+                    return False
+            elif self.view(pattern, value) is None:
+                return False
+        return is_tool or opens or any(
+            text is None or self.finds(self.action_pattern, text)
+            for text in call.texts(self.kind))
 
 
-def simple_commands(text: Any) -> list[str]:
-    """The simple commands of a shell text, to the letter but for blanks and
-    redirections; none unless it is plain from end to end. An argv is one
-    command, and never shell text."""
-    if isinstance(text, list):
-        plain = all(isinstance(word, str) and PLAIN_WORD.fullmatch(word)
-                    for word in text)
-        return [" ".join(text)] if plain and text else []
-    if not isinstance(text, str) or re.search(r"[^\n -~]|--%", text):
-        return []
-    commands: list[list[str]] = [[]]
-    at, last = 0, ""
-    while at < len(text):
-        token = TOKEN.match(text, at)
-        if not token or {last, token.lastgroup} <= {"word", "redirection"}:
-            return []                   # a word ends at a blank or a joint
-        at, last = token.end(), str(token.lastgroup)
-        if last == "word":
-            commands[-1].append(token[0])
-        elif last == "joint":
-            commands.append([])
-    return [" ".join(words) for words in commands] if all(commands) else []
+class Match(NamedTuple):
+    """Which checkpoint decides about a call, and why."""
+
+    checkpoint: Checkpoint
+    why: str
+
+    @property
+    def effect(self) -> str:
+        return self.checkpoint.effect
+
+
+ODD_NAME = Checkpoint("odd-name", "", "")
+
+
+class Rules(NamedTuple):
+    """The checkpoints of one file, in its order, and what they say of a call.
+    `digest` is the SHA-256 of the file's bytes."""
+
+    checkpoints: tuple[Checkpoint, ...]
+    unmatched: str = "allow"
+    path: Path | None = None
+    digest: str = ""
+
+    def first_match(self, tool: str, arguments: Mapping[str, Any],
+                    cwd: str | None = None) -> Match:
+        """The checkpoint that decides about this call. A dispatcher is looked
+        through: of the call and those inside it the strictest counts. Paths
+        are relative to `cwd`, the working directory if it is not given."""
+        call = Call(tool, arguments, cwd)
+        found = [self.decision(call)]
+        try:
+            for inner in call.inner():
+                checkpoint, why = self.decision(inner)
+                why = f'in it, the call "{visible(inner.tool)}": {why}'
+                found.append(Match(checkpoint, why))
+        except ValueError as error:
+            found.append(Match(ODD_NAME, f"of the arguments: {error}"))
+        return max(found, key=lambda match: EFFECTS.index(match.effect))
+
+    def decision(self, call: Call) -> Match:
+        """The first checkpoint that matches this call, whatever is inside it.
+        The allow rules for commands, and those for edits, each make one list:
+        where one opens the last of what the call would do, it decides."""
+        shut: dict[str, list[str]] = {}
+        for match in self.candidates(call.tool):
+            rule = match.checkpoint
+            if not rule.matches(call):
+                continue
+            if rule.effect != "allow" or rule.kind == "tool":
+                break
+            texts = shut.get(rule.kind) or call.plain(rule.kind)
+            shut[rule.kind] = [text for text in texts
+                               if not rule.finds(rule.action_pattern, text)]
+            if texts and not shut[rule.kind]:
+                break
+        return match
+
+    def candidates(self, tool: str) -> Iterator[Match]:
+        """The checkpoints that a tool's name fits, and then what becomes of a
+        call that none of them matches."""
+        odd = odd_name(tool)
+        if len(tool) <= MAX_TOOL_NAME:          # before anything is cut
+            for checkpoint in self.checkpoints:
+                why = checkpoint.fits(tool)
+                if why and not (odd and checkpoint.effect == "allow"):
+                    yield Match(checkpoint, why)
+        if odd:
+            yield Match(ODD_NAME, odd)
+        yield Match(Checkpoint("unmatched", "", "", effect=self.unmatched),
+                    "no checkpoint matches")
+
+    def all_holding(self, tool: str, arguments: Mapping[str, Any]
+                    ) -> list[Checkpoint]:
+        """Every checkpoint that holds or denies a call, or one inside it; all
+        there are, where that cannot be told."""
+        call = Call(tool, arguments)
+        try:
+            calls = [call, *call.inner()]
+        except ValueError:
+            return list(self.checkpoints)
+        return [checkpoint for call in calls for checkpoint in self.checkpoints
+                if checkpoint.effect != "allow"
+                and checkpoint.fits(call.tool) and checkpoint.matches(call)]
+
+    def may_hold(self, tool: str) -> bool:
+        """Whether some call of a tool of this name would not run unasked."""
+        for checkpoint, _ in self.candidates(tool):
+            if checkpoint.effect != "allow":
+                return True
+            if checkpoint.kind == "tool" and not checkpoint.arguments:
+                break                   # it allows every call that comes so far
+        return False
+
+    def is_free(self, tool: str, names: Iterable[str]) -> bool:
+        """Whether every call of this tool with arguments of these names runs
+        unasked, as long as has_plain_values() is true of their values."""
+        keys = [bare_name(name) for name in names]
+        return (not self.may_hold(tool) and len(set(keys)) == len(keys)
+                and INNER_TOOLS.isdisjoint(keys))
+
+    def named(self, checkpoint_id: str) -> Checkpoint:
+        """The checkpoint of this id, ConfigError if there is none;
+        "unmatched" is the one that holds what no other names."""
+        ids = {c.checkpoint_id: c for c in self.checkpoints}
+        ids.setdefault("unmatched", Checkpoint("unmatched", "", ""))
+        if checkpoint_id not in ids:
+            raise ConfigError(
+                f'no checkpoint "{checkpoint_id}" in {self.path}',
+                f'there are: {", ".join(ids)}{did_you_mean(checkpoint_id, ids)}')
+        return ids[checkpoint_id]
 
 
 # ---- what the reviewer is told ----
@@ -1401,15 +1411,17 @@ def describe(checkpoint: Checkpoint, tool: str,
              arguments: Mapping[str, Any]) -> str:
     """The description_template filled in. It takes names only: no attribute,
     no index, no format, and what is not there shows as not given; where
-    nothing is there, the call itself is told. Of a shell command {command} is
-    its text, of an edit {file_path} its files, whatever they are called."""
-    known = {**arguments}
-    if checkpoint.kind in TOLD_AS:
-        word, names = TOLD_AS[checkpoint.kind]
-        with contextlib.suppress(ValueError):           # nests too deep
-            texts = map(one_text, values_of(arguments, names))
-            if text := "\n".join(filter(None, texts)):
-                known[word] = text
+    nothing is there, the call itself is told. {command} is the text of a
+    shell command, {file_path} the files of an edit, whatever they are called."""
+    known, texts = {**arguments}, []
+    name = {"shell": "command", "edit": "file_path"}.get(checkpoint.kind, "")
+    with contextlib.suppress(ValueError):               # nested too deep
+        if name == "command":
+            texts = [*map(command_of, values_of(arguments, COMMANDS))]
+        elif name:
+            texts = [*texts_of(arguments, PATHS)]
+    if any(texts):
+        known[name] = "\n".join(filter(None, texts))
     template = checkpoint.description_template
     values = {part[1]: argument(known, part[1])
               for part in TEMPLATE_PART.finditer(template) if part[1]}

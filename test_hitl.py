@@ -1109,16 +1109,20 @@ def test_large_arguments_are_looked_through_in_time(make_rules):
 
 
 def test_a_call_is_free_where_no_argument_can_hold_it(make_rules):
-    """A tool that no checkpoint could mean runs without another look, unless
+    """A tool that no checkpoint could hold runs without another look, unless
     two names count as one, or a name is one that a dispatcher uses."""
-    rules = make_rules(rule('"put"', action_pattern='"put"', arguments=(
-        '{ a = "x" }')) + rule('"get"', action_pattern='"get"', arguments=(
-            '{ a = "x" }'), effect='"allow"'))
-    for tool, names, free in (
-            ("read", ["path", "n"], True), ("read", ["a", "A"], False),
-            ("read", ["toolName"], False), ("put", ["a"], False),
-            ("get", ["a"], False), ("l\u00f6schen", [], False)):
-        assert rules.is_free(tool, names) == free, tool
+    text = rule('"put"', action_pattern='"put"', arguments='{ a = "x" }') + rule(
+        '"get"', action_pattern='"get"', arguments='{ a = "x" }',
+        effect='"allow"') + rule('"ls"', action_pattern='"ls"', effect='"allow"')
+    for unmatched in ("allow", "review"):
+        rules = make_rules(f'[gate]\nunmatched = "{unmatched}"\n' + text)
+        opens = unmatched == "allow"
+        for tool, names, free in (
+                ("read", ["path", "n"], opens), ("read", ["a", "A"], False),
+                ("read", ["toolName"], False), ("put", ["a"], False),
+                ("get", ["a"], opens), ("ls", ["a"], True),
+                ("l\u00f6schen", [], False)):
+            assert rules.is_free(tool, names) == free, tool
 
 
 def test_a_long_name_waits_before_anything_is_cut(make_rules):
