@@ -6248,7 +6248,6 @@ HOOKS = {       # name -> its input around CMD, approved, rejected, and what an
     # error exits with where it is printed as well, else None
     "claude": (CLAUDE, *PRE, None),
     "opencode": (CLAUDE | {"hook_source": "opencode-plugin"}, *PRE, 0),
-    "opencode session": (CLAUDE | {"session_id": "ses_1"}, *PRE, 0),
     "codex": (CLAUDE | {"turn_id": "1", "tool_name": "shell", "tool_input": {
         "command": ["bash", "-lc", "CMD"]}}, {}, PRE[1], None),
     "permission": (
