@@ -6397,27 +6397,30 @@ def is_async(function: Any) -> bool:
 
 
 # =================================== Gate ==================================
-# The agent's side: it holds a tool call until a person has decided. Gate.call
-# is the story, in six steps; a Held is one call on its way through them. The
-# only normal return from the first four is a claim whose id and digest match
-# (promise 1); no option lets a call through when something fails.
+# The agent's side: a tool call that a checkpoint matches waits until a person
+# has decided. Gate.call is the story, in six steps; a Held is one call on its
+# way through them. The only normal return from the first four is a claim
+# whose id and digest match (promise 1); no option lets a call run when
+# something fails.
 
 UNREACHABLE_SECONDS = 10        # a server that is down when first asked
 CLAIM_RETRY_SECONDS = 30        # for a claim whose reply was lost
 LAST_WORD_SECONDS = 2           # for a withdrawal or an outcome
 PROGRESS_SECONDS = 15           # between lines that say what is waited for
-MAX_FREE = 10_000               # calls remembered as free: names can be made up
+MAX_FREE = 10_000               # calls remembered to match nothing
 
 
 class How(TypedDict, total=False):
     """What one call may set, in place of the gate's or the file's value.
 
     request_id: the same one with the same call is the same request.
-    checkpoint: the id of one that holds it, whatever the tool's name.
-    session: who or what is served, where a gate serves several; "" for none.
-    attach: meet the same call of the same session, if it still waits.
+    checkpoint: the id of one that holds the call, whatever the tool's name.
+    session: whom a decision may stand for, where one gate serves several
+    people; "" for nobody.
+    attach: pick up the same call of the same session, if it still waits.
     edits: the reviewer may change the arguments, and the model will be told.
-    tick: called at each look at the status. cwd: what paths are relative to.
+    tick: called before each look at the status.
+    cwd: what paths are relative to.
     """
 
     context: Any
@@ -6437,63 +6440,61 @@ def first_of(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-def asked_arguments(tool: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments as their JSON gives them back, if that is an equal value
-    of the same types; a tuple, an integer key or an enum would not be."""
-    asked: dict[str, Any] = {}
-    wrong = ""
+def reviewable(tool: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments as they come back from JSON; HitlError if one comes back
+    as another value or type (a tuple, an integer key, an enum), or if they
+    are too large."""
+    plain: dict[str, Any] = {}
     for name, value in dict(arguments).items():
         try:        # two levels deeper, as it will be in the request
             back = parse_json(as_sent([{name: value}]))[0]
             if repr(back) != repr({name: value}):
                 raise ValueError(f"a {type(value).__name__} changes on the way "
                                  "through JSON")
-            asked |= back
         except (TypeError, ValueError, RecursionError) as error:
-            wrong += f"; {name}: {error}"
-    if wrong:
-        raise HitlError(
-            visible(f"{tool}: the arguments are not plain JSON: {wrong[2:]}"),
-            "pass text, finite numbers, true, false, None, lists and objects "
-            "(a model as its .model_dump(mode='json')); what is not part of "
-            "the action can be left out by @gate.guard(hide=[...])",
-            reason="bad-arguments")
-    size, limit = len(canonical(asked)), arguments_limit(tool, asked)
+            raise HitlError(
+                visible(f"{tool}: the arguments are not plain JSON: {name}: "
+                        f"{error}"),
+                "pass text, finite numbers, true, false, None, lists and objects "
+                "(a model as its .model_dump(mode='json')); what is not part of "
+                "the action can be left out by @gate.guard(hide=[...])",
+                reason="bad-arguments") from None
+        plain |= back
+    size, limit = len(canonical(plain)), arguments_limit(tool, plain)
     if size > limit:
         raise HitlError(
             f"{visible(tool)}: the arguments are {size} bytes, and a person "
             f"reviews at most {limit}: do it in smaller steps, or pass a "
             "reference, such as a file's name, in place of the content",
             "nobody can review so much at once", reason="too-large")
-    return asked
+    return plain
 
 
 # ---- one call on its way ----
 
 class Held:
-    """A tool call that a checkpoint holds: asked, waited for and claimed by
-    obtain(). From then on whoever runs it runs it with `arguments`, once, and
-    reports how it ended."""
+    """A tool call that a checkpoint holds. obtain() asks, waits and claims;
+    then whoever runs the call runs it with `arguments`, once, and reports how
+    it ended."""
 
     approved_by = ""
     changed = ""                # what the reviewer changed, for the model
-    claiming = False            # the server may have given it to us
-    cancelled = False           # by the caller; this call's thread sees it
+    claiming = False            # the claim may have reached the server
+    cancelled = False           # by the caller, for obtain() to see
 
     def __init__(self, gate: Gate, tool: str, arguments: Mapping[str, Any],
                  match: Match, how: Mapping[str, Any]) -> None:
         self.gate, self.tool, self.how = gate, tool, how
         self.rule = rule = match.checkpoint
         self.tick = how.get("tick") or (lambda: None)
-        self.arguments = asked_arguments(tool, arguments)       # promise 2
+        self.arguments = reviewable(tool, arguments)            # promise 2
         self.request_id = how.get("request_id") or os.urandom(16).hex()
         self.key = os.urandom(16).hex()     # of the claim, which may be retried
         self.timeout_seconds = self.seconds("timeout_seconds")
         self.lifetime_seconds = self.seconds("lifetime_seconds",
                                              self.timeout_seconds)
         self.deadline = time.monotonic() + self.timeout_seconds
-        self.description = describe(rule, tool, self.arguments).encode(
-            "utf-8", "backslashreplace").decode()
+        self.description = describe(rule, tool, self.arguments)
         self.digest = digest_of(self.description, canonical(self.arguments), tool)
         # a process that was started again, and asks for its request, has
         # another session of its own
@@ -6508,7 +6509,7 @@ class Held:
             "arguments": self.arguments, "digest": self.digest,
             "timestamp": instant(time.time()),
             "agent": cut(gate.agent or agent_name(), MAX_NAME),
-            "agent_context": plain_json(context),       # not masked so far
+            "agent_context": plain_json(context),       # ask() masks it
             "timeout_seconds": None if lifetime == math.inf else lifetime,
             "checkpoint_id": rule.checkpoint_id, "category": rule.category,
             "checkpoint_digest": rule.digest, "why": match.why[:MAX_WHY // 4],
@@ -6518,7 +6519,7 @@ class Held:
             "edits": bool(how.get("edits") and rule.editable)}
 
     def seconds(self, name: str, default: float | None = None) -> float:
-        """A duration: the call's over the checkpoint's over [gate]'s."""
+        """A duration: the call's, else the checkpoint's, else [gate]'s."""
         with config_error(name):
             value: float = seconds_value(first_of(
                 self.how.get(name), getattr(self.rule, name),
@@ -6531,9 +6532,23 @@ class Held:
             self.ask()
             self.wait()
             self.claim(handed_over)
-        except BaseException as error:
-            if not isinstance(error, Exception):                # Ctrl-C, exit
-                self.break_off("interrupted")
+        except Exception:
+            raise
+        except BaseException:           # Ctrl-C, exit
+            self.break_off("interrupted")
+            raise
+
+    async def aobtain(self, handed_over: bool = False) -> None:
+        """obtain() for asyncio, on a thread; a task that is cancelled
+        withdraws its request."""
+        import asyncio
+        work = in_thread(self.obtain, handed_over)
+        try:
+            await asyncio.shield(work)
+        except asyncio.CancelledError:
+            self.cancelled = True
+            await undisturbed(self.break_off, "cancelled")
+            work.cancel()               # nobody asks what became of it
             raise
 
     # ---- 2 ask ----
@@ -6547,7 +6562,7 @@ class Held:
         known = str(reply.body.get("request_id"))
         if self.how.get("attach") and REQUEST_ID.fullmatch(known):
             self.request_id = known         # asked before
-        self.learn(reply)                   # and the very call, or it raises
+        self.learn(reply)                   # raises if that is another call
         if self.state.status == Status.WAITING:
             log.warning('%s waits for a person: "%s"; review it at %s (%s)',
                         visible(self.tool),
@@ -6557,8 +6572,9 @@ class Held:
 
     def insist(self, path: str, body: dict[str, Any] | None, seconds: float,
                poll: float = 0) -> Reply:
-        """The reply to a POST, or to a GET that the server may hold for `poll`
-        seconds: asked again until it is answered or time is up."""
+        """The reply to a POST, or without a body to a GET that the server may
+        hold for `poll` seconds: asked again until it succeeds, is refused or
+        time is up."""
         end, pause = time.monotonic() + seconds, 0.05
         while True:
             left = max(0.1, end - time.monotonic())
@@ -6618,36 +6634,44 @@ class Held:
     # ---- 3 wait ----
 
     def wait(self) -> None:
-        """Until it is no longer waiting: by long polls that the server answers
-        the moment a person decides. A server that goes away is ridden out
-        until the deadline."""
+        """Until the request no longer waits, by long polls that the server
+        answers the moment a person decides. A server that goes away is ridden
+        out until the deadline."""
+        if self.state.status != Status.WAITING:
+            return
         said = time.monotonic()
         while self.state.status == Status.WAITING:
             began = time.monotonic()
             left = self.deadline - began
             if left <= 0 or self.cancelled:
-                return self.give_up()
+                self.give_up()
+                break
             if began - said >= PROGRESS_SECONDS:
                 said = began
                 log.warning("waiting for review of %s at %s, %s left",
                             visible(self.tool), f"{self.gate.server_url}/review/"
                             f"{self.request_id}", limited(left))
             self.tick()
-            poll = max(0.0, min(self.gate.configuration.gate["poll_seconds"],
-                                left - 0.2))
-            try:
-                self.learn(self.insist(f"/pending/{self.request_id}?wait="
-                                       f"{poll:.3f}", None, left, poll))
-            except UnreachableError:
-                if time.monotonic() < self.deadline - 1:
-                    raise               # final, or it would be tried again
-            if self.state.status == Status.EXPIRED:
-                raise self.nobody()
-            if (self.state.status == Status.WAITING
-                    and time.monotonic() - began < 0.1):    # answered early
+            self.poll(left)
+            early = time.monotonic() - began < 0.1
+            if self.state.status == Status.WAITING and early:
                 time.sleep(min(0.5, left))
+        if self.state.status in (Status.WAITING, Status.EXPIRED):
+            raise self.nobody()
+
+    def poll(self, left: float) -> None:
+        """Look at the status once, for as long as the server may hold it."""
+        held = max(0.0, min(self.gate.configuration.gate["poll_seconds"],
+                            left - 0.2))
+        try:
+            self.learn(self.insist(
+                f"/pending/{self.request_id}?wait={held:.3f}", None, left, held))
+        except UnreachableError:
+            if time.monotonic() < self.deadline - 1:
+                raise                   # final, or it would be tried again
 
     def nobody(self, hint: str = "", reason: str = "") -> HitlError:
+        """The error where no decision came in time."""
         seconds = min(self.timeout_seconds, self.lifetime_seconds)
         return self.error(
             ReviewTimeoutError, f'nobody decided "{self.description}" within '
@@ -6656,22 +6680,22 @@ class Held:
             reason)
 
     def give_up(self) -> None:
-        """The end of a wait. Unless the request is to outlive it, it is
-        withdrawn, and the answer decides: a reviewer may have been faster."""
-        outlives = self.lifetime_seconds > self.timeout_seconds
-        if outlives and not self.cancelled:
+        """Withdraw a request that is not to outlive its wait. The answer
+        decides: a reviewer may have been faster."""
+        if self.cancelled:
+            self.break_off("cancelled")
+        elif self.lifetime_seconds <= self.timeout_seconds:
+            self.break_off("timeout")
+        else:
             raise self.nobody(
                 "the request still waits: the same call asked again, as "
                 f'request_id "{self.request_id}", picks up its decision',
                 "still-waiting")
-        self.break_off("cancelled" if self.cancelled else "timeout")
-        if self.state.status in (Status.WAITING, Status.EXPIRED):
-            raise self.nobody()
 
     def break_off(self, why: str) -> None:
         """Tell the server that nobody waits; if it does not answer, its own
-        clock ends the request. What may be claimed already is recorded as
-        failed, not as running."""
+        clock ends the request. A call that may be claimed already is recorded
+        as failed, not as running."""
         if self.claiming:
             self.report("cancelled")
             return
@@ -6682,15 +6706,15 @@ class Held:
     # ---- 4 claim ----
 
     def claim(self, handed_over: bool) -> None:
-        """Make sure that this call, and no other, may run now (promise 3)."""
+        """Take the approval for this call, once (promise 3)."""
         self.check_approved()
-        self.tick()                     # a last look: is anybody still there?
+        self.tick()                     # is anybody still there?
         runs = first_of(self.state.approved_digest, self.digest)
         if runs != self.digest and not self.body["edits"]:
             raise self.error(ChangedError, "the arguments were changed, which "
                              "this gate did not ask for; nothing ran")
-        self.claiming = True            # first: whoever cancels sees it, or is
-        if self.cancelled:              # seen here
+        self.claiming = True            # before the look at `cancelled`: one
+        if self.cancelled:              # of two threads sees the other's
             raise self.nobody()
         self.check_claimed(runs, self.insist(
             f"/claim/{self.request_id}", {
@@ -6704,8 +6728,8 @@ class Held:
                     self.changed and f"; {visible(self.changed)}")
 
     def check_approved(self) -> None:
-        """An error unless the request is approved; whether it was claimed
-        before, the server decides at the claim."""
+        """An error unless the request is approved. Whether it was claimed
+        before is for the server to say, at the claim."""
         state = self.state
         name = person(state.decided_by)
         self.approved_by = visible(name)
@@ -6721,7 +6745,7 @@ class Held:
                 "ask again with another request_id", ended)
 
     def check_claimed(self, runs: str, reply: Reply) -> None:
-        """Nothing runs unless this is a claim of this approval. Where the
+        """An error unless the reply claims this very approval. Where the
         reviewer changed the arguments, those run: they must have the digest
         that was approved, and meet the same checkpoint (promise 2)."""
         approval = self.state
@@ -6748,6 +6772,7 @@ class Held:
         self.changed = changes_in_words(self.approved_by, asked, approved)
 
     def met_by(self, arguments: Mapping[str, Any]) -> Checkpoint:
+        """The checkpoint that decides about this call with these arguments."""
         return self.gate.rules.first_match(self.tool, arguments,
                                            self.how.get("cwd")).checkpoint
 
@@ -6755,7 +6780,8 @@ class Held:
 
     def report(self, error: BaseException | str | None = None) -> None:
         """Record that the call was executed, or how it failed. Never raises:
-        a failure here changes nothing of the call, and is logged."""
+        a server that does not take the report changes nothing of the call,
+        and is logged."""
         text = "" if error is None else error_text(error)
         outcome = Outcome.EXECUTED if error is None else Outcome.FAILED
         try:
@@ -6768,8 +6794,8 @@ class Held:
                         self.request_id, fault.message)
 
     async def areport(self, error: BaseException | str | None = None) -> None:
-        """report() for asyncio; finishes also where its task is cancelled,
-        so that nothing that was done goes unrecorded or is lost."""
+        """report() for asyncio; it finishes even if its task is cancelled, so
+        that what was done is recorded, and its result not lost."""
         await undisturbed(self.report, error)
 
 
@@ -6789,8 +6815,8 @@ def ago(state: ReviewRequest) -> str:
 
 
 def error_text(error: BaseException | str) -> str:
-    """An error as the log names it; some have no words, or none that can be
-    had."""
+    """An error as a log names it, also one whose text is empty or cannot be
+    made."""
     if isinstance(error, str):
         return error
     words = ""
@@ -6806,49 +6832,34 @@ async def awaited(result: Awaitable[T] | T) -> T:
 
 
 def in_thread(function: Callable[..., T], *args: Any) -> asyncio.Future[T]:
-    """function(*args) on a daemon thread of its own, to be awaited:
-    asyncio.to_thread's pool has cpu + 4 threads, and forty waits would queue
-    (7 s against 1)."""
+    """What function(*args) returns, from a daemon thread of its own. The pool
+    of asyncio.to_thread has cpu + 4 threads: forty waits would queue (7 s
+    against 1)."""
     import asyncio
     import contextvars
     from concurrent.futures import Future
     result: Future[T] = Future()
     result.set_running_or_notify_cancel()
-    context = contextvars.copy_context()
 
     def run() -> None:
         try:
-            value = context.run(function, *args)
+            result.set_result(function(*args))
         except BaseException as error:
             result.set_exception(error)
-        else:
-            result.set_result(value)
-    threading.Thread(target=run, name="hitl", daemon=True).start()
+    threading.Thread(target=contextvars.copy_context().run, args=(run,),
+                     name="hitl", daemon=True).start()
     return asyncio.wrap_future(result)
 
 
 async def undisturbed(function: Callable[..., T], *args: Any) -> T:
-    """function(*args) on a thread, waited for to its end: whatever cancels
-    this task meanwhile comes too late. The function is to be a short one."""
+    """What function(*args), a short one, returns from a thread. A task that is
+    cancelled meanwhile waits for it all the same."""
     import asyncio
     work = in_thread(function, *args)
     while not work.done():
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.shield(work)
     return work.result()
-
-
-async def aobtain(held: Held, handed_over: bool = False) -> None:
-    """held.obtain() on a thread; where the task is cancelled, so is it."""
-    import asyncio
-    work = in_thread(held.obtain, handed_over)
-    try:
-        await asyncio.shield(work)
-    except asyncio.CancelledError:
-        held.cancelled = True
-        await undisturbed(held.break_off, "cancelled")
-        work.cancel()                   # nobody asks what became of it
-        raise
 
 
 # ---- the gate itself ----
@@ -6897,7 +6908,7 @@ class Gate:
         matches. Raises CollaborationError, ReviewTimeoutError or another
         HitlError, and then nothing ran; what execute raises passes through.
         """
-        if self._is_free(tool, arguments) and not how.get("checkpoint"):
+        if self._is_free(tool, arguments, how):
             return execute(**arguments)
         if is_async(execute):
             raise TypeError(f"{visible(str(tool))} is async: await "
@@ -6924,13 +6935,13 @@ class Gate:
         """The same for asyncio: waits on a thread of its own, so the event
         loop goes on; a cancelled wait withdraws its request. Once the tool
         has returned, its result is returned, whatever is cancelled."""
-        if self._is_free(tool, arguments) and not how.get("checkpoint"):
+        if self._is_free(tool, arguments, how):
             return await awaited(execute(**arguments))
         how.setdefault("edits", self.on_reject == "return")
         try:
             held = self._match(tool, arguments, how)
             if held:
-                await aobtain(held)
+                await held.aobtain()
         except HitlError as error:
             return self._refusal(error)
         if not held:
@@ -6965,7 +6976,7 @@ class Gate:
         try:
             held = self._match(tool, arguments, how)
             if held:
-                await aobtain(held, handed_over=True)
+                await held.aobtain(handed_over=True)
             return held
         except HitlError as error:
             raise logged(error) from None
@@ -6985,10 +6996,12 @@ class Gate:
 
     # ---- 1 match ----
 
-    def _is_free(self, tool: str, arguments: Mapping[str, Any]) -> bool:
-        """Whether such a call, by tool and argument names, was seen to match
-        nothing, and no argument can hide another call."""
-        return (type(arguments) is dict
+    def _is_free(self, tool: str, arguments: Mapping[str, Any],
+                 how: How) -> bool:
+        """Whether a call of this tool with arguments of these names was seen
+        to match nothing, and no value can hide another call. (The answer for
+        most calls, in a microsecond.)"""
+        return (how.get("checkpoint") is None and type(arguments) is dict
                 and (tool, *arguments) in self._free
                 and has_plain_values(arguments))
 
