@@ -127,14 +127,22 @@ if sys.version_info < (3, 11):  # said in words that Python 3.8 can still read
                      "`uv run hitl.py`, which fetches one\n")
     sys.exit(2)                         # to a coding agent: refused
 
-# What `python -I -c` is given to run this file, and nothing that is beside it
-# or that the environment names; with its bytecode, but only from that folder.
-LOADER = (
-    "import gc, sys; gc.disable(); from importlib.machinery import SourceFileLoader; "
-    "_, sys.pycache_prefix, file, *words = sys.argv; sys.argv = [file, *words]; "
-    "hitl = sys.modules['hitl'] = type(sys)('hitl'); hitl.__file__ = file; "
-    "code = SourceFileLoader('hitl', file).get_code('hitl'); sys.pycache_prefix = "
-    "None; exec(code, hitl.__dict__); gc.enable(); sys.exit(hitl.main())")
+# What `python -I -c` is given, on one line, to run this file and nothing beside
+# it or that the environment names; with its bytecode, but only from that folder.
+LOADER = """
+import gc, sys
+gc.disable()
+from importlib.machinery import SourceFileLoader
+_, sys.pycache_prefix, file, *words = sys.argv
+sys.argv = [file, *words]
+hitl = sys.modules['hitl'] = type(sys)('hitl')
+hitl.__file__ = file
+code = SourceFileLoader('hitl', file).get_code('hitl')
+sys.pycache_prefix = None
+exec(code, hitl.__dict__)
+gc.enable()
+sys.exit(hitl.main())
+""".strip().replace("\n", "; ")
 
 
 def bytecode_folder() -> str:
@@ -8062,15 +8070,23 @@ def rule_text(checkpoint_id: str, pattern: str, template: str = "Run {command}",
     return "\n".join(lines) + "\n"
 
 
-def commented(rules: Iterable[str]) -> str:
-    return re.sub("(?m)^(?=.)", "# ", "".join(rules))
+def numbered(name: str, patterns: Iterable[str], *how: str, **more: str) -> str:
+    """A [[checkpoint]] for each pattern: name-1, name-2 ..."""
+    return "".join(rule_text(f"{name}-{n}", pattern, *how, **more)
+                   for n, pattern in enumerate(patterns, 1))
 
 
-EXAMPLE = HEAD + MISSION + MONEY + TRIPWIRES_HEAD + commented([
-    *(rule_text(name, pattern, what + ": {command}", category=category)
-      for name, what, category, pattern in TRIPWIRES),
-    rule_text("own-rules", r"checkpoints\.toml|hitl\.(py|db)|(hooks?|settings)\.json",
-              "Edit the rules of this agent: {file_path}", "edit", effect="deny")])
+def commented(rules: str) -> str:
+    return re.sub("(?m)^(?=.)", "# ", rules)
+
+
+EXAMPLE = "".join([
+    HEAD, MISSION, MONEY, TRIPWIRES_HEAD, *(
+        commented(rule_text(name, pattern, what + ": {command}", category=category))
+        for name, what, category, pattern in TRIPWIRES),
+    commented(rule_text(
+        "own-rules", r"checkpoints\.toml|hitl\.(py|db)|(hooks?|settings)\.json",
+        "Edit the rules of this agent: {file_path}", "edit", effect="deny"))])
 
 # What a coding agent may run unasked: commands that only read, to the letter.
 # Quotes are in the patterns because what is matched is the text as written.
@@ -8093,6 +8109,9 @@ BUILDS = (
 )
 OWN_PROGRAM = r"\bhitl\.py\b|-m hitl\b|import hitl\b|(?<!\w)/(proc|dev/fd)\b"
 MCP_TOOLS = "^mcp_.*(delete|drop|purge|deploy|send|publish|pay|refund|transfer)"
+BUILDS_HEAD = """
+# Builds and tests: these run what the agent wrote; with them this is no boundary.
+"""
 CODING_HEAD = """
 # A coding agent's shell, the safe way round: the commands listed here run
 # unasked, every other one waits. An allow rule looks at each simple command of
@@ -8288,20 +8307,19 @@ def cmd_serve(args: Any) -> int:
                           "takes a free one") from None
     # 3. where it is, and everything worth knowing at the start
     printer = Printer(bell="\a" if terminal else "")
-    for line in (*greeting(desk, configuration, made),
-                 *warnings):
-        printer.say(visible(line))
+    for line in (*greeting(desk, configuration, made), *warnings):
+        printer.write(visible(line))
     # 4. serve until a signal
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: desk.stop())
     gc.set_threshold(50_000)        # large requests are made of many parts
-    desk.say = printer.say
+    desk.say = printer.write
     desk.start_notices(channels, configuration.rules)
     try:
         desk.serve_forever()
     finally:
         head = store.head
-        printer.say(f"stopped; audit log: {head.sequence} rows, head {head.hash}")
+        printer.write(f"stopped; audit log: {head.sequence} rows, head {head.hash}")
         printer.close()
         store.close()
     return 0
@@ -8347,46 +8365,39 @@ class Printer:
     def __init__(self, bell: str) -> None:
         self.lines: deque[str] = deque()
         self.lost, self.ended, self.bell = 0, False, bell
-        # where stdout is closed, its number may be a socket's by now
-        self.open = sys.stdout is not None
         self.wake = threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
         logging.basicConfig(stream=self, format="%(message)s")
 
-    def say(self, text: str) -> None:
+    def write(self, text: str) -> None:
         if " submitted " in text:
             text += self.bell
-        for line in text.split("\n"):
+        for line in text.removesuffix("\n").split("\n"):
             if len(self.lines) < MAX_UNREAD_LINES:
                 self.lines.append(f"{line}\n")
             else:
                 self.lost += 1
         self.wake.set()
 
-    def write(self, text: str) -> None:
-        self.say(text.removesuffix("\n"))
-
     def run(self) -> None:
-        said = 0
-        while not self.ended or self.lines or self.lost > said:
+        # where stdout is closed, its number may be a socket's by now
+        read, told = sys.stdout is not None, 0
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        while not self.ended or self.lines or self.lost > told:
             self.wake.wait()
             self.wake.clear()
             lines = [self.lines.popleft() for _ in range(len(self.lines))]
             lost = self.lost
-            if lost > said:
-                lines.append(f"{lost - said} lines were lost here\n")
-                said = lost
-            self.print("".join(lines))
-
-    def print(self, text: str) -> None:
-        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        data = text.encode(encoding, "backslashreplace")
-        while data and self.open:
-            try:
-                data = data[os.write(1, data):]
-            except OSError:                 # nobody is there any more
-                self.open = False
+            if lost > told:
+                lines.append(f"{lost - told} lines were lost here\n")
+                told = lost
+            data = "".join(lines).encode(encoding, "backslashreplace")
+            while data and read:
+                try:
+                    data = data[os.write(1, data):]
+                except OSError:             # nobody reads any more
+                    read = False
 
     def close(self) -> None:
         """Wait for the last lines, but not for long."""
@@ -8614,26 +8625,29 @@ def replay(args: Any, configuration: Configuration) -> int:
         raise HitlError(f"{path}: {error}", "`python3 hitl.py log --verify` tells more"
                         ) from None
     told = ", ".join(f"{count} {became}" for became, count in counts.items())
-    return answer(
-        args, {"calls": counts.total(), **counts, "changed": changed},
-        [f"{counts.total()} calls: {told}", *(visible(
-            "  {became}: {request_id} {tool}, {was} -> {now}".format(**row))
-            for row in changed)])
+    lines = [f"{counts.total()} calls: {told}"]
+    for row in changed:
+        lines.append(visible(f"  {row['became']}: {row['request_id']} {row['tool']}, "
+                             f"{row['was']} -> {row['now']}"))
+    return answer(args, {"calls": counts.total(), **counts, "changed": changed}, lines)
 
 
 def replayed(rules: Rules, request: ReviewRequest) -> tuple[str, str]:
     """What would become of a stored request, and by which checkpoint. One
     without a tool was asked without rules; a checkpoint that the code names
     holds the call as long as there is one."""
-    was, named = request.checkpoint_id, request.why == "the code names it"
-    if request.tool is None or named and was in (
-            "unmatched", *(c.checkpoint_id for c in rules.checkpoints)):
-        return "as before", was or ""
+    was = request.checkpoint_id or ""
+    known = ["unmatched", *(c.checkpoint_id for c in rules.checkpoints)]
+    if request.tool is None or (
+            request.why == "the code names it" and was in known):
+        return "as before", was
     match = rules.first_match(request.tool, parse_json(request.arguments or "{}"))
     now = match.checkpoint.checkpoint_id
-    if match.effect == "review":
-        return "as before" if was in (now, None) else "by another checkpoint", now
-    return "denied" if match.effect == "deny" else "would no longer wait", now
+    if match.effect == "allow":
+        return "would no longer wait", now
+    if match.effect == "deny":
+        return "denied", now
+    return "as before" if was in (now, "") else "by another checkpoint", now
 
 
 def linted(configuration: Configuration) -> Iterator[str]:
@@ -8695,19 +8709,14 @@ def cmd_init(args: Any) -> int:
 
 def coding_rules(path: Path, project: Path) -> str:
     """The checkpoints.toml of a coding agent that works in `project`."""
-    held = [rule_text(f"leash-{n}", pattern, "Edit what holds this agent: {file_path}",
-                      "edit", effect="deny")
-            for n, pattern in enumerate(leash(path, project), 1)]
-    runs = [rule_text(f"read-{n}", pattern, effect="allow")
-            for n, pattern in enumerate(READ_ONLY, 1)]
-    builds = [rule_text(f"build-{n}", pattern, effect="allow")
-              for n, pattern in enumerate(BUILDS, 1)]
     return "".join([
         HEAD, CODING_HEAD.replace("{project}", visible(str(project))),
-        rule_text("leash-shell", OWN_PROGRAM, "Touch the reviewer's program: "
-                  "{command}", effect="deny"), *held, *runs,
-        "\n# Builds and tests: these run what the agent wrote; with them this is "
-        "no boundary.\n", commented(builds),
+        rule_text("leash-shell", OWN_PROGRAM,
+                  "Touch the reviewer's program: {command}", effect="deny"),
+        numbered("leash", leash(path, project),
+                 "Edit what holds this agent: {file_path}", "edit", effect="deny"),
+        numbered("read", READ_ONLY, effect="allow"),
+        BUILDS_HEAD, commented(numbered("build", BUILDS, effect="allow")),
         rule_text("shell", ".*", category="high-impact"),
         rule_text("mcp-tools", MCP_TOOLS, "{tool}", "tool", category="high-impact")])
 
@@ -8754,8 +8763,9 @@ def cmd_list(args: Any) -> int:
     if args.all:
         reviewed = reply_of(client, "GET", "/history")["reviewed"]
         rows |= {row["request_id"]: row for row in reviewed}
-    size = next(n for n in itertools.count(8)       # what tells them apart
-                if len({name[:n] for name in rows}) == len(rows))
+    size = 8            # so much of each id tells them apart
+    while len({name[:size] for name in rows}) < len(rows):
+        size += 1
     lines = []
     for name, row in rows.items():
         age = readable_seconds(max(0, time.time() - unix_time(row["received_at"])))
@@ -8763,7 +8773,9 @@ def cmd_list(args: Any) -> int:
             f"{row['status']:9} {name[:size]:{size}} {age:>8} "
             f"{one_line(row['agent'] or '-', 20):20} "
             f"{one_line(row['action_description'])}")
-        lines.append(line[:-1] + "\u2026" if rest else line)
+        if rest:
+            line = line[:-1] + "\u2026"
+        lines.append(line)
     return answer(args, list(rows.values()), lines or ["nothing waits"])
 
 
@@ -8821,37 +8833,40 @@ def cmd_lift(args: Any) -> int:
 
 
 def standing_line(row: dict[str, Any]) -> str:
-    what = "everything"
-    if row["request_id"] is not None:
-        what = f"the same call as {row['request_id']}"
-    return visible("".join([
-        f"{row['number']} {row['decision']}: {what}, by ",
-        f"{row['made_by'].partition(':')[2]} since {row['made_at']}",
-        f" until {row['until']}" if row["until"] else "",
-        f", {row['used']} of {row['uses']} uses" if row["uses"] else "",
-        f": {row['reason']}" if row["reason"] else ""]))
+    what = f"the same call as {row['request_id']}"
+    if row["request_id"] is None:
+        what = "everything"
+    words = (f"{row['number']} {row['decision']}: {what}, by "
+             f"{row['made_by'].partition(':')[2]} since {row['made_at']}")
+    if row["until"]:
+        words += f" until {row['until']}"
+    if row["uses"]:
+        words += f", {row['used']} of {row['uses']} uses"
+    if row["reason"]:
+        words += f": {row['reason']}"
+    return visible(words)
 
 
 def cmd_notify(args: Any) -> int:
     """send a sample notice through each [[notify]], or one of them"""
     configuration = load_configuration(find_configuration(args.config))
-    file_doubts(configuration, serves=True)     # may refuse
-    names = [entry["name"] for entry in configuration.notify]
-    if args.test not in ("", *names) or not names:
-        missing = f' "{args.test}"' if args.test else ""
+    file_doubts(configuration, serves=True)     # which may refuse
+    path, server = configuration.path, configuration.server
+    entries = {entry["name"]: entry for entry in configuration.notify}
+    if not entries:
+        raise ConfigError(f"{path}: no [[notify]] in it",
+                          "README.md has one for each service")
+    if args.test not in ("", *entries):
         raise ConfigError(
-            f"{configuration.path}: no [[notify]]{missing}"
-            f"{did_you_mean(args.test, names)}",
-            f"there are: {', '.join(names)}" if names else
-            "add a [[notify]] table to it; README.md has one for each service")
-    server = configuration.server
+            f'{path}: no [[notify]] "{args.test}"{did_you_mean(args.test, entries)}',
+            f"there are: {', '.join(entries)}")
     url = server["public_url"] or f"http://{server['host']}:{server['port']}"
     status = 0
-    for entry in configuration.notify:
-        if args.test in ("", entry["name"]):
-            sent = Channel(configuration.path, entry, os.environ).sample(url)
-            say(": ".join(filter(None, (entry["name"], sent.status, sent.text))))
-            status = status if sent.told else 1
+    for name in [args.test] if args.test else entries:
+        sent = Channel(path, entries[name], os.environ).sample(url)
+        say(": ".join(filter(None, (name, sent.status, sent.text))))
+        if not sent.told:
+            status = 1
     return status
 
 
