@@ -6646,23 +6646,17 @@ for line in sys.stdin:
 '''
 
 
-class Mcp:
-    """A client on the proxy's pipes."""
+class Mcp(Running):
+    """A client on the proxy's pipes; stderr is read with stdout."""
 
     def __init__(self, desk, folder):
         (folder / "rules.toml").write_text(SHELL)
         (folder / "server.py").write_text(SERVER)
-        self.desk, self.lines = desk, []
-        self.process = start(
+        super().__init__(
             *HITL, "mcp", "--config", "rules.toml", "--name", "fs", "--",
-            sys.executable, "server.py", folder=folder, text=False,
+            sys.executable, "server.py", folder=folder, stdin=subprocess.PIPE,
             HITL_SERVER_URL=desk.url, HITL_REVIEWER_TOKEN=REVIEWER_TOKEN)
-
-        def read():
-            for line in self.process.stdout:
-                self.lines.append(line)
-        self.reader = threading.Thread(target=read)
-        self.reader.start()
+        self.desk = desk
 
     def send(self, message):
         line = message
@@ -6675,40 +6669,40 @@ class Mcp:
         self.send({"jsonrpc": "2.0", "id": number, "method": "tools/call",
                    "params": {"name": name, "arguments": arguments} | params})
 
+    @property
+    def messages(self) -> list[dict]:
+        whole, _, _ = self.data.rpartition(b"\n")
+        return [json.loads(line) for line in whole.splitlines()
+                if line.startswith(b"{")]
+
     def answer(self, number):
         """The message that answers this id, once it is there."""
-        def find():
-            for line in list(self.lines):
-                message = json.loads(line)
-                if message.get("id") == number and "method" not in message:
-                    return message
-        found = until(find)
-        assert found, self.lines
-        return found
+        found = until(lambda: [
+            message for message in self.messages
+            if message.get("id") == number and "method" not in message])
+        assert found, self.text
+        return found[0]
 
     def ended(self, request_id, **fields):
         """Whether a request comes to have these fields."""
         return until(lambda: fields.items() <= self.desk.state(
             request_id).items())
 
-    def close(self):
-        """End the client's side -> the exit status, and stderr."""
-        with self.process:
-            with contextlib.suppress(OSError):
-                self.process.stdin.close()
-            said = self.process.stderr.read().decode()
-            status = self.process.wait(20)
-            self.reader.join(5)
-            assert not self.reader.is_alive()   # the pipe's writers are gone
-        return status, said
+    def close(self) -> int:
+        """End the client's side -> the exit status."""
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        status = self.process.wait(20)
+        self.reader.join(5)
+        assert not self.reader.is_alive()       # the pipe's writers are gone
+        return status
 
 
 @pytest.fixture
 def mcp(make_desk, make_rules, tmp_path):
     it = Mcp(make_desk(rules=make_rules(SHELL)), tmp_path)
     yield it
-    if not it.process.stdout.closed:
-        it.close()
+    it.close()
 
 
 def test_proxy_is_transparent(mcp):
@@ -6725,10 +6719,9 @@ def test_proxy_is_transparent(mcp):
     mcp.call(4, "env", {})
     names = mcp.answer(4)["result"]["names"]
     assert "HITL_REVIEWER_TOKEN" not in names and "HITL_SERVER_URL" in names
-    status, said = mcp.close()
-    assert status == 0
-    assert said.count("fs: wait for a person: delete_file\n") == 1
-    assert said.count("fs: run unasked: read_file\n") == 1
+    assert mcp.close() == 0
+    assert mcp.text.count("fs: wait for a person: delete_file\n") == 1
+    assert mcp.text.count("fs: run unasked: read_file\n") == 1
 
 
 def test_proxy_gates(mcp):
@@ -6768,13 +6761,13 @@ def test_proxy_gates(mcp):
     assert mcp.answer(4)["result"]["isError"]
     assert mcp.ended(ids["a"], outcome="executed")
     assert mcp.ended(ids["d"], outcome="failed")
-    notes = [json.loads(line) for line in mcp.lines if b'"method"' in line]
+    notes = [message for message in mcp.messages if "method" in message]
     assert [note["params"]["requestId"] for note in notes
             if note["method"] == "saw/cancel"] == [99]
     steps = [note["params"] for note in notes if "progress" in note["method"]]
     assert {step["progressToken"] for step in steps} == {7}
     assert all(0 < step["progress"] < 0.5 for step in steps)
-    assert not any(b'"id": 6' in line for line in mcp.lines)
+    assert 6 not in [message.get("id") for message in mcp.messages]
 
 
 def test_proxy_request_state(mcp):
@@ -6834,11 +6827,11 @@ def test_proxy_ways_round(mcp):
         mcp.send(line)
         mcp.send(HELD | {"id": number, "params": {"name": "read_file"}})
         mcp.answer(number)
-        refused = json.loads(mcp.lines[-2])
+        refused = mcp.messages[-2]
         assert refused["id"] == key, (line, refused)
         assert refused["error"]["code"] == -32600
-    assert len(mcp.lines) == 2 * len(WAYS_ROUND)
-    assert not any(b"delete_file" in line for line in mcp.lines)
+    assert len(mcp.messages) == 2 * len(WAYS_ROUND)
+    assert "delete_file" not in mcp.text
     assert mcp.desk.rows("SELECT * FROM pending_reviews") == []
 
 
@@ -6855,10 +6848,10 @@ def test_proxy_ends(end, mcp):
     assert mcp.ended(handed_over, outcome="running")
     if end == "die":
         mcp.call(3, "die", {})
-        assert mcp.close()[0] == 7
+        assert mcp.close() == 7
     else:
         mcp.process.terminate()
-        assert mcp.close()[0] == 128 + signal.SIGTERM
+        assert mcp.close() == 128 + signal.SIGTERM
     assert mcp.ended(request["request_id"], status="withdrawn")
     assert mcp.ended(handed_over, outcome="running")
 
