@@ -3638,8 +3638,7 @@ h1 a { text-decoration: none; }
 .card + .card, li + li { border-top: 0; }
 .card > summary { flex-wrap: nowrap; padding: 5px 10px; }
 li { padding: 3px 10px; }
-#waiting:has(.card:nth-child(13)) > .card > summary { padding-block: 0;
-  font-size: 13px; line-height: 17px; }
+.many > .card > summary { padding-block: 0; font-size: 13px; line-height: 17px; }
 .status, .tag { font-size: 12px; font-weight: 600; border-radius: 99px;
   padding: 0 8px; line-height: 16px; min-width: 86px; text-align: center; }
 .tag { color: var(--soft); box-shadow: inset 0 0 0 1px var(--line); }
@@ -3773,7 +3772,10 @@ document.addEventListener("submit", async event => {
   card.since = 0;
 });
 document.addEventListener("toggle", event => {
-  event.target.since = performance.now();
+  const card = event.target;
+  card.since = performance.now();
+  if (card.matches(".waiting[open]:has(:focus-visible)"))     // opened by a key
+    card.scrollIntoView({block: "nearest"});
 }, true);
 document.addEventListener("input", event => {
   const card = event.target.closest(".card");
@@ -4051,7 +4053,7 @@ PROBLEM_NOTE = """<div class="note rejected"><h3>{message}</h3>
 
 LIFT = '<form method="post" action="/lift/{number}"><button>Lift</button></form>'
 
-DESK = """<section id="waiting">
+DESK = """<section id="waiting" class="{many}">
 {waiting}</section>
 <div id="more">{more}</div>
 <section id="reviewed">{reviewed}</section>
@@ -4222,8 +4224,9 @@ def desk_page(view: View, waiting: list[ReviewRequest], count: int,
     title = f"({count}) Review desk" if count else "Review desk"
     below = reviewed and fill(LIST, title="Reviewed", above=None, below=None,
                               rows=[safely(reviewed_row, row) for row in reviewed])
-    return page(view, title, fill(DESK, more=more, waiting=cards, reviewed=below),
-                count)
+    many = "many" if len(waiting) > 12 else ""      # then lines are less tall
+    return page(view, title, fill(DESK, many=many, more=more, waiting=cards,
+                                  reviewed=below), count)
 
 
 def review_page(view: View, request: ReviewRequest) -> Html:

@@ -7497,17 +7497,18 @@ def test_a_double_click_decides_one_request(desk, look):
 @needs_browser
 def test_a_new_card_appears_at_once(desk, look):
     """A new card is on an open page within 200 ms of its 201, below the
-    others; it clears no reason being typed and moves no card being read."""
+    others; it clears no reason being typed, and however many there are, they
+    move no card that was there."""
     desk.post("b-1", agent="b")
     desk.post("b-2", agent="b", arguments={"large": "x" * 9000})
     page, took = look(), []
     page.type("#request-b-1 textarea", "half a rea")
-    before = top(page, "b-1")
+    before = top(page, "b-1"), top(page, "b-2")
     page.run("window.seen = {}; new MutationObserver(() => document"
              ".querySelectorAll('.card').forEach(c => seen[c.id] ??= "
              "Date.now())).observe(document.body, {childList: true, "
              "subtree: true})")
-    for n in range(5):
+    for n in range(12):
         desk.post(f"a-{n}", agent=f"a{n}")
         stored = time.time()
         assert until(lambda n=n: page.run(f"return seen['request-a-{n}']"))
@@ -7516,8 +7517,8 @@ def test_a_new_card_appears_at_once(desk, look):
     page.type("#request-b-1 textarea", "son")
     assert page.run("const e = document.activeElement; return [e.name, "
                     "e.value]") == ["reason", "half a reason"]
-    assert top(page, "b-1") == before
-    assert page.run("return document.title") == "(7) Review desk"
+    assert (top(page, "b-1"), top(page, "b-2")) == before
+    assert page.run("return document.title") == "(14) Review desk"
 
 
 @needs_browser
@@ -7592,11 +7593,11 @@ def test_a_hidden_tab_counts(desk, look):
 
 @needs_browser
 def test_the_keyboard_decides(make_desk, look):
-    """j and k move, Enter opens, a then Enter approves, r goes to the reason
+    """j and k move, Enter opens and brings all of it into view, a then Enter approves, r goes to the reason
     and Enter rejects, / searches, ? says so."""
     desk = make_desk(clock=Clock())
     for n in range(3):
-        desk.post(f"r-{n}")
+        desk.post(f"r-{n}", arguments={"text": "line\n" * 20})
     page = look(desk=desk)
 
     def keys(*keys: str) -> None:
@@ -7604,7 +7605,8 @@ def test_the_keyboard_decides(make_desk, look):
                           for key in keys for way in ("Down", "Up")))
     keys("j", "j", "k", "j", "\ue007")          # Enter
     assert until(lambda: page.run(
-        "return document.getElementById('request-r-1').open"))
+        "const card = document.getElementById('request-r-1');"
+        "return card.open && card.getBoundingClientRect().bottom <= innerHeight"))
     assert alive(page, desk.clock)
     keys("a", "\ue007")
     assert until(lambda: "approved by ana" in page.text("#request-r-1 .said"))
