@@ -1517,14 +1517,9 @@ name_value = check_that(
     "a printable name without a colon, 64 characters at most",
     lambda v: v.strip() and v.isprintable() and ":" not in v and len(v) <= 64, str)
 OURS = ("unmatched", "odd-name")        # checkpoint_ids that are not in a file
-
-
-def id_value(value: Any) -> str:
-    if not REQUEST_ID.fullmatch(text_value(value)):
-        raise ValueError("may hold letters, digits and . _ : - only")
-    if value in OURS:
-        raise ValueError(f'"{value}" is an id of our own: choose another')
-    return str(value)
+id_value = check_that(
+    f"letters, digits and . _ : - only, and not one of ours ({', '.join(OURS)})",
+    lambda v: REQUEST_ID.fullmatch(v) and v not in OURS, str)
 
 
 def pattern_value(value: Any) -> str:
@@ -3348,38 +3343,39 @@ class Channel:
 
     def tell(self, requests: list[ReviewRequest], desk_url: str, waiting: int,
              sample: dict[str, Any] | None = None) -> Answer:
-        """Tell of these requests, once; in a sample with other texts. The id of
-        the message is the same over all tries, and after a restart.
-
-        It is over in `patience` seconds whatever hangs (a dead name server
-        included): a thread of its own makes the try, and is left behind. An
-        answer it had by then counts."""
-        names = json.dumps([self.name, *(each.request_id for each in requests)])
-        message_id = "msg_" + hashlib.sha256(names.encode()).hexdigest()[:32]
+        """Tell of these requests, once; in a sample with other texts. It is over
+        in `patience` seconds whatever hangs (a dead name server included): the
+        thread that tries is left behind, and an answer it had by then counts."""
         answers = [Answer(False, "TimeoutError", again=True)]
-
-        def run() -> None:
-            try:
-                fields = notice_fields(requests, desk_url, waiting) | (sample or {})
-                if not self.entry["details"]:
-                    del fields["details"]
-                event = {"type": "request.waiting", "data": fields,
-                         "timestamp": requests[-1].received_at}
-                for answer in self.send(event, message_id):
-                    answers.append(answer)
-                    if answer.told and not sample:
-                        break           # what else it says may never end
-            except Exception as error:
-                if len(answers) == 1:
-                    answers.append(failure(error))
-        self.hanging = [thread for thread in self.hanging if thread.is_alive()]
+        thread = threading.Thread(target=self.attempt, daemon=True, args=(
+            answers, requests, desk_url, waiting, sample))
+        self.hanging = [each for each in self.hanging if each.is_alive()]
         if len(self.hanging) < MAX_HANGING:
-            thread = threading.Thread(target=run, daemon=True)
             self.hanging.append(thread)
             thread.start()
             thread.join(self.pace.patience)
         answer = answers[-1]        # a program is never started again
         return answer._replace(again=answer.again and not self.entry["command"])
+
+    def attempt(self, answers: list[Answer], requests: list[ReviewRequest],
+                desk_url: str, waiting: int, sample: dict[str, Any] | None) -> None:
+        """Append to the answers what comes of one try. The id of the message is
+        the same over all tries, and after a restart."""
+        names = json.dumps([self.name, *(each.request_id for each in requests)])
+        message_id = "msg_" + hashlib.sha256(names.encode()).hexdigest()[:32]
+        try:
+            fields = notice_fields(requests, desk_url, waiting) | (sample or {})
+            if not self.entry["details"]:
+                del fields["details"]
+            event = {"type": "request.waiting", "data": fields,
+                     "timestamp": requests[-1].received_at}
+            for answer in self.send(event, message_id):
+                answers.append(answer)
+                if answer.told and not sample:
+                    break               # what else it says may never end
+        except Exception as error:
+            if len(answers) == 1:
+                answers.append(failure(error))
 
     def sample(self, desk_url: str) -> Answer:
         """Send a text that is hard to send, once."""

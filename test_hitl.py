@@ -726,7 +726,7 @@ WRONG_FILES = [     # text before a rule, place in the message, its cure
     (rule(), 'checkpoint_id "a" appears twice', "give each its own"),
     (rule('"a b"'), 'checkpoint 1 "a b": checkpoint_id', "letters, digits"),
     *((rule(f'"{ours}"'), f'checkpoint 1 "{ours}": checkpoint_id',
-       "choose another") for ours in ("unmatched", "odd-name")),
+       "one of ours") for ours in ("unmatched", "odd-name")),
     (rule(action_pattern=""), FIRST + '"action_pattern" is missing',
      'add action_pattern = "..."'),
     *((rule(**{key: value}), FIRST + key, cure) for key, values, cure in (
@@ -3328,8 +3328,9 @@ def notified(desk, count=1):
     """The rows of notices in the log, once there are so many: (event, request,
     detail)."""
     def rows():
-        found = desk.rows("SELECT event, subject, detail FROM audit_log WHERE "
-                          "event LIKE '%notified' ORDER BY sequence")
+        with hitl.open_for_reading(desk.folder / "hitl.db") as db:
+            found = db.execute("SELECT event, subject, detail FROM audit_log WHERE "
+                               "event LIKE '%notified' ORDER BY sequence").fetchall()
         return found if len(found) >= count else None
     return [(event, subject, json.loads(detail))
             for event, subject, detail in until(rows) or []]
@@ -3449,22 +3450,25 @@ def test_promise_9_what_is_owed_is_told_once(tmp_path):
     """Killed between request and notice, serve tells of it after the restart,
     exactly once."""
     with Receiver() as receiver:
-        (tmp_path / "checkpoints.toml").write_text(RULES + notify(
-            url=receiver.url, after_seconds=0.6) + notify(
-            "siem", url=receiver.url, after_seconds=0.6))
+        def write_rules(after_seconds) -> None:
+            (tmp_path / "checkpoints.toml").write_text(RULES + "".join(notify(
+                name, url=receiver.url, after_seconds=after_seconds)
+                for name in ("phone", "siem")))
+        write_rules(600)
         served = Served(tmp_path)
-        served.agent().exchange("POST", "/pending", four(), seconds=10)
+        served.agent().exchange("POST", "/pending", four("r-1"), seconds=10)
         served.stop(signal.SIGKILL)
         assert not receiver.got
-        for _ in range(2):
-            served.start()
-            assert until(lambda: len(receiver.got) == 2)
-            time.sleep(0.2)             # time for a mistake
-            served.stop()
-        assert len(receiver.got) == 2
-        with hitl.open_for_reading(tmp_path / "hitl.db") as db:
-            assert db.execute("SELECT count(*) FROM audit_log WHERE event = "
-                              "'notified'").fetchone() == (2,)
+        write_rules(0)
+        served.start()
+        assert len(notified(served, 2)) == 2
+        served.stop(signal.SIGKILL)
+        served.start()                  # what it owed would be told before r-2
+        served.agent().exchange("POST", "/pending", four("r-2"), seconds=10)
+        rows = notified(served, 4)
+        served.stop()
+        told = [body["data"]["request_id"] for body in receiver.bodies()]
+        assert told == ["r-1"] * 2 + ["r-2"] * 2 == [row[1] for row in rows]
 
 
 def test_no_secret_shows_anywhere(tmp_path):
@@ -3486,37 +3490,35 @@ def test_no_secret_shows_anywhere(tmp_path):
         page = served.reviewer().fetch("GET", "/", seconds=10,
                                        Accept="text/html")[2].decode()
         served.stop()
-        done = command("notify", "--test", folder=tmp_path, **secrets)
-        assert done.returncode == 1
-        phone, gone = done.stdout.splitlines()
+        done = typed(served, "notify", "--test", **secrets)
+        assert done.status == 1
+        phone, gone = done.out.splitlines()
         assert phone.startswith('phone: 403: /******"***"=***')
         assert len(phone) == len("phone: 403: ") + 200
         assert gone == "gone: ConnectionRefusedError"
-        log = command("log", "--json", folder=tmp_path).stdout
+        log = typed(served, "log", "--json").out
         assert "/******" in log and "403" in log
-        refused = command("serve", folder=tmp_path, **secrets | {"A": "canary\nx"})
+        refused = typed(served, "serve", **secrets | {"A": "canary\nx"}).err
         assert not re.search(r"cana|ry.{1,4}[12]|u001b|u202e|\x1b|\u202e", page
-                             + served.text + str(done) + log + refused.stderr)
+                             + served.text + str(done) + log + refused)
 
 
-def test_notify_test_sends_what_is_hard_to_send(tmp_path):
+def test_notify_test_sends_what_is_hard_to_send(desk):
     """`notify --test` sends quotes, a line break, a backslash and an emoji
     through all entries or one, once, and says what came back."""
     with Receiver(lambda h: h.reply(200, b"ok"), 500) as receiver:
-        (tmp_path / "checkpoints.toml").write_text(
+        (desk.folder / "checkpoints.toml").write_text(
             RULES + notify(url=receiver.url, body={"a": "{text}"})
             + notify("screen", command=[
                 sys.executable, "-c", "import sys; print(sys.argv[1])", "{text}"]))
-        done = command("notify", "--test", "phone", folder=tmp_path)
-        assert (done.returncode, done.stdout) == (0, "phone: 200: ok\n")
+        assert typed(desk, "notify", "--test", "phone") == (0, "phone: 200: ok\n", "")
         text = receiver.bodies()[0]["a"]
         assert all(c in text for c in ('"', "\n", "\\", "\U0001f514"))
-        done = command("notify", "--test", folder=tmp_path)
-        assert done.returncode == 1 and "phone: 500\n" in done.stdout
-        assert "screen: exit 0: " in done.stdout
+        status, out, _ = typed(desk, "notify", "--test")
+        assert status == 1 and "phone: 500\n" in out and "screen: exit 0: " in out
         assert len(receiver.got) == 2
-        done = command("notify", "--test", "phon", folder=tmp_path)
-        assert done.returncode == 2 and "did you mean phone?" in done.stderr
+        status, _, err = typed(desk, "notify", "--test", "phon")
+        assert status == 2 and "did you mean phone?" in err
 
 
 def test_check_warns_of_a_doubtful_notify(tmp_path, capsys):
