@@ -188,7 +188,7 @@ import re
 import threading
 import time
 import unicodedata
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import (
     Awaitable, Callable, Container, Iterable, Iterator, Mapping)
 from datetime import datetime, timezone
@@ -1938,21 +1938,17 @@ MAX_STANDING_SECONDS = 8 * 3600     # an approval stands for a working day ...
 MAX_STANDING_USES = 50              # ... and for what a person can recall
 CLOSED_A_TURN = 200             # by the clock or a stop: about 15 ms
 LARGE_BYTES = 8 * 1024          # a larger request is not listed in full
-GENESIS = "0" * 64              # the hash before the first audit row
 
 # what was asked: asked_sha256 covers these columns, and a seal the others
-ASKED = tuple(sorted((
-    "request_id", "digest", "deadline", "asked_by", *ReviewRequest._fields[
-        ReviewRequest._fields.index("received_at"):])))
-SEALED = tuple(sorted({*ReviewRequest._fields} - {*ASKED} | {"request_id"}))
-SEALED_STANDING = tuple(sorted(Standing._fields))
-asked_values, sealed_values, standing_values = (
-    operator.attrgetter(*names) for names in (ASKED, SEALED, SEALED_STANDING))
+ASKED = sorted(["request_id", "digest", "deadline", "asked_by",
+                *ReviewRequest._fields[ReviewRequest._fields.index("received_at"):]])
+SEALED = sorted({*ReviewRequest._fields} - {*ASKED} | {"request_id"})
+SEALED_STANDING = sorted(Standing._fields)
 
 
 def columns_of(names: Iterable[str], row: str = "") -> str:
-    """Columns as SQL lists them, of a `row` such as OLD."""
-    return ", ".join(f"{row}.{name}" if row else name for name in names)
+    """Columns as SQL lists them, of a `row` such as `OLD.`"""
+    return ", ".join(row + name for name in names)
 
 
 SCHEMA = f"""
@@ -2100,8 +2096,8 @@ BEGIN SELECT RAISE(ABORT, 'a person decides what stands'); END;
 
 CREATE TRIGGER only_lifted BEFORE UPDATE ON standing_decisions
 WHEN OLD.lifted_at IS NOT NULL OR NEW.lifted_at IS NULL
-  OR ({columns_of(Standing._fields[:-2], "NEW")}) IS NOT
-     ({columns_of(Standing._fields[:-2], "OLD")})
+  OR ({columns_of(Standing._fields[:-2], "NEW.")}) IS NOT
+     ({columns_of(Standing._fields[:-2], "OLD.")})
 BEGIN SELECT RAISE(ABORT, 'a standing decision is only ever lifted'); END;
 CREATE TRIGGER standing_is_kept BEFORE DELETE ON standing_decisions
 BEGIN SELECT RAISE(ABORT, 'a standing decision is only ever lifted'); END;
@@ -2164,21 +2160,25 @@ BRIEF = columns_of(
     f"CASE WHEN size > {LARGE_BYTES} {CUT[name]} ELSE {name} END"
     if name in CUT else name for name in ReviewRequest._fields)
 STANDING = columns_of(Standing._fields)
-SUBMIT = (f"INSERT INTO pending_reviews ({columns_of(ASKED)}, asked_sha256) "
+SUBMIT = (f"INSERT INTO pending_reviews (asked_sha256, {columns_of(ASKED)}) "
           f"VALUES ({', '.join('?' * (len(ASKED) + 1))})")
+asked_values = operator.attrgetter(*ASKED)
 # which standing decisions are in force now
 IN_FORCE = ("lifted_at IS NULL AND (decision = 'stopped' OR until > ?) AND "
             "(uses IS NULL OR uses > (SELECT count(*) FROM pending_reviews "
             "WHERE standing = number))")
-AUDIT_COLUMNS = ("sequence", "at", "event", "subject", "actor", "detail",
-                 "seal", "hash")
+class AuditRow(NamedTuple):
+    """A row of audit_log; AuditRow() is what comes before the first. The
+    newest is the log's head: its hash, noted elsewhere, shows a cut tail."""
 
-
-class Head(NamedTuple):
-    """The newest audit row. Noted elsewhere, it shows a cut tail."""
-
-    sequence: int
-    hash: str
+    sequence: int = 0
+    at: str = ""
+    event: str = ""
+    subject: str = ""
+    actor: str = ""
+    detail: str = ""
+    seal: str = ""
+    hash: str = "0" * 64
 
 
 class Change(NamedTuple):
@@ -2207,24 +2207,24 @@ REJECTION_STANDS = Bounds(600)      # by itself: a model asks up to six times
 def bounds_from(value: Any, decision: Status) -> Bounds:
     """What `remember` asks for: `{"seconds": N, "uses": N}`, a rejection
     without uses; Refusal where it is malformed or wider than may be."""
-    approved = decision == Status.APPROVED
-    longest = MAX_STANDING_SECONDS if approved else MAX_YEARS * 31_557_600
-    with contextlib.suppress(TypeError):        # no object, or other names in it
-        seconds, uses = bounds = Bounds(**value)
-        uses_fit = uses is None
-        if approved:
-            uses_fit = type(uses) is int and 1 <= uses <= MAX_STANDING_USES
-        if uses_fit and type(seconds) in (int, float) and 0 < seconds <= longest:
-            return bounds
+    members: dict[str, Any] = value if isinstance(value, dict) else {}
+    seconds, uses = members.get("seconds", 0), members.get("uses", None)
+    longest, uses_fit = MAX_YEARS * 31_557_600, uses is None
+    if decision == Status.APPROVED:
+        longest = MAX_STANDING_SECONDS
+        uses_fit = type(uses) is int and 1 <= uses <= MAX_STANDING_USES
+    if (uses_fit and members.keys() <= {"seconds", "uses"}
+            and type(seconds) in (int, float) and 0 < seconds <= longest):
+        return Bounds(seconds, uses)
     raise Refusal(
         "bad-field", '"remember" must be {"seconds": N, "uses": N}, of a '
         'rejection {"seconds": N}', "an approval stands for at most "
         f"{MAX_STANDING_SECONDS} seconds and {MAX_STANDING_USES} uses")
 
 
-class Page(NamedTuple):
+class Found(NamedTuple):
     """A part of the history, and the position to go on from; None at the
-    end. What was looked at reaches back to that position."""
+    end. The search reached back to that position."""
 
     rows: list[ReviewRequest]
     next: tuple[str, int] | None
@@ -2234,14 +2234,23 @@ def sha256_of(value: Any) -> str:
     return hashlib.sha256(canonical(value).encode()).hexdigest()
 
 
-def columns_hash(names: Iterable[str], values: Iterable[Any]) -> str:
-    """SHA-256 of the canonical JSON of the columns that are not NULL, so that
-    a column of a later schema breaks no old seal. Written out, because every
-    change of state takes this way; the names are sorted."""
-    texts = [f'"{name}":{json_text(value) if isinstance(value, str) else value}'
-             for name, value in zip(names, values, strict=True)
-             if value is not None]
-    return hashlib.sha256(f"{{{','.join(texts)}}}".encode()).hexdigest()
+def columns_hash(row: ReviewRequest | Standing, names: Iterable[str]) -> str:
+    """SHA-256 of the canonical JSON of those columns that are not NULL: so a
+    column of a later schema breaks no old seal. The names are sorted. Written
+    out, because every change of state takes this way."""
+    members = []
+    for name in names:
+        value = getattr(row, name)
+        if isinstance(value, str):
+            members.append(f'"{name}":{json_text(value)}')
+        elif value is not None:
+            members.append(f'"{name}":{value}')
+    return hashlib.sha256(f"{{{','.join(members)}}}".encode()).hexdigest()
+
+
+def asked_hash(request: ReviewRequest) -> str:
+    """The `asked_sha256` that belongs to what was asked."""
+    return columns_hash(request, ASKED)
 
 
 def seal_of(subject: ReviewRequest | Standing) -> str:
@@ -2249,20 +2258,26 @@ def seal_of(subject: ReviewRequest | Standing) -> str:
     What was asked enters as `asked_sha256`: sealing a large request costs no
     more than a small one."""
     if isinstance(subject, Standing):
-        return columns_hash(SEALED_STANDING, standing_values(subject))
-    return columns_hash(SEALED, sealed_values(subject))
+        return columns_hash(subject, SEALED_STANDING)
+    return columns_hash(subject, SEALED)
 
 
-def asked_hash(request: ReviewRequest) -> str:
-    """The `asked_sha256` that belongs to what was asked."""
-    return columns_hash(ASKED, asked_values(request))
+def chain_hash(before: str, row: tuple[Any, ...]) -> str:
+    """The hash of an audit row, of which it is the last column, after the
+    hash of the row before it."""
+    return sha256_of([before, *row])
 
 
-def last_head(db: Any) -> Head:
+def audit_rows(db: Any, where: str = "ORDER BY sequence",
+               *values: Any) -> Iterator[AuditRow]:
+    """The audit log from its beginning, or some of its rows."""
+    return map(AuditRow._make, db.execute(
+        f"SELECT * FROM audit_log {where}", values))
+
+
+def last_head(db: Any) -> AuditRow:
     """The newest audit row, or what comes before the first."""
-    row = db.execute("SELECT sequence, hash FROM audit_log ORDER BY sequence "
-                     "DESC LIMIT 1").fetchone()
-    return Head(*(row or (0, GENESIS)))
+    return next(audit_rows(db, "ORDER BY sequence DESC LIMIT 1"), AuditRow())
 
 
 def standing_rows(db: Any, where: str, *values: Any) -> list[Standing]:
@@ -2323,26 +2338,24 @@ class Store:
         for asked_by, agent, count in self.db.execute(
                 "SELECT asked_by, agent, count(*) FROM pending_reviews WHERE "
                 "status = 'waiting' GROUP BY asked_by, agent"):
-            for owner in ((), (asked_by,), (asked_by, agent)):
-                self.counts[owner] += count
+            self.count_waiting(asked_by, agent, count)
         self.reread_standing()
 
     def reread_standing(self) -> None:
         """The stop that is in force, and until when anything else stands."""
-        self.stop_in_force, self.stands_until = None, ""
-        for standing in standing_rows(self.db, f"WHERE {IN_FORCE}", self.now):
-            if standing.decision == "stopped":
-                self.stop_in_force = self.stop_in_force or standing
-            self.stands_until = max(self.stands_until, standing.until or "")
+        rows = standing_rows(self.db, f"WHERE {IN_FORCE}", self.now)
+        self.stop_in_force = next(
+            (row for row in rows if row.decision == "stopped"), None)
+        self.stands_until = max((row.until or "" for row in rows), default="")
 
     @property
     def waiting_count(self) -> int:
         return self.counts[()]
 
-    def count_waiting(self, request: ReviewRequest, by: int) -> None:
-        for owner in ((), (request.asked_by,),
-                      (request.asked_by, request.agent)):
-            self.counts[owner] += by
+    def count_waiting(self, asked_by: str, agent: str | None, more: int) -> None:
+        """So many more of an agent wait: of its credential and in all, too."""
+        for owner in ((), (asked_by,), (asked_by, agent)):
+            self.counts[owner] += more
             if not self.counts[owner]:
                 del self.counts[owner]      # agents make up names
 
@@ -2380,14 +2393,13 @@ class Store:
         """End the turn -> its changes, as the audit log has them, or None if
         it is not on disk. Nobody is answered before (promise 6)."""
         import sqlite3
+        news, self.news = self.news, []
         with contextlib.suppress(sqlite3.Error):
             if not self.spoilt:
-                if not self.db.in_transaction:
-                    return []
-                self.db.execute("COMMIT")
-                news, self.news = self.news, []
+                if news or self.db.in_transaction:
+                    self.db.execute("COMMIT")
                 return news
-        self.spoilt, self.news = True, []
+        self.spoilt = True
         with contextlib.suppress(sqlite3.Error):    # else: in a later turn
             if self.db.in_transaction:
                 self.db.execute("ROLLBACK")
@@ -2401,11 +2413,9 @@ class Store:
         any: chained to the one before, sealing its subject as it is now."""
         row = (self.head.sequence + 1, self.now, event, about.subject, actor,
                READABLE.encode(detail) if detail else "{}", seal_of(about))
-        text = ",".join(map(json_text, row[1:]))        # canonical, written out
-        chained = f'["{self.head.hash}",{row[0]},{text}]'
-        self.head = Head(row[0], hashlib.sha256(chained.encode()).hexdigest())
-        self.db.execute("INSERT INTO audit_log VALUES (?, ?, ?, ?, ?, ?, ?, "
-                        "?)", (*row, self.head.hash))
+        self.head = AuditRow(*row, chain_hash(self.head.hash, row))
+        self.db.execute("INSERT INTO audit_log VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                        self.head)
         self.news.append(Change(event, about.subject, actor,
                                 getattr(about, "action_description", "")))
 
@@ -2425,52 +2435,57 @@ class Store:
         if attach and standing is None and (open_one := self.open_like(asked)):
             return open_one, False
         standing = standing or self.standing_for(asked, Status.APPROVED)
-        sha256 = asked_hash(asked)
-        inserted = self.has_room(asked) and self.db.execute(
-            SUBMIT, (*asked_values(asked), sha256))
-        if inserted and inserted.rowcount:
-            asked = asked._replace(id=inserted.lastrowid, asked_sha256=sha256)
-            self.note(asked, "submitted", asked.asked_by, {})
-            self.count_waiting(asked, +1)
-            if standing:
-                asked = self.answer(asked, standing)
-            return asked, True
-        return self.asked_again(asked), False
+        stored = self.stored(asked)
+        if stored is None:
+            return self.asked_again(asked), False
+        if standing:
+            stored = self.answer(stored, standing)
+        return stored, True
 
-    def has_room(self, asked: ReviewRequest) -> bool:
-        """Whether one more may wait: of this agent, this credential, at all."""
-        owner = (asked.asked_by, asked.agent)
-        return (self.counts[()] < MAX_WAITING
-                and self.counts[owner[:1]] < MAX_WAITING_PER_CREDENTIAL
-                and self.counts[owner] < MAX_WAITING_PER_AGENT)
+    def stored(self, asked: ReviewRequest) -> ReviewRequest | None:
+        """A request, now stored as waiting; None where its id is taken, or no
+        more may wait: of this agent, of this credential, or in all."""
+        credential, agent = (asked.asked_by,), (asked.asked_by, asked.agent)
+        if (self.counts[()] >= MAX_WAITING
+                or self.counts[credential] >= MAX_WAITING_PER_CREDENTIAL
+                or self.counts[agent] >= MAX_WAITING_PER_AGENT):
+            return None
+        sha256 = asked_hash(asked)
+        inserted = self.db.execute(SUBMIT, (sha256, *asked_values(asked)))
+        if not inserted.rowcount:
+            return None
+        asked = asked._replace(id=inserted.lastrowid, asked_sha256=sha256)
+        self.note(asked, "submitted", asked.asked_by, {})
+        self.count_waiting(asked.asked_by, asked.agent, +1)
+        return asked
 
     def asked_again(self, asked: ReviewRequest) -> ReviewRequest:
         """The stored request that has this id and is this call; Refusal."""
-        request = self.find(asked.request_id)
+        request = self.first("WHERE request_id = ?", asked.request_id)
         if request is None:
             raise Refusal(
                 "too-many-waiting", f"{self.waiting_count} requests wait "
                 f"already, {self.counts[asked.asked_by, asked.agent]} of this "
                 "agent", "let a reviewer decide some, or withdraw some")
         own = request.asked_by == asked.asked_by
-        if not own or (request.digest, request.checkpoint_id, request.session
-                       ) != (asked.digest, asked.checkpoint_id, asked.session):
-            raise Refusal(
-                "id-taken", f'request_id "{asked.request_id}" belongs to '
-                "another action", "choose a fresh request_id for another "
-                "action, checkpoint or session", about=request if own else None)
-        return request
+        if own and (request.digest, request.checkpoint_id, request.session) == (
+                asked.digest, asked.checkpoint_id, asked.session):
+            return request
+        raise Refusal(
+            "id-taken", f'request_id "{asked.request_id}" belongs to another '
+            "action", "choose a fresh request_id for another action, "
+            "checkpoint or session", about=request if own else None)
 
     def open_like(self, asked: ReviewRequest) -> ReviewRequest | None:
         """The newest request for this call of this agent in this session that
         waits, or that a person approved and nobody claimed."""
-        return next(self.select(
+        return self.first(
             "WHERE digest = ? AND status IN ('waiting', 'approved') AND "
             "outcome IS NULL AND standing IS NULL AND checkpoint_id IS ? AND "
             "session IS ? AND asked_by = ? AND edits IS ? AND "
             "coalesce(lapses_at, deadline, '~') > ? ORDER BY id DESC LIMIT 1",
             asked.digest, asked.checkpoint_id, asked.session, asked.asked_by,
-            asked.edits, self.now), None)
+            asked.edits, self.now)
 
     def move(self, request: ReviewRequest, event: str, actor: str,
              detail: Mapping[str, Any], **columns: Any) -> ReviewRequest:
@@ -2484,7 +2499,7 @@ class Store:
         if not done:
             raise refused("damaged", request)
         if request.status == Status.WAITING:
-            self.count_waiting(request, -1)
+            self.count_waiting(request.asked_by, request.agent, -1)
         request = request._replace(**columns)
         self.note(request, event, actor, detail)
         return request
@@ -2588,17 +2603,14 @@ class Store:
         return request
 
     def overdue(self) -> list[ReviewRequest]:
-        """Requests past their deadline, approvals nobody claimed, and after
-        a stop whatever waits, for close_overdue()."""
-        found = [
-            *self.select("WHERE status = 'waiting' AND deadline <= ? LIMIT ?",
-                         self.now, CLOSED_A_TURN),
-            *self.select("WHERE status = 'approved' AND outcome IS NULL AND "
-                         "lapses_at <= ? LIMIT ?", self.now, CLOSED_A_TURN)]
-        if self.stop_in_force and not found:
-            found = list(self.select("WHERE status = 'waiting' LIMIT ?",
-                                     CLOSED_A_TURN))
-        return found
+        """For close_overdue(): what waits past its deadline, or at all after a
+        stop, and approvals that nobody claimed in time."""
+        waiting = ["WHERE status = 'waiting' AND deadline <= ? LIMIT ?", self.now]
+        if self.stop_in_force:
+            waiting = ["WHERE status = 'waiting' LIMIT ?"]
+        return [*self.select(*waiting, CLOSED_A_TURN), *self.select(
+            "WHERE status = 'approved' AND outcome IS NULL AND lapses_at <= ? "
+            "LIMIT ?", self.now, CLOSED_A_TURN)]
 
     def close_overdue(self, request: ReviewRequest) -> ReviewRequest:
         """The request, closed by the clock, or by a stop."""
@@ -2725,16 +2737,15 @@ class Store:
         return itertools.starmap(ReviewRequest, self.db.execute(
             f"SELECT {columns} FROM pending_reviews {where}", values))
 
-    def find(self, request_id: str,
-             columns: str = WITHOUT_CONTEXT) -> ReviewRequest | None:
-        return next(self.select("WHERE request_id = ?", request_id,
-                                columns=columns), None)
+    def first(self, where: str, *values: Any, columns: str = WITHOUT_CONTEXT
+              ) -> ReviewRequest | None:
+        return next(self.select(where, *values, columns=columns), None)
 
     def request(self, request_id: str, by: str | None = None,
                 columns: str = WITHOUT_CONTEXT) -> ReviewRequest:
         """A request; Refusal "unknown", or where another agent than `by`
         asked it."""
-        request = self.find(request_id, columns)
+        request = self.first("WHERE request_id = ?", request_id, columns=columns)
         if request is None:
             raise Refusal("unknown", f'there is no request "{request_id}"',
                           "check the id: `python3 hitl.py list --all` prints them")
@@ -2748,13 +2759,23 @@ class Store:
         """A page of what waits: what somebody waits for first, then in turns
         by credential, then by agent, each agent's soonest deadline first.
         Whoever floods the desk pushes nobody else's request off the page."""
-        rows = [(request_id not in attended, *row) for request_id, *row in
-                self.db.execute("SELECT request_id, coalesce(deadline, '~'), id, "
-                                "asked_by, agent FROM pending_reviews WHERE "
-                                "status = 'waiting'")]
-        rows = in_turns(in_turns(sorted(rows), 0, 3, 4), 0, 3)
-        rows.sort(key=operator.itemgetter(0))       # keeps the turns
-        return self.by_number([row[2] for row in rows[skip:skip + limit]])
+        rows = self.db.execute("""
+            WITH waits AS (
+              SELECT id, request_id, asked_by, agent,
+                coalesce(deadline, '~') AS due
+              FROM pending_reviews WHERE status = 'waiting'),
+            by_agent AS (
+              SELECT *, row_number() OVER (
+                PARTITION BY asked_by, agent ORDER BY due, id) AS place
+              FROM waits),
+            by_credential AS (
+              SELECT *, row_number() OVER (
+                PARTITION BY asked_by ORDER BY place, due, id) AS turn
+              FROM by_agent)
+            SELECT id, request_id FROM by_credential ORDER BY turn, due, id
+            """).fetchall()
+        rows.sort(key=lambda row: row[1] not in attended)   # keeps the turns
+        return self.by_number([number for number, _ in rows[skip:skip + limit]])
 
     def by_number(self, numbers: list[int]) -> list[ReviewRequest]:
         """The requests with these ids, in this order, as a list shows them."""
@@ -2763,7 +2784,7 @@ class Store:
         return [found[number] for number in numbers]
 
     def reviewed(self, limit: int, before: tuple[str, int] | None = None,
-                 words: str = "", status: str = "") -> Page:
+                 words: str = "", status: str = "") -> Found:
         """What no longer waits, the latest decision first, from a position
         backwards: with all `words`, in any case, and the `status`. Looks back
         for SEARCH_SECONDS at most, whatever it has found by then."""
@@ -2778,12 +2799,12 @@ class Store:
                 "id) < (?, ?) ORDER BY decided_at DESC, id DESC",
                 before or ("~", 0)):
             if len(numbers) == limit or position and time.monotonic() > last:
-                return Page(self.by_number(numbers), position)
+                return Found(self.by_number(numbers), position)
             position = (decided_at, number)
             text = "\n".join(filter(None, texts)).casefold()
             if status in ("", became) and all(word in text for word in wanted):
                 numbers.append(number)
-        return Page(self.by_number(numbers), None)
+        return Found(self.by_number(numbers), None)
 
     def beginning_with(self, start: str) -> list[str]:
         """A few request_ids that begin so and go on."""
@@ -2793,10 +2814,10 @@ class Store:
 
     def asked_before(self, request: ReviewRequest) -> ReviewRequest | None:
         """The newest earlier request for the same call that was decided."""
-        return next(self.select(
+        return self.first(
             "WHERE digest = ? AND decided_by IS NOT NULL AND id < ? "
             "ORDER BY decided_at DESC, id DESC LIMIT 1", request.digest,
-            request.id), None)
+            request.id)
 
     def notices_of(self, request_id: str) -> list[tuple[str, str, str]]:
         """What became of the notices of a request: (event, name, status or
@@ -2813,16 +2834,6 @@ class Store:
         return [(request, [name for _, name, _ in self.notices_of(
             request.request_id)]) for request in self.select(
                 "WHERE status = 'waiting' ORDER BY id", columns=BRIEF)]
-
-
-def in_turns(rows: list[Any], *columns: int) -> list[Any]:
-    """The rows, those with the same `columns` in one queue: the first of each
-    queue, the smallest before, then the second of each, and so on."""
-    queues, queue_of = defaultdict(list), operator.itemgetter(*columns)
-    for row in rows:
-        queues[queue_of(row)].append(row)
-    return [row for turn in itertools.zip_longest(*queues.values())
-            for row in sorted(filter(None, turn))]
 
 
 # What is said when a request cannot do what was asked of it: why, and the cure.
@@ -2911,10 +2922,22 @@ def changed_value(old: Any, new: Any, name: str) -> Any:
 
 # SQLITE_BUSY, LOCKED, READONLY, IOERR, FULL, CANTOPEN
 NOT_DAMAGE = (5, 6, 8, 10, 13, 14)
+CHECKED_PAGES = 8192            # 32 MB: a start does not read more than that
 
 
 def bad_database(path: Path, what: str, cure: str) -> ConfigError:
     return ConfigError(f"{path}: {what}", cure, reason="bad-database")
+
+
+def cannot_open(path: Path, error: Exception) -> ConfigError:
+    """The error for a file that cannot be used now, or that is not whole."""
+    code = getattr(error, "sqlite_errorcode", 0) & 255
+    if code in NOT_DAMAGE or isinstance(error, (OSError, RuntimeError)):
+        return bad_database(path, f"cannot be used now: {error}",
+                            "stop what holds it, see to its mode and disk, or "
+                            "use --database with a folder of your own")
+    return bad_database(path, f"is damaged or not ours: {error}",
+                        "restore a backup, or move it away")
 
 
 def open_store(path: Path, clock: Callable[[], float] = time.time) -> Store:
@@ -2924,11 +2947,12 @@ def open_store(path: Path, clock: Callable[[], float] = time.time) -> Store:
     with contextlib.ExitStack() as opened:
         try:
             path = path.resolve()       # one lock, whatever name leads here
+            if path.is_dir():
+                raise bad_database(path, "is a folder", "name a file")
             lock = lock_database(path)
             opened.callback(lock.close)
             if not path.exists():
                 create_database(path)
-            check_header(path)
             db = sqlite3.connect(
                 f"{path.as_uri()}?mode=rw", uri=True, timeout=BUSY_SECONDS,
                 isolation_level=None, check_same_thread=False,
@@ -2936,7 +2960,7 @@ def open_store(path: Path, clock: Callable[[], float] = time.time) -> Store:
             opened.callback(db.close)
             check_ours(db, path)
             settings(db, path)
-            for fault in database_faults(db, path.stat().st_size):
+            for fault in database_faults(db):
                 raise bad_database(
                     path, f"is damaged or was edited: {fault}",
                     "restore a backup, or move it away to begin again; "
@@ -2944,21 +2968,11 @@ def open_store(path: Path, clock: Callable[[], float] = time.time) -> Store:
             store = Store(db, lock, path, clock)
         except ConfigError:
             raise
-        except (OSError, RuntimeError) as error:
-            raise unusable(path, error) from None
-        except (sqlite3.Error, ValueError, TypeError) as error:
-            if getattr(error, "sqlite_errorcode", 0) & 255 in NOT_DAMAGE:
-                raise unusable(path, error) from None
-            raise bad_database(path, f"is damaged or not ours: {error}",
-                               "restore a backup, or move it away") from None
+        except (OSError, RuntimeError, sqlite3.Error, ValueError,
+                TypeError) as error:
+            raise cannot_open(path, error) from None
         opened.pop_all()            # from here on the Store closes both
         return store
-
-
-def unusable(path: Path, error: Exception) -> ConfigError:
-    return bad_database(path, f"cannot be used now: {error}",
-                        "stop what holds it, see to its mode and disk, or use "
-                        "--database with a folder of your own")
 
 
 def lock_database(path: Path) -> Any:
@@ -2974,34 +2988,24 @@ def lock_database(path: Path) -> Any:
                            check_same_thread=False)
     try:
         lock.execute("BEGIN EXCLUSIVE")
-        return lock
     except sqlite3.Error as error:
         lock.close()
         if "locked" in str(error):
             raise bad_database(path, "another server runs on this database",
                                "stop it, or use --database") from None
-        raise unusable(beside, error) from None
-
-
-def check_header(path: Path) -> None:
-    """ConfigError for a file that is not a database, or that SQLite would take
-    for an empty one; SQLite itself finds out what else may be wrong."""
-    if path.is_dir():
-        raise bad_database(path, "is a folder", "name a file")
-    with open(path, "rb") as file:
-        beginning, size = file.read(16), os.stat(path).st_size
-    if size and beginning != b"SQLite format 3\0":
-        raise bad_database(path, "is not an SQLite database",
-                           "use --database with another file")
-    if not size or size % 512:
-        raise bad_database(path, "is empty or was cut short",
-                           "move it away, or restore a backup")
+        raise cannot_open(beside, error) from None
+    return lock
 
 
 def check_ours(db: Any, path: Path) -> None:
-    """ConfigError unless hitl.py wrote the database, with this schema."""
+    """ConfigError unless hitl.py wrote the database, with this schema, and it
+    was not plainly cut: SQLite would take an empty file for a new database."""
     ours, = db.execute("PRAGMA application_id").fetchone()
     version, = db.execute("PRAGMA user_version").fetchone()
+    size = path.stat().st_size
+    if not size or size % 512:
+        raise bad_database(path, "is empty or was cut short",
+                           "move it away, or restore a backup")
     if ours != APPLICATION_ID:
         raise bad_database(path, "belongs to another program",
                            "use --database with another file")
@@ -3044,22 +3048,22 @@ def create_database(path: Path) -> None:
         os.close(folder)
 
 
-def database_faults(db: Any, size: int) -> Iterator[str]:
+def database_faults(db: Any) -> Iterator[str]:
     """What is wrong with a database, as far as a start should look: the
     schema with its triggers, the pages of a small file, and every request
     that is still open, against its audit row."""
     import sqlite3
-    with contextlib.closing(sqlite3.connect(":memory:")) as ours:
-        ours.executescript(SCHEMA)
-        # names with sqlite_ are SQLite's own, and refused to anybody else
-        expected, found = (each.execute(
-            "SELECT name, sql FROM sqlite_master WHERE name NOT LIKE "
-            "'sqlite$_%' ESCAPE '$' ORDER BY name").fetchall()
-            for each in (ours, db))
-    if found != expected:
+    # names with sqlite_ are SQLite's own, and refused to anybody else
+    schema = ("SELECT name, sql FROM sqlite_master WHERE name NOT LIKE "
+              "'sqlite$_%' ESCAPE '$' ORDER BY name")
+    with contextlib.closing(sqlite3.connect(":memory:")) as fresh:
+        fresh.executescript(SCHEMA)
+        expected = fresh.execute(schema).fetchall()
+    if db.execute(schema).fetchall() != expected:
         yield "its tables or triggers are not those of this version"
         return
-    if size <= 32 << 20:
+    pages, = db.execute("PRAGMA page_count").fetchone()
+    if pages <= CHECKED_PAGES:
         result, = db.execute("PRAGMA quick_check(1)").fetchone()
         if result != "ok":
             yield result
@@ -3069,38 +3073,37 @@ def database_faults(db: Any, size: int) -> Iterator[str]:
 
 
 def seal_faults(db: Any, requests: str = "", standing: str = "") -> Iterator[str]:
-    """Requests and standing decisions that are not as their last audit row
-    sealed them, or whose audit row does not have its hash; and votes, which
-    nobody can cast yet."""
-    for row in db.execute(f"SELECT {WHOLE} FROM pending_reviews {requests}"):
-        request = ReviewRequest._make(row)
-        name = f'request "{visible(str(request.request_id))}"'
-        if asked_hash(request) != request.asked_sha256:
-            yield f"{name} is not what was asked: its row was edited"
-        else:
-            yield from last_row_faults(db, name, request)
-    for said in standing_rows(db, standing):
-        yield from last_row_faults(
-            db, f"standing decision {visible(str(said.number))}", said)
+    """Requests and standing decisions that are not as the audit log has them;
+    and votes, which nobody can cast yet."""
+    subjects: Iterable[ReviewRequest | Standing] = itertools.chain(
+        map(ReviewRequest._make, db.execute(
+            f"SELECT {WHOLE} FROM pending_reviews {requests}")),
+        standing_rows(db, standing))
+    for subject in subjects:
+        if fault := seal_fault(db, subject):
+            yield f'"{visible(str(subject.subject))}" {fault}'
     for request_id, in db.execute("SELECT request_id FROM votes"):
-        yield (f'request "{visible(str(request_id))}" has a vote, and this '
-               "version takes none")
+        yield (f'"{visible(str(request_id))}" has a vote, and this version '
+               "takes none")
 
 
-def last_row_faults(db: Any, name: str,
-                    about: ReviewRequest | Standing) -> Iterator[str]:
-    """Whether the last audit row of a subject has its seal, and its hash."""
-    last = db.execute("SELECT * FROM audit_log WHERE subject = ? ORDER BY "
-                      "sequence DESC LIMIT 1", (about.subject,)).fetchone()
+def seal_fault(db: Any, subject: ReviewRequest | Standing) -> str:
+    """What is wrong with a request or a standing decision, if anything: its
+    last audit row must have its seal, and the hash that belongs to it."""
+    if isinstance(subject, ReviewRequest) and (
+            subject.asked_sha256 != asked_hash(subject)):
+        return "is not what was asked: its row was edited"
+    last = next(audit_rows(db, "WHERE subject = ? ORDER BY sequence DESC LIMIT 1",
+                           subject.subject), None)
     if last is None:
-        yield f"{name} has no audit row"
-        return
-    before = db.execute("SELECT hash FROM audit_log WHERE sequence = ?",
-                        (last[0] - 1,)).fetchone() or (GENESIS,)
-    if last[6] != seal_of(about):
-        yield f"{name} is not as the audit log has it: its row was edited"
-    elif last[7] != sha256_of([before[0], *last[:7]]):
-        yield f"{name} has an audit row that was edited: {last[0]}"
+        return "has no audit row"
+    if last.seal != seal_of(subject):
+        return "is not as the audit log has it: its row was edited"
+    before = next(audit_rows(db, "WHERE sequence = ?", last.sequence - 1),
+                  AuditRow())
+    if last.hash != chain_hash(before.hash, last[:-1]):
+        return f"has an audit row that was edited: {last.sequence}"
+    return ""
 
 
 @contextlib.contextmanager
@@ -3117,19 +3120,13 @@ def open_for_reading(path: Path) -> Iterator[Any]:
         yield db
 
 
-def audit_rows(db: Any) -> Iterator[tuple[Any, ...]]:
-    """The whole audit log, from its beginning."""
-    yield from db.execute("SELECT * FROM audit_log ORDER BY sequence")
-
-
 def stored_requests(db: Any) -> Iterator[ReviewRequest]:
     """Every request that was ever asked, in order, without its context."""
-    for row in db.execute(f"SELECT {WITHOUT_CONTEXT} FROM pending_reviews "
-                          "ORDER BY id"):
-        yield ReviewRequest._make(row)
+    return map(ReviewRequest._make, db.execute(
+        f"SELECT {WITHOUT_CONTEXT} FROM pending_reviews ORDER BY id"))
 
 
-def verified(path: Path, noted: str = "") -> tuple[Head, list[str]]:
+def verified(path: Path, noted: str = "") -> tuple[AuditRow, list[str]]:
     """The head of a database's audit log, and what is wrong with it, at one
     instant, whatever a server writes meanwhile."""
     with open_for_reading(path) as db:
@@ -3140,15 +3137,16 @@ def verified(path: Path, noted: str = "") -> tuple[Head, list[str]]:
 def audit_faults(db: Any, noted: str = "") -> Iterator[str]:
     """What is wrong with the whole audit log: every row against the chain,
     every request against its last row, and a noted head against the log."""
-    head, seen = Head(0, GENESIS), noted in ("", GENESIS)
+    before = AuditRow()
+    seen = noted in ("", before.hash)
     for row in audit_rows(db):
-        if row[0] != head.sequence + 1:
-            yield f"audit row {head.sequence + 1} is missing"
-        elif row[-1] != sha256_of([head.hash, *row[:-1]]):
-            yield (f"audit row {row[0]} was changed, or one before it: it is "
-                   f'about "{visible(str(row[3]))}"')
-        head = Head(row[0], row[-1])
-        seen = seen or row[-1] == noted
+        if row.sequence != before.sequence + 1:
+            yield f"audit row {before.sequence + 1} is missing"
+        elif row.hash != chain_hash(before.hash, row[:-1]):
+            yield (f"audit row {row.sequence} was changed, or one before it: it "
+                   f'is about "{visible(str(row.subject))}"')
+        before = row
+        seen = seen or row.hash == noted
     if not seen:
         yield f"the noted head {noted} is not in the log: its end was cut"
     yield from seal_faults(db)
@@ -3574,9 +3572,9 @@ class Notices:
         import sqlite3
         for change in changes:
             if change.event == "submitted":
-                with contextlib.suppress(sqlite3.Error):    # owed after a restart
-                    request = store.find(change.request_id)
-                    if request and request.status == Status.WAITING:
+                with contextlib.suppress(Refusal, sqlite3.Error):   # still owed
+                    request = store.request(change.request_id)
+                    if request.status == Status.WAITING:
                         self.begins(request)
                 continue
             self.waiting.discard(change.request_id)
@@ -4241,7 +4239,7 @@ def problem_page(status: int, refusal: Refusal,
         request and safely(card, request, view, True, True, typed)]))
 
 
-def history_page(view: View, found: Page, asks: Mapping[str, str]) -> Html:
+def history_page(view: View, found: Found, asks: Mapping[str, str]) -> Html:
     """What was reviewed, the latest first, and how far back it was searched."""
     from urllib.parse import urlencode
     q, status = asks.get("q", ""), asks.get("status", "")
@@ -8883,7 +8881,7 @@ def cmd_log(args: Any) -> int:
             for row in audit_rows(db):
                 line = " ".join(visible(str(part)) for part in row[:6])
                 if args.json:
-                    line = json.dumps(dict(zip(AUDIT_COLUMNS, row, strict=True)))
+                    line = json.dumps(row._asdict())
                 say(line)
     except (sqlite3.DatabaseError, ValueError, LookupError, TypeError) as error:
         say(f"FAULT {path}: {visible(str(error))}")
