@@ -6024,20 +6024,20 @@ def checked_authorities(configuration: Configuration) -> str:
 
 
 # ================================= Context =================================
-# What goes along with a request so that the reviewer can judge it: the agent's
-# state with secrets masked, and the name of who asks. What looks like a secret
-# leaves the process as its length only: a digest, or a few characters of it,
-# would give a short code away in a second. Every pattern below is linear: its
-# open part comes last and cannot fail, all before it is bounded.
+# What goes with a request so that the reviewer can judge it: the agent's
+# state, and the name of who asks. What looks like a secret leaves the process
+# as its length only, since a digest, or a few characters, would give a short
+# code away. Every pattern below takes linear time: its one open repeat comes
+# last and cannot fail, and everything before it is bounded.
 
-CONTEXT_NODES = 200_000         # values of a context; more are left out
-KEPT = 64 * 1024                # characters of each end of one that is too large
-EDGE = 4096                     # characters more that are masked than sent
-BETWEEN = "\n\x1f"              # the texts of a list are masked as one text
+CONTEXT_NODES = 200_000         # values in a context; more are left out
+KEPT = 64 * 1024                # characters of either end, if it is too large
+EDGE = 4096                     # characters beyond, so that no secret is cut
+BETWEEN = "\n\x1f"              # joins the texts of a list, masked as one text
 
 
 def cut(text: str, size: int) -> str:
-    """The text, or its beginning, in so many bytes of UTF-8."""
+    """The text, cut to this size in bytes of UTF-8."""
     return text.encode("utf-8", "replace")[:size].decode(errors="ignore")
 
 
@@ -6054,8 +6054,9 @@ def agent_name() -> str:
 
 
 def snapshot(value: Any, own: str) -> Any:
-    """A plain context with secrets masked; where it is too large to send, its
-    beginning and end, with its size and SHA-256."""
+    """A context of plain JSON with its secrets masked; if it is too large to
+    send, its beginning and end, its size and SHA-256. `own` is the gate's
+    token."""
     text = READABLE.encode(value)
     data = text.encode("utf-8", "backslashreplace")
     if len(data) <= MAX_CONTEXT:
@@ -6081,13 +6082,14 @@ NAME = (
     r"|ssh|auth|client|deploy|storage|service|license|hmac|webhook|admin|root|app"
     rf"|session|secret|fernet|subscription|functions)[ _-]?key|{SHORT_NAME})")
 SECRET_NAME = rf"(?i){NAME}|(?i:pwd$|pass$(?<!bypass)(?<!compass))"
-PIECES = {      # of the shapes below: the name in a text, what may be before it
+PIECES = {      # words for parts of the shapes below
     "{NAMED}": NAME + r"""[\w.-]{0,20}+(?: (?:for|of) [\w.@-]{1,40})?+[\\"'\]]{0,4}+""",
     "{LEAD}": r"[\w.-]{0,40}?", "{GAP}": r"\s{0,8}",
     "{START}": r"""^[ \t>|*+\x1f-]{0,40}+(?:(?:export|set|const|let|var) )?["']?""",
     "{QUOTED}": r"""(?:\\"(?:[^"\\]|\\[^"])*+|"(?:[^"\\]|\\.)*+"""
                 r"""|'(?:[^'\\]|\\.|'')*+)"""}
-# What may stand around a secret: group 1 stays, the rest of the match is masked.
+# What a secret and its surroundings look like: group 1 stays, the rest of the
+# match is masked.
 SHAPES = r"""
 ()-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?s:(?!-----END).)*+
     (?:-----END [A-Z0-9 ]{0,40}-----)?
@@ -6133,12 +6135,12 @@ SHAPES = r"""
 ([?&#;][\w.-]{0,30}(?:key|sig|signature|code|auth|hash|ticket)=(?=[^\s&"'#]{6})
     |hooks\.slack\.com/\w{1,20}/|/webhooks/\d{1,30}/)[^\s&"'#<>]++
 
-# tokens: what only a vendor would write so, or the prefix of one (ghp_,
-# sk_live_, xoxb-) before letters and digits that are strewn
+# tokens: a vendor's own form, or a prefix (ghp_, sk_live_, xoxb-) before a
+# mixture of letters and digits
 (\b(?:bearer|basic|token) {1,4})(?=\S{0,20}\d)[\w.~+/-]{12}[\w.~+/=-]*+
 ()(?-i:(?<![A-Za-z0-9])(?:
     A(?:KI|SI|BI|CC|GP|ID|RO)A[0-9A-Z]{12}|dapi[0-9a-f]{24}|[0-9a-f]{32}-us\d
-    |(?:AIza|LTAI|AKID|EZ[AT]K|AT[AC]TT3|ATBB|EAA[A-Z])[\w-]{12}|eyJ[\w-]{8}
+    |(?:AIza|LTAI|AKID|AT[AC]TT3|ATBB)[\w-]{12}|eyJ[\w-]{8}
     |SK[0-9a-f]{32}|1//0[\w-]{20}|\d{8,10}:[\w-]{30}
     |[MNO][\w-]{23}\.[\w-]{6}\.[\w-]{20}
     |(?:ya29|SG|hv[bsr]|s|sl|dt0c01|dp\.[a-z]{2,5})\.[\w-]{16}
@@ -6146,7 +6148,7 @@ SHAPES = r"""
     |[A-Za-z][A-Za-z0-9]{1,9}(?:[-_][A-Za-z0-9]{1,8}){0,2}[-_](?=[A-Za-z0-9]{16})
     (?:(?:\d+[A-Za-z]+){2}|(?:[A-Za-z]+\d+){2}))[\w.+/=-]*+)
 """
-SECRETS = tuple(        # an indented line goes on with the one before
+SECRETS = tuple(        # an indented line continues the one before
     functools.reduce(lambda shape, part: shape.replace(*part), PIECES.items(), line)
     for line in SHAPES.replace("\n    ", "").splitlines()
     if line and line[0] != "#")
@@ -6157,7 +6159,7 @@ def mask(text: str) -> str:
 
 
 def hidden(found: re.Match[str]) -> str:
-    """What one of SECRETS found, masked but for its group 1 and a quote."""
+    """What a pattern of SECRETS found, masked except group 1 and a quote."""
     kept, secret = found[1], found[0][len(found[1]):]
     if secret.strip("\"'\\ ").startswith("[masked"):
         return found[0]
@@ -6166,8 +6168,8 @@ def hidden(found: re.Match[str]) -> str:
 
 
 def unless_plain(word: re.Match[str]) -> str:
-    """A long word, masked where letters and digits are mixed as in base64, and
-    not as in the names of a program: a hexadecimal digest, a path, a UUID."""
+    """A long word, masked if its letters and digits are mixed as in base64. A
+    digest, a UUID, a path, a name in a program's source are not."""
     text = word[0]
     mixed = all(re.search(kind, text) for kind in ("[a-z]", "[A-Z]", "[0-9]"))
     turns = len(re.findall(
@@ -6176,7 +6178,7 @@ def unless_plain(word: re.Match[str]) -> str:
 
 
 def masked_text(text: str, own: str) -> str:
-    """A text without what looks like a secret, or is this gate's token."""
+    """A text with what looks like a secret, or is `own`, masked."""
     import binascii
     text = text.encode("utf-8", "backslashreplace").decode()
     for form in (own, binascii.b2a_base64(own.encode()).decode().rstrip("=\n")):
@@ -6187,13 +6189,14 @@ def masked_text(text: str, own: str) -> str:
 
 
 def masked_json(value: Any, own: str) -> Any:
+    """Plain JSON with its secrets masked, also those that only a name tells."""
     if isinstance(value, str):
         return masked_text(value, own)
     made: Any = []
     if isinstance(value, list):
         for texts, items in itertools.groupby(
                 value, lambda item: isinstance(item, str)):
-            if texts:       # the one before may be the name of a secret
+            if texts:       # one may be the name of the secret after it
                 made += masked_text(BETWEEN.join(items), own).split(BETWEEN)
             else:
                 made += [masked_json(item, own) for item in items]
@@ -6211,7 +6214,7 @@ def masked_json(value: Any, own: str) -> Any:
 
 
 def is_secret(name: Any, value: Any = "?") -> bool:
-    """Whether what has this name, in any joining (dbPass, DB_PASS), is to be
+    """Whether a value of this name, in any joining (dbPass, DB_PASS), is to be
     masked; a number rarely is."""
     if not isinstance(name, str) or len(name) > 80 or not value or value is True:
         return False
@@ -6221,8 +6224,8 @@ def is_secret(name: Any, value: Any = "?") -> bool:
 
 
 def plain_json(value: Any, depth: int = 0, left: list[int] | None = None) -> Any:
-    """A value as JSON: a dataclass as its fields, another object as its
-    repr(); a word for what is too deep or too much."""
+    """A value as plain JSON: a dataclass as its fields, any other object as
+    its repr(), "[more]" for what is too deep or too much."""
     left = left or [CONTEXT_NODES]
     left[0] -= 1
     if value is None or type(value) in (bool, str):
@@ -6247,29 +6250,31 @@ def plain_json(value: Any, depth: int = 0, left: list[int] | None = None) -> Any
 
 
 # ================================== Guard ==================================
-# The decorator: a function whose calls go through a gate, its parameters the
-# named arguments of the tool call.
+# The decorator. A call of a guarded function becomes a tool call: the tool is
+# the function's name, the arguments are its parameters by name, whatever way
+# they were passed. What the reviewer approved is put back into the call, and
+# the function runs with it.
 
 
 def guarded(gate: Gate, function: Any, *, checkpoint: str | None = None,
             name: str | None = None, hide: Iterable[str] = (),
             context: Any = None, optional: bool = False) -> Any:
-    """What Gate.guard promises."""
+    """The function, its calls through the gate: see Gate.guard."""
     binder = Binder(function, hide)
     own_name = getattr(binder.function, "__name__", type(binder.function).__name__)
     tool = name or str(own_name)
     check_held(gate.rules, tool, checkpoint, optional)
     how: How = {"checkpoint": checkpoint, "context": context}
-    if binder.hidden:           # not all is shown: no decision may
-        how["session"] = ""     # answer the next such call
-    call: Any = gate.acall if is_async(function) else gate.call
+    if binder.hidden:           # two calls that look alike may differ, so
+        how["session"] = ""     # no decision stands for the next one
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         arguments, run = binder.bind(args, kwargs)
-        return call(tool, arguments, run, **how)
+        return gate.call(tool, arguments, run, **how)
 
     async def async_wrapper(*args: Any, **kwargs: Any) -> Any:
-        return await wrapper(*args, **kwargs)
+        arguments, run = binder.bind(args, kwargs)
+        return await gate.acall(tool, arguments, run, **how)
     made: Any = async_wrapper if is_async(function) else wrapper
     functools.update_wrapper(made, function)
     made.__name__ = getattr(function, "__name__", tool)
@@ -6284,12 +6289,10 @@ def guarded(gate: Gate, function: Any, *, checkpoint: str | None = None,
 def check_held(rules: Rules, tool: str, checkpoint: str | None,
                optional: bool) -> None:
     """ConfigError where a guard would guard nothing."""
-    if checkpoint is not None:
-        if rules.named(checkpoint).effect == "allow":
-            raise ConfigError(f'checkpoint "{checkpoint}" allows; guard '
-                              "needs one that reviews or denies")
-        return
-    if not rules.may_hold(tool) and not optional:
+    if checkpoint is not None and rules.named(checkpoint).effect == "allow":
+        raise ConfigError(f'checkpoint "{checkpoint}" allows; guard '
+                          "needs one that reviews or denies")
+    if checkpoint is None and not optional and not rules.may_hold(tool):
         raise ConfigError(
             f'@gate.guard on "{visible(tool)}" would hold nothing: no '
             f"checkpoint of {rules.path} matches that name",
@@ -6299,11 +6302,11 @@ def check_held(rules: Rules, tool: str, checkpoint: str | None,
 
 
 class Binder:
-    """A function's parameters, as the named arguments of a tool call.
+    """Turns a function's parameters into the named arguments of a tool call.
 
-    Every parameter goes by its name, defaults and a partial's fixed arguments
-    filled in; *args is a list under its own name, and what **kwargs takes is
-    named beside the rest. Raises TypeError for what cannot be guarded.
+    Defaults and a partial's fixed arguments are filled in; *args is a list
+    under its own name, and what **kwargs takes is named beside the rest.
+    Raises TypeError for what cannot be guarded.
     """
 
     def __init__(self, function: Any, hide: Iterable[str]) -> None:
@@ -6348,15 +6351,15 @@ class Binder:
 
 
 def as_shown(value: Any) -> Any:
-    """An enum by its value, a tuple as a list; the rest as it is."""
+    """An enum as its value, a tuple as a list; anything else as it is."""
     if isinstance(value, enum.Enum):
         return value.value
     return list(value) if type(value) is tuple else value
 
 
 def rebuilt(given: Any, shown: Any, approved: Any) -> Any:
-    """An approved value as the enum or tuple that the function was given;
-    what was not even held is the very object."""
+    """An approved value as the enum or tuple that the caller gave; the
+    caller's own object where the call was not held."""
     if approved is shown:
         return given
     if isinstance(given, enum.Enum) or type(given) is tuple:
@@ -6365,7 +6368,7 @@ def rebuilt(given: Any, shown: Any, approved: Any) -> Any:
 
 
 def check_guardable(function: Any) -> None:
-    """TypeError with the cure for what guard cannot hold."""
+    """A TypeError for what guard cannot hold, with the cure."""
     if isinstance(function, str):
         raise TypeError(f'guard("{function}") names no function: did you mean '
                         f'checkpoint=? @gate.guard(checkpoint="{function}")')
@@ -6383,8 +6386,8 @@ def check_guardable(function: Any) -> None:
 
 
 def signature_of(function: Any) -> inspect.Signature:
-    """The signature, its annotations evaluated where they can be: frameworks
-    that ask for that do not look behind a __signature__."""
+    """The signature with its annotations evaluated, if all can be: frameworks
+    that evaluate annotations do not look behind a __signature__."""
     try:
         try:
             return inspect.signature(function, eval_str=True)
