@@ -1091,10 +1091,12 @@ class Call:
     def ambiguous(self) -> bool:
         """Whether one object has two names that count as one."""
         try:
-            return any(len({folded(str(name)) for name in members})
-                       < len(members) for members in objects_in(self.arguments))
-        except ValueError:
+            for members in objects_in(self.arguments):
+                if len({folded(str(name)) for name in members}) < len(members):
+                    return True
+        except ValueError:              # too much to look through
             return True
+        return False
 
     def inner(self) -> Iterator[Call]:
         """The calls that a dispatcher's arguments name (Cline's use_mcp_tool):
@@ -1123,7 +1125,7 @@ class Call:
         """What a call of this kind would do: the texts that a pattern looks
         at, None for one that cannot be read; empty if it is of another."""
         if kind not in self.found:
-            find = self.commands if kind == "shell" else self.edits
+            find = {"shell": self.commands, "edit": self.edits}[kind]
             try:
                 self.found[kind] = list(find())
             except ValueError:
@@ -1205,18 +1207,25 @@ class Call:
         """Whether an argument beside the command changes nothing of it."""
         if key in BESIDE:
             return value is None or isinstance(value, BESIDE[key])
-        return key in FOLDERS and isinstance(value, str) and (
-            self.resolved(value) == self.resolved(".") is not None)
+        if key in FOLDERS and isinstance(value, str):
+            here = self.resolved(".")
+            return here is not None and here == self.resolved(value)
+        return False
 
     def plain_paths(self) -> list[str]:
         """The paths of an edit that end where they say, without `..`."""
-        paths, base = [*texts_of(self.arguments, PATHS)], self.resolved(".")
-        plain = base and not self.texts("shell") and all(
-            path.isascii() and path.isprintable() and ".." not in path.split("/")
-            and os.path.normpath(os.path.join(base, path)) == self.resolved(path)
-            for path in paths)
+        base = self.resolved(".")
         patched = any(values_of(self.arguments, PATCHES))
-        return paths if plain and not patched else []
+        if base is None or patched or self.texts("shell"):
+            return []
+        paths = [*texts_of(self.arguments, PATHS)]
+        for path in paths:
+            if not (path.isascii() and path.isprintable()):
+                return []
+            plain = os.path.normpath(os.path.join(base, path))
+            if ".." in path.split("/") or plain != self.resolved(path):
+                return []
+        return paths
 
 
 def arguments_limit(tool: str | None, arguments: Mapping[str, Any]) -> int:
@@ -1279,11 +1288,12 @@ class Checkpoint(NamedTuple):
         that count as one, an argument that is missing or not a text) review
         and deny match, and allow does not. What an allow rule opens of a
         command or an edit, Rules.decision looks at."""
-        opens, is_tool = self.effect == "allow", self.kind == "tool"
         if not self.action_pattern:
-            return True
-        if not is_tool and not call.texts(self.kind):
-            return False
+            return True                 # one of our own
+        opens = self.effect == "allow"
+        texts = [] if self.kind == "tool" else call.texts(self.kind)
+        if self.kind != "tool" and not texts:
+            return False                # a call of another kind
         if call.ambiguous:
             return not opens
         for name, pattern in self.arguments.items():
@@ -1293,9 +1303,10 @@ class Checkpoint(NamedTuple):
                     return False
             elif self.view(pattern, value) is None:
                 return False
-        return is_tool or opens or any(
-            text is None or self.finds(self.action_pattern, text)
-            for text in call.texts(self.kind))
+        if self.kind == "tool" or opens:
+            return True
+        return any(text is None or self.finds(self.action_pattern, text)
+                   for text in texts)
 
 
 class Match(NamedTuple):
@@ -1334,7 +1345,8 @@ class Rules(NamedTuple):
                 why = f'in it, the call "{visible(inner.tool)}": {why}'
                 found.append(Match(checkpoint, why))
         except ValueError as error:
-            found.append(Match(ODD_NAME, f"of the arguments: {error}"))
+            found.append(Match(
+                ODD_NAME, f"the arguments cannot be looked through: {error}"))
         return max(found, key=lambda match: EFFECTS.index(match.effect))
 
     def decision(self, call: Call) -> Match:
@@ -1353,7 +1365,7 @@ class Rules(NamedTuple):
                                if not rule.finds(rule.action_pattern, text)]
             if texts and not shut[rule.kind]:
                 break
-        return match
+        return match                    # the last of them matches every call
 
     def candidates(self, tool: str) -> Iterator[Match]:
         """The checkpoints that a tool's name fits, and then what becomes of a
@@ -1388,7 +1400,7 @@ class Rules(NamedTuple):
             if checkpoint.effect != "allow":
                 return True
             if checkpoint.kind == "tool" and not checkpoint.arguments:
-                break                   # it allows every call that comes so far
+                break                   # every call that comes so far runs
         return False
 
     def is_free(self, tool: str, names: Iterable[str]) -> bool:
@@ -1421,22 +1433,20 @@ def describe(checkpoint: Checkpoint, tool: str,
     no index, no format, and what is not there shows as not given; where
     nothing is there, the call itself is told. {command} is the text of a
     shell command, {file_path} the files of an edit, whatever they are called."""
-    known, texts = {**arguments}, []
-    name = {"shell": "command", "edit": "file_path"}.get(checkpoint.kind, "")
-    with contextlib.suppress(ValueError):               # nested too deep
-        if name == "command":
-            texts = [*map(command_of, values_of(arguments, COMMANDS))]
-        elif name:
-            texts = [*texts_of(arguments, PATHS)]
-    if any(texts):
-        known[name] = "\n".join(filter(None, texts))
-    template = checkpoint.description_template
-    values = {part[1]: argument(known, part[1])
-              for part in TEMPLATE_PART.finditer(template) if part[1]}
+    known, template = {**arguments}, checkpoint.description_template
+    told = {"shell": ("command", map(command_of, values_of(arguments, COMMANDS))),
+            "edit": ("file_path", texts_of(arguments, PATHS))}
+    if checkpoint.kind in told:
+        name, texts = told[checkpoint.kind]
+        with contextlib.suppress(ValueError):           # nested too deep
+            if text := "\n".join(filter(None, texts)):
+                known[name] = text
+    values = {name: argument(known, name)
+              for name in TEMPLATE_PART.findall(template) if name}
     if "tool" in values:
         values["tool"] = tool
-    given = [value for value in values.values() if value is not MISSING]
-    if values and not given or not checkpoint.action_pattern:
+    nothing = values and all(value is MISSING for value in values.values())
+    if nothing or not checkpoint.action_pattern:
         return call_in_words(tool, arguments)
 
     def fill_in(part: re.Match[str]) -> str:
