@@ -4327,7 +4327,8 @@ def card(request: ReviewRequest, view: View, opened: bool = True,
     if request.category in CATEGORIES:
         category = request.category
     waits, folds, forms = request.status == Status.WAITING, None, None
-    if request.size > LARGE_BYTES and not whole:
+    cut = request.size > LARGE_BYTES and not whole
+    if cut:
         exact = fill(LARGE, request, size=readable_size(request.size))
     else:
         asked = what_was_asked if whole else what_was_asked_before
@@ -4341,15 +4342,16 @@ def card(request: ReviewRequest, view: View, opened: bool = True,
         open=Html(" open" if opened else ""), category=category, tool=tool,
         headline=marked(headline), full=full,
         left=waits and moment(request.deadline, "left", view.at),
-        warnings=[fill(WARNING, text=text) for text in warnings(view, request)
+        warnings=[fill(WARNING, text=text) for text in warnings(view, request, cut)
                   if text],
         exact=exact, who=who_line(view, request), folds=folds, forms=forms,
         said=as_html(said, DOT))
 
 
-def warnings(view: View, request: ReviewRequest) -> Iterator[str | Html]:
+def warnings(view: View, request: ReviewRequest,
+             cut: bool) -> Iterator[str | Html]:
     """What a reviewer must not miss, most of it about who can be trusted."""
-    if not request.intact:
+    if not cut and not request.intact:      # of a part nobody can tell
         yield "DAMAGED: what is stored is not what was asked"
     if request.status != Status.WAITING:
         return

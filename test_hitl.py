@@ -7086,6 +7086,7 @@ def test_a_large_request_is_decided_on_its_own_page(desk, part):
         home, review = pages_of(desk, name)
         assert home.cards[name]["buttons"] == ([] if large else BOTH)
         assert (f'"/review/{name}"' in home.source) is large, name
+        assert "DAMAGED" not in home.source + review.source
         assert review.cards[name]["buttons"] == BOTH
         before = review.cards[name]["before"]
         assert (text in before, "hitl.py show" in before) == (whole, not whole)
