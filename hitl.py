@@ -1487,7 +1487,7 @@ class Configuration(NamedTuple):
 
 @contextlib.contextmanager
 def config_error(what: str) -> Iterator[None]:
-    """A check's ValueError becomes the ConfigError about this."""
+    """A ValueError in here becomes a ConfigError that says what it is about."""
     try:
         yield
     except ValueError as error:
@@ -1609,9 +1609,9 @@ def url_value(value: Any) -> str:
 
 
 def receiver(schemes: str, like: str, rest: str = "/?") -> Check:
-    """A check of where notices go: nowhere else in clear text than to this
-    machine. The host is never a {placeholder}, or an agent could choose who is
-    told. An address with a ${NAME} is checked by `serve`, which knows it."""
+    """A check of an address that notices go to, in clear text only on this
+    machine. Its host is never a {placeholder}, or an agent could choose who is
+    told. Only `serve` can check an address that has a ${NAME} in it."""
     def check(value: Any) -> Any:
         if "${" in text_value(value):
             return value
@@ -1638,7 +1638,7 @@ NOTICE_FIELDS = ("title", "text", "url", "request_id", "status", "tool",
 PLACEHOLDER = regex(r"\$\{([A-Za-z_]\w*)\}|\{([A-Za-z_]\w*)\}", re.ASCII)
 MAIL_ADDRESS = r"[^\s@<>,;\"{}]+@[^\s@<>,;\"{}]+"
 SIGNING_KEY = "whsec_(?=.)([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}(==|[A-Za-z0-9+/]=))?"
-NEEDS = {                               # a key -> what it is of no use without
+NEEDS = {                               # key -> keys that it is useless without
     "headers": ["url"], "body": ["url"], "sign": ["url"],
     "smtp": ["from", "to"], "from": ["smtp"], "to": ["smtp"],
     "login": ["smtp", "password"], "password": ["smtp", "login"]}
@@ -1882,7 +1882,7 @@ def unknown_key(where: str, key: str, known: Iterable[str]) -> ConfigError:
 
 def rows_of(path: Path, kind: str, tables: dict[str, Any]
             ) -> list[dict[str, Any]]:
-    """The tables of a kind, each checked; no two may have one name."""
+    """The tables of a kind, each checked; no two may have the same name."""
     mark = MARKS[kind]
     many = mark.startswith("[[")
     value = tables.get(kind, [] if many else {})
@@ -3178,7 +3178,7 @@ def audit_faults(db: Any, noted: str = "") -> Iterator[str]:
 MAX_ANSWER = 200                # characters of an answer that are kept
 MAX_DETAILS = 900               # characters: every receiver takes so many
 MAX_HANGING = 5                 # tries of one entry that hang for good
-MAX_RETRY_AFTER = 600           # seconds: a receiver cannot silence us
+MAX_RETRY_AFTER = 600           # seconds: no receiver silences us for longer
 WORTH_ANOTHER_TRY = (408, 425, 429, *range(500, 600))
 
 
@@ -3186,7 +3186,7 @@ class Pace(NamedTuple):
     """When a notice is tried, in seconds; tests are in more of a hurry."""
 
     pauses: tuple[float, ...] = (5, 25, 90, 480)    # tries at 0, 5, 30, 120, 600
-    window: float = 10          # a burst rings once in so many
+    window: float = 10          # one message is enough for so long
     patience: float = 10        # for all of one try
 
 
@@ -3251,12 +3251,12 @@ def notice_mark(outcomes: list[tuple[str, str, str]]) -> str:
 
 def failure(error: BaseException) -> Answer:
     """An exception as an answer: its class, never its words, which could quote
-    a secret. What the network did is worth another try."""
+    a secret. A failure of the network is worth another try."""
     import http.client
     reason = getattr(error, "reason", None)         # urllib's wrapper
     if isinstance(reason, BaseException):
         error = reason
-    refused = getattr(error, "recipients", {})      # smtplib's: all of them
+    refused = getattr(error, "recipients", {})      # smtplib's, where all were
     code = max((code for code, _ in refused.values()),
                default=getattr(error, "smtp_code", 0))
     name = type(error).__name__
@@ -3272,17 +3272,17 @@ def percent_encoded(text: str) -> str:
 
 
 class Channel:
-    """One [[notify]]: how its messages are filled in and sent, and those that
-    it owes, which are its own thread's alone."""
+    """One [[notify]]: fills in its messages and sends them. What it still owes,
+    `jobs`, is touched by its own thread alone."""
 
     def __init__(self, path: Path | None, entry: Mapping[str, Any],
                  environ: Mapping[str, str], pace: Pace | None = None) -> None:
         import queue
         self.entry, self.name, self.pace = entry, str(entry["name"]), pace or Pace()
         self.read_secrets(f'{path}: notify "{self.name}":', environ)
-        ways = {"url": self.post, "smtp": self.mail, "command": self.start}
+        ways = {"url": self.post, "smtp": self.mail, "command": self.run}
         self.send = next(way for kind, way in ways.items() if entry[kind])
-        # a url without a body is for machines: an event a request
+        # a url without a body is for machines: one event for each request
         self.bundles = not entry["url"] or entry["body"] is not None
         self.hanging: list[threading.Thread] = []
         self.inbox: queue.SimpleQueue[Job | str] = queue.SimpleQueue()
@@ -3470,7 +3470,7 @@ class Channel:
             yield Answer(True, f"250, but {len(refused)} refused" if refused
                          else "250")
 
-    def start(self, event: dict[str, Any], message_id: str) -> Iterator[Answer]:
+    def run(self, event: dict[str, Any], message_id: str) -> Iterator[Answer]:
         """A program with its arguments, never a shell, and the event on stdin.
         It gets no token of this desk; any end but exit 0 is final."""
         import subprocess
@@ -3499,9 +3499,9 @@ class Channel:
         return ((not categories or request.category in categories)
                 and (not checkpoints or request.checkpoint_id in checkpoints))
 
-    def ring(self, notices: Notices) -> None:
-        """The entry's thread: it hears what the loop has to say, and makes one
-        try after the other, each when it is due."""
+    def work(self, notices: Notices) -> None:
+        """The entry's thread: listens to the loop, and makes one try after the
+        other, each when it is due."""
         import queue
         while True:
             due = min((job.due for job in self.jobs.values()), default=math.inf)
@@ -3559,7 +3559,7 @@ class Notices:
         self.known = {c.checkpoint_id: c.category for c in rules.checkpoints}
         self.waiting: set[str] = set()
         for channel in channels:
-            threading.Thread(target=channel.ring, args=(self,), daemon=True).start()
+            threading.Thread(target=channel.work, args=(self,), daemon=True).start()
 
     def begins(self, request: ReviewRequest, told: Iterable[str] = ()) -> None:
         """A request waits: the entries that want it and have not told of it owe
