@@ -85,6 +85,7 @@ CALL = {"table": "users", "condition": "id = 3"}
 REVIEWER_TOKEN = "reviewer-token-of-the-tests"
 AGENT_TOKEN = "agent-token-of-the-tests"
 JSON = {"Content-Type": "application/json"}
+SILENT = "http://127.0.0.1:1"           # a port that nobody listens on
 
 
 class Clock:
@@ -138,8 +139,8 @@ class Desk:
         return hitl.Client(self.url, hitl.basic(name, token))
 
     def agent(self):
-        return hitl.Client(self.url, self.agent_token and
-                           f"Bearer {self.agent_token}" or "")
+        token = self.agent_token
+        return hitl.Client(self.url, f"Bearer {token}" if token else "")
 
     def post(self, request_id: str = "r-1", **fields):
         """POST /pending with the four fields and these -> Reply."""
@@ -236,6 +237,35 @@ def command(*words: str, folder: Path = HERE, stdin: str = "",
             process.kill()
             raise
     return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+
+class Typed(hitl.NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+def typed(where, *words: str, encoding: str = "utf-8", terminal: bool = False,
+          **environ: str) -> Typed:
+    """What a reviewer types in a folder, or in that of a desk: main() in this
+    process, its stdout in this encoding, its stderr perhaps a terminal."""
+    out, err = io.TextIOWrapper(io.BytesIO(), encoding), io.StringIO()
+    err.isatty = lambda: terminal
+    with pytest.MonkeyPatch.context() as patch, \
+            contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        if isinstance(where, Desk):
+            environ = {"HITL_REVIEWER": "ana", "HITL_SERVER_URL": where.url,
+                       "HITL_REVIEWER_TOKEN": REVIEWER_TOKEN} | environ
+            where = where.folder
+        for name, value in environ.items():
+            patch.setenv(name, value)
+        patch.chdir(where)
+        try:
+            status = hitl.main(list(words))
+        except SystemExit as end:               # argparse
+            status = end.code
+    out.flush()
+    return Typed(status, out.buffer.getvalue().decode(), err.getvalue())
 
 
 class Running:
@@ -492,21 +522,21 @@ def test_the_front_door_names_everything():
     assert f"hitl.py {hitl.__version__} (" in hitl.__doc__.splitlines()[0]
 
 
-def test_an_old_python_is_told_so():
+def test_an_old_python_is_told_so(monkeypatch, capsys):
     """Python 3.8 to 3.10 can parse the file and say in one sentence what it
     needs, with a refusal's exit status; an import raises ImportError."""
-    ast.parse(FILE.read_text("utf-8"), feature_version=(3, 8))
-    code = ("import sys; sys.version_info, sys.version = (3, 10), '3.10.1 x'; "
-            f"exec(open({str(FILE)!r}, encoding='utf-8').read(), "
-            "{'__name__': sys.argv[1]})")
-    says = "hitl.py needs Python 3.11 or newer, and this is Python 3.10.1\n"
-    argv = sys.executable, "-c", code
-    done = command("__main__", argv=argv)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"hitl: error: {says}hitl: hint: ")
-    done = command("hitl", argv=argv)
-    assert done.returncode == 1
-    assert done.stderr.endswith(f"ImportError: {says}")
+    source = FILE.read_text("utf-8")
+    ast.parse(source, feature_version=(3, 8))
+    head = source.partition("\nLOADER = ")[0]
+    says = "hitl.py needs Python 3.11 or newer, and this is Python 3.10.1"
+    monkeypatch.setattr(sys, "version_info", (3, 10))
+    monkeypatch.setattr(sys, "version", "3.10.1 x")
+    with pytest.raises(ImportError, match=f"^{says}$"):
+        exec(head, {"__name__": "hitl"})
+    with pytest.raises(SystemExit, match="^2$"):
+        exec(head, {"__name__": "__main__"})
+    out, err = capsys.readouterr()
+    assert not out and err.startswith(f"hitl: error: {says}\nhitl: hint: ")
 
 
 # =============================== Vocabulary ================================
@@ -1360,41 +1390,37 @@ def test_a_template_takes_names_and_never_fails(make_rules, template, text):
 def test_check_says_which_checkpoint_decides_and_why(tmp_path):
     """`check TOOL JSON` says what becomes of a call, which checkpoint
     decides and why; --json says it to a program."""
-    path = tmp_path / "rules.toml"
-    path.write_text(hitl.EXAMPLE)
+    (tmp_path / "rules.toml").write_text(hitl.EXAMPLE)
 
-    def check(*words: str):
-        done = command("check", *words, "--config", str(path),
-                       folder=tmp_path)
-        return done.returncode, done.stdout.splitlines(), done.stderr
-
-    assert check("deploy_model", '{"model": "m\\nn"}') == (0, [
+    def check(*words: str) -> Typed:
+        return typed(tmp_path, "check", "--config", "rules.toml", *words)
+    assert check("deploy_model", '{"model": "m\\nn"}') == (0, (
         'deploy_model waits for a person: checkpoint "deploy-model" in '
-        f"{path}",
+        f"{tmp_path}/rules.toml\n"
         "  because  action_pattern 'deploy_*' finds \"deploy_\" in "
-        '"deploy_model"',
-        "  shown as Deploy model m\u27e6U+000A\u27e7n to (not given)",
-        "  waits    300 s"], "")
-    status, lines, _ = check("read", "{}", "--json")
-    assert status == 0 and json.loads("".join(lines)) == {
+        '"deploy_model"\n'
+        "  shown as Deploy model m\u27e6U+000A\u27e7n to (not given)\n"
+        "  waits    300 s\n"), "")
+    assert json.loads(check("read", "{}", "--json").out) == {
         "tool": "read", "effect": "allow", "checkpoint_id": "unmatched",
         "why": "no checkpoint matches"}
-    status, lines, said = check("x", '{"table": 1e400}')
-    assert (status, lines) == (2, []) and said.startswith(
+    assert "  but      `python3 hitl.py run` always waits\n" in check("run").out
+    done = check("x", '{"table": 1e400}')
+    assert (done.status, done.out) == (2, "") and done.err.startswith(
         "hitl: error: JSON of the arguments: 1e400 ")
 
 
-def test_check_alone_lints_the_file_and_the_installation(tmp_path, desk):
+def test_check_alone_lints_the_file_and_the_installation(desk):
     """`check` alone lists the checkpoints, warns (of one that another covers,
     too), and tries the server; a file that everybody can write is refused."""
-    path = tmp_path / "checkpoints.toml"
+    path = desk.folder / "checkpoints.toml"
     path.write_text(rule() + rule('"b"', action_pattern="'Bash(git push:*)'")
                     + rule('"c"', action_pattern='"rm -rf"')
                     + rule('"d"', action_pattern="'rm -rf'", kind='"shell"'))
     path.chmod(0o664)
-    done = command("check", folder=tmp_path, HITL_SERVER_URL=desk.url)
-    said = done.stdout.splitlines()
-    assert (done.returncode, done.stderr) == (0, "")
+    status, out, err = typed(desk, "check")
+    said = out.splitlines()
+    assert (status, err) == (0, "")
     assert said[:2] + said[4:7] == [
         f"{path}: 4 checkpoints, fine", f"  {'a':20} review  delete_*",
         f"  {'d':20} review  shell: rm -rf",
@@ -1406,14 +1432,15 @@ def test_check_alone_lints_the_file_and_the_installation(tmp_path, desk):
         assert line.startswith("warning: ") and words in line
     assert said[7].endswith('did you mean kind = "shell"?')
     assert said[10:] == [f"server {desk.url}: answers"]
-    listed = json.loads(command("check", "--json", folder=tmp_path).stdout)
+    assert f"server {SILENT}: no answer" in typed(
+        desk, "check", HITL_SERVER_URL=SILENT).out
+    listed = json.loads(typed(desk, "check", "--json").out)
     assert listed["checkpoints"] == list("abcd")
     path.write_text(rule() + rule('"b"', action_pattern='"delete_users"'))
     assert ('checkpoint "b" never decides: "a" above it matches the same calls'
-            in command("check", folder=tmp_path).stdout)
+            in typed(desk, "check").out)
     path.chmod(0o666)
-    done = command("check", folder=tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", (
+    assert typed(desk, "check") == (2, "", (
         f"hitl: error: {path} can be written by everybody\n"
         f"hitl: hint: chmod go-w {path}\n"))
 
@@ -1441,8 +1468,7 @@ def test_init_writes_four_rules_and_never_overwrites(tmp_path):
     assert rules.rules.first_match("get_payload", {}).effect == "allow"
     (tmp_path / "link").symlink_to("gone")
     for there in (path, tmp_path / "link"):
-        done = command("init", "--config", str(there), folder=tmp_path)
-        assert (done.returncode, done.stdout, done.stderr) == (2, "", (
+        assert typed(tmp_path, "init", "--config", str(there)) == (2, "", (
             f"hitl: error: {there} is there already\n"
             "hitl: hint: it was not changed; move it away for a new one, or "
             "go on with python3 hitl.py serve\n"))
@@ -7761,33 +7787,6 @@ def test_demo(tmp_path, terminal, ending):
 # Each command as main() runs it, against a real desk; on a real terminal
 # where it asks.
 
-class Typed(hitl.NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
-def typed(where, *words: str, encoding: str = "utf-8", **environ: str
-          ) -> Typed:
-    """What a reviewer types, in a desk's folder, on a terminal of this
-    encoding."""
-    screen = io.TextIOWrapper(io.BytesIO(), encoding)
-    with pytest.MonkeyPatch.context() as patch, \
-            contextlib.redirect_stdout(screen), \
-            contextlib.redirect_stderr(io.StringIO()) as err:
-        settings = {"HITL_REVIEWER": "ana", "HITL_SERVER_URL": where.url,
-                    "HITL_REVIEWER_TOKEN": REVIEWER_TOKEN} | environ
-        for name, value in settings.items():
-            patch.setenv(name, value)
-        patch.chdir(where.folder)
-        try:
-            status = hitl.main(list(words))
-        except SystemExit as end:               # argparse
-            status = end.code
-    screen.flush()
-    return Typed(status, screen.buffer.getvalue().decode(), err.getvalue())
-
-
 def test_list_show_approve_reject(desk):
     """list and show print what waits; approve and reject decide, and take a
     shortened id while it is unique; --json is for programs; what a terminal
@@ -7859,6 +7858,7 @@ def test_check_replay(desk, tmp_path):
         "  denied: d drop_rows, drop -> drop-records",
         "  by another checkpoint: e delete_all, all -> delete-records",
         "  would no longer wait: g purge, gone -> unmatched"]
+    assert typed(desk, *words, terminal=True).err == "0 calls\r"
     told = json.loads(typed(desk, *words, "--json").out)
     assert (told["calls"], told["denied"], told["changed"][1]) == (8, 1, {
         "request_id": "d", "tool": "drop_rows", "was": "drop",
@@ -7881,7 +7881,6 @@ def test_no_line_of_show_imitates_another(desk):
         "    + " + "\u6f22" * 23 + '\u27e7"']
 
 
-SILENT = "http://127.0.0.1:1"           # a port that nobody listens on
 SLIPS = (
     (2, "no reviewer's token", "set HITL_REVIEWER_TOKEN", "list",
      {"HITL_REVIEWER_TOKEN": ""}),
