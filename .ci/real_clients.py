@@ -50,9 +50,9 @@ def guarded_tool(gate, ran):
 def reviewed(desk, decision, run):
     """Run an agent while a reviewer decides what it asks for, once."""
     result = in_background(run)
-    there, = desk.waiting() or [result()]
-    assert there["arguments"] == CALL
-    desk.decide(there["request_id"], decision, reason="no")
+    request, = desk.waiting() or [result()]
+    assert request["arguments"] == CALL
+    desk.decide(request["request_id"], decision, reason="no")
     return result()
 
 
@@ -141,49 +141,19 @@ def proxy_words(folder: Path, *server: str) -> list[str]:
     return [str(FILE), "mcp", "--config", "rules.toml", "--", *server]
 
 
-def filesystem_server(folder: Path) -> list[str]:
-    """The MCP reference server for files, of npm, on this folder."""
-    (folder / "there.txt").write_text("it was there")
-    script = NODE / "@modelcontextprotocol/server-filesystem/dist/index.js"
-    assert script.exists(), script
-    return ["node", str(script), str(folder)]
-
-
-def call_all(desk, folder, words, calls) -> list[str]:
-    """Make these calls at once by the MCP Python SDK -> what each gave."""
-    from mcp import ClientSession, StdioServerParameters
-    from mcp.client.stdio import stdio_client
-    parameters = StdioServerParameters(
-        command=sys.executable, cwd=str(folder), args=words,
-        env=os.environ | {"HITL_SERVER_URL": desk.url})
-
-    async def session():
-        async with stdio_client(parameters) as streams:
-            async with ClientSession(*streams) as client:
-                await client.initialize()
-                names = {t.name for t in (await client.list_tools()).tools}
-                assert names >= {name for name, _ in calls}
-                return [r.content[0].text for r in await asyncio.gather(*(
-                    client.call_tool(*call) for call in calls))]
-    return asyncio.run(session())
-
-
 def decide_by_path(desk) -> None:
-    """Of the two calls that wait, the one that means `a` is approved."""
+    """Of the two calls that wait, the one about `a` is approved."""
     for request in desk.waiting(2):
         yes = request["arguments"]["path"].endswith("a")
         desk.decide(request["request_id"], reason="no",
                     decision="approved" if yes else "rejected")
 
 
-def test_mcp_python_sdk(desk, tmp_path):
-    """The MCP Python SDK, client and server, through the proxy."""
-    try:
-        from mcp.server.fastmcp import FastMCP      # noqa: F401  (1.x)
-        server = "from mcp.server.fastmcp import FastMCP as Server\n"
-    except ImportError:
-        server = "from mcp.server.mcpserver import MCPServer as Server\n"
-    (tmp_path / "files.py").write_text(server + """
+PYTHON = """
+try:
+    from mcp.server.fastmcp import FastMCP as Server        # 1.x
+except ImportError:
+    from mcp.server.mcpserver import MCPServer as Server
 server = Server("files")
 
 @server.tool()
@@ -195,30 +165,34 @@ def read_file(path: str) -> str:
     return f"read {path}"
 
 server.run()
-""")
-    words = proxy_words(tmp_path, sys.executable, "files.py")
-    result = in_background(call_all, desk, tmp_path, words, [
-        ("delete_file", {"path": "a"}), ("delete_file", {"path": "b"}),
-        ("read_file", {"path": "c"})])
+"""
+
+
+def test_mcp_python_sdk(desk, tmp_path):
+    """The MCP Python SDK, client and server, through the proxy."""
+    from mcp import ClientSession, StdioServerParameters
+    from mcp.client.stdio import stdio_client
+    (tmp_path / "files.py").write_text(PYTHON)
+    parameters = StdioServerParameters(
+        command=sys.executable, cwd=str(tmp_path),
+        args=proxy_words(tmp_path, sys.executable, "files.py"),
+        env=os.environ | {"HITL_SERVER_URL": desk.url})
+
+    async def session():
+        async with (stdio_client(parameters) as streams,
+                    ClientSession(*streams) as client):
+            await client.initialize()
+            names = {tool.name for tool in (await client.list_tools()).tools}
+            assert names == {"delete_file", "read_file"}
+            return [result.content[0].text for result in await asyncio.gather(*(
+                client.call_tool(name, {"path": path}) for name, path in (
+                    ("delete_file", "a"), ("delete_file", "b"),
+                    ("read_file", "c"))))]
+    result = in_background(asyncio.run, session())
     decide_by_path(desk)
     deleted, refused, read = result()
     assert (deleted, read) == ("deleted a", "read c")
     assert refused.startswith(REJECTED)
-
-
-def test_mcp_filesystem_server(desk, tmp_path):
-    """The MCP reference server for files behind the proxy: a file is written
-    when a person said so, and not otherwise."""
-    words = proxy_words(tmp_path, *filesystem_server(tmp_path))
-    result = in_background(call_all, desk, tmp_path, words, [
-        *(("write_file", {"path": str(tmp_path / name), "content": name})
-          for name in "ab"),
-        ("read_text_file", {"path": str(tmp_path / "there.txt")})])
-    decide_by_path(desk)
-    wrote, refused, read = result()
-    assert (tmp_path / "a").read_text() == "a" and "wrote" in wrote
-    assert not (tmp_path / "b").exists() and refused.startswith(REJECTED)
-    assert read == "it was there"
 
 
 TYPESCRIPT = """
@@ -239,11 +213,13 @@ await client.close();
 
 
 def test_mcp_typescript_sdk(desk, tmp_path):
-    """The MCP TypeScript SDK as the client: it is told that a person is being
-    waited for, and a refusal is a tool's result."""
+    """The MCP TypeScript SDK before the reference server for files: a file is
+    written when a person said so, and not otherwise; the client is told that a
+    person is waited for, and a refusal is a tool's result."""
     sdk = NODE / "@modelcontextprotocol/sdk/dist/esm"
     (tmp_path / "client.mjs").write_text(TYPESCRIPT.replace("SDK", str(sdk)))
-    words = proxy_words(tmp_path, *filesystem_server(tmp_path))
+    server = NODE / "@modelcontextprotocol/server-filesystem/dist/index.js"
+    words = proxy_words(tmp_path, "node", str(server), str(tmp_path))
     result = in_background(lambda: command(
         "client.mjs", sys.executable, *words, argv=["node"], folder=tmp_path,
         HITL_SERVER_URL=desk.url))
