@@ -229,9 +229,9 @@ T = TypeVar("T")
 # ================================= Errors ==================================
 # The ways it can go wrong. Every error carries a message, a `reason` (one
 # stable word, the same in the log, the JSON, the page and the exception) and,
-# where there is one, a `hint`: what to do about it. The base is a
-# RuntimeError on purpose: LangGraph's default retry repeats a plain Exception,
-# and a person would be asked the same thing again.
+# where something can be done about it, a `hint`. The base is a RuntimeError:
+# LangGraph's default retry repeats a plain Exception, and a person would be
+# asked the same thing again.
 
 
 class HitlError(RuntimeError):
@@ -243,14 +243,14 @@ class HitlError(RuntimeError):
                  reason: str = "", request_id: str = "") -> None:
         super().__init__(message)
         self.message, self.hint, self.request_id = message, hint, request_id
-        self.reason = reason or type(self).reason
+        self.reason = reason or self.reason
 
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message
 
     @property
     def told(self) -> str:
-        """What a model is told of it."""
+        """What a model is told: never the hint, which is for people."""
         return (f"{self.message}. The call did not run. Do not retry it or "
                 "rephrase it; tell the user, or do something else.")
 
@@ -262,7 +262,7 @@ class ConfigError(HitlError):
 
 
 class CollaborationError(HitlError):
-    """A person said no (this class itself), or a child says what else."""
+    """A person said no; the classes below say what else stopped a call."""
 
     reason = "rejected"
 
@@ -286,7 +286,7 @@ class ChangedError(CollaborationError):
 
 
 class AlreadyClaimedError(CollaborationError):
-    """The approval was used already: one approval runs one call."""
+    """The approval was used before: one approval runs one call."""
 
     reason = "already-claimed"
 
@@ -299,14 +299,7 @@ class ReviewTimeoutError(HitlError, TimeoutError):
 
 # These answer the call; any other HitlError says that something is wrong.
 ANSWERS = (CollaborationError, DeniedError, ReviewTimeoutError)
-REFUSED_AS: dict[str, type[HitlError]] = {      # a reply's reason -> the error
-    "already-claimed": AlreadyClaimedError, "stopped": CollaborationError,
-    "lapsed": ReviewTimeoutError, "expired": ReviewTimeoutError,
-    "id-taken": ChangedError, "bad-digest": ChangedError,
-    "arguments-changed": ChangedError}
-OTHER_SERVER = "is server_url that of hitl.py's server?"
-
-# What the server refuses, one stable word each: its HTTP status.
+# The server refuses with one of these words; each has its HTTP status.
 REFUSALS = {word: status for status, words in {
     400: "bad-request bad-json missing-field bad-field bad-digest bad-decision",
     401: "not-signed-in wrong-credentials",
@@ -318,18 +311,20 @@ REFUSALS = {word: status for status, words in {
     411: "length-required", 413: "too-large", 415: "wrong-type", 421: "wrong-host",
     429: "too-many-waiting", 431: "head-too-large", 500: "internal",
     503: "damaged storage-failed"}.items() for word in words.split()}
+# The error that a gate raises for one, if it is not HitlError itself.
+REFUSED_AS: dict[str, type[HitlError]] = {
+    "already-claimed": AlreadyClaimedError, "stopped": CollaborationError,
+    "lapsed": ReviewTimeoutError, "expired": ReviewTimeoutError,
+    "id-taken": ChangedError, "bad-digest": ChangedError,
+    "arguments-changed": ChangedError}
 
 
 class Refusal(HitlError):
-    """The server's side of a refusal; REFUSALS gives each its HTTP status.
-
-    `about` is the request as it is now, where there is one; `headers` are
-    header lines for the answer.
-    """
+    """What the server refuses: `about` a request as it is now, if there is
+    one, and with these header lines in the answer."""
 
     def __init__(self, reason: str, message: str, hint: str = "", *,
-                 about: ReviewRequest | None = None,
-                 headers: str = "") -> None:
+                 about: ReviewRequest | None = None, headers: str = "") -> None:
         super().__init__(message, hint, reason=reason)
         self.about, self.headers = about, headers
 
@@ -2200,9 +2195,6 @@ class Change(NamedTuple):
     description: str            # of a request
 
 
-SELDOM = ("said_at", "approved_digest")     # left out of a reply where empty
-
-
 class Bounds(NamedTuple):
     """How long a decision stands, and for how many calls: an approval has
     both bounds, a rejection a time only."""
@@ -2679,10 +2671,13 @@ class Store:
         """A decision that was just made, standing for the same call again."""
         return self.keep("stands", Standing(
             0, request.status, request.decided_by or "", self.now,
-            instant(self.time + bounds.seconds), bounds.uses,
-            request.request_id, request.reason, request.signed_in,
-            request.digest, request.checkpoint_id, request.checkpoint_digest,
-            self.desk_digest(request), request.session, request.asked_by))
+            until=instant(self.time + bounds.seconds), uses=bounds.uses,
+            request_id=request.request_id, reason=request.reason,
+            signed_in=request.signed_in, digest=request.digest,
+            checkpoint_id=request.checkpoint_id,
+            checkpoint_digest=request.checkpoint_digest,
+            desk_digest=self.desk_digest(request), session=request.session,
+            principal=request.asked_by))
 
     def stop(self, by: str, reason: str | None,
              signed_in: str | None = None) -> Standing:
@@ -2770,19 +2765,16 @@ class Store:
         by credential, then by agent, each agent's soonest deadline first.
         Whoever floods the desk pushes nobody else's request off the page."""
         rows = self.db.execute("""
-            WITH waits AS (
-              SELECT id, request_id, asked_by, agent,
+            WITH waits AS (SELECT id, request_id, asked_by, agent,
                 coalesce(deadline, '~') AS due
-              FROM pending_reviews WHERE status = 'waiting'),
-            by_agent AS (
-              SELECT *, row_number() OVER (
-                PARTITION BY asked_by, agent ORDER BY due, id) AS place
-              FROM waits),
-            by_credential AS (
-              SELECT *, row_number() OVER (
-                PARTITION BY asked_by ORDER BY place, due, id) AS turn
-              FROM by_agent)
-            SELECT id, request_id FROM by_credential ORDER BY turn, due, id
+                FROM pending_reviews WHERE status = 'waiting'),
+              by_agent AS (SELECT *, row_number() OVER (
+                PARTITION BY asked_by, agent ORDER BY due, id) AS turn
+                FROM waits),
+              by_credential AS (SELECT *, row_number() OVER (
+                PARTITION BY asked_by ORDER BY turn, due, id) AS place
+                FROM by_agent)
+            SELECT id, request_id FROM by_credential ORDER BY place, due, id
             """).fetchall()
         rows.sort(key=lambda row: row[1] not in attended)   # keeps the turns
         return self.by_number([number for number, _ in rows[skip:skip + limit]])
@@ -4531,6 +4523,7 @@ LISTED = 500                    # waiting requests in one JSON answer
 SEEN_SECONDS = 0.6              # a card is read first: double clicks are shorter
 MAX_RULINGS = 2000              # which checkpoints hold a call, remembered
 MAX_FORM_FIELDS = 256           # the arguments of a call, and a few
+SELDOM = ("said_at", "approved_digest")     # left out of a reply where empty
 
 
 class Route(NamedTuple):
@@ -6428,6 +6421,7 @@ CLAIM_RETRY_SECONDS = 30        # for a claim whose reply was lost
 LAST_WORD_SECONDS = 2           # for a withdrawal or an outcome
 PROGRESS_SECONDS = 15           # between lines that say what is waited for
 MAX_FREE = 10_000               # calls remembered to match nothing
+OTHER_SERVER = "is server_url that of hitl.py's server?"
 
 
 class How(TypedDict, total=False):
