@@ -2218,56 +2218,38 @@ def test_what_cannot_stand(store):
     assert len(names(store)) == 2 and store.standing() == []
 
 
-def test_the_last_use_is_redeemed_once(tmp_path):
-    """Twenty agents that ask for the last use at once: one gets it, and the
-    others wait for a person."""
-    it = hitl.open_store(tmp_path / "hitl.db")
-    asks = {"tool": "delete", "session": "s-1", "arguments": {"a": 1}}
-    digest = hitl.digest_of("Delete users where id = 3", '{"a":1}', "delete")
-    remembered(it, uses=1, action_description="Delete users where id = 3",
-               arguments='{"a":1}', checkpoint_id=None, checkpoint_digest=None,
-               asked_by="agent:unauthenticated")
-    assert it.standing()[0][0].digest == digest
-    it.close()
-    with contextlib.ExitStack() as stack:
-        desk = Desk(tmp_path)
-        stack.callback(desk.stop)
-        replies = together(20, lambda n: desk.post(f"t-{n}", **asks).body)
-        assert sorted(r["status"] for r in replies) == (
-            ["approved"] + 19 * ["waiting"])
-        won, = [r["request_id"] for r in replies if r["status"] == "approved"]
-        assert desk.post(won, **asks).body["status"] == "approved"
-        codes = together(12, lambda n: desk.agent().exchange(
-            "POST", f"/claim/{won}", {"digest": digest, "claim": f"n-{n}"},
-            seconds=10).status)
-        assert sorted(codes) == [200] + [409] * 11
-        assert desk.rows("SELECT count(*) FROM pending_reviews WHERE standing "
-                         "= 1") == [(1,)]
+SAME = {"tool": "delete", "session": "s-1", "arguments": {"a": 1}}
+
+
+def test_the_last_use_is_redeemed_once(desk):
+    """Twenty agents that ask for the last use at once: one gets it, however
+    often it asks, and the others wait for a person."""
+    desk.post("r-1", **SAME)
+    desk.decide("r-1", remember={"seconds": 60, "uses": 1})
+    replies = together(20, lambda n: desk.post(f"t-{n}", **SAME).body)
+    assert sorted(r["status"] for r in replies) == ["approved"] + 19 * ["waiting"]
+    won, = [r["request_id"] for r in replies if r["status"] == "approved"]
+    assert desk.post(won, **SAME).body["status"] == "approved"
+    assert desk.rows("SELECT request_id FROM pending_reviews WHERE standing = 1"
+                     ) == [(won,)]
     assert chain_faults(desk.database) == []
 
 
 def test_a_standing_decision_is_void_once_the_desk_s_table_differs(
-        tmp_path, make_rules):
+        make_desk, make_rules):
     """Edit the checkpoint's table in serve's own file: what was said under
     the old one answers nothing any more, under the old one again it does."""
     rules, edited_rules = map(make_rules, (RULES, RULES + "timeout_seconds = 9"))
-    call = {"tool": "delete_records", "session": "s-1",
-            "checkpoint_id": "delete-records", "arguments": {"a": 1}}
-    it = hitl.open_store(tmp_path / "hitl.db")
-    it.desk_digest = lambda request: rules.named("delete-records").digest
-    remembered(it, tool="delete_records", arguments='{"a":1}',
-               action_description="Delete users where id = 3",
-               checkpoint_id="delete-records", checkpoint_digest=None,
-               asked_by="agent:unauthenticated")
-    it.close()
+    call = SAME | {"tool": "delete_records", "checkpoint_id": "delete-records"}
+    desk = make_desk(rules=rules)
+    desk.post("r-1", **call)
+    desk.decide("r-1", remember={"seconds": 60, "uses": 9})
     for number, (own, status) in enumerate((
             (rules, "approved"), (edited_rules, "waiting"), (None, "waiting"),
             (rules, "approved"))):
-        desk = Desk(tmp_path, rules=own)
-        try:
-            assert desk.post(f"v-{number}", **call).body["status"] == status
-        finally:
-            desk.stop()
+        desk.more["rules"] = own
+        desk.restart()
+        assert desk.post(f"v-{number}", **call).body["status"] == status
 
 
 def test_the_same_id_is_the_same_call_of_the_same_agent(store):
@@ -2829,21 +2811,20 @@ def test_promise_6_nothing_acknowledged_is_lost(tmp_path, make_gate,
 def test_promise_6_uses_are_counted_once(tmp_path, kills):
     """Killed with -9 between a redeemed use and its answer, a standing
     approval has answered each request once, and no more than its uses."""
-    it, chance = hitl.open_store(tmp_path / "hitl.db"), random.Random(4)
-    call = {"tool": "delete", "session": "s-1", "arguments": {"a": 1}}
-    remembered(it, uses=30, action_description=four()["action_description"],
-               arguments='{"a":1}', checkpoint_id=None, checkpoint_digest=None,
-               asked_by="agent:unauthenticated")
-    it.close()
-    desk, statuses = Served(tmp_path), {}
+    desk, statuses, chance = Served(tmp_path), {}, random.Random(4)
+
+    def sent(client, *words):
+        """The status that is answered, by whichever process it is at last."""
+        while True:
+            with contextlib.suppress(hitl.UnreachableError):
+                return client.exchange("POST", *words, seconds=5).body["status"]
+    sent(desk.agent(), "/pending", four() | SAME)
+    sent(desk.reviewer(), "/approve/r-1", {
+        "decision": "approved", "remember": {"seconds": 600, "uses": 30}})
 
     def agent(number):
         for name in (f"k-{number}-{n}" for n in range(15)):
-            while name not in statuses:
-                with contextlib.suppress(hitl.UnreachableError):
-                    reply = desk.agent().exchange(
-                        "POST", "/pending", four(name) | call, seconds=5)
-                    statuses[name] = reply.body["status"]
+            statuses[name] = sent(desk.agent(), "/pending", four(name) | SAME)
     agents = [in_background(agent, n) for n in range(4)]
     for _ in range(kills):
         time.sleep(0.2 * chance.random())
