@@ -7160,8 +7160,7 @@ class Dialect(NamedTuple):
     approved: Json              # what to answer, exactly
     rejected: Json
     seconds: float              # the deadline without --deadline
-    status: int | None = None   # how to exit after printing an error as `rejected`;
-                                # None: print nothing, and exit with 2
+    shows_errors: bool = False  # when printed as `rejected`; else exit with 2
     longest: float = DAY - 5    # the latest answer its agent waits for
 
 
@@ -7174,11 +7173,11 @@ DENIED = claude(PRE, permissionDecision="deny", permissionDecisionReason=WHY)
 DIALECTS = (                    # the first one with a sign counts
     # Cline ignores exit statuses, and runs the tool after 120 s, always
     Dialect("cline", ("clineVersion", "tool_call", "preToolUse"),
-            {"cancel": False}, {"cancel": True, "errorMessage": WHY}, 115, 0, 115),
+            {"cancel": False}, {"cancel": True, "errorMessage": WHY}, 115, True, 115),
     Dialect("cursor", ("cursor_version", "beforeShellExecution:",
                        "beforeMCPExecution:"), {"permission": "allow"},
-            {"permission": "deny", "user_message": WHY, "agent_message": WHY}, 55, 2),
-    Dialect("opencode", ("PreToolUse: hook_source",), ALLOWED, DENIED, 595, 0),
+            {"permission": "deny", "user_message": WHY, "agent_message": WHY}, 55),
+    Dialect("opencode", ("PreToolUse: hook_source",), ALLOWED, DENIED, 595, True),
     # a plain allow is invalid in Codex: {} lets the call go on
     Dialect("codex", ("PreToolUse: turn_id",), {}, DENIED, 595),
     Dialect("claude", ("PreToolUse: transcript_path",), ALLOWED, DENIED, 595),
@@ -7188,14 +7187,14 @@ DIALECTS = (                    # the first one with a sign counts
     Dialect("gemini", ("BeforeTool:",), {"decision": "allow"},
             {"decision": "deny", "reason": WHY}, 55),
     # Copilot shows the reason only with exit status 0
-    Dialect("copilot-pascal", ("PreToolUse:",), ALLOWED, DENIED, 25, 0),
+    Dialect("copilot-pascal", ("PreToolUse:",), ALLOWED, DENIED, 25, True),
     Dialect("copilot-permission", ("PermissionRequest:", "permissionRequest:"),
             {"behavior": "allow"},
-            {"behavior": "deny", "message": WHY, "interrupt": False}, 25, 0),
+            {"behavior": "deny", "message": WHY, "interrupt": False}, 25, True),
     Dialect("copilot", ("toolName",), {"permissionDecision": "allow"},
-            {"permissionDecision": "deny", "permissionDecisionReason": WHY}, 25, 0),
+            {"permissionDecision": "deny", "permissionDecisionReason": WHY}, 25, True),
 )
-UNKNOWN = Dialect("", (), {}, {}, 25, None, 25)
+UNKNOWN = Dialect("", (), {}, {}, 25, False, 25)
 CALLS = (       # where the tool's name and its arguments are; the first counts
     ("tool_call.name", "tool_call.input"),
     ("preToolUse.toolName", "preToolUse.parameters"),
@@ -7330,8 +7329,7 @@ class Hook:
             sys.exit("the coding agent is gone")
 
     def refusal(self, fault: BaseException) -> tuple[Json | None, int, str]:
-        """The dialect's refusal, as reply() returns it. An error is printed as
-        an answer only where the agent then shows it."""
+        """The dialect's refusal, as reply() returns it."""
         if isinstance(fault, SystemExit):               # by us, who say why
             fault = HitlError(str(fault))
         elif not isinstance(fault, HitlError):
@@ -7341,12 +7339,10 @@ class Hook:
         if fault.reason == "still-waiting":
             why = (f"{fault.message}, but the request still waits. Repeat this very "
                    "call later to pick up the decision.")
-        answer: Json = json.loads(filled(self.dialect.rejected, why=why))
-        if decided and answer:
-            return answer, 0, ""
-        if self.dialect.status is None:
+        if self.dialect is UNKNOWN or not (decided or self.dialect.shows_errors):
             return None, 2, why
-        return answer, self.dialect.status, why
+        answer: Json = json.loads(filled(self.dialect.rejected, why=why))
+        return answer, 0, "" if decided else why
 
     def alarm(self) -> None:
         """Answer in time, whatever happens."""
