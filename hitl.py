@@ -8031,64 +8031,21 @@ TRIPWIRES_HEAD = """
 # that may run, and everything else waits. Uncomment what you want. ({0,60}
 # leaves room for options: `git -C dir push`.)
 """
-TRIPWIRES = (                   # id, what it does, category, pattern
-    ("shell-delete", "Delete", "destructive",
-     r"(?<![-\w])(rm|rmdir|unlink|shred|truncate|rimraf|trash|ri)\b"),
-    ("shell-wipe", "Delete", "destructive",
-     r"-delete\b|--delete|\bpurge |Remove-Item|\bFLUSH|::Delete"),
-    ("shell-sql", "Delete", "destructive",
-     r"\b(DROP|TRUNCATE) (TABLE|DATABASE)|\bDELETE FROM\b"),
-    ("shell-undo", "Throw away", "destructive",
-     r"\bgit\b(?!.commit)[^;&|]{0,60}( -D|\b(clean|reset|remove))\b"),
-    ("shell-push", "Push", "high-impact",
-     r"\bgit\b(?!.commit)[^;&|]{0,60}\bpush\b|\bhub push\b"),
-    ("shell-publish", "Publish", "high-impact",
-     r"\b(gh (pr merge|release|repo)|(npm|cargo) publish|twine)\b"),
-    ("shell-terraform", "Deploy", "high-impact",
-     r"\b(terraform|tofu|terragrunt)\b[^;&|]{0,60}\b(apply|destroy)"),
-    ("shell-cluster", "Deploy", "high-impact",
-     r"\b(kubectl|helm)\b[^;&|]{0,60}\b(apply|delete|install|upgrade)"),
-    ("shell-pipe", "Run what nobody sees", "destructive",
-     r"\|[^;&|]{0,60}(?<![.\w])(sh|(ba|z|da|tc|mk)sh|pwsh|iex)\b"),
-    ("shell-text", "Run what nobody sees", "destructive",
-     r"(?<![.\w])(sh|(ba|z)sh|pwsh|powershell) (-\w?c|<)|\beval "),
-    ("shell-code", "Run what nobody sees", "destructive",
-     r"\b(perl|ruby|node|php|deno) (-[er]|eval)\b|\bsystem\(|\biex "),
-    ("shell-file", "Run what nobody sees", "destructive",
-     r"\bbase64 (-d|--decode)|\bsource \./|(cp|install) /dev/null"),
-)
-
-
-def rule_text(checkpoint_id: str, pattern: str, template: str = "Run {command}",
-              kind: str = "shell", **more: str) -> str:
-    """A [[checkpoint]] as TOML, after an empty line."""
-    quoted = f"'{pattern}'"
-    if "'" in pattern:
-        quoted = json.dumps(pattern, ensure_ascii=False)
-    lines = ["", "[[checkpoint]]", f'checkpoint_id = "{checkpoint_id}"',
-             f'kind = "{kind}"', f"action_pattern = {quoted}",
-             f'description_template = "{template}"',
-             *(f'{name} = "{value}"' for name, value in more.items())]
-    return "\n".join(lines) + "\n"
-
-
-def numbered(name: str, patterns: Iterable[str], *how: str, **more: str) -> str:
-    """A [[checkpoint]] for each pattern: name-1, name-2 ..."""
-    return "".join(rule_text(f"{name}-{n}", pattern, *how, **more)
-                   for n, pattern in enumerate(patterns, 1))
-
-
-def commented(rules: str) -> str:
-    return re.sub("(?m)^(?=.)", "# ", rules)
-
-
-EXAMPLE = "".join([
-    HEAD, MISSION, MONEY, TRIPWIRES_HEAD, *(
-        commented(rule_text(name, pattern, what + ": {command}", category=category))
-        for name, what, category, pattern in TRIPWIRES),
-    commented(rule_text(
-        "own-rules", r"checkpoints\.toml|hitl\.(py|db)|(hooks?|settings)\.json",
-        "Edit the rules of this agent: {file_path}", "edit", effect="deny"))])
+# A category, an id and a pattern in each line.
+TRIPWIRES = r"""
+destructive shell-delete  (?<![-\w])(rm|rmdir|unlink|shred|truncate|rimraf|trash|ri)\b
+destructive shell-wipe    -delete\b|--delete|\bpurge |Remove-Item|\bFLUSH|::Delete
+destructive shell-sql     \b(DROP|TRUNCATE) (TABLE|DATABASE)|\bDELETE FROM\b
+destructive shell-undo    \bgit\b(?!.commit)[^;&|]{0,60}( -D|\b(clean|reset|remove))\b
+high-impact shell-push    \bgit\b(?!.commit)[^;&|]{0,60}\bpush\b|\bhub push\b
+high-impact shell-publish \b(gh (pr merge|release|repo)|(npm|cargo) publish|twine)\b
+high-impact shell-deploy  \b(terraform|tofu|terragrunt)\b[^;&|]{0,60}\b(apply|destroy)
+high-impact shell-cluster \b(kubectl|helm)\b[^;&|]{0,60}\b(apply|delete|install|upgrade)
+destructive shell-pipe    \|[^;&|]{0,60}(?<![.\w])(sh|(ba|z|da|tc|mk)sh|pwsh|iex)\b
+destructive shell-text    (?<![.\w])(sh|(ba|z)sh|pwsh|powershell) (-\w?c|<)|\beval\s
+destructive shell-code    \b(perl|ruby|node|php|deno) (-[er]|eval)\b|\bsystem\(|\biex\s
+destructive shell-file    \bbase64 (-d|--decode)|\bsource \./|(cp|install) /dev/null
+"""
 
 # What a coding agent may run unasked: commands that only read, to the letter.
 # Quotes are in the patterns because what is matched is the text as written.
@@ -8695,7 +8652,9 @@ def cmd_init(args: Any) -> int:
     """write a commented checkpoints.toml beside hitl.py, unless it exists"""
     path = absolute(args.config or os.environ.get("HITL_CONFIG")
                     or beside_this_file())
-    text = coding_rules(path, absolute(".")) if args.coding_agent else EXAMPLE
+    text = first_rules()
+    if args.coding_agent:
+        text = coding_rules(path, absolute("."))
     try:
         with open(path, "x", encoding="utf-8") as file:
             file.write(text)
@@ -8707,6 +8666,40 @@ def cmd_init(args: Any) -> int:
         raise ConfigError(f"{path}: {error.strerror}") from None
     say(f"wrote {path}; next: python3 hitl.py serve")
     return 0
+
+
+def rule_text(checkpoint_id: str, pattern: str, template: str = "Run {command}",
+              kind: str = "shell", **more: str) -> str:
+    """A [[checkpoint]] as TOML, after an empty line."""
+    quoted = f"'{pattern}'"
+    if "'" in pattern:
+        quoted = json.dumps(pattern, ensure_ascii=False)
+    lines = ["", "[[checkpoint]]", f'checkpoint_id = "{checkpoint_id}"',
+             f'kind = "{kind}"', f"action_pattern = {quoted}",
+             f'description_template = "{template}"',
+             *(f'{name} = "{value}"' for name, value in more.items())]
+    return "\n".join(lines) + "\n"
+
+
+def numbered(name: str, patterns: Iterable[str], *how: str, **more: str) -> str:
+    """A [[checkpoint]] for each pattern: name-1, name-2 ..."""
+    return "".join(rule_text(f"{name}-{n}", pattern, *how, **more)
+                   for n, pattern in enumerate(patterns, 1))
+
+
+def commented(rules: str) -> str:
+    return re.sub("(?m)^(?=.)", "# ", rules)
+
+
+def first_rules() -> str:
+    """The checkpoints.toml of an agent without a shell, or with tripwires."""
+    text = HEAD + MISSION + MONEY + TRIPWIRES_HEAD
+    for line in TRIPWIRES.strip().splitlines():
+        category, name, pattern = line.split(maxsplit=2)
+        text += commented(rule_text(name, pattern, category=category))
+    return text + commented(rule_text(
+        "own-rules", r"checkpoints\.toml|hitl\.(py|db)|(hooks?|settings)\.json",
+        "Edit the rules of this agent: {file_path}", "edit", effect="deny"))
 
 
 def coding_rules(path: Path, project: Path) -> str:

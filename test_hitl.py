@@ -815,10 +815,10 @@ def test_a_file_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
             f"{tool / 'checkpoints.toml'}; name that one)")
     with pytest.raises(hitl.ConfigError, match="Is a directory|denied"):
         hitl.load_configuration(tmp_path)
-    whole = hitl.EXAMPLE.encode()
+    whole = hitl.first_rules().encode()
     for data, says in (
             *((bad, "not valid TOML: ") for bad in (
-                b"\xff\xfe", hitl.EXAMPLE.encode("utf-16"), b"\0", b"a\xe9",
+                b"\xff\xfe", hitl.first_rules().encode("utf-16"), b"\0", b"a\xe9",
                 b"a = " + b"[" * 9999, b"a = " + b"9" * 5000)),
             *((bad, r"no \[\[checkpoint.*init` writes an example") for bad in (
                 b"", b"# nothing\n[gate]\n", b"checkpoint = []"))):
@@ -857,7 +857,7 @@ def test_a_damaged_file_never_loses_a_rule_silently(make_rules):
             return count
         return 0
 
-    text, step = hitl.EXAMPLE, 1 if LONG else 37
+    text, step = hitl.first_rules(), 1 if LONG else 37
     cuts = {*range(0, len(text), step), *(
         found.end() for found in re.finditer("\n", text))}
     taken = [n for n in (holds(text[:cut]) for cut in sorted(cuts)) if n]
@@ -993,7 +993,7 @@ def disguises(name: str):
 def test_no_spelling_passes_a_shipped_rule(make_rules, name, decides):
     """Case, name spaces, width, style, invisible characters, look-alikes
     and line ends: hundreds of spellings, and none passes."""
-    rules = make_rules(hitl.EXAMPLE)
+    rules = make_rules(hitl.first_rules())
     for spelling in disguises(name):
         match = rules.first_match(spelling, {"environment": "prod"})
         assert (match.effect, match.checkpoint.checkpoint_id) == (
@@ -1390,7 +1390,7 @@ def test_a_template_takes_names_and_never_fails(make_rules, template, text):
 def test_check_says_which_checkpoint_decides_and_why(tmp_path):
     """`check TOOL JSON` says what becomes of a call, which checkpoint
     decides and why; --json says it to a program."""
-    (tmp_path / "rules.toml").write_text(hitl.EXAMPLE)
+    (tmp_path / "rules.toml").write_text(hitl.first_rules())
 
     def check(*words: str) -> Typed:
         return typed(tmp_path, "check", "--config", "rules.toml", *words)
@@ -1546,7 +1546,7 @@ HARMLESS = cases(r"""
 def test_the_tripwires_hold_most_of_what_is_dangerous(make_rules):
     """The commented tripwires of `init` hold most of what is dangerous and
     little of what agents do all day, however long it is."""
-    text = uncommented(hitl.EXAMPLE)
+    text = uncommented(hitl.first_rules())
     rules = make_rules(text)
     assert len(rules.checkpoints) == text.count("[[checkpoint]]") == 13
 
