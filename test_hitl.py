@@ -5390,8 +5390,10 @@ def test_promise_2_a_false_claim(make_gate):
         impostor.more = {"poll": {"approved_digest": digest}, "claim": {
             "approved_digest": digest, "arguments": edited}}
         gate = make_gate(impostor, EDITABLE, on_reject="return")
-        for start in range(-1, 420, 20):
-            for result in [in_background(call, start + n) for n in range(20)]:
+        places = range(-1, 420, 1 if LONG else 3)
+        for start in range(0, len(places), 20):
+            for result in [in_background(call, at)
+                           for at in places[start:start + 20]]:
                 result()
         assert set(map(str, ran.values())) == {str(edited)} and -1 in ran
         assert len(ran) < 5
