@@ -5892,6 +5892,41 @@ class Client:
         self.server_url, self.authorization = server_url, authorization
         self.tls_ca = tls_ca
 
+    @functools.cached_property
+    def opener(self) -> Any:
+        """urllib's opener, with no proxies, no redirects, no file:, and for
+        which a refusal is an answer too. ConfigError if `tls_ca` is not a file
+        of certificates."""
+        import http.client
+        import urllib.request
+        kind: Any = http.client.HTTPConnection
+        trust: dict[str, Any] = {}
+        if self.server_url.startswith("https:"):
+            import ssl
+            kind = http.client.HTTPSConnection
+            try:
+                trust["context"] = ssl.create_default_context(
+                    cafile=self.tls_ca or None)
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"[gate] tls_ca: {self.tls_ca}: {error}",
+                                  "name a PEM file of certificates") from None
+
+        def connection(host: str, **how: Any) -> Any:
+            made = kind(host, **how)
+            end = time.monotonic() + how["timeout"]
+            made.response_class = functools.partial(answer_until, end)
+            return made
+
+        class Handler(urllib.request.HTTPHandler):
+            https_request = urllib.request.HTTPHandler.http_request
+
+            def http_open(self, request: Any) -> Any:
+                return self.do_open(connection, request, **trust)
+            https_open = http_open
+        made = urllib.request.OpenerDirector()
+        made.add_handler(Handler())
+        return made
+
     def fetch(self, method: str, path: str, data: bytes | None = None, *,
               seconds: float, **headers: str) -> tuple[int, Any, bytes]:
         """The status, headers and body of the reply; UnreachableError if it
@@ -5906,9 +5941,7 @@ class Client:
         try:
             request = urllib.request.Request(self.server_url + path, data,
                                              headers, method=method)
-            urls = opener(self.server_url.startswith("https:"), self.tls_ca,
-                          os.environ.get("SSL_CERT_FILE"))
-            with urls.open(request, timeout=seconds) as reply:
+            with self.opener.open(request, timeout=seconds) as reply:
                 text = reply.read(MAX_REPLY + 1)
                 if len(text) > MAX_REPLY:
                     raise self.bad_reply(f"over {MAX_REPLY >> 20} MiB")
@@ -5964,36 +5997,6 @@ class Client:
             "check server_url", reason="bad-reply")
 
 
-@functools.cache
-def opener(tls: bool, tls_ca: str, ssl_cert_file: str | None) -> Any:
-    """urllib's opener, with no proxies, no redirects, no file:, and for which
-    a refusal is an answer too. `ssl_cert_file` is what ssl itself reads."""
-    import http.client
-    import urllib.request
-    kind: Any = http.client.HTTPConnection
-    trust: dict[str, Any] = {}
-    if tls:
-        import ssl
-        kind = http.client.HTTPSConnection
-        trust["context"] = ssl.create_default_context(cafile=tls_ca or None)
-
-    def connection(host: str, **how: Any) -> Any:
-        made = kind(host, **how)
-        end = time.monotonic() + how["timeout"]
-        made.response_class = functools.partial(answer_until, end)
-        return made
-
-    class Handler(urllib.request.HTTPHandler):
-        https_request = urllib.request.HTTPHandler.http_request
-
-        def http_open(self, request: Any) -> Any:
-            return self.do_open(connection, request, **trust)
-        https_open = http_open
-    made = urllib.request.OpenerDirector()
-    made.add_handler(Handler())
-    return made
-
-
 def answer_until(end: float, sock: Any, **how: Any) -> Any:
     """An HTTPResponse of which every read gets only the time left until `end`.
     A socket's own time-out is for each read, so a server that sends a byte a
@@ -6011,21 +6014,6 @@ def answer_until(end: float, sock: Any, **how: Any) -> Any:
         return socket.SocketIO.readinto(raw, buffer)
     raw.readinto = readinto
     return answer
-
-
-def checked_authorities(configuration: Configuration) -> str:
-    """[gate] tls_ca as a path beside the configuration; ConfigError if it
-    cannot be read."""
-    if not configuration.gate["tls_ca"]:
-        return ""
-    path = str((configuration.path or Path()).parent
-               / configuration.gate["tls_ca"])
-    try:
-        opener(True, path, None)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"[gate] tls_ca: {path}: {error}",
-                          "name a PEM file of certificates") from None
-    return path
 
 
 # ================================= Context =================================
@@ -6897,7 +6885,8 @@ class Gate:
                  agent: str | None = None, server_url: str | None = None,
                  token: str | None = None, session: str | None = None) -> None:
         self.on_reject = checked_on_reject(on_reject)
-        self.configuration = load_configuration(find_configuration(config))
+        path = find_configuration(config)
+        self.configuration = load_configuration(path)
         self.rules = self.configuration.rules
         self.context, self.agent = context, agent
         self.session, self.own_session = session, os.urandom(16).hex()
@@ -6911,9 +6900,12 @@ class Gate:
         if os.environ.get("HITL_REVIEWER_TOKEN"):       # promise 5
             log.warning("HITL_REVIEWER_TOKEN is in the environment of an "
                         "agent, which could decide with it: take it out")
+        tls_ca = self.configuration.gate["tls_ca"]
         self.client = Client(
             self.server_url, self.token and f"Bearer {self.token}",
-            checked_authorities(self.configuration))
+            tls_ca and str(path.parent / tls_ca))
+        if tls_ca:
+            _ = self.client.opener      # reads the file, or raises ConfigError
         self._free: set[tuple[str, ...]] = set()
 
     def call(self, tool: str, arguments: Mapping[str, Any],
