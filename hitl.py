@@ -1391,12 +1391,10 @@ class Rules(NamedTuple):
 
     def may_hold(self, tool: str) -> bool:
         """Whether some call of a tool of this name would not run unasked."""
-        for checkpoint, _ in self.candidates(tool):
-            if checkpoint.effect != "allow":
-                return True
-            if checkpoint.kind == "tool" and not checkpoint.arguments:
-                break                   # every call that comes so far runs
-        return False
+        decides = next(
+            rule for rule, _ in self.candidates(tool) if rule.effect != "allow"
+            or rule.kind == "tool" and not rule.arguments)   # opens for any call
+        return decides.effect != "allow"
 
     def is_free(self, tool: str, names: Iterable[str]) -> bool:
         """Whether every call of this tool with arguments of these names runs
