@@ -608,6 +608,11 @@ def digest_of(description: str, arguments: str | None,
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def sha256_of(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
 def instant(seconds: float) -> str:
     """Unix seconds as ISO 8601 UTC with milliseconds; such texts sort."""
     moment = datetime.fromtimestamp(seconds, timezone.utc)
@@ -1860,7 +1865,7 @@ def checkpoint_digest(table: dict[str, Any]) -> str:
     only while the rule is the one that it was made under."""
     plain = {name: str(value) if value == math.inf else value
              for name, value in table.items()}
-    return hashlib.sha256(canonical(plain).encode()).hexdigest()
+    return sha256_of(plain)
 
 
 def unknown_key(where: str, key: str, known: Iterable[str]) -> ConfigError:
@@ -1919,15 +1924,12 @@ def checked(path: Path, place: str, kind: str,
 
 
 # ================================== Store ==================================
-# The memory, and the only SQL. One connection writes, in transactions that the
-# server opens and commits once a turn. The database restates the promises as
-# constraints and triggers, so that a mistake above cannot break them. Every
-# change of state is one `move`, which writes its audit row in the same
-# transaction. The row carries a seal, the hash of the request as it then was,
-# and the hash of the row before: so the log proves itself, and each request
-# is proved by its last row (promise 8).
-#
-# SQLite 3.26 is enough (RHEL 8): no RETURNING, no STRICT.
+# The only SQL. One connection writes, in transactions that the server commits
+# once a turn. The database restates the promises as constraints and triggers,
+# so that a mistake above it cannot break them. Every change of state is one
+# `move` and one audit row, which has the seal of the request as it then was
+# and the hash of the row before: so the log proves itself, and each request is
+# proved by its last row (promise 8). SQLite 3.26 is enough (RHEL 8).
 
 APPLICATION_ID = 0x4849544C     # "HITL", in the database file's header
 SCHEMA_VERSION = 2
@@ -1959,24 +1961,24 @@ CREATE TABLE pending_reviews (
   id                 INTEGER PRIMARY KEY,           -- order of arrival
   request_id         TEXT NOT NULL UNIQUE           -- no duplicates, ever
                      CHECK (length(request_id) BETWEEN 1 AND 128),
-  -- the person's word, and when the request stopped waiting
+  -- the person's word, or how else the request stopped waiting
   status             TEXT NOT NULL DEFAULT 'waiting' CHECK (
                      status = 'waiting' OR status IN  -- an IN alone costs 2 us
                      ('approved', 'rejected', 'expired', 'withdrawn')),
   decided_at         TEXT,
   decided_by         TEXT,                          -- 'reviewer:ana'
-  signed_in          TEXT,                          -- how
+  signed_in          TEXT,                          -- how that is known
   reason             TEXT,
-  standing           INTEGER,                       -- the decision that did it
-  said_at            TEXT,                          -- when that one was made
-  approved_arguments TEXT,                          -- where ana changed them
+  standing           INTEGER,                       -- the decision that stood
+  said_at            TEXT,                          -- when it was made
+  approved_arguments TEXT,                          -- if they were changed
   approved_digest    TEXT,                          -- of those
   -- the call's fate
   outcome            TEXT CHECK (outcome IS NULL OR outcome IN
                      ('running', 'executed', 'failed', 'lapsed')),
-  lapses_at          TEXT,                          -- unclaimed until then
-  claim              TEXT,                          -- who may run it: a nonce
-  handed_over        INTEGER,                       -- 1: its end is not told
+  lapses_at          TEXT,                          -- unless claimed by then
+  claim              TEXT,                          -- a nonce: who runs it
+  handed_over        INTEGER,                       -- 1: its end is not seen
   outcome_at         TEXT,
   outcome_text       TEXT,
   -- what was asked: never changes
@@ -2065,8 +2067,8 @@ CREATE TABLE standing_decisions (
   made_by           TEXT NOT NULL CHECK (made_by LIKE 'reviewer:_%'),
   made_at           TEXT NOT NULL,
   until             TEXT,
-  uses              INTEGER,      -- what was used is counted, not kept
-  request_id        TEXT,         -- about which it was said
+  uses              INTEGER,      -- its use is counted, never stored
+  request_id        TEXT,         -- the one that was decided
   reason            TEXT,
   signed_in         TEXT,
   -- what it answers: the same call, of the same agent
@@ -2185,10 +2187,10 @@ class AuditRow(NamedTuple):
 
 
 class Change(NamedTuple):
-    """One row of the audit log, for whoever is told after the commit."""
+    """What an audit row says, for whoever is told after the commit."""
 
     event: str
-    request_id: str             # or `standing:7`
+    subject: str                # a request_id, or `standing:7`
     actor: str
     description: str            # of a request
 
@@ -2230,10 +2232,6 @@ class Found(NamedTuple):
     next: tuple[str, int] | None
 
 
-def sha256_of(value: Any) -> str:
-    return hashlib.sha256(canonical(value).encode()).hexdigest()
-
-
 def columns_hash(row: ReviewRequest | Standing, names: Iterable[str]) -> str:
     """SHA-256 of the canonical JSON of those columns that are not NULL: so a
     column of a later schema breaks no old seal. The names are sorted. Written
@@ -2246,11 +2244,6 @@ def columns_hash(row: ReviewRequest | Standing, names: Iterable[str]) -> str:
         elif value is not None:
             members.append(f'"{name}":{value}')
     return hashlib.sha256(f"{{{','.join(members)}}}".encode()).hexdigest()
-
-
-def asked_hash(request: ReviewRequest) -> str:
-    """The `asked_sha256` that belongs to what was asked."""
-    return columns_hash(request, ASKED)
 
 
 def seal_of(subject: ReviewRequest | Standing) -> str:
@@ -2332,7 +2325,7 @@ class Store:
         self.now = instant(self.time)
 
     def reread(self) -> None:
-        """Read again what is remembered of the database."""
+        """Read again what is kept in memory: the head, the counts, what stands."""
         self.head = last_head(self.db)
         self.counts: Counter[tuple[str | None, ...]] = Counter()
         for asked_by, agent, count in self.db.execute(
@@ -2361,12 +2354,12 @@ class Store:
 
     def attempt(self, change: Callable[..., T], *args: Any) -> T:
         """change(*args) inside a savepoint: all of one request's changes are
-        kept or none, whatever its neighbours in the turn do. A Refusal is
-        not a failure; the server answers it inside.
+        kept or none, whatever its neighbours in the turn do. The server turns
+        a Refusal into an answer inside.
 
-        Where the disk is full or fails, SQLite may have rolled back the
-        whole turn by itself: it is spoilt, nothing begins in it again, and
-        commit() keeps none of it. Raises sqlite3.Error."""
+        When the disk is full or fails, SQLite may roll back the whole turn by
+        itself. Then it is spoilt: nothing else begins in it, and commit()
+        keeps none of it. Raises sqlite3.Error."""
         import sqlite3
         if self.spoilt:
             raise sqlite3.OperationalError("this turn was rolled back")
@@ -2450,7 +2443,7 @@ class Store:
                 or self.counts[credential] >= MAX_WAITING_PER_CREDENTIAL
                 or self.counts[agent] >= MAX_WAITING_PER_AGENT):
             return None
-        sha256 = asked_hash(asked)
+        sha256 = columns_hash(asked, ASKED)
         inserted = self.db.execute(SUBMIT, (sha256, *asked_values(asked)))
         if not inserted.rowcount:
             return None
@@ -2807,7 +2800,7 @@ class Store:
         return Found(self.by_number(numbers), None)
 
     def beginning_with(self, start: str) -> list[str]:
-        """A few request_ids that begin so and go on."""
+        """The first few request_ids that begin with this and go on."""
         return [row[0] for row in self.db.execute(
             "SELECT request_id FROM pending_reviews WHERE request_id > ? AND "
             "request_id < ? ORDER BY request_id LIMIT 6", (start, start + "~"))]
@@ -3091,7 +3084,7 @@ def seal_fault(db: Any, subject: ReviewRequest | Standing) -> str:
     """What is wrong with a request or a standing decision, if anything: its
     last audit row must have its seal, and the hash that belongs to it."""
     if isinstance(subject, ReviewRequest) and (
-            subject.asked_sha256 != asked_hash(subject)):
+            subject.asked_sha256 != columns_hash(subject, ASKED)):
         return "is not what was asked: its row was edited"
     last = next(audit_rows(db, "WHERE subject = ? ORDER BY sequence DESC LIMIT 1",
                            subject.subject), None)
@@ -3573,13 +3566,13 @@ class Notices:
         for change in changes:
             if change.event == "submitted":
                 with contextlib.suppress(Refusal, sqlite3.Error):   # still owed
-                    request = store.request(change.request_id)
+                    request = store.request(change.subject)
                     if request.status == Status.WAITING:
                         self.begins(request)
                 continue
-            self.waiting.discard(change.request_id)
+            self.waiting.discard(change.subject)
             for channel in self.channels:
-                channel.inbox.put(change.request_id)
+                channel.inbox.put(change.subject)
 
 
 # ================================== Pages ==================================
@@ -5728,12 +5721,12 @@ class Loop:
             return
         changes = [change for change in changes if change.event not in (
             "notified", "not-notified")]            # those change no request
-        for about in ("", *(change.request_id for change in changes)):
+        for about in ("", *(change.subject for change in changes)):
             for connection in list(self.waiters.get(about, ())):
                 connection.release()
         self.print_lines(
             f"{change.event:9} {visible(change.description[:MAX_LINE])} "
-            f"[{change.request_id}] by {visible(change.actor)}" for change in changes)
+            f"[{change.subject}] by {visible(change.actor)}" for change in changes)
         if self.notices:
             self.notices.follow(self.desk.store, changes)
 
@@ -7275,7 +7268,7 @@ class Hook:
         cwd = str(call.get("cwd") or "")
         own = os.environ.get("HITL_AGENT") or self.dialect.name.partition("-")[0]
         session = next((call[name] for name in SESSIONS if call.get(name)), None)
-        key = hashlib.sha256(canonical([session, cwd]).encode()).hexdigest()
+        key = sha256_of([session, cwd])
         gate = Gate(find_configuration(self.config, local=False), context=call,
                     session=key, agent=f"{own} {cwd} session {key[:8]}")
         text = canonical(arguments).replace("\\", "")       # JSON inside JSON

@@ -2433,7 +2433,7 @@ def test_one_that_fails_leaves_its_neighbours(store):
     with pytest.raises(ZeroDivisionError):
         store.attempt(lambda: put(store, "r-2") and 1 / 0)
     store.attempt(put, store, "r-3")
-    assert [c.request_id for c in store.commit()] == ["r-1", "r-3"]
+    assert [change.subject for change in store.commit()] == ["r-1", "r-3"]
     assert names(store) == ["r-1", "r-3"] and store.waiting_count == 2
     assert chain_faults(store.path) == []
 
