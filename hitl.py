@@ -1785,15 +1785,15 @@ def find_configuration(path: str | os.PathLike[str] | None = None,
     chosen = path or os.environ.get("HITL_CONFIG")
     if chosen:
         return absolute(chosen)
-    beside = beside_this_file()
-    here = absolute("checkpoints.toml") if local else beside
-    for candidate in (here, beside):
+    candidates = [beside_this_file()]
+    if local:
+        candidates.insert(0, absolute("checkpoints.toml"))
+    for candidate in candidates:
         if os.path.lexists(candidate):
             return candidate
-    raise ConfigError(
-        f"no checkpoints.toml in {here.parent}" + (
-            f" or {beside.parent}" if beside != here else ""),
-        "`python3 hitl.py init` writes one, or set HITL_CONFIG")
+    folders = dict.fromkeys(str(candidate.parent) for candidate in candidates)
+    raise ConfigError(f"no checkpoints.toml in {' or '.join(folders)}",
+                      "`python3 hitl.py init` writes one, or set HITL_CONFIG")
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:
@@ -1827,8 +1827,8 @@ def load_configuration(path: Path) -> Configuration:
                           "`python3 hitl.py init` writes an example; to let "
                           'everything wait, set unmatched = "review" and '
                           "keep one")
-    people, agents = ({row["name"]: row["token_sha256"] for row in rows[kind]}
-                      for kind in ("reviewer", "agent"))
+    people = {row["name"]: row["token_sha256"] for row in rows["reviewer"]}
+    agents = {row["name"]: row["token_sha256"] for row in rows["agent"]}
     for checkpoint in checkpoints:
         for name in checkpoint.reviewers:       # else nobody could decide it
             if name not in people:

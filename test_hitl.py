@@ -3247,17 +3247,21 @@ def test_the_event_is_signed(tell):
 def test_a_body_is_filled_in_its_texts(tell):
     """Placeholders are filled in string leaves, in one pass; one alone keeps
     its type; with details the description goes out, and never as a
-    placeholder. A delay counts from when the request came in."""
+    placeholder. A delay counts from when the request came in, and a category
+    that is not one of ours is left out. A try that failed is repeated before
+    the window of a burst is over."""
     body = {"a": "{title}: {details}", "b": ["{waiting}", 7, None, {"c": "{deadline}"}],
-            "${A}": "${A} {nothing", "d": "{text} {waiting}"}
-    with Receiver() as receiver:
+            "${A}": "${A} {nothing", "d": "{text} {waiting}", "e": "{category}"}
+    with Receiver(500, 204) as receiver:
         tell(notify(url=receiver.url, body=json.dumps(body), details=True,
                     headers={"Title": "{details} é\u2192", "X": "${A}"},
                     after_seconds=60), a_request(
-            deadline=None, received_at=hitl.instant(time.time() - 60)), A="{title}")
-        (_, headers, _), = receiver.got
-        got, = receiver.bodies()
-    assert got["b"] == [1, 7, None, {"c": None}]
+            deadline=None, checkpoint_id="other", category="https://evil",
+            received_at=hitl.instant(time.time() - 60)),
+            pace=SOON._replace(window=60), A="{title}")
+        (_, headers, _), = receiver.got[1:]
+        got = receiver.bodies()[1]
+    assert got["e"] == "" and got["b"] == [1, 7, None, {"c": None}]
     assert got["${A}"] == "{title} {nothing" and got["d"].endswith("no deadline 1")
     assert 'canary "of" the agent {title} ${HOME} \\' in got["a"]
     assert headers["X"] == "{title}" and headers["Title"].startswith('canary "of"')
