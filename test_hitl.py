@@ -412,6 +412,56 @@ def certificate(tmp_path_factory):
     return path
 
 
+# ---- a server that answers what a test tells it to ----
+
+class Wire(ThreadingHTTPServer):
+    """answer(path, request) yields the pieces to send; None among them resets
+    the connection. `got` is what came: path, headers and body."""
+
+    request_queue_size = 512
+
+    def __init__(self, answer, tls=None) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+                head = self.headers.as_bytes().replace(b"\n", b"\r\n")
+                self.server.got.append((self.path, self.headers, body))
+                for piece in answer(self.path, self.raw_requestline + head + body):
+                    if piece is None:
+                        self.connection.setsockopt(
+                            socket.SOL_SOCKET, socket.SO_LINGER,
+                            struct.pack("ii", 1, 0))
+                        return os.close(self.connection.detach())
+                    self.wfile.write(piece)
+            do_POST = do_GET
+
+            def log_message(self, *args) -> None:
+                pass
+        self.got = []
+        super().__init__(("127.0.0.1", 0), Handler)
+        if tls:
+            self.socket = tls.wrap_socket(self.socket, server_side=True)
+        scheme = "https" if tls else "http"
+        self.url = f"{scheme}://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, args=(0.02,),
+                         daemon=True).start()
+
+    def handle_error(self, *client) -> None:
+        pass
+
+    def __exit__(self, *error) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+def http_reply(body, status: int = 200, kind: str = "application/json",
+               length: int | None = None) -> bytes:
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    length = len(body) if length is None else length
+    return (f"HTTP/1.1 {status} Word\r\nContent-Type: {kind}\r\nLocation: /"
+            f"\r\nContent-Length: {length}\r\n\r\n").encode() + body
+
+
 # ---- a browser: chromedriver speaks plain HTTP (W3C WebDriver) ----
 
 class Browser:
@@ -2969,70 +3019,41 @@ WHSEC = "whsec_" + base64.b64encode(b"k" * 24).decode()
 SOON = hitl.Pace(pauses=(0.05, 0.05, 0.05, 0.05), window=0.3)
 
 
-class Receiver(ThreadingHTTPServer):
-    """Takes what is posted; each answer is a status, or a function of the
-    handler, and the last one is repeated."""
-    daemon_threads = True
+class Receiver(Wire):
+    """Takes what is posted. Each answer is a status, or what comes of a path and
+    a request; the last one is repeated."""
 
     def __init__(self, *answers) -> None:
-        self.answers, self.got, self.at = list(answers) or [204], [], []
-        super().__init__(("127.0.0.1", 0), ReceiverHandler)
-        self.url = f"http://127.0.0.1:{self.server_port}/"
-        threading.Thread(target=self.serve_forever, args=(0.01,),
-                         daemon=True).start()
+        self.answers, self.at = list(answers) or [204], []
+        super().__init__(self.next_answer)
+        self.url += "/"
 
-    def handle_error(self, *_) -> None:
-        pass                            # it hangs up on purpose
-
-    def __exit__(self, *_) -> None:
-        self.shutdown()
-        self.server_close()
+    def next_answer(self, path: str, request: bytes):
+        self.at.append(time.monotonic())
+        answer = self.answers[0]
+        if len(self.answers) > 1:
+            del self.answers[0]
+        return answer(path, request) if callable(answer) else [http_reply(b"", answer)]
 
     def bodies(self) -> list:
         return [json.loads(body) for _, _, body in self.got]
 
 
-class ReceiverHandler(BaseHTTPRequestHandler):
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.at.append(time.monotonic())
-        self.server.got.append((self.path, self.headers, body))
-        answers = self.server.answers
-        answer = answers.pop(0) if len(answers) > 1 else answers[0]
-        if callable(answer):
-            return answer(self)
-        self.reply(answer)
-
-    def reply(self, status, body=b"", **headers) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": len(body), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_) -> None:
-        pass
-
-
-def hang(handler) -> None:
-    time.sleep(3)
-
-
-def reset(handler) -> None:
-    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
-                                  struct.pack("ii", 1, 0))
-    handler.connection.close()
-
-
-def dripping(head, byte=b"x", seconds=0.02):
-    """An answer that begins so and never ends."""
-    def answer(handler) -> None:
-        with contextlib.suppress(OSError):
-            handler.wfile.write(head)
-            for _ in range(100):
-                handler.wfile.write(byte)
-                time.sleep(seconds)
+def dripping(head: bytes, byte: bytes = b"x"):
+    """An answer that begins so, and then goes on for two seconds."""
+    def answer(path, request):
+        yield head
+        for _ in range(100):
+            yield byte
+            time.sleep(0.02)
     return answer
+
+
+hang = dripping(b"", b"")
+
+
+def reset(path, request):
+    return [None]
 
 
 def verified(headers, body) -> bool:
@@ -3166,8 +3187,7 @@ ANSWERS = {                     # answers, tries, status, told
     "silent": ([dripping(b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\n", b"")],
                1, "200", True),
     "moved": ([302], 1, "302", False), "no": ([403], 1, "403", False),
-    "elsewhere": ([lambda h: h.reply(307, Location="/x")], 1, "307", False),
-    "gone": ([410], 1, "410", False),
+    "elsewhere": ([307], 1, "307", False), "gone": ([410], 1, "410", False),
     "endless no": ([dripping(b"HTTP/1.1 403 No\r\n\r\n")], 1, "403", False),
     "once": ([500, 204], 2, "204", True), "twice": ([408, 425, 204], 3, "204", True),
     "ill": ([500], 5, "500", False), "reset once": ([reset, 204], 2, "204", True),
@@ -3206,9 +3226,9 @@ def test_the_proxy_of_the_environment_is_used(tell, monkeypatch):
 def test_retry_after_is_minded(tell):
     """After a 429 the next try comes at least as many seconds later as
     Retry-After says, and for no other request earlier; nonsense is ignored."""
-    def late(handler) -> None:
-        after = handler.path.strip("/").replace("_", " ")
-        handler.reply(429, Retry_After=after)
+    def late(path, request):
+        after = path.strip("/").replace("_", " ").encode()
+        return [http_reply(b"", 429).replace(b"Location: /", b"Retry-After: " + after)]
     with Receiver(late, 204) as phone, Receiver(late, 204) as siem, Receiver(
             late, late, 204) as odd:
         done = tell(notify(url=phone.url + "1", body={})
@@ -3470,30 +3490,32 @@ def test_no_secret_shows_anywhere(tmp_path):
     """No value of a ${NAME} in any of its forms is on stdout or stderr, on a
     page, in the log or in an error, whatever a receiver answers; of that 200
     characters are kept, and visible."""
-    with Receiver(lambda h: h.reply(403, (
-            h.path + h.headers["X"] + json.dumps(h.headers["X"]) + urlencode(
-                {"": h.headers["X"]}) + "\x1b[2J\u202e" + "z" * 900).encode()
-            )) as receiver:
+    def echo(path, request):
+        secret = secrets["B"]
+        text = (path + secret + json.dumps(secret) + urlencode({"": secret})
+                + "\x1b[2J\u202e" + "z" * 900)
+        return [http_reply(text.encode(), 403)]
+    secrets = {"A": "cana/ry+1", "B": 'cana"ry\\2', "C": "canary three"}
+    with Receiver(echo) as receiver:
         (tmp_path / "checkpoints.toml").write_text(RULES + notify(
             url=receiver.url + "${A}", headers={"X": "${B}"},
             body={"a": "${C}"}) + notify(
             "gone", url="http://127.0.0.1:1/${A}", body={"a": "${C}"}))
-        secrets = {"A": "cana/ry+1", "B": 'cana"ry\\2', "C": "canary three"}
         served = Served(tmp_path, **secrets)
         served.agent().exchange("POST", "/pending", four(), seconds=10)
         assert until(lambda: "phone: 403, nobody was told" in served.text)
         page = served.reviewer().fetch("GET", "/", seconds=10,
                                        Accept="text/html")[2].decode()
         served.stop()
-        done = typed(served, "notify", "--test", **secrets)
+        done = typed(tmp_path, "notify", "--test", **secrets)
         assert done.status == 1
         phone, gone = done.out.splitlines()
         assert phone.startswith('phone: 403: /******"***"=***')
         assert len(phone) == len("phone: 403: ") + 200
         assert gone == "gone: ConnectionRefusedError"
-        log = typed(served, "log", "--json").out
+        log = typed(tmp_path, "log", "--json").out
         assert "/******" in log and "403" in log
-        refused = typed(served, "serve", **secrets | {"A": "canary\nx"}).err
+        refused = typed(tmp_path, "serve", **secrets | {"A": "canary\nx"}).err
         assert not re.search(r"cana|ry.{1,4}[12]|u001b|u202e|\x1b|\u202e", page
                              + served.text + str(done) + log + refused)
 
@@ -3501,7 +3523,7 @@ def test_no_secret_shows_anywhere(tmp_path):
 def test_notify_test_sends_what_is_hard_to_send(desk):
     """`notify --test` sends quotes, a line break, a backslash and an emoji
     through all entries or one, once, and says what came back."""
-    with Receiver(lambda h: h.reply(200, b"ok"), 500) as receiver:
+    with Receiver(lambda *_: [http_reply(b"ok")], 500) as receiver:
         (desk.folder / "checkpoints.toml").write_text(
             RULES + notify(url=receiver.url, body={"a": "{text}"})
             + notify("screen", command=[
@@ -3516,14 +3538,14 @@ def test_notify_test_sends_what_is_hard_to_send(desk):
         assert status == 2 and "did you mean phone?" in err
 
 
-def test_check_warns_of_a_doubtful_notify(tmp_path, capsys):
+def test_check_warns_of_a_doubtful_notify(tmp_path):
     """check warns of a secret that is written out, of a link that no phone can
     follow, and of a filter by a checkpoint that is not there."""
     def warnings(server="", **keys):
-        rules = tmp_path / "checkpoints.toml"
-        rules.write_text(server + RULES + notify(**keys))
-        assert hitl.main(["check", "--config", str(rules)]) == 0
-        return capsys.readouterr().out
+        (tmp_path / "checkpoints.toml").write_text(server + RULES + notify(**keys))
+        status, out, _ = typed(tmp_path, "check")
+        assert status == 0
+        return out
     assert "phone\": public_url is empty" in warnings(**HTTPS)
     assert "warning" not in warnings('[server]\npublic_url = "https://d.example"\n',
                                      **HTTPS, headers={"X-Key": "${A}"})
@@ -3581,13 +3603,13 @@ def test_the_notices_of_the_readme(tmp_path):
 
 # ---- e-mail: a tiny SMTP server ----
 
-class Mailbox(Receiver):
+class Mailbox(Wire):
     """An SMTP server, with TLS from the start or STARTTLS; `refuse` answers
     RCPT."""
 
     def __init__(self, context, tls, refuse) -> None:
         self.context, self.tls, self.refuse, self.seen = context, tls, refuse, []
-        super().__init__()
+        super().__init__(None)
 
     def secured(self, sock):
         return self.context.wrap_socket(sock, server_side=True)
@@ -4897,54 +4919,8 @@ def test_one_line_for_each_event(desk):
 
 
 # ============================= Client and Gate =============================
-# What an agent sees. `Wire` is a server that answers what a test tells it to:
-# an impostor that lies, or a cable to the real desk that loses and changes.
-
-
-class Wire(ThreadingHTTPServer):
-    """answer(path, request) yields the pieces to send; None among them resets
-    the connection."""
-
-    request_queue_size = 512
-
-    def __init__(self, answer, tls=None) -> None:
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"] or 0))
-                head = self.headers.as_bytes().replace(b"\n", b"\r\n")
-                for piece in answer(self.path, self.raw_requestline + head + body):
-                    if piece is None:
-                        self.connection.setsockopt(
-                            socket.SOL_SOCKET, socket.SO_LINGER,
-                            struct.pack("ii", 1, 0))
-                        return os.close(self.connection.detach())
-                    self.wfile.write(piece)
-            do_POST = do_GET
-
-            def log_message(self, *args) -> None:
-                pass
-        super().__init__(("127.0.0.1", 0), Handler)
-        if tls:
-            self.socket = tls.wrap_socket(self.socket, server_side=True)
-        scheme = "https" if tls else "http"
-        self.url = f"{scheme}://127.0.0.1:{self.server_port}"
-        threading.Thread(target=self.serve_forever, args=(0.02,),
-                         daemon=True).start()
-
-    def handle_error(self, *client) -> None:
-        pass
-
-    def __exit__(self, *error) -> None:
-        self.shutdown()
-        self.server_close()
-
-
-def http_reply(body, status: int = 200, kind: str = "application/json",
-               length: int | None = None) -> bytes:
-    body = body if isinstance(body, bytes) else json.dumps(body).encode()
-    length = len(body) if length is None else length
-    return (f"HTTP/1.1 {status} Word\r\nContent-Type: {kind}\r\nLocation: /"
-            f"\r\nContent-Length: {length}\r\n\r\n").encode() + body
+# What an agent sees, also of an impostor that lies, and over a cable to the
+# real desk that loses and changes.
 
 
 class Impostor(Wire):
