@@ -635,17 +635,17 @@ def parse_timestamp(value: Any) -> str:
 
 
 # ================================== Text ===================================
-# How text is shown so that it cannot mislead, and how durations, sizes and calls
-# are put into words.
-#
-# One rule decides for every character (CVE-2024-27936 in Deno's prompt;
-# "Trojan Source", Boucher and Anderson 2021). ASCII and accented Latin letters
-# are themselves. Letters, digits and symbols of other scripts, and the marks
-# upon them, are in brackets, a word at a time. Everything else is a code in
-# brackets, U+202E: what is not drawn, what only looks like something else
-# (NFKC knows it by another character), all punctuation, and padding. The
-# brackets themselves are codes, so no two texts are shown alike. There is no
-# list of look-alikes here: such a list is never whole.
+# How text is shown so that it cannot mislead (CVE-2024-27936 in Deno's prompt;
+# "Trojan Source", Boucher and Anderson 2021), and how durations, sizes and calls
+# are put into words. One rule decides for every character:
+# - ASCII and accented Latin letters are themselves;
+# - letters, digits and symbols of other scripts, with the marks upon them, are in
+#   brackets, a word at a time;
+# - everything else is a code in brackets, U+202E: what is not drawn, what only
+#   looks like something else (NFKC knows it by another character), punctuation of
+#   other scripts, padding, and the brackets themselves.
+# So no two texts are shown alike. There is no list of look-alikes here: such a
+# list is never whole.
 
 BRACKETS = "\u27e6\u27e7"
 NOT_PLAIN = regex("[^ -~]+| {9,}")
@@ -753,22 +753,15 @@ def person(principal: str | None) -> str:
     return (principal or "").partition(":")[2]
 
 
-def changed_in_words(request: ReviewRequest) -> str:
+def changes_in_words(who: str, asked: str | None, approved: str | None) -> str:
     """What a reviewer changed: `changed by ana: {table: "users" -> "pets"}`;
-    "" where they changed nothing."""
-    if request.approved_arguments is None or request.arguments is None:
+    "" where there are no arguments, or nothing was changed."""
+    if asked is None or approved is None:
         return ""
-    who = person(request.decided_by)
-    return changes_in_words(who, json.loads(request.arguments),
-                            json.loads(request.approved_arguments))
-
-
-def changes_in_words(who: str, asked: Mapping[str, Any],
-                     approved: Mapping[str, Any]) -> str:
-    changes = [f"{name}: {value_in_words(asked[name]) or '...'} -> "
-               f"{value_in_words(value) or '...'}"
-               for name, value in approved.items()
-               if canonical(asked[name]) != canonical(value)]
+    old, new = json.loads(asked), json.loads(approved)
+    changes = [f"{name}: {value_in_words(old[name]) or '...'} -> "
+               f"{value_in_words(value) or '...'}" for name, value in new.items()
+               if canonical(old[name]) != canonical(value)]
     return f"changed by {who}: {{{', '.join(changes)}}}"
 
 
@@ -796,6 +789,7 @@ def one_line(text: str, limit: int = 120) -> str:
 
 
 def did_you_mean(word: Any, known: Any) -> str:
+    """`; did you mean review?`, or "" where nothing known is near."""
     import difflib
     near = difflib.get_close_matches(str(word), list(known), n=1)
     return f"; did you mean {near[0]}?" if near else ""
@@ -1122,8 +1116,8 @@ class Call:
     # what a pattern for commands or edits looks at
 
     def texts(self, kind: str) -> list[str | None]:
-        """What a call of this kind would do: the texts that a pattern looks
-        at, None for one that cannot be read; empty if it is of another."""
+        """What a call of this kind would do, as the texts that a pattern looks
+        at, None for one that cannot be read; empty for a call of another kind."""
         if kind not in self.found:
             find = {"shell": self.commands, "edit": self.edits}[kind]
             try:
@@ -1142,9 +1136,9 @@ class Call:
                 yield from dict.fromkeys((text, bare, blank))
 
     def edits(self) -> Iterator[str | None]:
-        """What an edit, or a patch in a shell text, would touch: a patch but
-        for its content; each path as written, without disguise, and where both
-        really are; ValueError where they are too many to look up."""
+        """What an edit, or a patch in a shell text, would touch: the patch
+        without its content; each path as written, without disguise, and where
+        these lead; ValueError where there are too many to look up."""
         paths: list[str] = []
         patches = [text for text in self.texts("shell")
                    if text and ("apply_patch" in text or PATCH_PATH.search(text))]
@@ -2517,8 +2511,8 @@ class Store:
             raise refused("not-remembered", request)
         detail = {"reason": reason, "signed_in": signed_in, "shown_at": shown_at}
         if changed:
-            detail["changed"] = changed_in_words(request._replace(
-                decided_by=by, **changed))
+            detail["changed"] = changes_in_words(
+                person(by), request.arguments, changed["approved_arguments"])
         request = self.move(
             request, decision, by, detail, status=decision,
             decided_at=self.now, decided_by=by, signed_in=signed_in,
@@ -4493,7 +4487,9 @@ def endings(request: ReviewRequest) -> Html:
     return as_html([
         said.get(Status(request.status), f"{request.status} by {decider(request)}"),
         request.standing and f"standing decision {request.standing}",
-        request.reason and f"reason: {request.reason}", changed_in_words(request),
+        request.reason and f"reason: {request.reason}",
+        changes_in_words(person(request.decided_by), request.arguments,
+                         request.approved_arguments),
         request.outcome and "outcome: " + ": ".join(filter(None, came))], DOT)
 
 
@@ -6762,7 +6758,8 @@ class Held:
                              "was approved, or meet another checkpoint; "
                              "nothing ran", reason=fault)
         self.arguments = approved
-        self.changed = changes_in_words(self.approved_by, asked, approved)
+        self.changed = changes_in_words(self.approved_by, as_sent(asked),
+                                        as_sent(approved))
 
     def met_by(self, arguments: Mapping[str, Any]) -> Checkpoint:
         """The checkpoint that decides about this call with these arguments."""
