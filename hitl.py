@@ -6565,21 +6565,21 @@ class Held:
         hold for `poll` seconds: asked again until it succeeds, is refused or
         time is up."""
         end, pause = time.monotonic() + seconds, 0.05
+        success = (200, 201) if path == "/pending" else (200,)
+        error: HitlError
         while True:
             left = max(0.1, end - time.monotonic())
-            final = True
             try:
                 reply = self.gate.client.exchange(
                     "GET" if body is None else "POST", path, body,
                     seconds=min(left, poll + UNREACHABLE_SECONDS))
-                if reply.status == 200 or (reply.status == 201
-                                           and path == "/pending"):
+                if reply.status in success:
                     return reply
                 error, final = self.refused(reply), reply.status < 500
             except UnreachableError as unreachable:
                 error, final = unreachable, unreachable.reason in FINAL
-            if (final or self.cancelled and not self.claiming
-                    or time.monotonic() + pause >= end):
+            unwanted = self.cancelled and not self.claiming
+            if final or unwanted or time.monotonic() + pause >= end:
                 raise error
             if pause == 0.4:            # longer than a restart takes
                 log.warning("%s; trying again", error.message)
@@ -6607,18 +6607,20 @@ class Held:
                     request_id=self.request_id)
 
     def refused(self, reply: Reply) -> HitlError:
-        """The error for an answer that is not a success."""
-        kind = REFUSED_AS.get(reply.reason, HitlError)
-        message = f"the server refused: {reply.body.get('title', reply.status)}"
-        hint = visible(str(reply.body.get("detail") or OTHER_SERVER))
+        """The error for a reply that is not a success."""
         if reply.status in (401, 403):
-            message = "the server refused this agent's credential"
-            hint = ("set HITL_AGENT_TOKEN, or Gate(token=...), to the agent "
-                    "token that serve was started with")
-        if reply.status in (401, 403, 404, 421) or (reply.status >= 500
-                                                    and kind is HitlError):
-            kind = UnreachableError
-        return self.error(kind, message, hint, reply.reason)
+            return self.error(
+                UnreachableError, "the server refused this agent's credential",
+                "set HITL_AGENT_TOKEN, or Gate(token=...), to the agent token "
+                "that serve was started with", reply.reason)
+        kind = REFUSED_AS.get(reply.reason)
+        if kind is None:
+            lost = reply.status in (404, 421) or reply.status >= 500
+            kind = UnreachableError if lost else HitlError
+        title = reply.body.get("title", reply.status)
+        hint = visible(str(reply.body.get("detail") or OTHER_SERVER))
+        return self.error(kind, f"the server refused: {title}", hint,
+                          reply.reason)
 
     # ---- 3 wait ----
 
