@@ -2024,17 +2024,18 @@ CREATE TRIGGER asked_as_waiting BEFORE INSERT ON pending_reviews
 WHEN NEW.status <> 'waiting' OR NEW.outcome IS NOT NULL
 BEGIN SELECT RAISE(ABORT, 'a request begins as waiting'); END;
 
+-- INSERT OR REPLACE replaces nothing either
 CREATE TRIGGER never_replaced BEFORE INSERT ON pending_reviews
 WHEN EXISTS (SELECT 1 FROM pending_reviews
              WHERE request_id = NEW.request_id OR id = NEW.id)
-BEGIN SELECT RAISE(IGNORE); END;        -- not by INSERT OR REPLACE either
+BEGIN SELECT RAISE(IGNORE); END;
 
+-- promise 2
+CREATE TRIGGER asked_once BEFORE UPDATE OF asked_sha256, {columns_of(ASKED)}
+ON pending_reviews
+BEGIN SELECT RAISE(ABORT, 'what was asked cannot change'); END;
 CREATE TRIGGER stays_in_order BEFORE UPDATE ON pending_reviews
 WHEN NEW.id IS NOT OLD.id
-BEGIN SELECT RAISE(ABORT, 'what was asked cannot change'); END;
-
-CREATE TRIGGER asked_once BEFORE UPDATE OF asked_sha256, {columns_of(ASKED)}
-ON pending_reviews                                               -- promise 2
 BEGIN SELECT RAISE(ABORT, 'what was asked cannot change'); END;
 
 CREATE TRIGGER decided_once BEFORE UPDATE OF status, decided_at, decided_by,
@@ -2043,8 +2044,9 @@ CREATE TRIGGER decided_once BEFORE UPDATE OF status, decided_at, decided_by,
 WHEN OLD.status <> 'waiting' OR NEW.status = 'waiting'
 BEGIN SELECT RAISE(ABORT, 'a decision is final'); END;
 
+-- promise 3
 CREATE TRIGGER claimed_once BEFORE UPDATE OF outcome, claim, handed_over,
-  outcome_at, outcome_text ON pending_reviews                    -- promise 3
+  outcome_at, outcome_text ON pending_reviews
 WHEN NOT coalesce(OLD.status = 'approved' AND (
     (OLD.outcome IS NULL AND NEW.outcome IN ('running', 'lapsed')) OR
     (OLD.outcome = 'running' AND NEW.outcome IN ('executed', 'failed')
@@ -2101,18 +2103,19 @@ BEGIN SELECT RAISE(ABORT, 'a standing decision is only ever lifted'); END;
 CREATE TRIGGER standing_is_kept BEFORE DELETE ON standing_decisions
 BEGIN SELECT RAISE(ABORT, 'a standing decision is only ever lifted'); END;
 
-CREATE TRIGGER answered_by_standing BEFORE UPDATE OF standing
-ON pending_reviews
+CREATE TRIGGER answered_by_standing BEFORE UPDATE OF standing ON pending_reviews
 WHEN NEW.standing IS NOT NULL AND NOT EXISTS (
-  SELECT 1 FROM standing_decisions AS s WHERE s.number = NEW.standing
+  SELECT 1 FROM standing_decisions AS s
+  WHERE s.number = NEW.standing AND s.lifted_at IS NULL
   AND s.made_by = NEW.decided_by AND s.made_at = NEW.said_at
-  AND s.lifted_at IS NULL AND (
-    (s.decision = 'stopped' AND NEW.status = 'rejected') OR
-    (s.until > NEW.decided_at AND (s.decision, s.digest, s.checkpoint_id,
-      s.checkpoint_digest, s.session, s.principal) IS
-     (NEW.status, NEW.digest, NEW.checkpoint_id, NEW.checkpoint_digest,
-      NEW.session, NEW.asked_by) AND (s.uses IS NULL OR s.uses > (
-      SELECT count(*) FROM pending_reviews WHERE standing = NEW.standing)))))
+  AND ((s.decision = 'stopped' AND NEW.status = 'rejected') OR
+    (s.until > NEW.decided_at
+     AND (s.decision, s.digest, s.checkpoint_id, s.checkpoint_digest, s.session,
+          s.principal) IS
+         (NEW.status, NEW.digest, NEW.checkpoint_id, NEW.checkpoint_digest,
+          NEW.session, NEW.asked_by)
+     AND (s.uses IS NULL OR s.uses > (SELECT count(*) FROM pending_reviews
+                                      WHERE standing = s.number)))))
 BEGIN SELECT RAISE(ABORT, 'no standing decision answers this'); END;
 
 CREATE TABLE votes (              -- for later: several reviewers for one
@@ -2148,16 +2151,15 @@ BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END;
 WHOLE = columns_of(ReviewRequest._fields)
 WITHOUT_CONTEXT = WHOLE.replace("agent_context", "'null'")
 POLLED = columns_of((*SUMMARY, "asked_by"))      # the others stay as by default
-# a desk full of large requests must fit into memory; the length of a context
-# alone takes a millisecond
-CUT = {"agent_context": "THEN 'null'"} | {
-    name: f"AND length({name}) > 200 THEN {cut}" for name, cut in (
-        ("arguments", "NULL"), ("approved_arguments", "NULL"),
-        ("action_description",
-         "substr(action_description, 1, 200) || ' ...'"))}
-BRIEF = columns_of(
-    f"CASE WHEN size > {LARGE_BYTES} {CUT[name]} ELSE {name} END"
-    if name in CUT else name for name in ReviewRequest._fields)
+# a list has less of a large request: a desk full of them must fit into memory
+CUT = {name: f"CASE WHEN size > {LARGE_BYTES} {then} ELSE {name} END"
+       for name, then in {
+    "agent_context": "THEN 'null'",     # its length alone takes a millisecond
+    "arguments": "AND length(arguments) > 200 THEN NULL",
+    "approved_arguments": "AND length(approved_arguments) > 200 THEN NULL",
+    "action_description": "AND length(action_description) > 200 THEN "
+                          "substr(action_description, 1, 200) || ' ...'"}.items()}
+BRIEF = columns_of(CUT.get(name, name) for name in ReviewRequest._fields)
 STANDING = columns_of(Standing._fields)
 SUBMIT = (f"INSERT INTO pending_reviews (asked_sha256, {columns_of(ASKED)}) "
           f"VALUES ({', '.join('?' * (len(ASKED) + 1))})")
@@ -2166,6 +2168,8 @@ asked_values = operator.attrgetter(*ASKED)
 IN_FORCE = ("lifted_at IS NULL AND (decision = 'stopped' OR until > ?) AND "
             "(uses IS NULL OR uses > (SELECT count(*) FROM pending_reviews "
             "WHERE standing = number))")
+
+
 class AuditRow(NamedTuple):
     """A row of audit_log; AuditRow() is what comes before the first. The
     newest is the log's head: its hash, noted elsewhere, shows a cut tail."""
