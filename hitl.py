@@ -214,9 +214,11 @@ if TYPE_CHECKING:
     import asyncio
     import inspect
     import logging
-else:                           # these two would be another third of the start
+    import sqlite3
+else:                           # these would be another half of the start
     inspect = Later(lambda: __import__("inspect"))
     logging = Later(lambda: __import__("logging"))
+    sqlite3 = Later(lambda: __import__("sqlite3"))
 log: Any = Later(lambda: logging.getLogger("hitl"))
 __version__ = "2.0.0"
 __all__ = [
@@ -2358,7 +2360,6 @@ class Store:
         When the disk is full or fails, SQLite may roll back the whole turn by
         itself. Then it is spoilt: nothing else begins in it, and commit()
         keeps none of it. Raises sqlite3.Error."""
-        import sqlite3
         if self.spoilt:
             raise sqlite3.OperationalError("this turn was rolled back")
         before = len(self.news)
@@ -2383,7 +2384,6 @@ class Store:
     def commit(self) -> list[Change] | None:
         """End the turn -> its changes, as the audit log has them, or None if
         it is not on disk. Nobody is answered before (promise 6)."""
-        import sqlite3
         news, self.news = self.news, []
         with contextlib.suppress(sqlite3.Error):
             if not self.spoilt:
@@ -2934,7 +2934,6 @@ def cannot_open(path: Path, error: Exception) -> ConfigError:
 def open_store(path: Path, clock: Callable[[], float] = time.time) -> Store:
     """The Store of a database that is ours, whole and durable, and that no
     other server has; ConfigError for any other file, which is left as it is."""
-    import sqlite3
     with contextlib.ExitStack() as opened:
         try:
             path = path.resolve()       # one lock, whatever name leads here
@@ -2970,7 +2969,6 @@ def lock_database(path: Path) -> Any:
     """A lock beside the database, held while this server lives: SQLite's own
     locking of a file works on every system, and other processes can still
     read the database itself."""
-    import sqlite3
     beside = path.with_name(path.name + ".lock")
     with contextlib.suppress(FileExistsError):
         # never open it again: closing it would drop our own lock (POSIX)
@@ -3020,7 +3018,6 @@ def settings(db: Any, path: Path) -> None:
 
 def create_database(path: Path) -> None:
     """A new database, whole from the first instant it has its name."""
-    import sqlite3
     if path.with_name(path.name + "-wal").exists():
         raise bad_database(path, "is gone, but its -wal file is there",
                            "restore it, or move the -wal file away")
@@ -3043,7 +3040,6 @@ def database_faults(db: Any) -> Iterator[str]:
     """What is wrong with a database, as far as a start should look: the
     schema with its triggers, the pages of a small file, and every request
     that is still open, against its audit row."""
-    import sqlite3
     # names with sqlite_ are SQLite's own, and refused to anybody else
     schema = ("SELECT name, sql FROM sqlite_master WHERE name NOT LIKE "
               "'sqlite$_%' ESCAPE '$' ORDER BY name")
@@ -3100,7 +3096,6 @@ def seal_fault(db: Any, subject: ReviewRequest | Standing) -> str:
 @contextlib.contextmanager
 def open_for_reading(path: Path) -> Iterator[Any]:
     """A read-only connection, beside a running server or without one."""
-    import sqlite3
     if not path.exists():
         raise bad_database(path, "no such database", "name it by --database")
     uri = f"{path.absolute().as_uri()}?mode=ro"
@@ -3560,7 +3555,6 @@ class Notices:
     def follow(self, store: Store, changes: list[Change]) -> None:
         """Tell of what has begun to wait (not of what was decided in its own
         submit), and no longer of what has ended."""
-        import sqlite3
         for change in changes:
             if change.event == "submitted":
                 with contextlib.suppress(Refusal, sqlite3.Error):   # still owed
@@ -5104,7 +5098,6 @@ class Desk:
     def answer(self, http: HttpRequest, body: bytes) -> bytes | Poll:
         """Run a route, inside a savepoint if it can change something. Whoever
         asked is told only after the commit."""
-        import sqlite3
         try:
             if http.method == "POST":
                 return self.store.attempt(self.answered, http, body)
@@ -5737,7 +5730,6 @@ class Loop:
 
     def sweep(self) -> None:
         """Four times a second: what is past its time ends."""
-        import sqlite3
         now, more = self.clock(), False
         for connection in list(self.connections):
             if connection.until <= now and not connection.poll:
@@ -5781,7 +5773,6 @@ class Loop:
 
     def record_notices(self) -> None:
         """The rows of what became of notices, for a fifth of a turn."""
-        import sqlite3
         store, end = self.desk.store, self.clock() + TURN_SECONDS / 5
         while self.reports and self.clock() < end:
             name, request_id, answer = self.reports.popleft()
@@ -7713,7 +7704,6 @@ class Workshop:
     records; its folder is removed at the end."""
 
     def __init__(self, reviewer: str) -> None:
-        import sqlite3
         import tempfile
         self.scratch = tempfile.TemporaryDirectory(prefix="hitl-")
         self.database = Path(self.scratch.name, "hitl.db")
@@ -7839,7 +7829,6 @@ def verify(model: str, timeout: float) -> dict[str, Any]:
     import io
     import platform
     import shlex
-    import sqlite3
     logged, findings = io.StringIO(), []
     log.addHandler(logging.StreamHandler(logged))
     with contextlib.closing(Workshop("verifier")) as shop:
@@ -8550,7 +8539,6 @@ def cmd_check(args: Any) -> int:
 def replay(args: Any, configuration: Configuration) -> int:
     """Today's rules over the stored requests, and which would end otherwise.
     Paths in them are relative to this folder."""
-    import sqlite3
     path = server_settings(args, configuration)["database"]
     counts, changed = Counter({"as before": 0, "would no longer wait": 0,
                                "denied": 0, "by another checkpoint": 0}), []
@@ -8853,7 +8841,6 @@ def cmd_notify(args: Any) -> int:
 
 def cmd_log(args: Any) -> int:
     """print the audit log; with --verify, check it"""
-    import sqlite3
     path = server_settings(args, configuration_for(args))["database"]
     if not re.fullmatch("([0-9a-f]{64})?", args.head):
         raise ConfigError("--head must be a SHA-256 in hex",
