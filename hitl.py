@@ -3591,9 +3591,9 @@ STYLE = """
   --tone: var(--soft); }
 .waiting { --tone: light-dark(#8a4a00, #ffb84d); --edge: #f2a100; }
 .approved, .approve { --tone: light-dark(#1a7340, #6fd195); }
-.rejected, .reject, .warn, mark { --tone: light-dark(#b3261e, #ff8a7d); }
+.rejected, .reject, mark { --tone: light-dark(#b3261e, #ff8a7d); }
 bdi { --tone: light-dark(#2f5fa8, #9cc0ff); }
-.status, .warn, mark, bdi, #stopped .note { color: var(--tone);
+.status, .warn, mark, bdi, #lost, #stopped .note { color: var(--tone);
   background: color-mix(in srgb, var(--tone) 12%, var(--card)); }
 .waiting .status { background: light-dark(#ffe9b0, #3d2c0c); }
 
@@ -3650,7 +3650,7 @@ textarea, button, input { font: inherit; color: inherit; padding: 7px 10px;
   border: 1px solid var(--soft); border-radius: 6px; background: var(--paper); }
 textarea { flex: 1 1 220px; height: 40px; min-width: 0; }
 label textarea { display: block; width: 100%; height: auto; }
-header input, header button { padding: 3px 10px; max-width: 200px; }
+header input, header button { padding: 3px 10px; max-width: 180px; }
 ::placeholder { color: var(--soft); opacity: 1; }
 button, summary { cursor: pointer; }
 main button { font-weight: 600; min-height: 40px; padding: 6px 22px; }
@@ -4011,7 +4011,8 @@ this page may be out of date. If this goes on, reload it to sign in again.</p>
 <details id="keys"><summary>Keys</summary>
 <p><kbd>j</kbd> <kbd>k</kbd> move, <kbd>Enter</kbd> opens, <kbd>a</kbd> then
 <kbd>Enter</kbd> approves, <kbd>r</kbd> goes to the reason and
-<kbd>Enter</kbd> rejects, <kbd>/</kbd> searches, <kbd>?</kbd> shows this.</p>
+<kbd>Enter</kbd> rejects, <kbd>Esc</kbd> leaves a field, <kbd>/</kbd> searches,
+<kbd>?</kbd> shows this.</p>
 </details>
 </footer>
 <script>{script}</script>
@@ -4075,7 +4076,7 @@ CARD = """<details class="card {state}" id="request-{request_id}"{open}>
 </details>
 """
 
-WARNING = """<p class="warn">{text}</p>
+WARNING = """<p class="warn {kind}">{text}</p>
   """
 
 LARGE = """<p>This request is large, {size}. <a href="/review/{request_id}">Read
@@ -4249,32 +4250,40 @@ def history_page(view: View, found: Found, asks: Mapping[str, str]) -> Html:
 
 def reviewed_row(request: ReviewRequest) -> Html:
     """A line with who decided, why and what came of it."""
-    link = fill('<a href="/review/{request_id}">{headline}</a>', request,
+    return fill(ROW, request, kind=request.status, headline=headline_link(request),
+                form=None, when=moment(request.decided_at), how=endings(request))
+
+
+def headline_link(request: ReviewRequest) -> Html:
+    return fill('<a href="/review/{request_id}">{headline}</a>', request,
                 headline=marked(one_line(request.action_description)))
-    return fill(ROW, request, kind=request.status, headline=link, form=None,
-                when=moment(request.decided_at), how=endings(request))
 
 
-def standing_page(view: View, standing: list[tuple[Standing, int]]) -> Html:
-    """The decisions that answer the next calls too, each with its use."""
+def standing_page(view: View, standing: list[tuple[Standing, int]],
+                  calls: Mapping[str, ReviewRequest]) -> Html:
+    """The decisions that answer later calls too, each with its use; `calls`
+    are the requests that they were made about, by id."""
     rows = []
     for row, used in standing:
-        what, until = Html("every call"), Html("until it is lifted")
+        kind, what, times = row.decision, Html("every call"), f"used {used} times"
+        if row.decision == "stopped":
+            kind = "rejected"
         if row.request_id:
-            what = fill('the same call as <a href="/review/{request_id}">'
-                        "{request_id}</a>", row)
+            what = safely(headline_link, calls[row.request_id])
+        if row.uses:
+            times = f"used {used} of {row.uses} times"
+        until = Html("until it is lifted")
         if row.until:
             until = fill("until {at}", at=moment(row.until))
-        times = f"used {used} of {row.uses} times" if row.uses else f"used {used} times"
         rows.append(fill(
-            ROW, kind="rejected" if row.decision == "stopped" else row.decision,
-            status=row.decision, headline=what, when=until, how=as_html([
-                f"by {person(row.made_by)}", times,
-                row.reason and f"reason: {row.reason}"], DOT),
-            form=fill(LIFT, row)))
+            ROW, kind=kind, status=row.decision, headline=what, when=until,
+            form=fill(LIFT, row),
+            how=as_html([f"by {person(row.made_by)}", times,
+                         row.reason and f"reason: {row.reason}"], DOT)))
     return page(view, "Standing decisions", fill(
         LIST, title="Standing decisions", rows=rows, below=None,
-        above="" if rows else "There are none."))
+        above="Each answers the same call of the same session again."
+        if rows else "There are none."))
 
 
 def safely(show: Callable[..., Html], request: ReviewRequest, *more: Any) -> Html:
@@ -4317,34 +4326,36 @@ def card(request: ReviewRequest, view: View, opened: bool = True,
         open=Html(" open" if opened else ""), category=category, tool=tool,
         headline=marked(headline), full=full,
         left=waits and moment(request.deadline, "left", view.at),
-        warnings=[fill(WARNING, text=text) for text in warnings(view, request, cut)
-                  if text],
+        warnings=[fill(WARNING, kind=kind, text=text)
+                  for kind, text in warnings(view, request, cut) if text],
         exact=exact, who=who_line(view, request), folds=folds, forms=forms,
         said=as_html(said, DOT))
 
 
 def warnings(view: View, request: ReviewRequest,
-             cut: bool) -> Iterator[str | Html]:
-    """What a reviewer must not miss, most of it about who can be trusted."""
+             cut: bool) -> Iterator[tuple[str, str]]:
+    """What a reviewer must not miss, each with the status whose colour it has."""
+    bad = Status.REJECTED
     if not cut and not request.intact:      # of a part nobody can tell
-        yield "DAMAGED: what is stored is not what was asked"
+        yield bad, "DAMAGED: what is stored is not what was asked"
     if request.status != Status.WAITING:
         return
     if before := view.decided(request):
-        yield fill("the same call was {how} {ago}{why}",
-                   how=f"{before.status} by {decider(before)}",
-                   ago=moment(before.decided_at, "ago", view.at),
-                   why=before.reason and f": {before.reason}")
-    yield view.told(request.request_id)
+        yield before.status, fill(
+            "the same call was {how} {ago}{why}",
+            how=f"{before.status} by {decider(before)}",
+            ago=moment(before.decided_at, "ago", view.at),
+            why=before.reason and f": {before.reason}")
+    yield bad, view.told(request.request_id)
     if not view.offers(request).decidable:
-        yield "only the reviewers that its checkpoint names can decide this"
+        yield bad, "only the reviewers that its checkpoint names can decide this"
     name = request.checkpoint_id
     if view.rules.path and name not in (None, "unmatched", "odd-name"):
         own = {c.checkpoint_id: c.digest for c in view.rules.checkpoints}
         if name not in own:
-            yield f'this desk does not know the checkpoint "{name}"'
+            yield bad, f'this desk does not know the checkpoint "{name}"'
         elif request.checkpoint_digest not in (None, own[name]):
-            yield "the agent's rules and this desk's differ"
+            yield bad, "the agent's rules and this desk's differ"
 
 
 def who_line(view: View, request: ReviewRequest) -> Html:
@@ -5297,7 +5308,9 @@ class Desk:
     def get_standing(self, http: HttpRequest, asks: Missing) -> bytes:
         rows = self.store.standing()
         if not wants(http, JSON):
-            return self.reply(http, standing_page(self.view(http), rows))
+            calls = {row.request_id: self.store.request(row.request_id)
+                     for row, _ in rows if row.request_id}
+            return self.reply(http, standing_page(self.view(http), rows, calls))
         return self.reply(http, {
             "standing": [self.standing_shape(*row) for row in rows]})
 

@@ -7111,7 +7111,7 @@ def test_the_card_says_whose_rules_these_are(desk):
             ("known", "a", ""), ("known", "b", "rules and this desk&#x27;s differ"),
             ("other", "b", "this desk does not know the checkpoint &quot;other"),
             ("unmatched", "b", "")):
-        marks = re.findall('<p class="warn">(.*)</p>', hitl.review_page(
+        marks = re.findall('<p class="warn rejected">(.*)</p>', hitl.review_page(
             hitl.View(rules=own), request._replace(
                 checkpoint_id=name, checkpoint_digest=digest * 64)))
         assert len(marks) == bool(said) and said in "".join(marks)
@@ -7142,16 +7142,20 @@ def test_a_card_offers_what_the_rules_allow(desk):
     assert page.source.count('name="digest"') == 3
 
 
-def test_what_stands_is_listed():
-    """Each standing decision with its maker, its bounds, its use and a button
-    that lifts it; a stop is a banner on every page."""
+def test_what_stands_is_listed(desk):
+    """Each standing decision with the call that it answers, its maker, its
+    bounds, its use and a button that lifts it; a stop is a banner on every
+    page."""
+    desk.post()
     stop = hitl.Standing(7, "stopped", "reviewer:<ana>", hitl.instant(0),
                          reason="<wrong> plan")
     yes = hitl.Standing(3, "approved", "reviewer:ben", hitl.instant(0),
                         hitl.instant(3600), 10, "r-1")
-    page = Page(hitl.standing_page(hitl.View("ben", stop=stop),
-                                   [(stop, 0), (yes, 2)]))
-    for words in ("<ana> stopped everything: <wrong> plan", "used 2 of 10",
+    page = Page(hitl.standing_page(
+        hitl.View("ben", stop=stop), [(stop, 0), (yes, 2)],
+        {"r-1": desk.store.request("r-1")}))
+    for words in ("Delete users where id = 3", "every call",
+                  "<ana> stopped everything: <wrong> plan", "used 2 of 10",
                   "by ben", "those that no checkpoint names, go on"):
         assert words in " ".join(page.text.split()), words
     assert re.findall('action="/(lift/.|stop)"', page.source) == [
