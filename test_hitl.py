@@ -6849,18 +6849,33 @@ def test_run_refuses(desk, tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_run_signals(desk, tmp_path):
-    """Signals reach the command; one that ends by a signal is 128 + it. While
-    it waits, SIGTERM withdraws the request."""
-    script = ("import signal, sys, time; signal.signal(signal.SIGUSR1, lambda "
-              "*_: sys.exit(9)); print('up', flush=True); time.sleep(30)")
-    for number, status in ((signal.SIGUSR1, 9),
-                           (signal.SIGTERM, 128 + signal.SIGTERM)):
+    """Signals reach the command, but for a terminal's own, which it sends to
+    both; a command that ends by a signal is 128 + it. While it waits, SIGTERM
+    withdraws the request."""
+    script = """if True:
+        import signal, sys, time
+        got = []
+        for number in (signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, lambda *_: got.append(1))
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(len(got)))
+        print("up", flush=True)
+        while True:
+            time.sleep(1)"""
+    ours, terminal = pty.openpty()
+    for sent, stdin, status in (
+            (("SIGUSR1", "SIGTERM"), subprocess.PIPE, 1),
+            (("SIGINT", "SIGTERM"), subprocess.PIPE, 1),
+            (("SIGINT", "SIGTERM"), terminal, 0),
+            (("SIGHUP",), subprocess.PIPE, 128 + signal.SIGHUP)):
         with waiting(desk, tmp_path, "run", "--", sys.executable, "-c",
-                     script) as (process, request):
+                     script, stdin=stdin) as (process, request):
             desk.decide(request["request_id"])
             assert process.stdout.readline() == "up\n"
-            process.send_signal(number)
-            assert process.wait(20) == status
+            for name in sent:
+                process.send_signal(getattr(signal, name))
+            assert process.wait(20) == status, sent
+    os.close(ours)
+    os.close(terminal)
     with waiting(desk, tmp_path, "run", "--", "true") as (process, request):
         process.terminate()
         assert process.wait(20) == 128 + signal.SIGTERM
