@@ -1540,8 +1540,8 @@ def pattern_value(value: Any) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            if "(?<" in value:          # the parser that reach() uses does not
-                re.compile(value, SEARCH)       # see that its width varies
+            if "(?<" in value:          # reach() does not see a faulty one
+                re.compile(value, SEARCH)
             endless = reach(value) < MAX_TOOL_NAME
     except (re.error, OverflowError, RecursionError, Warning) as error:
         raise ValueError(f"is not a regular expression: {error}") from None
@@ -3155,7 +3155,6 @@ MAX_ANSWER = 200                # characters of an answer that are kept
 MAX_DETAILS = 900               # characters: every receiver takes so many
 MAX_HANGING = 5                 # tries of one entry that hang for good
 MAX_RETRY_AFTER = 600           # seconds: no receiver silences us for longer
-WORTH_ANOTHER_TRY = (408, 425, 429, *range(500, 600))
 
 
 class Pace(NamedTuple):
@@ -3190,26 +3189,28 @@ def notice_fields(requests: list[ReviewRequest], desk_url: str, waiting: int
     for column in ("tool", "agent", "checkpoint_id", "category"):
         values = {getattr(request, column) or "" for request in requests}
         name = values.pop() if len(values) == 1 else "several"
-        if column != "category":        # agents choose names: `https://evil`,
-            name = re.sub("[^A-Za-z0-9]", "_", name[:64])   # `@/etc/passwd`, `-x`
+        if column != "category":        # that is one of ours; the others may be
+            # `https://evil`, `@/etc/passwd` or `-x`: agents choose them
+            name = re.sub("[^A-Za-z0-9]", "_", name[:64])
         names[column.removesuffix("_id")] = name
+    text = [f"{name}: {value or 'none'}" for name, value in names.items()]
+    deadline = min((request.deadline for request in requests if request.deadline),
+                   default=None)
+    if deadline:
+        left = datetime.fromisoformat(deadline).timestamp() - time.time()
+        text.append(f"expires in {readable_seconds(max(0, left))}, at "
+                    f"{deadline[11:19]} UTC")
+    else:
+        text.append("no deadline")
     title, url = f"{len(requests)} requests wait", f"{desk_url}/"
     if len(requests) == 1:
         title = f"{names['tool'] or 'A request'} waits for a decision"
         url += f"review/{requests[0].request_id}"
-    deadline = min((request.deadline for request in requests if request.deadline),
-                   default=None)
-    ends = "no deadline"
-    if deadline:
-        left = datetime.fromisoformat(deadline).timestamp() - time.time()
-        ends = (f"expires in {readable_seconds(max(0, left))}, at "
-                f"{deadline[11:19]} UTC")
     last = requests[-9:]
     details = "\n".join(one_line(request.action_description,
                                  MAX_DETAILS // len(last) - 1) for request in last)
     return names | {
-        "title": title, "url": url, "text": "\n".join(
-            [f"{name}: {value or 'none'}" for name, value in names.items()] + [ends]),
+        "title": title, "text": "\n".join(text), "url": url,
         "request_id": requests[-1].request_id, "status": str(Status.WAITING),
         "deadline": deadline, "waiting": waiting, "details": details}
 
@@ -3392,8 +3393,9 @@ class Channel:
             opener.add_handler(handler())
         with opener.open(urllib.request.Request(url, data, headers),
                          timeout=self.pace.patience) as reply:
-            answer = Answer(200 <= reply.status < 300, str(reply.status),
-                            again=reply.status in WORTH_ANOTHER_TRY)
+            status = reply.status
+            answer = Answer(200 <= status < 300, str(status),
+                            again=status in (408, 425, 429) or status >= 500)
             after = reply.headers["Retry-After"] or ""
             if answer.again and re.fullmatch("[0-9]{1,9}", after):
                 self.quiet_until = time.monotonic() + min(int(after), MAX_RETRY_AFTER)
@@ -3489,8 +3491,8 @@ class Channel:
             self.try_due(notices)
 
     def hear(self, news: Job | str, notices: Notices) -> None:
-        """Of a notice that is owed, or of a request that no longer waits: there
-        is no further try, and a row if its notice was due."""
+        """Take in a job, or the id of a request that no longer waits: that gets
+        no further try, and a row in the log if its notice was due."""
         if isinstance(news, Job):
             self.jobs[news.request.request_id] = news
             return
