@@ -2684,7 +2684,7 @@ class Store:
                         f"({', '.join('?' * len(standing))})", standing)
         return self.said(standing, event, standing.made_by)
 
-    def lift(self, number: int, by: str) -> Standing:
+    def lift(self, number: int | str, by: str) -> Standing:
         """End a standing decision; one that was lifted stays as it is."""
         found = standing_rows(self.db, "WHERE number = ?", number)
         if not found:
@@ -4509,7 +4509,7 @@ def endings(request: ReviewRequest) -> Html:
 # comes from, whether they may ask that, and what the Store and the Pages say.
 # http.server's own parser is lenient (two Content-Lengths, Transfer-Encoding
 # ignored, a bare CR ends a line: cpython#150499), so heads are parsed here.
-# ROUTES is the table of rights; what it does not list is refused.
+# ROUTES is the table of rights: what it does not list is refused (promise 5).
 
 MAX_HEAD = 16 * 1024            # bytes: browsers stay below 8 KiB
 MAX_FIELDS = 64                 # header fields: browsers send about 20
@@ -4519,7 +4519,7 @@ MAX_POLL_SECONDS = 60           # one long poll; proxies cut longer ones
 RECENT_SECONDS = 10             # a poll this recent: somebody waits
 LISTED = 500                    # waiting requests in one JSON answer
 SEEN_SECONDS = 0.6              # a card is read first: double clicks are shorter
-MAX_RULINGS = 2000              # which checkpoints hold a call, remembered
+MAX_RULINGS = 256               # calls whose checkpoints are remembered
 MAX_FORM_FIELDS = 256           # the arguments of a call, and a few
 SELDOM = ("said_at", "approved_digest")     # left out of a reply where empty
 
@@ -4531,7 +4531,6 @@ class Route(NamedTuple):
     answer: str
 
 
-# The table of rights: what it does not list is refused (promise 5).
 ROUTES = (
     #     method  path                     who         answered by
     Route("POST", "/pending",              "agent",    "post_pending"),
@@ -4664,20 +4663,32 @@ def wants(http: HttpRequest, content_type: str) -> bool:
     return content_type in http.headers["accept"]
 
 
+def route_of(http: HttpRequest) -> tuple[Route, str]:
+    """The row of ROUTES for a path and method, and the request_id."""
+    from urllib.parse import unquote
+    stem, slash, name = http.path[1:].partition("/")
+    methods = BY_PATH.get(f"/{stem}{slash}")
+    if methods is None:
+        raise Refusal("no-such-route", "there is no such route", "see the README: "
+                      "POST /pending, POST /approve/{request_id}, GET /")
+    if http.method not in methods:
+        raise Refusal("wrong-method", f"{http.method} is not for this path",
+                      f"use {' or '.join(methods)}",
+                      headers=f"Allow: {', '.join(methods)}\r\n")
+    if slash and not REQUEST_ID.fullmatch(unquote(name)):
+        raise Refusal("unknown", "this is not a request_id",
+                      "1 to 128 of A-Z a-z 0-9 . _ : -")
+    return methods[http.method], unquote(name)
+
+
 # ---- who asks, and from where ----
 
 class Tokens(NamedTuple):
     """Who may sign in, as SHA-256 in hex: tokens themselves are not kept."""
 
-    agent: str | None               # one for all agents
-    shared: str | None              # any reviewer's name
-    named: Mapping[str, str]        # or each reviewer's own
-    agents: Mapping[str, str] = {}  # each agent's own
-
-    @property
-    def open(self) -> bool:
-        """Whether agents need none (loopback)."""
-        return self.agent is None and not self.agents
+    agents: Mapping[str, str]       # by name; none at all: agents need none
+    named: Mapping[str, str]        # each reviewer's own
+    shared: str | None              # or one for any reviewer's name
 
 
 def token_hash(token: str | bytes) -> str:
@@ -4707,8 +4718,8 @@ def identify(authorization: str, tokens: Tokens) -> Principal | None:
     elif scheme.lower() != "bearer":
         return None
     known = token_hash(token)
-    for agent, own in (("token", tokens.agent), *tokens.agents.items()):
-        if own and compare_digest(known, own):
+    for agent, own in tokens.agents.items():
+        if compare_digest(known, own):
             return Principal("agent", agent)
     expected, how = tokens.shared, "shared token"
     if reviewer in tokens.named:
@@ -4778,10 +4789,11 @@ PENDING_FIELDS = frozenset((
 TEXTS = OPTIONAL_FIELDS | {     # in any body: how many bytes at the most
     "action_description": MAX_DESCRIPTION, "reason": MAX_WHY, "text": MAX_WHY,
     "digest": 64, "claim": MAX_NAME, "shown_at": 40}
-FIELD_KINDS: dict[str, tuple[type, str, str]] = {     # what else it must be
-    "arguments": (dict, "an object", '{"name": value, ...}'),
-    **dict.fromkeys(("attach", "edits", "handed_over"),
-                    (bool, "true or false", "true"))}
+OTHERS: dict[str, type] = {     # what is not a text
+    "arguments": dict, "attach": bool, "edits": bool, "handed_over": bool}
+KINDS = {                       # what a field must be, and an example
+    str: ("a text", '"..."'), bool: ("true or false", "true"),
+    dict: ("an object", '{"name": value, ...}')}
 
 
 def bad_field(name: str, must: str, cure: str = "") -> Refusal:
@@ -4790,17 +4802,16 @@ def bad_field(name: str, must: str, cure: str = "") -> Refusal:
 
 
 def field(body: Mapping[str, Any], name: str, needed: bool = False) -> Any:
-    """A field of a body, checked by TEXTS or FIELD_KINDS; None where it is blank or
-    left out, unless it is needed."""
-    value: Any = body.get(name)
-    kind, must, example = FIELD_KINDS.get(name, (str, "a text", '"..."'))
-    blank = isinstance(value, str) and kind is str and not value.strip()
+    """A field of a body, if it is of its kind and not over its limit; None
+    where it is blank or left out, unless it is needed."""
+    value, kind = body.get(name), OTHERS.get(name, str)
+    blank = kind is str and isinstance(value, str) and not value.strip()
     if (value is None or blank) and not needed:
         return None
-    if blank or not isinstance(value, kind):
+    if blank or type(value) is not kind:
+        must, example = KINDS[kind]
         raise bad_field(name, must, f'send "{name}": {example}')
-    if kind is str and len(value) * 4 > TEXTS[name] and (
-            len(value.encode()) > TEXTS[name]):
+    if isinstance(value, str) and len(value.encode()) > TEXTS[name]:
         raise Refusal("too-large", f'"{name}" is over {TEXTS[name]} bytes',
                       "send less of it")
     return value
@@ -4854,8 +4865,8 @@ def asked_from(body: dict[str, Any], by: Principal, at: float,
                         ".., and not begin with standing:", "a UUID is fine")
     texts: dict[str, Any] = {name: field(body, name) for name in OPTIONAL_FIELDS}
     description = field(body, "action_description", True)
-    arguments, context = field(body, "arguments"), READABLE.encode(
-        body["agent_context"])
+    arguments = field(body, "arguments")
+    context = READABLE.encode(body["agent_context"])
     try:
         timestamp = parse_timestamp(body["timestamp"])
     except ValueError as error:
@@ -4965,14 +4976,11 @@ class Desk:
     def __init__(self, store: Store, tokens: Tokens, url: str,
                  rules: Rules) -> None:
         self.store, self.tokens, self.url = store, tokens, url
-        self.rules = rules              # serve's own
-        self.has_limits = any(c.reviewers or c.editable or not c.remember
-                              for c in rules.checkpoints)
-        self.rules_written_at = 0
+        self.rules, self.rules_seen = rules, rules.digest       # serve's own
         self.admit = functools.lru_cache(maxsize=512)(self.judge)
+        self.ruling = functools.lru_cache(maxsize=MAX_RULINGS)(self.find_ruling)
         self.parked: Iterable[str] = ()       # what somebody waits for now
         self.polled_until: dict[str, float] = {}    # request_id -> monotonic
-        self.rulings: dict[Any, tuple[list[Checkpoint], bool]] = {}
         store.desk_digest = self.ruling_digest
 
     @property
@@ -4981,17 +4989,13 @@ class Desk:
         return {*self.parked, *self.polled_until}
 
     def rules_edited(self) -> bool:
-        """Whether the file is no longer what was read; said once for each
-        time that it is written."""
-        path, before = self.rules.path, self.rules_written_at
-        if not path:
-            return False
-        with contextlib.suppress(OSError):
-            self.rules_written_at = os.stat(path).st_mtime_ns
-            if self.rules_written_at != before:
-                return hashlib.sha256(path.read_bytes()).hexdigest() != (
-                    self.rules.digest)
-        return False
+        """Whether the file has just become another than the one in use."""
+        before = self.rules_seen
+        if self.rules.path:
+            with contextlib.suppress(OSError):
+                self.rules_seen = hashlib.sha256(
+                    self.rules.path.read_bytes()).hexdigest()
+        return self.rules_seen not in (before, self.rules.digest)
 
     def close_overdue(self) -> bool:
         """Close requests past their deadline, approvals nobody claimed, and
@@ -5012,16 +5016,13 @@ class Desk:
         read, and depends on nothing but these bytes: a client sends the same
         head again and again, and admit() remembers the judgement."""
         http = parse_head(data)
-        route, request_id = self.route(http)
-        posts = http.method == "POST"
-        if route.who == "agent" and self.tokens.open and (
-                "authorization" not in http.headers):
-            check_host(http.headers["host"], self.url)
+        route, request_id = route_of(http)
+        posts, form = http.method == "POST", is_form(http)
         if posts:
             check_origin(http.headers, self.url)
-        who = self.check_rights(route, http.headers)
-        if posts and content_type(http) != JSON and not (
-                is_form(http) and route.who == "reviewer"):
+        who = self.principal(route.who, http.headers)
+        if posts and not (content_type(http) == JSON
+                          or form and route.who == "reviewer"):
             raise Refusal("wrong-type", f"this is not {JSON}",
                           f"add -H 'Content-Type: {JSON}'")
         if posts and "content-length" not in http.headers:
@@ -5033,78 +5034,56 @@ class Desk:
                           "send less context")
         return http._replace(route=route, request_id=request_id, who=who)
 
-    def route(self, http: HttpRequest) -> tuple[Route, str]:
-        """The row of ROUTES for a path and method, and the request_id."""
-        stem, slash, name = http.path[1:].partition("/")
-        methods = BY_PATH.get(f"/{stem}{slash}")
-        if methods is None:
-            raise Refusal("no-such-route", "there is no such route",
-                          "see the README: POST /pending, "
-                          "POST /approve/{request_id}, GET /")
-        if http.method not in methods:
-            raise Refusal("wrong-method", f"{http.method} is not for this "
-                          "path", f"use {' or '.join(methods)}",
-                          headers=f"Allow: {', '.join(methods)}\r\n")
-        if "%" in name:
-            from urllib.parse import unquote
-            name = unquote(name)
-        if slash and not REQUEST_ID.fullmatch(name):
-            raise Refusal("unknown", "this is not a request_id",
-                          "1 to 128 of A-Z a-z 0-9 . _ : -")
-        return methods[http.method], name
-
-    def check_rights(self, route: Route, headers: Missing) -> Principal:
-        """Who asks, if the route belongs to that kind (promise 5)."""
-        if route.who == "anyone":
+    def principal(self, kind: str, headers: Missing) -> Principal:
+        """Who asks, if they are of the kind that the route belongs to (promise 5)."""
+        if kind == "anyone":
             return Principal("nobody", "")
-        challenge, cure = SIGN_IN[route.who]
+        challenge, cure = SIGN_IN[kind]
         if "authorization" not in headers:
-            if route.who == "agent" and self.tokens.open:
+            if kind == "agent" and not self.tokens.agents:
+                check_host(headers["host"], self.url)
                 return Principal("agent", "unauthenticated")
-            raise Refusal("not-signed-in", f"this is for the {route.who}", cure,
+            raise Refusal("not-signed-in", f"this is for the {kind}", cure,
                           headers=challenge)
         who = identify(headers["authorization"], self.tokens)
         if who is None:
-            asks_a_script = headers["sec-fetch-dest"] == "empty"
+            if headers["sec-fetch-dest"] == "empty":
+                challenge = NO_DIALOG
             raise Refusal("wrong-credentials", "these credentials are not known "
-                          "here", cure,
-                          headers=NO_DIALOG if asks_a_script else challenge)
-        if who.kind != route.who:
-            raise Refusal("not-your-route", f"this is for the {route.who}, "
+                          "here", cure, headers=challenge)
+        if who.kind != kind:
+            raise Refusal("not-your-route", f"this is for the {kind}, "
                           f"and these are the {who.kind}'s credentials", cure)
         return who
 
-    def ruling(self, request: ReviewRequest) -> tuple[list[Checkpoint], bool]:
-        """The desk's own checkpoints for a request, the one that the agent
-        names and all that match the call, and whether it is a shell command.
-        The strictest counts: an agent does not choose its rules by naming
-        them."""
-        # a list leaves large arguments out: what it finds is not for deciding
-        key = (request.digest, request.checkpoint_id, request.arguments is None)
-        if key not in self.rulings:
-            if len(self.rulings) >= MAX_RULINGS:
-                self.rulings.clear()
-            tool, arguments = request.tool or "", stored_json(request.arguments) or {}
-            found = [c for c in self.rules.checkpoints
-                     if c.checkpoint_id == request.checkpoint_id]
-            if self.has_limits:         # else all are alike, and matching costs
-                found += self.rules.all_holding(tool, arguments)
-            self.rulings[key] = found, bool(Call(tool, arguments).texts("shell"))
-        return self.rulings[key]
+    def find_ruling(self, named: str | None, tool: str | None, text: str | None
+                    ) -> tuple[list[Checkpoint], bool]:
+        """The desk's own checkpoints for a call, the one that the agent names
+        and all that match, and whether it is a shell command. The strictest
+        counts: an agent does not choose its rules by naming them."""
+        call = tool or "", stored_json(text) or {}
+        found = [each for each in self.rules.checkpoints
+                 if each.checkpoint_id == named]
+        return [*found, *self.rules.all_holding(*call)], bool(
+            Call(*call).texts("shell"))
 
     def ruling_digest(self, request: ReviewRequest) -> str | None:
         """The digest of the desk's own checkpoints for a call: a standing
         decision ends when it changes."""
-        digests = sorted({c.digest for c in self.ruling(request)[0]})
-        return sha256_of(digests) if digests[1:] else "".join(digests) or None
+        ruling, _ = self.ruling(request.checkpoint_id, request.tool, request.arguments)
+        digests = sorted({checkpoint.digest for checkpoint in ruling})
+        return sha256_of(digests) if digests else None
 
     def offers(self, request: ReviewRequest, name: str) -> Offers:
         """What this reviewer may decide about a request."""
-        ruling, shell = self.ruling(request)
+        ruling, shell = self.ruling(
+            request.checkpoint_id, request.tool, request.arguments)
         return Offers(
-            all(not c.reviewers or name in c.reviewers for c in ruling),
-            request.session is not None and all(c.remember for c in ruling), shell,
-            bool(request.edits and ruling) and all(c.editable for c in ruling))
+            decidable=all(not c.reviewers or name in c.reviewers for c in ruling),
+            remember=bool(request.session) and all(c.remember for c in ruling),
+            files=shell,
+            editable=bool(request.edits and ruling) and all(
+                c.editable for c in ruling))
 
     # ---- answers ----
 
@@ -5283,10 +5262,7 @@ class Desk:
         return self.settled(http, "/", self.standing_shape(row, 0))
 
     def post_lift(self, http: HttpRequest, asks: dict[str, Any]) -> bytes:
-        if not re.fullmatch("[0-9]{1,15}", http.request_id, re.ASCII):
-            raise Refusal("unknown", "this is not a number",
-                          "`python3 hitl.py standing` lists them")
-        row = self.store.lift(int(http.request_id), str(http.who))
+        row = self.store.lift(http.request_id, str(http.who))
         return self.settled(http, "/standing", self.standing_shape(
             row, self.store.used(row)))
 
@@ -7728,7 +7704,7 @@ class Workshop:
         self.records.executescript(RECORDS)
         self.token, self.store = fresh_token(), open_store(self.database)
         self.desk = open_desk("127.0.0.1", 0, self.store,
-                              Tokens(None, token_hash(self.token), {}))
+                              Tokens({}, {}, token_hash(self.token)))
         self.me = Client(self.desk.url, basic(reviewer, self.token))
         self.thread = threading.Thread(target=self.desk.serve_forever)
         self.thread.start()
@@ -8300,7 +8276,7 @@ def greeting(desk: Loop, configuration: Configuration,
                f"{getpass.getuser()}@{connection[2]}")
     asked = os.environ.get("HITL_SERVER_URL") or configuration.gate["server_url"]
     yield f"agents that read this configuration ask at {asked} (server_url)"
-    if tokens.open:
+    if not tokens.agents:
         yield "any program on this machine can ask; HITL_AGENT_TOKEN changes that"
 
 
@@ -8371,16 +8347,17 @@ def serving_tokens(configuration: Configuration, terminal: bool
                 "give each reviewer one: python3 hitl.py token NAME")
         if not shared:
             shared = made = fresh_token()
-    tokens = Tokens(agent and token_hash(agent), shared and token_hash(shared),
-                    configuration.reviewers, configuration.agents)
-    agents = {tokens.agent, *tokens.agents.values()} - {None}
-    if agents & {tokens.shared, *tokens.named.values()}:
+    agents = dict(configuration.agents)
+    if agents.keys() & {"token", "unauthenticated"}:
+        raise ConfigError('no [[agent]] can be called "token" or "unauthenticated"',
+                          "the log uses these names for agents without a name")
+    if agent:
+        agents["token"] = token_hash(agent)
+    tokens = Tokens(agents, configuration.reviewers, shared and token_hash(shared))
+    if {*agents.values()} & {tokens.shared, *tokens.named.values()}:
         raise ConfigError("agent and reviewer have the same token",
                           "an agent could approve; a good one for the agent: "
                           f"{fresh_token()}")
-    if tokens.agents.keys() & {"token", "unauthenticated"}:
-        raise ConfigError('no [[agent]] can be called "token" or "unauthenticated"',
-                          "the log uses these names for agents without a name")
     return tokens, made
 
 
@@ -8403,7 +8380,7 @@ def tls_context(certificate: str, key: str) -> Any:
 def check_exposure(host: str, tokens: Tokens, safe: bool) -> None:
     """ConfigError for an address that other machines can reach, without what
     that needs; `safe`: tokens do not cross the network in clear text."""
-    if tokens.open:
+    if not tokens.agents:
         raise ConfigError(f"{host} can be reached from other machines, and "
                           "agents have no token",
                           f"set HITL_AGENT_TOKEN; a good one: {fresh_token()}")

@@ -108,9 +108,8 @@ class Desk:
         self.more["limits"] = hitl.Limits(**{
             "slow_seconds": 0, "sweep_seconds": 0.02} | dict(limits))
         self.tokens = hitl.Tokens(
-            agent_token and hitl.token_hash(agent_token),
-            None if named else hitl.token_hash(REVIEWER_TOKEN), named or {},
-            agents or {})
+            agents or agent_token and {"token": hitl.token_hash(agent_token)} or {},
+            named or {}, None if named else hitl.token_hash(REVIEWER_TOKEN))
         self.agent_token = agent_token
         self.database = folder / "hitl.db"
         self.lines: list[str] = []
@@ -3858,7 +3857,11 @@ def test_changes(desk):
 
 def test_only_what_is_listed(desk):
     """A verb that the table of rights does not list is 405 and told what is
-    allowed, a path that it does not list 404, whoever asks."""
+    allowed, a path that it does not list 404, whoever asks; a request_id may
+    be percent-encoded."""
+    desk.post("a:b")
+    for path in ("/review/a:b", "/review/%61%3ab"):
+        assert desk_ask(desk, "GET", path, REVIEWER)[0] == 200
     for path in {route.path for route in hitl.ROUTES}:
         listed = [r.method for r in hitl.ROUTES if r.path == path]
         for verb in {"HEAD", "PUT", "DELETE", "OPTIONS", "GET", "POST",
