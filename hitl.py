@@ -8982,9 +8982,7 @@ def command_line() -> Any:
             formatter_class=plain)
         command.set_defaults(function=run)
         for option in options.split():
-            value, text, *more = OPTIONS[option]
-            kind = {"metavar": value} if value else {"action": "store_true"}
-            command.add_argument(option, help=text, **kind, **dict(*more))
+            command.add_argument(option, **OPTIONS[option])
     return parser
 
 
@@ -9015,45 +9013,52 @@ COMMAND_LINES: tuple[tuple[Callable[[Any], int], str, str], ...] = (
     (cmd_demo, "demo", ""),
     (cmd_verify, "verify --output evidence.json", "--model --output"),
 )
-OPTIONS: dict[str, tuple[Any, ...]] = {     # its value or "", help, and more
-    "--agent": ("", "it is for an agent"),
-    "--all": ("", "what was reviewed, too"),
-    "--allow-clear-text": ("", "off loopback, without https"),
-    "--coding-agent": ("", "shell commands wait unless listed"),
-    "--config": ("FILE", "the checkpoints.toml to use"),
-    "--database": ("FILE", "the database (hitl.db)"),
-    "--deadline": ("SECONDS", "answer before this (default: by agent)",
-                   {"type": float}),
-    "--head": ("HASH", "noted before: was the end cut off since?", {"default": ""}),
-    "--host": ("ADDRESS", "where to listen (127.0.0.1)"),
-    "--json": ("", "print JSON, for a program"),
-    "--model": ("NAME", "the model of the agent", {"default": ""}),
-    "--name": ("NAME", "its name, in mcp__NAME__tool (server)",
-               {"default": "server"}),
-    "--output": ("FILE", "the evidence file (hitl-evidence.json)",
-                 {"default": "hitl-evidence.json"}),
-    "--port": ("PORT", "port (8765; 0: any free one)", {"type": int}),
-    "--public-url": ("URL", "where reviewers reach it, if elsewhere"),
-    "--reason": ("TEXT", "what the agent is told", {"default": ""}),
-    "--replay": ("", "try these rules on the stored requests"),
-    "--server-url": ("URL", "where the server is"),
-    "--snippet": ("AGENT", f"print what to install: {', '.join(SNIPPETS)}",
-                  {"choices": list(SNIPPETS)}),
-    "--test": ("NAME", "the entry to try (without NAME, all)",
-               {"nargs": "?", "const": "", "required": True}),
-    "--timeout": ("SECONDS", "how long a call waits for a decision",
-                  {"type": float}),
-    "--tls-certificate": ("FILE", "a PEM file: serve https with it"),
-    "--tls-key": ("FILE", "its key, if in another file"),
-    "--verify": ("", "check every row and request"),
-    "--yes": ("", "do not ask y/N"),
-    "arguments": ("arguments", "its arguments, as JSON",
-                  {"nargs": "?", "default": "{}"}),
-    "command_words": ("-- CMD", "the command and its arguments", {"nargs": "..."}),
-    "id": ("id", "a request_id, or its beginning"),
-    "name": ("name", "the name of the reviewer or agent"),
-    "number": ("number", "its number in `standing`", {"type": int}),
-    "tool": ("tool", "the name of a tool", {"nargs": "?"}),
+
+
+def flag(text: str) -> dict[str, Any]:
+    return {"action": "store_true", "help": text}
+
+
+def word(name: str, text: str, **more: Any) -> dict[str, Any]:
+    if more.get("default"):
+        text += f" (default: {more['default']})"
+    return {"metavar": name, "help": text, **more}
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--agent": flag("for an agent, not a reviewer"),
+    "--all": flag("also what was reviewed"),
+    "--allow-clear-text": flag("let other machines reach it without https"),
+    "--coding-agent": flag("shell commands wait unless listed"),
+    "--config": word("FILE", "the checkpoints.toml to use"),
+    "--database": word("FILE", "the database (default: hitl.db)"),
+    "--deadline": word("SECONDS", "answer sooner than this", type=float),
+    "--head": word("HASH", "noted before: was the end cut off?", default=""),
+    "--host": word("ADDRESS", "where to listen (default: 127.0.0.1)"),
+    "--json": flag("print JSON, for a program"),
+    "--model": word("NAME", "the model of the agent", default=""),
+    "--name": word("NAME", "the server, in mcp__NAME__tool", default="server"),
+    "--output": word("FILE", "where it goes", default="hitl-evidence.json"),
+    "--port": word("PORT", "the port (default: 8765; 0: any free one)", type=int),
+    "--public-url": word("URL", "where reviewers reach it, if elsewhere"),
+    "--reason": word("TEXT", "what the agent is told", default=""),
+    "--replay": flag("try these rules on the stored requests"),
+    "--server-url": word("URL", "where the server is"),
+    "--snippet": word("AGENT", f"print what to install: {', '.join(SNIPPETS)}",
+                      choices=list(SNIPPETS)),
+    "--test": word("NAME", "the entry to try (without NAME, all)",
+                   nargs="?", const="", required=True),
+    "--timeout": word("SECONDS", "how long to wait for a decision", type=float),
+    "--tls-certificate": word("FILE", "a PEM file: serve https with it"),
+    "--tls-key": word("FILE", "its key, if in another file"),
+    "--verify": flag("check every row and request"),
+    "--yes": flag("do not ask y/N"),
+    "arguments": word("arguments", "its arguments, as JSON", nargs="?", default="{}"),
+    "command_words": word("-- CMD", "the command and its arguments", nargs="..."),
+    "id": word("id", "a request_id, or its beginning"),
+    "name": word("name", "the name of the reviewer or agent"),
+    "number": word("number", "its number, as `standing` lists it", type=int),
+    "tool": word("tool", "the name of a tool", nargs="?"),
 }
 EXIT_STATUS = {ConfigError: 2, ReviewTimeoutError: 3, UnreachableError: 4}
 
