@@ -252,7 +252,7 @@ def typed(where, *words: str, encoding: str = "utf-8", terminal: bool = False,
     err.isatty = lambda: terminal
     with pytest.MonkeyPatch.context() as patch, \
             contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        if isinstance(where, Desk):
+        if not isinstance(where, Path):
             environ = {"HITL_REVIEWER": "ana", "HITL_SERVER_URL": where.url,
                        "HITL_REVIEWER_TOKEN": REVIEWER_TOKEN} | environ
             where = where.folder
@@ -7774,6 +7774,18 @@ def test_list_show_approve_reject(desk):
     done = typed(desk, "approve", long_id)
     assert done.status == 1 and done.err.startswith(
         "hitl: error: this request is rejected by ana since ")
+
+
+def test_show_says_what_was_changed(make_desk, make_gate):
+    """show has the arguments that a reviewer changed as they will run, and
+    says what was changed by whom."""
+    desk = make_desk(rules=make_gate(rules=EDITABLE).rules)
+    digest = desk.post(**FULL, edits=True).body["digest"]
+    changed = FULL["arguments"] | {"table": "pets"}
+    assert desk.decide("r-1", digest=digest, arguments=changed).status == 200
+    shown = typed(desk, "show", "r-1").out
+    assert '    table        "pets"\n' in shown
+    assert '    (edited)     changed by ana: {table: "users" -> "pets"}\n' in shown
 
 
 def test_check_replay(desk, tmp_path):
