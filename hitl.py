@@ -8181,17 +8181,17 @@ def request_lines(request: dict[str, Any]) -> Iterator[str]:
     if headline.endswith("\u2026"):
         yield labelled("in full", visible(request["action_description"]))
     yield f"  runs exactly this: {visible(request['tool'] or 'no tool')}"
-    asked = arguments = request["arguments"] or {}
-    if request["approved_arguments"]:
-        arguments = parse_json(request["approved_arguments"])
+    asked, approved = request["arguments"] or {}, request["approved_arguments"]
+    arguments = parse_json(approved) if approved else asked
     for name, size, text in argument_rows(arguments):
         label = visible(name)
         if not re.fullmatch("[A-Za-z0-9_.-]+", name):
             label = f'"{label}"'        # or it could look like a bar or an end
         yield labelled(label, text, size)
-    if arguments != asked:
+    if approved:
         who = request["decided_by"].partition(":")[2]
-        yield labelled("(edited)", visible(changes_in_words(who, asked, arguments)))
+        changes = changes_in_words(who, canonical(asked), approved)
+        yield labelled("(edited)", visible(changes))
     yield "  who asks, and what is known:"
     for name in ("agent", "asked_by", "checkpoint_id", "why", "received_at",
                  "deadline", "decided_by", "decided_at", "reason", "outcome",
