@@ -6771,11 +6771,6 @@ class Held:
             log.warning("the outcome of %s was not recorded: %s",
                         self.request_id, fault.message)
 
-    async def areport(self, error: BaseException | str | None = None) -> None:
-        """report() for asyncio; it finishes even if its task is cancelled, so
-        that what was done is recorded, and its result not lost."""
-        await undisturbed(self.report, error)
-
 
 def limited(seconds: float) -> str:
     """How long a wait may last."""
@@ -6830,8 +6825,9 @@ def in_thread(function: Callable[..., T], *args: Any) -> asyncio.Future[T]:
 
 
 async def undisturbed(function: Callable[..., T], *args: Any) -> T:
-    """What function(*args), a short one, returns from a thread. A task that is
-    cancelled meanwhile waits for it all the same."""
+    """What function(*args) returns, from a thread. A task that is cancelled
+    meanwhile waits for it all the same, so that what was done is recorded and
+    its result not lost."""
     import asyncio
     work = in_thread(function, *args)
     while not work.done():
@@ -6845,14 +6841,15 @@ async def undisturbed(function: Callable[..., T], *args: Any) -> T:
 class Gate:
     """Makes tool calls that match a checkpoint wait for a person.
 
-    config: path of checkpoints.toml (default: HITL_CONFIG, then
-    ./checkpoints.toml, then the one beside this file). context: the agent's
-    state for the reviewer, or a callable that gives it. on_reject: "raise";
-    or "return" to hand a rejection, a denial or an expiry to the model as
-    text; or a callable that is given that text and whose result is returned,
-    an exception class for one that is raised. agent: the name on the card.
-    session: what a decision may stand for; default: this object. Raises
-    ConfigError.
+    config: the path of checkpoints.toml; default: HITL_CONFIG, then
+    ./checkpoints.toml, then the one beside this file.
+    context: the agent's state for the reviewer, or a callable that gives it.
+    on_reject: "raise"; or "return" to give a rejection, a denial or an expiry
+    to the model as text; or a callable that is given this text: its result is
+    returned, or raised if it is an exception.
+    agent: the name on the card.
+    session: whom a decision may stand for; default: this object.
+    Raises ConfigError.
     """
 
     def __init__(self, config: str | os.PathLike[str] | None = None, *,
@@ -6886,10 +6883,10 @@ class Gate:
 
     def call(self, tool: str, arguments: Mapping[str, Any],
              execute: Callable[..., T], **how: Unpack[How]) -> T:
-        """execute(**arguments), after a person approved where a checkpoint
-        matches. Raises CollaborationError, ReviewTimeoutError or another
-        HitlError, and then nothing ran; what execute raises passes through.
-        """
+        """The result of execute(**arguments), which runs once a person has
+        approved it, or at once where no checkpoint matches. Raises a
+        CollaborationError, a ReviewTimeoutError or another HitlError, and then
+        nothing ran; what execute raises passes through."""
         if self._is_free(tool, arguments, how):
             return execute(**arguments)
         if is_async(execute):
@@ -6914,9 +6911,9 @@ class Gate:
 
     async def acall(self, tool: str, arguments: Mapping[str, Any],
                     execute: Callable[..., Any], **how: Unpack[How]) -> Any:
-        """The same for asyncio: waits on a thread of its own, so the event
-        loop goes on; a cancelled wait withdraws its request. Once the tool
-        has returned, its result is returned, whatever is cancelled."""
+        """call() for asyncio: it waits on a thread of its own, so the event
+        loop goes on, and withdraws its request where it is cancelled. Once the
+        tool has returned, its result is returned, whatever is cancelled."""
         if self._is_free(tool, arguments, how):
             return await awaited(execute(**arguments))
         how.setdefault("edits", self.on_reject == "return")
@@ -6931,9 +6928,9 @@ class Gate:
         try:
             result = await awaited(execute(**held.arguments))
         except BaseException as error:
-            await held.areport(error)
+            await undisturbed(held.report, error)
             raise
-        await held.areport()
+        await undisturbed(held.report)
         return told_of_changes(held, result)
 
     # ---- for whoever runs the tool themselves ----
@@ -6941,8 +6938,8 @@ class Gate:
     def hold(self, tool: str, arguments: Mapping[str, Any],
              **how: Unpack[How]) -> Held | None:
         """The call, approved and claimed, for whoever runs it and then
-        reports; None where no checkpoint holds it. Raises as call() does,
-        whatever on_reject says. Until it is reported it is recorded as
+        reports; None where no checkpoint matches. Raises as call() does,
+        whatever on_reject says. Until it is reported, the call is recorded as
         handed over."""
         try:
             held = self._match(tool, arguments, how)
@@ -6981,33 +6978,32 @@ class Gate:
     def _is_free(self, tool: str, arguments: Mapping[str, Any],
                  how: How) -> bool:
         """Whether a call of this tool with arguments of these names was seen
-        to match nothing, and no value can hide another call. (The answer for
-        most calls, in a microsecond.)"""
+        to match nothing, and no value can hide another call. It is what most
+        calls cost: a microsecond."""
         return (how.get("checkpoint") is None and type(arguments) is dict
                 and (tool, *arguments) in self._free
                 and has_plain_values(arguments))
 
     def _match(self, tool: str, arguments: Mapping[str, Any],
                how: How) -> Held | None:
-        """The call as it is to be asked, or None: it may run."""
+        """The call as a person is to be asked about it, or None: it may run."""
         if unknown := how.keys() - How.__annotations__.keys():
             raise TypeError(f"unexpected keyword {', '.join(sorted(unknown))}")
         if (not isinstance(tool, str) or re.search("[\ud800-\udfff]", tool)
                 or not isinstance(arguments, Mapping)):
-            raise HitlError("this call makes no sense: its tool must be a text, "
-                            "its arguments names with values; nothing ran",
+            raise HitlError("the tool of a call must be a string, its arguments "
+                            "a mapping of names to values; nothing ran",
                             "call(tool, arguments, execute)",
                             reason="bad-arguments")
         named = how.get("checkpoint")
-        if named is not None:
-            match = Match(self.rules.named(named), "the code names it")
-        else:
+        if named is None:
             match = self.rules.first_match(tool, arguments, how.get("cwd"))
-            if match.effect == "allow":
-                if (len(self._free) < MAX_FREE
-                        and self.rules.is_free(tool, arguments)):
-                    self._free.add((tool, *arguments))
-                return None
+        else:
+            match = Match(self.rules.named(named), "the code names it")
+        if named is None and match.effect == "allow":
+            if len(self._free) < MAX_FREE and self.rules.is_free(tool, arguments):
+                self._free.add((tool, *arguments))
+            return None
         if match.checkpoint.effect == "deny":
             raise DeniedError(
                 f'denied by checkpoint "{match.checkpoint.checkpoint_id}"; '
@@ -7016,8 +7012,7 @@ class Gate:
         return Held(self, tool, arguments, match, how)
 
     def _refusal(self, error: HitlError) -> Any:
-        """How a refusal reaches the caller: raised, so that it propagates,
-        or as text for a model whose framework swallows exceptions."""
+        """What a refused call returns, or raises, as on_reject says."""
         logged(error)
         if self.on_reject == "raise" or type(error) not in ANSWERS:
             raise error
@@ -7041,12 +7036,12 @@ class Gate:
         """A function whose calls go through the gate: def, async def,
         methods, callables; name, signature and types stay.
 
-        checkpoint: the id of one that always holds it, whatever the name.
+        checkpoint: the id of one that always holds it, whatever its name.
         hide: parameters that are not part of the action (a framework's ctx):
-        passed on as they are and not shown; self and cls are hidden anyway.
-        optional: the file may let it pass. Raises TypeError for what cannot
-        be guarded, ConfigError for what nothing could hold and for a
-        checkpoint that does not exist.
+        passed on and not shown; self and cls are hidden anyway.
+        optional: no error if no checkpoint can match the name.
+        Raises TypeError for what cannot be guarded, ConfigError for a guard
+        that would hold nothing and for a checkpoint that does not exist.
         """
         if function is None:
             return functools.partial(guarded, self, **options)
@@ -7618,7 +7613,7 @@ class Proxy:
             state = json.dumps(at_path(answer, "result.requestState"))
             self.resumes[call, state] = held
         else:
-            await held.areport(failure)
+            await undisturbed(held.report, failure)
 
     def progress(self, token: Any) -> Callable[[], None] | None:
         """A function that tells a client that asked for progress that the call
