@@ -3619,7 +3619,8 @@ h1 a { text-decoration: none; }
 .card + .card, li + li { border-top: 0; }
 .card > summary { flex-wrap: nowrap; padding: 5px 10px; }
 li { padding: 3px 10px; }
-.many > .card > summary { padding-block: 0; font-size: 13px; line-height: 17px; }
+#waiting.many > .card > summary { padding-block: 0; font-size: 13px;
+  line-height: 17px; }
 .status, .tag { font-size: 12px; font-weight: 600; border-radius: 99px;
   padding: 0 8px; line-height: 16px; min-width: 86px; text-align: center; }
 .tag { color: var(--soft); box-shadow: inset 0 0 0 1px var(--line); }
@@ -4284,8 +4285,7 @@ def standing_page(view: View, standing: list[tuple[Standing, int]],
                          row.reason and f"reason: {row.reason}"], DOT)))
     return page(view, "Standing decisions", fill(
         LIST, title="Standing decisions", rows=rows, below=None,
-        above="Each answers the same call of the same session again."
-        if rows else "There are none."))
+        above="Each answers later calls by itself." if rows else "There are none."))
 
 
 def safely(show: Callable[..., Html], request: ReviewRequest, *more: Any) -> Html:
