@@ -2261,19 +2261,19 @@ def chain_hash(before: str, row: tuple[Any, ...]) -> str:
     return sha256_of([before, *row])
 
 
-def audit_rows(db: Any, where: str = "ORDER BY sequence",
+def audit_rows(db: sqlite3.Connection, where: str = "ORDER BY sequence",
                *values: Any) -> Iterator[AuditRow]:
     """The audit log from its beginning, or some of its rows."""
     return map(AuditRow._make, db.execute(
         f"SELECT * FROM audit_log {where}", values))
 
 
-def last_head(db: Any) -> AuditRow:
+def last_head(db: sqlite3.Connection) -> AuditRow:
     """The newest audit row, or what comes before the first."""
     return next(audit_rows(db, "ORDER BY sequence DESC LIMIT 1"), AuditRow())
 
 
-def standing_rows(db: Any, where: str, *values: Any) -> list[Standing]:
+def standing_rows(db: sqlite3.Connection, where: str, *values: Any) -> list[Standing]:
     return list(map(Standing._make, db.execute(
         f"SELECT {STANDING} FROM standing_decisions {where}", values)))
 
@@ -2287,7 +2287,7 @@ class Store:
     sqlite3.Error where the disk fails.
     """
 
-    def __init__(self, db: Any, lock: Any, path: Path,
+    def __init__(self, db: sqlite3.Connection, lock: sqlite3.Connection, path: Path,
                  clock: Callable[[], float]) -> None:
         self.db, self.lock, self.path, self.clock = db, lock, path, clock
         self.spoilt = False             # SQLite rolled this turn back
@@ -2422,10 +2422,10 @@ class Store:
         In this order: a stop, a standing rejection, attach, a standing
         approval, a person."""
         self.check_not_stopped()
-        standing = self.standing_for(asked, Status.REJECTED)
-        if attach and standing is None and (open_one := self.open_like(asked)):
+        standing = self.standing_for(asked)
+        rejected = standing and standing.decision == Status.REJECTED
+        if attach and not rejected and (open_one := self.open_like(asked)):
             return open_one, False
-        standing = standing or self.standing_for(asked, Status.APPROVED)
         stored = self.stored(asked)
         if stored is None:
             return self.asked_again(asked), False
@@ -2445,7 +2445,7 @@ class Store:
         inserted = self.db.execute(SUBMIT, (sha256, *asked_values(asked)))
         if not inserted.rowcount:
             return None
-        asked = asked._replace(id=inserted.lastrowid, asked_sha256=sha256)
+        asked = asked._replace(id=inserted.lastrowid or 0, asked_sha256=sha256)
         self.note(asked, "submitted", asked.asked_by, {})
         self.count_waiting(asked.asked_by, asked.agent, +1)
         return asked
@@ -2625,17 +2625,17 @@ class Store:
 
     # ---- standing decisions ----
 
-    def standing_for(self, asked: ReviewRequest,
-                     decision: Status) -> Standing | None:
-        """The standing decision that answers a call: for the same call, agent
-        and session, under a checkpoint that neither side has edited since."""
+    def standing_for(self, asked: ReviewRequest) -> Standing | None:
+        """The standing decision that answers a call, a rejection before an
+        approval: for the same call, agent and session, under a checkpoint that
+        neither side has edited since."""
         if self.stands_until <= self.now:       # the usual case costs nothing
             return None
         return next(iter(standing_rows(
-            self.db, f"WHERE {IN_FORCE} AND digest = ? AND decision = ? AND "
-            "checkpoint_id IS ? AND checkpoint_digest IS ? AND session = ? AND "
-            "principal = ? AND desk_digest IS ? ORDER BY number", self.now,
-            asked.digest, decision, asked.checkpoint_id, asked.checkpoint_digest,
+            self.db, f"WHERE {IN_FORCE} AND digest = ? AND checkpoint_id IS ? "
+            "AND checkpoint_digest IS ? AND session = ? AND principal = ? AND "
+            "desk_digest IS ? ORDER BY decision = 'approved', number", self.now,
+            asked.digest, asked.checkpoint_id, asked.checkpoint_digest,
             asked.session, asked.asked_by, self.desk_digest(asked))), None)
 
     def used(self, standing: Standing) -> int:
@@ -2965,7 +2965,7 @@ def open_store(path: Path, clock: Callable[[], float] = time.time) -> Store:
         return store
 
 
-def lock_database(path: Path) -> Any:
+def lock_database(path: Path) -> sqlite3.Connection:
     """A lock beside the database, held while this server lives: SQLite's own
     locking of a file works on every system, and other processes can still
     read the database itself."""
@@ -2986,7 +2986,7 @@ def lock_database(path: Path) -> Any:
     return lock
 
 
-def check_ours(db: Any, path: Path) -> None:
+def check_ours(db: sqlite3.Connection, path: Path) -> None:
     """ConfigError unless hitl.py wrote the database, with this schema, and it
     was not plainly cut: SQLite would take an empty file for a new database."""
     ours, = db.execute("PRAGMA application_id").fetchone()
@@ -3007,7 +3007,7 @@ def check_ours(db: Any, path: Path) -> None:
                            f"{version})", "use that one")
 
 
-def settings(db: Any, path: Path) -> None:
+def settings(db: sqlite3.Connection, path: Path) -> None:
     """A commit is on disk when it returns, and readers never wait."""
     if db.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
         raise bad_database(path, "this file system cannot hold it (no WAL)",
@@ -3036,7 +3036,7 @@ def create_database(path: Path) -> None:
         os.close(folder)
 
 
-def database_faults(db: Any) -> Iterator[str]:
+def database_faults(db: sqlite3.Connection) -> Iterator[str]:
     """What is wrong with a database, as far as a start should look: the
     schema with its triggers, the pages of a small file, and every request
     that is still open, against its audit row."""
@@ -3059,7 +3059,8 @@ def database_faults(db: Any) -> Iterator[str]:
                            "outcome IS NULL", "WHERE lifted_at IS NULL")
 
 
-def seal_faults(db: Any, requests: str = "", standing: str = "") -> Iterator[str]:
+def seal_faults(db: sqlite3.Connection, requests: str = "",
+                standing: str = "") -> Iterator[str]:
     """Requests and standing decisions that are not as the audit log has them;
     and votes, which nobody can cast yet."""
     subjects: Iterable[ReviewRequest | Standing] = itertools.chain(
@@ -3074,7 +3075,7 @@ def seal_faults(db: Any, requests: str = "", standing: str = "") -> Iterator[str
                "takes none")
 
 
-def seal_fault(db: Any, subject: ReviewRequest | Standing) -> str:
+def seal_fault(db: sqlite3.Connection, subject: ReviewRequest | Standing) -> str:
     """What is wrong with a request or a standing decision, if anything: its
     last audit row must have its seal, and the hash that belongs to it."""
     if isinstance(subject, ReviewRequest) and (
@@ -3094,7 +3095,7 @@ def seal_fault(db: Any, subject: ReviewRequest | Standing) -> str:
 
 
 @contextlib.contextmanager
-def open_for_reading(path: Path) -> Iterator[Any]:
+def open_for_reading(path: Path) -> Iterator[sqlite3.Connection]:
     """A read-only connection, beside a running server or without one."""
     if not path.exists():
         raise bad_database(path, "no such database", "name it by --database")
@@ -3106,7 +3107,7 @@ def open_for_reading(path: Path) -> Iterator[Any]:
         yield db
 
 
-def stored_requests(db: Any) -> Iterator[ReviewRequest]:
+def stored_requests(db: sqlite3.Connection) -> Iterator[ReviewRequest]:
     """Every request that was ever asked, in order, without its context."""
     return map(ReviewRequest._make, db.execute(
         f"SELECT {WITHOUT_CONTEXT} FROM pending_reviews ORDER BY id"))
@@ -3120,7 +3121,7 @@ def verified(path: Path, noted: str = "") -> tuple[AuditRow, list[str]]:
         return last_head(db), list(audit_faults(db, noted))
 
 
-def audit_faults(db: Any, noted: str = "") -> Iterator[str]:
+def audit_faults(db: sqlite3.Connection, noted: str = "") -> Iterator[str]:
     """What is wrong with the whole audit log: every row against the chain,
     every request against its last row, and a noted head against the log."""
     before = AuditRow()
