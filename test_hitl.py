@@ -6302,8 +6302,8 @@ def test_hook_dialects(dialect, desk, ask_hook, monkeypatch):
     '{"hook_event_name": "BeforeTool", "tool_name": "Bash", "tool_input": '
     '"{\\"command\\": \\"ls\\", \\"command\\": \\"rm x\\"}"}'])
 def test_hook_refuses_nonsense(text, ask_hook):
-    """What is not a call of a known agent, or can be read in two ways, is
-    refused: nothing on stdout."""
+    """Input that is not a call of a known agent, or can be read in two ways, is
+    refused, with nothing on stdout."""
     out, status, err = ask_hook(text)
     assert (out, status) == (None, 2) and err.startswith("hitl: refused")
 
@@ -6356,8 +6356,8 @@ def test_hook_knows_how_long_its_agent_waits():
 
 def test_hook_deadline_and_repeat(desk, ask_hook, monkeypatch):
     """The hook answers before its deadline; the request still waits, and
-    exactly one repeat of the call, in the same session, claims it. What was
-    rejected a person is not asked again."""
+    exactly one repeat of the call, in the same session, claims it. Nobody is
+    asked again about a call that was rejected."""
     monkeypatch.setenv("HITL_SERVER_URL", desk.url)
 
     def ask(seconds=30, **more):
@@ -6390,9 +6390,9 @@ def test_hook_deadline_and_repeat(desk, ask_hook, monkeypatch):
 
 
 def test_nothing_beside_the_file_is_read(tmp_path):
-    """A module planted beside hitl.py, in the working directory, PYTHONPATH
-    or the user's site, and bytecode beside hitl.py, run in none of it; the
-    rules are those beside hitl.py or named, never the agent's own."""
+    """No command runs a module planted beside hitl.py, in the working directory,
+    in PYTHONPATH or in the user's site, nor bytecode beside hitl.py; hook, mcp
+    and run read the rules beside hitl.py, never those in the agent's folder."""
     planted = b"import os; os.write(1, b'PLANTED'); os._exit(0)\n"
     site = f"home/.local/lib/python{sys.version_info[0]}." \
         f"{sys.version_info[1]}/site-packages"
@@ -6639,7 +6639,7 @@ def mcp(make_desk, make_rules, tmp_path):
 
 
 def test_proxy_is_transparent(mcp):
-    """What is not gated passes as the very bytes, both ways; stderr says once
+    """All but a gated call passes as the very bytes, both ways; stderr says once
     which tools wait; the server does not get the reviewer's token; its exit
     status is the proxy's."""
     odd = (b'{"id": 1,  "jsonrpc":"2.0", "method": "x/y", "params": {"a": '
@@ -6754,8 +6754,8 @@ WAYS_ROUND = (                      # a line -> the id it is refused under
 
 
 def test_proxy_ways_round(mcp):
-    """What two readers could read as two messages is refused, under its id
-    where that can be read, and never reaches the server."""
+    """A line that two readers could read as different messages is refused, under
+    its id where that can be read, and never reaches the server."""
     for number, (line, key) in enumerate(WAYS_ROUND, 100):
         mcp.send(line)
         mcp.send(HELD | {"id": number, "params": {"name": "read_file"}})
