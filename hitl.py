@@ -5582,7 +5582,8 @@ class Connection:
             # more may be on its way: a close now would reset the connection,
             # and the answer with it
             self.lasts(limits.linger_seconds)
-            self.transport.write_eof()
+            with contextlib.suppress(OSError):      # they have gone already
+                self.transport.write_eof()
         else:
             self.transport.close()
 
