@@ -3291,15 +3291,14 @@ class Channel:
 
     # ---- filling in ----
 
-    def text(self, template: str, fields: Mapping[str, Any],
-             code: Callable[[str], str] = str) -> str:
+    def text(self, template: str, fields: Mapping[str, Any]) -> str:
         """A text with its placeholders filled in, in one pass: what comes in
         is never read as a placeholder."""
         def value(found: re.Match[str]) -> str:
             if found[1]:
                 return self.secrets[found[1]]
             field = fields.get(found[2], found[0])
-            return "" if field is None else code(str(field))
+            return "" if field is None else str(field)
         return PLACEHOLDER.sub(value, template)
 
     def filled(self, template: Any, fields: Mapping[str, Any]) -> Any:
@@ -3387,7 +3386,8 @@ class Channel:
         for name, template in (self.entry["headers"] or {}).items():
             text = " ".join(self.text(template, fields).split())
             headers[name] = text.encode("latin-1", "replace").decode("latin-1")
-        url = self.text(self.entry["url"], fields, percent_encoded)
+        url = self.text(self.entry["url"], {
+            name: percent_encoded(str(value or "")) for name, value in fields.items()})
         opener = urllib.request.OpenerDirector()
         for handler in (urllib.request.ProxyHandler, urllib.request.HTTPHandler,
                         urllib.request.HTTPSHandler):
@@ -3478,18 +3478,23 @@ class Channel:
         return ((not categories or request.category in categories)
                 and (not checkpoints or request.checkpoint_id in checkpoints))
 
+    def seconds_left(self) -> float:
+        """Seconds until the next try."""
+        due = min((job.due for job in self.jobs.values()), default=math.inf)
+        return max(due, self.quiet_until) - time.monotonic()
+
     def work(self, notices: Notices) -> None:
         """The entry's thread: listens to the loop, and makes one try after the
         other, each when it is due."""
         import queue
         while True:
-            due = min((job.due for job in self.jobs.values()), default=math.inf)
-            wait = max(due, self.quiet_until) - time.monotonic()
             with contextlib.suppress(queue.Empty):
-                self.hear(self.inbox.get(timeout=min(max(0, wait), 3600)), notices)
+                seconds = min(max(0, self.seconds_left()), 3600)
+                self.hear(self.inbox.get(timeout=seconds), notices)
             while not self.inbox.empty():
                 self.hear(self.inbox.get(), notices)
-            self.try_due(notices)
+            if self.seconds_left() <= 0:
+                self.try_due(notices)
 
     def hear(self, news: Job | str, notices: Notices) -> None:
         """Take in a job, or the id of a request that no longer waits: that gets
@@ -3506,8 +3511,6 @@ class Channel:
         due. Then each is owed again, or done with."""
         now, pauses = time.monotonic(), self.pace.pauses
         due = [job for job in self.jobs.values() if job.due <= now]
-        if not due or now < self.quiet_until:
-            return
         if not self.bundles:
             del due[1:]
         answer = self.tell([job.request for job in due], notices.desk_url,
