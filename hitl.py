@@ -8917,15 +8917,12 @@ def cmd_mcp(args: Any) -> int:
 
 def cmd_run(args: Any) -> int:
     """ask, then run exactly this command"""
-    log.error = lambda *_: None         # it is printed below
+    log.error = lambda *_: None         # main() prints it
+    gate, command = gate_and_command(args)
     try:
-        gate, command = gate_and_command(args)
         return run_command(gate, command, args.timeout)
-    except (HitlError, OSError) as error:
-        if not sys.stderr.isatty() and isinstance(error, HitlError):
-            error.hint = ""             # a model may read it
-        print_error(error)
-        return 125                      # the command's own are its own
+    except OSError as error:
+        raise HitlError(f"{visible(command[0])}: {error.strerror}") from None
 
 
 def gate_and_command(args: Any) -> tuple[Gate, list[str]]:
@@ -8972,14 +8969,14 @@ def command_line() -> Any:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
-            print_error(ConfigError(message, f"{self.prog} --help"))
-            sys.exit(2)
+            raise ConfigError(message, f"{self.prog} --help")
     parser = Parser(
         prog="python3 hitl.py", formatter_class=plain,
         description="A person decides before an AI agent acts.",
         epilog="first: python3 hitl.py demo\n`COMMAND --help` has an example.")
-    parser.add_argument("--version", action="store_true",
-                        help="print version and SHA-256 of this file")
+    parser.add_argument("--version", action="version", version=(
+        f"hitl.py {__version__} sha256 {file_sha256(Path(__file__))}"),
+        help="print version and SHA-256 of this file")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for run, example, options in COMMAND_LINES:
         command = commands.add_parser(
@@ -9069,12 +9066,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 EXIT_STATUS = {ConfigError: 2, ReviewTimeoutError: 3, UnreachableError: 4}
 
 
-def print_error(error: Exception) -> None:
-    hint = getattr(error, "hint", "")
-    print(f"hitl: error: {getattr(error, 'message', error)}" + (
-        f"\nhitl: hint: {hint}" if hint else ""), file=sys.stderr)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run one command -> the exit status. Errors go to stderr, with their
     hint; a traceback would be a fault of ours."""
@@ -9083,19 +9074,19 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # type: ignore
     words = sys.argv[1:] if argv is None else argv
     run_hook_at_once(words)
-    parser = command_line()
-    args = parser.parse_args(words)
-    if args.version:
-        say(f"hitl.py {__version__} sha256 {file_sha256(Path(__file__))}")
-        return 0
-    if args.command is None:
-        parser.print_help()
-        return 2
     try:
+        parser = command_line()
+        args = parser.parse_args(words)
+        if args.command is None:
+            parser.print_help()
+            return 2
         return int(args.function(args))
     except HitlError as error:
-        print_error(error)
-        return EXIT_STATUS.get(type(error), 1)
+        runs = words[:1] == ["run"]     # any other status is its command's
+        print(f"hitl: error: {error.message}", file=sys.stderr)
+        if error.hint and (sys.stderr.isatty() or not runs):    # no model reads it
+            print(f"hitl: hint: {error.hint}", file=sys.stderr)
+        return 125 if runs else EXIT_STATUS.get(type(error), 1)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:             # `hitl.py log | head`
