@@ -2834,6 +2834,10 @@ SAID_OF = {
     "expired": OVER, "withdrawn": OVER,
     "already-decided": ("this request is {status} by {person} since {decided_at}",
                         "a decision is final; nothing was changed"),
+    "too-fast": ("this was decided before it could be read",
+                 "look at it first, then decide"),
+    "not-your-request": ("this is for other reviewers",
+                         "its checkpoint names who may decide it"),
     "not-remembered": (
         "this decision cannot stand for other calls",
         "only an unchanged call of a known session can, where its checkpoint "
@@ -3173,6 +3177,13 @@ class Answer(NamedTuple):
     status: str                 # "204", "exit 1", "ConnectionRefusedError"
     text: str = ""
     again: bool = False         # another try may help
+
+    def row(self, name: str) -> tuple[str, dict[str, str]]:
+        """What the audit log says of it: the event and the detail."""
+        if self.told:
+            return "notified", {"name": name, "status": self.status}
+        detail = {"name": name, "why": self.status, "answer": self.text}
+        return "not-notified", {key: text for key, text in detail.items() if text}
 
 
 class Job(NamedTuple):
@@ -4584,11 +4595,20 @@ class HttpRequest(NamedTuple):
     path: str = ""
     query: Missing = Missing()
     headers: Missing = Missing()
+    content_type: str = ""
     length: int = 0
     close: bool = True
     route: Route = Route("", "", "", "")
     request_id: str = ""
     who: Principal = Principal("nobody", "")
+
+    def wants(self, content_type: str) -> bool:
+        return content_type in self.headers["accept"]
+
+    @property
+    def by_button(self) -> bool:
+        """Whether a page's form sent this: then it is answered by a page."""
+        return self.content_type == FORM and self.wants("text/html")
 
 
 # ---- the head of a request ----
@@ -4640,7 +4660,8 @@ def parse_head(head: bytes) -> HttpRequest:
     path, _, query = start[2].partition(b"?")
     return HttpRequest(
         start[1].decode("ascii"), path.decode("ascii"), pairs_in(query), headers,
-        int(length), old or "close" in headers["connection"].lower())
+        headers["content-type"].partition(";")[0].strip().lower(), int(length),
+        old or "close" in headers["connection"].lower())
 
 
 def pairs_in(data: bytes) -> Missing:
@@ -4653,18 +4674,6 @@ def pairs_in(data: bytes) -> Missing:
     except ValueError:
         raise Refusal("bad-request", "the query or form cannot be read",
                       "send name=value&name=value, each name once") from None
-
-
-def is_form(http: HttpRequest) -> bool:
-    return content_type(http) == FORM
-
-
-def content_type(http: HttpRequest) -> str:
-    return http.headers["content-type"].partition(";")[0].strip().lower()
-
-
-def wants(http: HttpRequest, content_type: str) -> bool:
-    return content_type in http.headers["accept"]
 
 
 def route_of(http: HttpRequest) -> tuple[Route, str]:
@@ -4835,7 +4844,7 @@ def number_in(query: Missing, name: str) -> float:
 
 def parse_body(http: HttpRequest, body: bytes) -> dict[str, Any]:
     """The fields of a JSON object, or of a form."""
-    if is_form(http):
+    if http.content_type == FORM:
         if body.lstrip()[:1] == b"{":
             raise Refusal("wrong-type", "this is JSON, sent as a form",
                           "add -H 'Content-Type: application/json'")
@@ -5021,12 +5030,12 @@ class Desk:
         head again and again, and admit() remembers the judgement."""
         http = parse_head(data)
         route, request_id = route_of(http)
-        posts, form = http.method == "POST", is_form(http)
+        posts = http.method == "POST"
         if posts:
             check_origin(http.headers, self.url)
         who = self.principal(route.who, http.headers)
-        if posts and not (content_type(http) == JSON
-                          or form and route.who == "reviewer"):
+        kinds = (JSON, FORM) if route.who == "reviewer" else (JSON,)
+        if posts and http.content_type not in kinds:
             raise Refusal("wrong-type", f"this is not {JSON}",
                           f"add -H 'Content-Type: {JSON}'")
         if posts and "content-length" not in http.headers:
@@ -5122,7 +5131,7 @@ class Desk:
         headers = refusal.headers
         if status in (429, 503):
             headers += "Retry-After: 5\r\n"
-        if wants(http, "text/html"):
+        if http.wants("text/html"):
             return self.reply(http, problem_page(status, refusal), status, headers)
         if refusal.about:
             more["request"] = self.shape(refusal.about)
@@ -5148,7 +5157,7 @@ class Desk:
 
     def settled(self, http: HttpRequest, path: str, value: Any) -> bytes:
         """What became of a reviewer's word; a page's form leads back to it."""
-        if is_form(http) and wants(http, "text/html"):
+        if http.by_button:
             return self.reply(http, Html(), 303, f"Location: {path}\r\n")
         return self.reply(http, value)
 
@@ -5217,7 +5226,7 @@ class Desk:
         try:
             return self.settled(http, "/", self.decided(http, asks))
         except Refusal as refusal:
-            if not (refusal.about and is_form(http) and wants(http, "text/html")):
+            if not (refusal.about and http.by_button):
                 raise
             refusal.about = self.store.request(http.request_id, columns=WHOLE)
             status = REFUSALS[refusal.reason]
@@ -5229,19 +5238,15 @@ class Desk:
         about a card that they cannot have seen."""
         request = self.store.request(http.request_id)
         shown_at = field(asks, "shown_at") or ""
-        if is_form(http):
+        if http.content_type == FORM:
             if not "" < shown_at <= instant(self.store.time - SEEN_SECONDS):
-                raise Refusal("too-fast", "this was decided before it could be "
-                              "read", "look at it first, then decide",
-                              about=request)
+                raise refused("too-fast", request)
             asks = as_json_says(asks, request.arguments)
         # 1. may this reviewer decide it, and so?
         decision = Status(asks["decision"])
         offers = self.offers(request, http.who.name)
         if not offers.decidable:
-            raise Refusal("not-your-request", "this is for other reviewers",
-                          "its checkpoint names who may decide it",
-                          about=request)
+            raise refused("not-your-request", request)
         arguments = field(asks, "arguments")
         rejects = decision == Status.REJECTED
         if arguments is not None and (rejects or not offers.editable):
@@ -5289,7 +5294,7 @@ class Desk:
 
     def get_standing(self, http: HttpRequest, asks: Missing) -> bytes:
         rows = self.store.standing()
-        if not wants(http, JSON):
+        if not http.wants(JSON):
             calls = {row.request_id: self.store.request(row.request_id)
                      for row, _ in rows if row.request_id}
             return self.reply(http, standing_page(self.view(http), rows, calls))
@@ -5324,7 +5329,7 @@ class Desk:
             request = self.store.request(http.request_id, columns=WHOLE)
         except Refusal as refusal:
             return self.problem(http, refusal, longer_ids=longer)
-        if not wants(http, JSON):
+        if not http.wants(JSON):
             return self.reply(http, review_page(self.view(http), request))
         return self.reply(http, request._asdict() | self.listed(request) | {
             "longer_ids": longer,
@@ -5337,7 +5342,7 @@ class Desk:
         behind = re.fullmatch("([0-9TZ:.-]{24})_([0-9]{1,18})", asks["before"])
         before = (behind[1], int(behind[2])) if behind else None
         found = self.store.reviewed(HISTORY_ROWS, before, asks["q"], asks["status"])
-        if not wants(http, JSON):
+        if not http.wants(JSON):
             return self.reply(http, history_page(self.view(http), found, asks))
         return self.reply(http, {
             "reviewed": list(map(self.listed, found.rows)),
@@ -5772,11 +5777,7 @@ class Loop:
         store, end = self.desk.store, self.clock() + TURN_SECONDS / 5
         while self.reports and self.clock() < end:
             name, request_id, answer = self.reports.popleft()
-            event, detail = "notified", {"name": name, "status": answer.status}
-            if not answer.told:
-                event, detail = "not-notified", {"name": name, "why": answer.status}
-                if answer.text:
-                    detail["answer"] = answer.text
+            event, detail = answer.row(name)
             try:
                 store.attempt(store.note, store.request(request_id), event, "server",
                               detail)
