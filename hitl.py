@@ -569,6 +569,7 @@ def read_json(text: str) -> Any:
 
 
 PLAIN_TYPES = frozenset((int, float, bool, type(None)))
+ENDS = PLAIN_TYPES | {str}      # nothing is inside them
 JSON_STARTS = ("{", "[", '"', " ", "\t", "\r", "\n")
 
 
@@ -588,8 +589,11 @@ def objects_in(value: Any, quoted: bool = False) -> Iterator[Mapping[str, Any]]:
                 parts = item
             elif isinstance(item, str) and quoted:
                 parts = [read_json(item)]
-            below += [part for part in parts if type(part) not in PLAIN_TYPES and (
-                type(part) is not str or quoted and part.startswith(JSON_STARTS))]
+            for part in parts:
+                is_json = quoted and type(part) is str and (
+                    part.startswith(JSON_STARTS))
+                if is_json or type(part) not in ENDS:
+                    below.append(part)
             if count + len(below) > MAX_PARTS:
                 raise ValueError(TOO_MANY)
         level, count = below, count + len(below)
