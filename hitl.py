@@ -3612,7 +3612,7 @@ STYLE = """
   --tone: var(--soft); }
 .waiting { --tone: light-dark(#8a4a00, #ffb84d); --edge: #f2a100; }
 .approved, .approve { --tone: light-dark(#1a7340, #6fd195); }
-.rejected, .reject, mark { --tone: light-dark(#b3261e, #ff8a7d); }
+.rejected, .reject, .stopped, mark { --tone: light-dark(#b3261e, #ff8a7d); }
 bdi { --tone: light-dark(#2f5fa8, #9cc0ff); }
 .status, .warn, mark, bdi, #lost, #stopped .note { color: var(--tone);
   background: color-mix(in srgb, var(--tone) 12%, var(--card)); }
@@ -4068,7 +4068,7 @@ LIST = """<h2>{title}</h2>
 <p>{below}</p>
 """
 
-ROW = """<li class="{kind}">
+ROW = """<li class="{status}">
   <span class="status">{status}</span>
   <span class="headline">{headline}</span>
   <span class="when">{when}</span>
@@ -4221,7 +4221,7 @@ def desk_page(view: View, waiting: list[ReviewRequest], count: int,
     elif end < count:
         more = fill('<a class="note waiting" href="/?from={end}">{left} more '
                     "wait</a>", end=end, left=count - end)
-    cards = [safely(card, request, view, not n, False)
+    cards = [safely(card, request, view, opened=not n, whole=False)
              for n, request in enumerate(waiting)]
     title = f"({count}) Review desk" if count else "Review desk"
     below = reviewed and fill(LIST, title="Reviewed", above=None, below=None,
@@ -4244,7 +4244,7 @@ def problem_page(status: int, refusal: Refusal,
     view, request = view or View(), refusal.about
     return page(view, f"{status} {refusal.reason}", as_html([
         fill(PROBLEM_NOTE, refusal, status=status),
-        request and safely(card, request, view, True, True, typed)]))
+        request and safely(card, request, view, typed=typed)]))
 
 
 def history_page(view: View, found: Found, asks: Mapping[str, str]) -> Html:
@@ -4272,8 +4272,8 @@ def history_page(view: View, found: Found, asks: Mapping[str, str]) -> Html:
 
 def reviewed_row(request: ReviewRequest) -> Html:
     """A line with who decided, why and what came of it."""
-    return fill(ROW, request, kind=request.status, headline=headline_link(request),
-                form=None, when=moment(request.decided_at), how=endings(request))
+    return fill(ROW, request, headline=headline_link(request), form=None,
+                when=moment(request.decided_at), how=endings(request))
 
 
 def headline_link(request: ReviewRequest) -> Html:
@@ -4287,30 +4287,26 @@ def standing_page(view: View, standing: list[tuple[Standing, int]],
     are the requests that they were made about, by id."""
     rows = []
     for row, used in standing:
-        kind, what, times = row.decision, Html("every call"), f"used {used} times"
-        if row.decision == "stopped":
-            kind = "rejected"
+        what, until = Html("every call"), Html("until it is lifted")
         if row.request_id:
             what = safely(headline_link, calls[row.request_id])
-        if row.uses:
-            times = f"used {used} of {row.uses} times"
-        until = Html("until it is lifted")
         if row.until:
             until = fill("until {at}", at=moment(row.until))
-        rows.append(fill(
-            ROW, kind=kind, status=row.decision, headline=what, when=until,
-            form=fill(LIFT, row),
-            how=as_html([f"by {person(row.made_by)}", times,
-                         row.reason and f"reason: {row.reason}"], DOT)))
+        times = f"used {used} of {row.uses} times" if row.uses else f"used {used} times"
+        how = as_html([f"by {person(row.made_by)}", times,
+                       row.reason and f"reason: {row.reason}"], DOT)
+        rows.append(fill(ROW, status=row.decision, headline=what, when=until,
+                         form=fill(LIFT, row), how=how))
     return page(view, "Standing decisions", fill(
         LIST, title="Standing decisions", rows=rows, below=None,
         above="Each answers later calls by itself." if rows else "There are none."))
 
 
-def safely(show: Callable[..., Html], request: ReviewRequest, *more: Any) -> Html:
+def safely(show: Callable[..., Html], request: ReviewRequest, *more: Any,
+           **how: Any) -> Html:
     """What is shown of a request: one bad row never hides the others."""
     try:
-        return show(request, *more)
+        return show(request, *more, **how)
     except Exception:
         log.exception("a request cannot be shown")
         return fill(UNSHOWN, request)
