@@ -2044,6 +2044,15 @@ def test_what_was_damaged_is_neither_approved_nor_run(store):
     assert names(store) == ["r-1"]
 
 
+def test_a_move_is_from_the_state_that_was_read(store):
+    """A request that was decided since it was read is not moved again."""
+    play(store, "ask:9")
+    read = store.request("r-1")
+    play(store, "approve +9")
+    assert turn(store, store.close_overdue, read) == "damaged"
+    assert store.request("r-1").status == "approved"
+
+
 def test_of_twelve_at_once_one_wins(desk):
     """The same request sent twelve times at once is one row, one 201; of
     twelve decisions one is recorded and the others learn which; of twelve
@@ -2731,6 +2740,22 @@ def test_a_database_that_is_gone_is_noticed(store, how):
     assert store.still_there()
     GONE[how](store.path)
     assert not store.still_there()
+
+
+def test_a_start_is_quick_with_a_large_file(every, monkeypatch):
+    """Of a file above 32 MB a start reads the schema and what is open."""
+    monkeypatch.setattr(hitl, "CHECKED_PAGES", 0)
+    hitl.open_store(every).close()
+    with_sql(SET + "deadline = '2099'", "asked_once")(every)
+    with pytest.raises(hitl.ConfigError, match="is not what was asked"):
+        hitl.open_store(every)
+
+
+def test_without_wal_no_database_is_opened(tmp_path):
+    """Where a file system cannot hold a WAL, the cure is a local disk."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as db:
+        with pytest.raises(hitl.ConfigError, match="no WAL.*a local disk"):
+            hitl.settings(db, tmp_path)
 
 
 def test_a_database_in_use_is_not_called_damaged(every):
