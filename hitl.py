@@ -2277,49 +2277,44 @@ def last_head(db: sqlite3.Connection) -> AuditRow:
     return next(audit_rows(db, "ORDER BY sequence DESC LIMIT 1"), AuditRow())
 
 
-def standing_rows(db: sqlite3.Connection, where: str, *values: Any) -> list[Standing]:
-    return list(map(Standing._make, db.execute(
-        f"SELECT {STANDING} FROM standing_decisions {where}", values)))
+def standing_rows(db: sqlite3.Connection, where: str,
+                  *values: Any) -> Iterator[Standing]:
+    return map(Standing._make, db.execute(
+        f"SELECT {STANDING} FROM standing_decisions {where}", values))
 
 
 class Store:
     """The requests, the standing decisions and the audit log in one SQLite
-    file; open_store() opens it.
-
-    A turn is one transaction: it begins by itself at the first change,
-    commit() ends it. Raises Refusal where a change may not happen,
-    sqlite3.Error where the disk fails.
-    """
+    file; open_store() makes it. A turn is one transaction: it begins by itself
+    at the first change, commit() ends it. Methods raise Refusal where a change
+    may not happen, and sqlite3.Error where the disk fails."""
 
     def __init__(self, db: sqlite3.Connection, lock: sqlite3.Connection, path: Path,
                  clock: Callable[[], float]) -> None:
         self.db, self.lock, self.path, self.clock = db, lock, path, clock
         self.spoilt = False             # SQLite rolled this turn back
-        # what the desk's own file says of a call's checkpoints, as a digest
-        self.desk_digest: Callable[
-            [ReviewRequest], str | None] = lambda request: None
-        self.tick()
-        self.reread()
         self.news: list[Change] = []    # of this turn, for commit()
         self.files = self.identities()
+        # the digest of what the desk's own file says of a call
+        self.desk_digest: Callable[[ReviewRequest], str | None] = lambda _: None
+        self.tick()
+        self.reread()
 
     def close(self) -> None:
         self.db.close()
         self.lock.close()
 
     def identities(self) -> list[tuple[int, int]]:
-        """Which files the database is: a name may be given to another."""
-        return [(found.st_dev, found.st_ino) for found in (
-            os.stat(self.path), os.stat(f"{self.path}-wal"))]
+        """Which files have the names of the database and its -wal."""
+        found = os.stat(self.path), os.stat(f"{self.path}-wal")
+        return [(file.st_dev, file.st_ino) for file in found]
 
     def still_there(self) -> bool:
-        """Whether the database is still the file that was opened. Where it
-        was deleted or replaced, what is written goes nowhere."""
-        try:
-            return (self.identities() == self.files
-                    and os.path.getsize(self.path) > 0)
-        except OSError:
-            return False
+        """Whether those are the files that were opened: what is written to one
+        that was deleted or replaced is lost."""
+        with contextlib.suppress(OSError):
+            return self.identities() == self.files and self.path.stat().st_size > 0
+        return False
 
     # ---- a turn ----
 
@@ -2340,7 +2335,7 @@ class Store:
 
     def reread_standing(self) -> None:
         """The stop that is in force, and until when anything else stands."""
-        rows = standing_rows(self.db, f"WHERE {IN_FORCE}", self.now)
+        rows = list(standing_rows(self.db, f"WHERE {IN_FORCE}", self.now))
         self.stop_in_force = next(
             (row for row in rows if row.decision == "stopped"), None)
         self.stands_until = max((row.until or "" for row in rows), default="")
@@ -2404,8 +2399,8 @@ class Store:
 
     def note(self, about: ReviewRequest | Standing, event: str, actor: str,
              detail: Mapping[str, Any]) -> None:
-        """An audit row, in the transaction of the change that it tells of, if
-        any: chained to the one before, sealing its subject as it is now."""
+        """Write an audit row, in the transaction of the change it tells of:
+        chained to the row before, with the seal of its subject as it is now."""
         row = (self.head.sequence + 1, self.now, event, about.subject, actor,
                READABLE.encode(detail) if detail else "{}", seal_of(about))
         self.head = AuditRow(*row, chain_hash(self.head.hash, row))
@@ -2418,13 +2413,13 @@ class Store:
 
     def submit(self, asked: ReviewRequest,
                attach: bool = False) -> tuple[ReviewRequest, bool]:
-        """Store a request as waiting -> its summary, and whether it is new.
-        The same id and the same call of the same agent are the same request,
+        """A call that asks for review -> its request, and whether that is new.
+        The same id for the same call of the same agent is the same request,
         whatever else differs: an agent that crashed asks again and meets it.
-        With `attach` the same call alone is enough, while it is open.
+        With `attach` the same call is enough, while a request for it is open.
 
-        In this order: a stop, a standing rejection, attach, a standing
-        approval, a person."""
+        Who answers, in this order: a stop, a standing rejection, the request
+        to attach to, a standing approval, a person."""
         self.check_not_stopped()
         standing = self.standing_for(asked)
         rejected = standing and standing.decision == Status.REJECTED
@@ -2438,8 +2433,8 @@ class Store:
         return stored, True
 
     def stored(self, asked: ReviewRequest) -> ReviewRequest | None:
-        """A request, now stored as waiting; None where its id is taken, or no
-        more may wait: of this agent, of this credential, or in all."""
+        """The request, stored as waiting; None where its id is taken, or where
+        no more may wait: of this agent, of this credential, or in all."""
         credential, agent = (asked.asked_by,), (asked.asked_by, asked.agent)
         if (self.counts[()] >= MAX_WAITING
                 or self.counts[credential] >= MAX_WAITING_PER_CREDENTIAL
@@ -2504,10 +2499,10 @@ class Store:
                shown_at: str | None = None, digest: str | None = None,
                arguments: dict[str, Any] | None = None,
                remember: Bounds | None = None) -> ReviewRequest:
-        """A reviewer's decision, once; Refusal if there is one, or if the
-        deadline has passed. `digest` is of what the reviewer read, where it
-        is known; `arguments` are those to run instead; with `remember` the
-        decision stands for the same call again."""
+        """Record a reviewer's decision; Refusal if there is one already, or if
+        the deadline has passed. `digest` is that of the call the reviewer read,
+        `arguments` are those to run instead, and with `remember` the decision
+        stands for the same call again."""
         request = self.undecided(request_id, digest)
         changed: dict[str, Any] = {}
         lapses_at = None
@@ -2530,8 +2525,8 @@ class Store:
         return request
 
     def undecided(self, request_id: str, digest: str | None) -> ReviewRequest:
-        """A request that a reviewer may decide, having read what has this
-        digest; Refusal."""
+        """A request that can be decided by somebody who read the call with
+        this digest; Refusal."""
         request = self.request(request_id)
         if not request.intact:
             raise refused("damaged", request)
@@ -2550,8 +2545,8 @@ class Store:
             request.deadline, instant(self.time + CLAIM_SECONDS))
 
     def withdraw(self, request_id: str, why: str, by: str) -> ReviewRequest:
-        """Nobody waits any more -> the request as it is now, which tells
-        whether a reviewer was faster."""
+        """Close a request that nobody waits for any more -> the request as it
+        is now, which tells whether a reviewer was faster."""
         request = self.request(request_id, by)
         if request.status != Status.WAITING:
             return request
@@ -2561,10 +2556,10 @@ class Store:
 
     def claim(self, request_id: str, digest: str, claim: str, by: str,
               handed_over: bool = False) -> ReviewRequest:
-        """Take an approved request for running: succeeds once, and again
-        for the same claim, whose reply may have been lost (promise 3).
-        `digest` is that of what will run; `handed_over` says that its end
-        will not be reported."""
+        """Take an approved request for running: succeeds once, and again for
+        the same claim, whose reply may have been lost (promise 3). `digest` is
+        that of the call that will run; `handed_over`: nobody will report how
+        it ended."""
         request = self.expire(self.request(request_id, by))
         self.check_not_stopped()
         if (request.approved_digest or request.digest) != digest:
@@ -2585,7 +2580,7 @@ class Store:
 
     def finish(self, request_id: str, claim: str, outcome: Outcome,
                text: str, by: str) -> ReviewRequest:
-        """Record what became of a claimed call; the same again is the same."""
+        """Record what became of a claimed call; to say it twice is no error."""
         request = self.request(request_id, by)
         if request.claim is None or request.claim != claim:
             raise refused("not-claimed", request)
@@ -2598,8 +2593,8 @@ class Store:
         return request
 
     def overdue(self) -> list[ReviewRequest]:
-        """For close_overdue(): what waits past its deadline, or at all after a
-        stop, and approvals that nobody claimed in time."""
+        """What close_overdue() is for: requests that wait past their deadline,
+        or at all after a stop, and approvals that nobody claimed in time."""
         waiting = ["WHERE status = 'waiting' AND deadline <= ? LIMIT ?", self.now]
         if self.stop_in_force:
             waiting = ["WHERE status = 'waiting' LIMIT ?"]
@@ -2615,8 +2610,8 @@ class Store:
         return request
 
     def expire(self, request: ReviewRequest) -> ReviewRequest:
-        """The request, closed if it is overdue: `expired`, or `lapsed` where
-        it was approved and nobody claimed it."""
+        """The request, closed if it is overdue: `expired` if nobody decided
+        it, `lapsed` if it was approved and nobody claimed it."""
         if request.status == Status.WAITING and (
                 request.deadline and request.deadline <= self.now):
             return self.move(request, Status.EXPIRED, "server", {},
@@ -2635,12 +2630,12 @@ class Store:
         neither side has edited since."""
         if self.stands_until <= self.now:       # the usual case costs nothing
             return None
-        return next(iter(standing_rows(
+        return next(standing_rows(
             self.db, f"WHERE {IN_FORCE} AND digest = ? AND checkpoint_id IS ? "
             "AND checkpoint_digest IS ? AND session = ? AND principal = ? AND "
             "desk_digest IS ? ORDER BY decision = 'approved', number", self.now,
             asked.digest, asked.checkpoint_id, asked.checkpoint_digest,
-            asked.session, asked.asked_by, self.desk_digest(asked))), None)
+            asked.session, asked.asked_by, self.desk_digest(asked)), None)
 
     def used(self, standing: Standing) -> int:
         """How many requests a standing decision has answered."""
@@ -2650,7 +2645,7 @@ class Store:
 
     def answer(self, request: ReviewRequest,
                standing: Standing) -> ReviewRequest:
-        """A waiting request, decided by a standing decision."""
+        """A waiting request, decided as a standing decision says."""
         approved = standing.decision == Status.APPROVED
         status = Status.APPROVED if approved else Status.REJECTED
         return self.move(
@@ -2661,7 +2656,7 @@ class Store:
             lapses_at=self.lapse_of(request) if approved else None)
 
     def let_stand(self, request: ReviewRequest, bounds: Bounds) -> Standing:
-        """A decision that was just made, standing for the same call again."""
+        """Let a decision that was just made stand for the same call again."""
         return self.keep("stands", Standing(
             0, request.status, request.decided_by or "", self.now,
             until=instant(self.time + bounds.seconds), uses=bounds.uses,
@@ -2674,13 +2669,12 @@ class Store:
 
     def stop(self, by: str, reason: str | None,
              signed_in: str | None = None) -> Standing:
-        """Everything is refused until this is lifted; a stop already in force
-        is returned."""
+        """Refuse everything until this is lifted; there is one stop at most."""
         return self.stop_in_force or self.keep("stopped", Standing(
             0, "stopped", by, self.now, reason=reason, signed_in=signed_in))
 
     def keep(self, event: str, standing: Standing) -> Standing:
-        """A new row of standing_decisions, with the next number."""
+        """Store a standing decision, with the next number."""
         number, = self.db.execute("SELECT 1 + coalesce(max(number), 0) FROM "
                                   "standing_decisions").fetchone()
         standing = standing._replace(number=number)
@@ -2690,36 +2684,36 @@ class Store:
 
     def lift(self, number: int | str, by: str) -> Standing:
         """End a standing decision; one that was lifted stays as it is."""
-        found = standing_rows(self.db, "WHERE number = ?", number)
-        if not found:
+        standing = next(standing_rows(self.db, "WHERE number = ?", number), None)
+        if standing is None:
             raise Refusal("unknown", f"there is no standing decision {number}",
                           "`python3 hitl.py standing` lists them")
-        if found[0].lifted_at:
-            return found[0]
+        if standing.lifted_at:
+            return standing
         self.db.execute("UPDATE standing_decisions SET lifted_at = ?, lifted_by "
                         "= ? WHERE number = ?", (self.now, by, number))
-        return self.said(found[0]._replace(lifted_at=self.now, lifted_by=by),
+        return self.said(standing._replace(lifted_at=self.now, lifted_by=by),
                          "lifted", by)
 
     def said(self, standing: Standing, event: str, actor: str) -> Standing:
-        """A standing decision that was made or lifted, now in the log."""
-        told = {name: getattr(standing, name) for name in (
-            "decision", "until", "uses", "request_id", "reason")}
+        """Log that a standing decision was made or lifted."""
+        names = ("decision", "until", "uses", "request_id", "reason")
         self.note(standing, event, actor, {
-            name: value for name, value in told.items() if value is not None})
+            name: value for name, value in standing._asdict().items()
+            if name in names and value is not None})
         self.reread_standing()
         return standing
 
     def standing(self) -> list[tuple[Standing, int]]:
-        """What is in force, the newest first, each with how often it was used."""
+        """What is in force, the newest first, and how often each was used."""
         return [(row, self.used(row)) for row in standing_rows(
             self.db, f"WHERE {IN_FORCE} ORDER BY number DESC LIMIT 500", self.now)]
 
     def check_not_stopped(self) -> None:
         """Refusal while a reviewer's stop is in force."""
-        if self.stop_in_force is None:
-            return
         stop = self.stop_in_force
+        if stop is None:
+            return
         why = f": {stop.reason}" if stop.reason else ""
         raise Refusal(
             "stopped", f"{stop.made_by.partition(':')[2]} stopped everything "
@@ -3038,7 +3032,7 @@ def create_database(path: Path) -> None:
             f"BEGIN; PRAGMA application_id = {APPLICATION_ID}; "
             f"PRAGMA user_version = {SCHEMA_VERSION}; {SCHEMA} COMMIT;")
     os.replace(fresh, path)
-    if os.name == "posix":      # the new name itself must be on disk
+    if os.name == "posix":      # the name too must be on disk; else not possible
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
