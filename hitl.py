@@ -8969,9 +8969,8 @@ def command_line() -> Any:
         prog="python3 hitl.py", formatter_class=plain,
         description="A person decides before an AI agent acts.",
         epilog="first: python3 hitl.py demo\n`COMMAND --help` has an example.")
-    parser.add_argument("--version", action="version", version=(
-        f"hitl.py {__version__} sha256 {file_sha256(Path(__file__))}"),
-        help="print version and SHA-256 of this file")
+    parser.add_argument("--version", help="print version and SHA-256 of this file",
+                        action="store_true")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for run, example, options in COMMAND_LINES:
         command = commands.add_parser(
@@ -9072,6 +9071,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         parser = command_line()
         args = parser.parse_args(words)
+        if args.version:
+            say(f"hitl.py {__version__} sha256 {file_sha256(Path(__file__))}")
+            return 0
         if args.command is None:
             parser.print_help()
             return 2

@@ -66,10 +66,11 @@ CACHE = tempfile.mkdtemp(prefix="hitl-tests-")      # bytecode: compiled once
 HITL = (sys.executable, "-I", "-W", "error", "-c", hitl.LOADER, CACHE, str(FILE))
 
 # ================================== Tools ==================================
-# A desk on a free port with a database of its own, a reviewer and an agent to
-# talk to it, a gate, a browser. Every process starts in start(): as `command`,
-# which waits for its end, as `Running`, which reads what it says meanwhile, as
-# `Served`, which is a desk that can be killed and started again.
+# A desk on a free port with a database of its own, a reviewer and an agent who
+# talk to it, a gate, a browser. What a person types runs in this process, by
+# `typed`. Every other process starts in start(): by `command`, which waits for
+# its end, as `Running`, which reads what it says meanwhile, or as `Served`, a
+# desk that can be killed and started again.
 
 RULES = """
 [gate]
@@ -156,7 +157,7 @@ class Desk:
                                      seconds=10).body
 
     def waiting(self, count: int = 1) -> list[dict]:
-        """What waits, once it is so many requests (or 10 s are over)."""
+        """What waits, once there are so many requests, or 10 s are over."""
         def enough():
             rows = self.reviewer().exchange("GET", "/pending",
                                             seconds=10).body["waiting"]
@@ -189,7 +190,7 @@ def four(request_id: str = "r-1") -> dict:
 
 
 def read_all(sock: socket.socket) -> bytes:
-    """All that a socket gives until it is closed, reset or silent."""
+    """All that a socket gives until it is closed or reset, or times out."""
     data = b""
     with contextlib.suppress(OSError):
         while part := sock.recv(1 << 16):
@@ -198,7 +199,7 @@ def read_all(sock: socket.socket) -> bytes:
 
 
 def until(test, seconds: float = 10.0):
-    """The first true value of test(), looked at again and again."""
+    """The first true value of test(), or its last one when the time is up."""
     end = time.monotonic() + seconds
     while not (value := test()):
         if time.monotonic() > end:
@@ -208,7 +209,7 @@ def until(test, seconds: float = 10.0):
 
 
 def in_background(function, *args, **how):
-    """Run in a thread -> a function that waits for it, and returns or raises."""
+    """Run in a thread -> a function that waits, and returns or raises as it did."""
     future = futures.ThreadPoolExecutor().submit(function, *args, **how)
 
     def result(seconds: float = 30.0):
@@ -294,7 +295,7 @@ class Running:
         return self.text.splitlines()
 
     def said(self, pattern: str, seconds: float = 10.0):
-        """The first line that matches, once it is there, or None."""
+        """The first line that matches, as soon as it is there; else None."""
         return until(lambda: re.search(f"^{pattern}$", self.text, re.M),
                      seconds)
 
@@ -346,8 +347,8 @@ class Served(Running):
 
 @pytest.fixture(autouse=True, scope="session")
 def clean_environment(tmp_path_factory):
-    """What is set for hitl.py is not for its tests: they set what they
-    mean; and they talk to this machine alone, without a proxy."""
+    """No test sees the variables that are set for hitl.py outside, or a proxy:
+    tests set what they need, and talk to this machine alone."""
     for name in list(os.environ):
         if re.search("(?i)^HITL_|_proxy$", name):
             del os.environ[name]
@@ -1497,15 +1498,14 @@ def test_check_alone_lints_the_file_and_the_installation(desk):
         f"hitl: hint: chmod go-w {path}\n"))
 
 
-def test_init_writes_four_rules_and_never_overwrites(tmp_path):
+def test_init_writes_four_rules_and_never_overwrites(tmp_path, monkeypatch):
     """`init` writes beside hitl.py: the shipped file, which has the mission's
     three, and a rule for money; what is there stays, a broken link too."""
     tool, path = tmp_path / "tool", tmp_path / "tool" / "checkpoints.toml"
     tool.mkdir()
-    shutil.copy(FILE, tool)
-    wrote = command("init", folder=tmp_path,
-                    argv=(sys.executable, str(tool / "hitl.py")))
-    assert wrote.stdout == f"wrote {path}; next: python3 hitl.py serve\n"
+    monkeypatch.setattr(hitl, "__file__", str(tool / "hitl.py"))
+    assert typed(tmp_path, "init") == (
+        0, f"wrote {path}; next: python3 hitl.py serve\n", "")
     shipped = (HERE / "checkpoints.toml").read_text()
     assert path.read_text().replace(hitl.MONEY, "") == shipped
     rules = hitl.load_configuration(path)
