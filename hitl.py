@@ -1649,12 +1649,6 @@ sign_value = check_that('"whsec_" and base64: `openssl rand -base64 32` makes so
                         lambda v: re.fullmatch(SIGNING_KEY, v), str)
 
 
-def is_header(field: tuple[str, Any]) -> bool:
-    name, text = field
-    return (re.fullmatch("[A-Za-z0-9_-]+", name) is not None
-            and isinstance(text, str) and text.isprintable())
-
-
 def body_value(value: Any) -> Any:
     """A table, or the same as JSON text: TOML wants an inline table on one
     line."""
@@ -1753,8 +1747,10 @@ KEYS: dict[str, dict[str, tuple[Check, Any]]] = {
     "notify": {
         "name": (name_value, REQUIRED),
         "url": (notice_url_value, None),
-        "headers": (check_that('like { Authorization = "Bearer ${TOKEN}" }',
-                               lambda v: all(map(is_header, v.items())), dict), None),
+        "headers": (check_that(
+            'like { Authorization = "Bearer ${TOKEN}" }',
+            lambda v: all(re.fullmatch("[A-Za-z0-9_-]+", name) and type(text) is str
+                          for name, text in v.items()), dict), None),
         "body": (body_value, None),
         "sign": (text_value, None),
         "smtp": (smtp_value, None),

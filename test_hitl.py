@@ -3146,6 +3146,7 @@ TLS = {"smtp": "tls://m", "from": "a@b", "to": ["a@b"]}
         (HTTPS | {"body": {"a": "{details}"}}, "set details = true"),
         (HTTPS | {"headers": {"a": "${A-B}"}}, "write ${NAME}"),
         (HTTPS | {"headers": {"a b": "c"}}, "Authorization"),
+        (HTTPS | {"headers": {"a": 7}}, "Authorization"),
         (HTTPS | {"to": ["a@b"]}, "to: needs smtp in the same entry"),
         (HTTPS | {"after_seconds": -1}, "0 to 604800"),
         (HTTPS | {"category": ["bad"]}, "a list of high-impact"),
