@@ -769,10 +769,8 @@ def test_a_call_and_its_figures_are_put_into_words():
         assert hitl.one_line(text) == line
 
 
-# =============================== Checkpoints ===============================
-# A rule that is silently not there is a door left open: whatever is wrong
-# with the file is a ConfigError in full sentences; and whatever a call is
-# called, a rule that means it finds it.
+# ================================ Matching =================================
+# Whatever a call is called, a rule that means it finds it.
 
 def rule(checkpoint_id: str = '"a"', **keys: str) -> str:
     """A [[checkpoint]]; values are TOML, "" leaves a required one out."""
@@ -781,174 +779,6 @@ def rule(checkpoint_id: str = '"a"', **keys: str) -> str:
     return "[[checkpoint]]\n" + "".join(
         f"{key} = {value}\n" for key, value in keys.items() if value)
 
-
-FIRST = 'checkpoint 1 "a": '
-WRONG_FILES = [     # text before a rule, place in the message, its cure
-    ("[gate]\n[gate]\n", "not valid TOML: Cannot declare", "at line 2"),
-    ("[checkpoint]\n#", '"checkpoint" is not written', "[[checkpoint]]?"),
-    ("notify = [1]\n", '"notify" is not written', "[[notify]]?"),
-    ("[[checkpoints]]\n", "unknown key", "mean [[checkpoint]]?"),
-    ("[[gate]]\n", '"gate" is not written [gate]', "did you mean [gate]?"),
-    ("[rules]\n", 'unknown key "rules"', "known: [gate], [server]"),
-    ("poll_seconds = 3\n", 'unknown key "poll_seconds"',
-     "put poll_seconds under [gate]"),
-    ("[server]\nunmatched = 3\n", '[server]: unknown key "unmatched"',
-     "put unmatched under [gate]"),
-    ("[gate]\npoll_seconds = 61\n", "[gate]: poll_seconds", "60"),
-    ('[gate]\nunmatched = "Review"\n', "[gate]: unmatched", "mean review?"),
-    *((f'[gate]\nserver_url = "{url}"\n', "[gate]: server_url",
-       'must be like "http://127.0.0.1:8765", no path')
-      for url in ("localhost", "http://h:99999", "http://h/x")),
-    ("[server]\nport = 70000\n", "[server]: port", "0 to 65535"),
-    ("[[reviewer]]\n", 'reviewer 1: "name" is missing', 'add name = "..."'),
-    ('[[reviewer]]\nname = "a:b"\n', 'reviewer 1 "a:b": name', "a colon"),
-    ('[[reviewer]]\nname = "ana"\ntoken_sha256 = "x"\n', 'reviewer 1 "ana": '
-     "token_sha256", "`python3 hitl.py token NAME` prints one"),
-    (rule(), 'checkpoint_id "a" appears twice', "give each its own"),
-    (rule('"a b"'), 'checkpoint 1 "a b": checkpoint_id', "letters, digits"),
-    *((rule(f'"{ours}"'), f'checkpoint 1 "{ours}": checkpoint_id',
-       "one of ours") for ours in ("unmatched", "odd-name")),
-    (rule(action_pattern=""), FIRST + '"action_pattern" is missing',
-     'add action_pattern = "..."'),
-    *((rule(**{key: value}), FIRST + key, cure) for key, values, cure in (
-        ("action_pattern", ['""', "1"], "a regular expression in quotes"),
-        ("action_pattern", [r'"\bpay"', r'"pay\n"', r'"\u200bpay"'],
-         "write the pattern in 'single quotes'"),
-        ("action_pattern", ['"("'], "unterminated subpattern at position 0"),
-        ("action_pattern", ["'[[a]'", "'" + "(" * 3000 + ")" * 3000 + "'"],
-         "is not a regular expression: "),
-        ("arguments", ['"x"', "{}"], 'like { table = "users|orders" }'),
-        ("arguments", ["{ table = '(' }"], "of table: is not a regular"),
-        ("arguments", ["{ a.b = 'x' }"], "of a: must be a regular"),
-        ("category", ['"destructiv"'], "did you mean destructive?"),
-        ("effect", ['"refuse"'], "one of allow, review, deny"),
-        ("timeout_seconds", ["0", "nan", "-inf", "true", '"30"', "9" * 400],
-         "a number of seconds above 0"),
-        ("description_template", ['" "', "7"], "in quotes, and not empty"),
-        ("description_template", [f'"{bad}"' for bad in (
-            "{", "}", "{0}", "{}", "{a!r}", "{a:>9}", "{a[0]}", "{a.}")],
-         "is not the name of an argument: write {tool} or {argument}"))
-      for value in values),
-    *((rule(**{key: '"review"'}), f'{FIRST}unknown key "{key}"', cure)
-      for key, cure in (("unmatched", "put unmatched under [gate]"),
-                        ("action_patern", "did you mean action_pattern?"),
-                        ("colour", "known: checkpoint_id, action_")))]
-
-
-@pytest.mark.parametrize("text, place, cure", WRONG_FILES, ids=rules_id)
-def test_a_wrong_file_says_file_place_and_cure(tmp_path, make_rules, text,
-                                               place, cure):
-    """Whatever is wrong in checkpoints.toml is a ConfigError that names
-    file, checkpoint, key and cure."""
-    with pytest.raises(hitl.ConfigError) as error:
-        make_rules(text + rule())
-    assert str(error.value).startswith(
-        f"{tmp_path / 'checkpoints.toml'}: {place}")
-    assert cure in str(error.value)
-
-
-def test_a_file_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
-    """A missing file, a folder, a binary file: ConfigError, for a Gate too;
-    never "no checkpoints". Where there is one beside hitl.py, the error names
-    it and does not propose `init`: a new file would gate less."""
-    path = tmp_path / "checkpoints.toml"
-    (tool := tmp_path / "tool").mkdir()
-    monkeypatch.setattr(hitl, "__file__", str(tool / "hitl.py"))
-    for load in (hitl.load_configuration, hitl.Gate):
-        with pytest.raises(hitl.ConfigError, match="`python3 hitl.py init` "):
-            load(path)
-    (tool / "checkpoints.toml").write_text(rule())
-    for load in (hitl.load_configuration, hitl.Gate):
-        with pytest.raises(hitl.ConfigError) as error:
-            load(path)
-        assert str(error.value) == (
-            f"{path}: no such file (there is one beside hitl.py: "
-            f"{tool / 'checkpoints.toml'}; name that one)")
-    with pytest.raises(hitl.ConfigError, match="Is a directory|denied"):
-        hitl.load_configuration(tmp_path)
-    whole = hitl.first_rules().encode()
-    for data, says in (
-            *((bad, "not valid TOML: ") for bad in (
-                b"\xff\xfe", hitl.first_rules().encode("utf-16"), b"\0", b"a\xe9",
-                b"a = " + b"[" * 9999, b"a = " + b"9" * 5000)),
-            *((bad, r"no \[\[checkpoint.*init` writes an example") for bad in (
-                b"", b"# nothing\n[gate]\n", b"checkpoint = []"))):
-        path.write_bytes(data)
-        with pytest.raises(hitl.ConfigError, match=says):
-            hitl.load_configuration(path)
-    path.write_bytes(b"\xef\xbb\xbf" + whole)               # Notepad's BOM
-    assert len(hitl.load_configuration(path).rules.checkpoints) == 4
-
-
-@pytest.mark.parametrize("glob, name", [
-    ("*_prod", "db_prod"), ("*prod*", "my_product"), ("?elete", "delete"),
-    ("*.delete", "db.delete"), ("*", "other")])
-def test_the_regex_that_a_glob_is_told_to_become_works(make_rules, glob, name):
-    """A pattern that only makes sense as a glob is refused with the regex to
-    write instead: written as it is told, it catches what the glob meant."""
-    with pytest.raises(hitl.ConfigError) as error:
-        make_rules(rule(action_pattern=f'"{glob}"'))
-    told = error.value.message.rpartition("write ")[2]
-    rules = make_rules(rule(action_pattern=told))
-    assert rules.first_match(name, {}).effect == "review"
-    assert (rules.first_match("other", {}).effect == "review") == (glob == "*")
-
-
-def test_a_damaged_file_never_loses_a_rule_silently(make_rules):
-    """A half-written file, or one with a line dropped or doubled, is refused
-    or holds what it still names; it never has no checkpoints."""
-    def holds(text: str) -> int:
-        """How many checkpoints still hold; 0 where the file is refused."""
-        with contextlib.suppress(hitl.ConfigError):
-            rules = make_rules(text)
-            count = len(rules.checkpoints)
-            assert 1 <= count == text.count("\n[[checkpoint]]")
-            assert all(rules.first_match(tool, {}).effect == "review" for tool
-                       in ("deploy_x", "send_x", "delete_x", "pay_x")[:count])
-            return count
-        return 0
-
-    text, step = hitl.first_rules(), 1 if LONG else 37
-    cuts = {*range(0, len(text), step), *(
-        found.end() for found in re.finditer("\n", text))}
-    taken = [n for n in (holds(text[:cut]) for cut in sorted(cuts)) if n]
-    assert set(taken) == {1, 2, 3, 4} and taken == sorted(taken)
-    lines = [line for line in text.splitlines(True) if line[0] not in "#\n"]
-    changed = [holds("".join(lines[:n] + again + lines[n + 1:]))
-               for n, line in enumerate(lines) for again in ([], [line] * 2)]
-    assert set(changed) == {0, 4} and changed.count(0) >= 20
-
-
-def test_where_the_file_is_found(tmp_path, monkeypatch):
-    """--config, HITL_CONFIG, ./checkpoints.toml, the one beside hitl.py;
-    never further up, and a broken link or a wrong path is not passed over."""
-    (beside := tmp_path / "tool").mkdir()
-    (here := tmp_path / "a").mkdir()
-    monkeypatch.setattr(hitl, "__file__", str(beside / "hitl.py"))
-    monkeypatch.chdir(here)
-    (tmp_path / "checkpoints.toml").write_text(rule())
-    with pytest.raises(hitl.ConfigError) as error:
-        hitl.find_configuration()
-    assert str(error.value).startswith(
-        f"no checkpoints.toml in {here} or {beside}")
-    (beside / "checkpoints.toml").write_text(rule())
-    assert hitl.find_configuration() == beside / "checkpoints.toml"
-    (here / "checkpoints.toml").symlink_to("gone")
-    assert hitl.find_configuration() == here / "checkpoints.toml"
-    monkeypatch.setenv("HITL_CONFIG", "env.toml")
-    assert hitl.find_configuration() == here / "env.toml"
-    assert hitl.find_configuration("flag.toml") == here / "flag.toml"
-    monkeypatch.delenv("HITL_CONFIG")
-    assert hitl.find_configuration(local=False) == beside / "checkpoints.toml"
-    (gone := tmp_path / "gone").mkdir()
-    monkeypatch.chdir(gone)
-    gone.rmdir()
-    for config in (None, "checkpoints.toml"):
-        with pytest.raises(hitl.ConfigError, match="working directory does not"):
-            hitl.Gate(config)
-
-
-# ---- matching ----
 
 def test_the_first_checkpoint_that_matches_decides(make_rules):
     """Checkpoints are tried in file order, the first that matches decides;
@@ -1436,6 +1266,176 @@ def test_a_template_takes_names_and_never_fails(make_rules, template, text):
     checkpoint = make_rules(rule(
         description_template=f'"{template}"')).checkpoints[0]
     assert hitl.describe(checkpoint, "t", arguments) == text
+
+
+# ============================== Configuration ==============================
+# A rule that is silently not there is a door left open: whatever is wrong with
+# the file is a ConfigError in full sentences.
+
+FIRST = 'checkpoint 1 "a": '
+WRONG_FILES = [     # text before a rule, place in the message, its cure
+    ("[gate]\n[gate]\n", "not valid TOML: Cannot declare", "at line 2"),
+    ("[checkpoint]\n#", '"checkpoint" is not written', "[[checkpoint]]?"),
+    ("notify = [1]\n", '"notify" is not written', "[[notify]]?"),
+    ("[[checkpoints]]\n", "unknown key", "mean [[checkpoint]]?"),
+    ("[[gate]]\n", '"gate" is not written [gate]', "did you mean [gate]?"),
+    ("[rules]\n", 'unknown key "rules"', "known: [gate], [server]"),
+    ("poll_seconds = 3\n", 'unknown key "poll_seconds"',
+     "put poll_seconds under [gate]"),
+    ("[server]\nunmatched = 3\n", '[server]: unknown key "unmatched"',
+     "put unmatched under [gate]"),
+    ("[gate]\npoll_seconds = 61\n", "[gate]: poll_seconds", "60"),
+    ('[gate]\nunmatched = "Review"\n', "[gate]: unmatched", "mean review?"),
+    *((f'[gate]\nserver_url = "{url}"\n', "[gate]: server_url",
+       'must be like "http://127.0.0.1:8765", no path')
+      for url in ("localhost", "http://h:99999", "http://h/x")),
+    ("[server]\nport = 70000\n", "[server]: port", "0 to 65535"),
+    ("[[reviewer]]\n", 'reviewer 1: "name" is missing', 'add name = "..."'),
+    ('[[reviewer]]\nname = "a:b"\n', 'reviewer 1 "a:b": name', "a colon"),
+    ('[[reviewer]]\nname = "ana"\ntoken_sha256 = "x"\n', 'reviewer 1 "ana": '
+     "token_sha256", "`python3 hitl.py token NAME` prints one"),
+    (rule(), 'checkpoint_id "a" appears twice', "give each its own"),
+    (rule('"a b"'), 'checkpoint 1 "a b": checkpoint_id', "letters, digits"),
+    *((rule(f'"{ours}"'), f'checkpoint 1 "{ours}": checkpoint_id',
+       "one of ours") for ours in ("unmatched", "odd-name")),
+    (rule(action_pattern=""), FIRST + '"action_pattern" is missing',
+     'add action_pattern = "..."'),
+    *((rule(**{key: value}), FIRST + key, cure) for key, values, cure in (
+        ("action_pattern", ['""', "1"], "a regular expression in quotes"),
+        ("action_pattern", [r'"\bpay"', r'"pay\n"', r'"\u200bpay"'],
+         "write the pattern in 'single quotes'"),
+        ("action_pattern", ['"("'], "unterminated subpattern at position 0"),
+        ("action_pattern", ["'[[a]'", "'" + "(" * 3000 + ")" * 3000 + "'"],
+         "is not a regular expression: "),
+        ("arguments", ['"x"', "{}"], 'like { table = "users|orders" }'),
+        ("arguments", ["{ table = '(' }"], "of table: is not a regular"),
+        ("arguments", ["{ a.b = 'x' }"], "of a: must be a regular"),
+        ("category", ['"destructiv"'], "did you mean destructive?"),
+        ("effect", ['"refuse"'], "one of allow, review, deny"),
+        ("timeout_seconds", ["0", "nan", "-inf", "true", '"30"', "9" * 400],
+         "a number of seconds above 0"),
+        ("description_template", ['" "', "7"], "in quotes, and not empty"),
+        ("description_template", [f'"{bad}"' for bad in (
+            "{", "}", "{0}", "{}", "{a!r}", "{a:>9}", "{a[0]}", "{a.}")],
+         "is not the name of an argument: write {tool} or {argument}"))
+      for value in values),
+    *((rule(**{key: '"review"'}), f'{FIRST}unknown key "{key}"', cure)
+      for key, cure in (("unmatched", "put unmatched under [gate]"),
+                        ("action_patern", "did you mean action_pattern?"),
+                        ("colour", "known: checkpoint_id, action_")))]
+
+
+@pytest.mark.parametrize("text, place, cure", WRONG_FILES, ids=rules_id)
+def test_a_wrong_file_says_file_place_and_cure(tmp_path, make_rules, text,
+                                               place, cure):
+    """Whatever is wrong in checkpoints.toml is a ConfigError that names
+    file, checkpoint, key and cure."""
+    with pytest.raises(hitl.ConfigError) as error:
+        make_rules(text + rule())
+    assert str(error.value).startswith(
+        f"{tmp_path / 'checkpoints.toml'}: {place}")
+    assert cure in str(error.value)
+
+
+def test_a_file_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    """A missing file, a folder, a binary file: ConfigError, for a Gate too;
+    never "no checkpoints". Where there is one beside hitl.py, the error names
+    it and does not propose `init`: a new file would gate less."""
+    path = tmp_path / "checkpoints.toml"
+    (tool := tmp_path / "tool").mkdir()
+    monkeypatch.setattr(hitl, "__file__", str(tool / "hitl.py"))
+    for load in (hitl.load_configuration, hitl.Gate):
+        with pytest.raises(hitl.ConfigError, match="`python3 hitl.py init` "):
+            load(path)
+    (tool / "checkpoints.toml").write_text(rule())
+    for load in (hitl.load_configuration, hitl.Gate):
+        with pytest.raises(hitl.ConfigError) as error:
+            load(path)
+        assert str(error.value) == (
+            f"{path}: no such file (there is one beside hitl.py: "
+            f"{tool / 'checkpoints.toml'}; name that one)")
+    with pytest.raises(hitl.ConfigError, match="Is a directory|denied"):
+        hitl.load_configuration(tmp_path)
+    whole = hitl.first_rules().encode()
+    for data, says in (
+            *((bad, "not valid TOML: ") for bad in (
+                b"\xff\xfe", hitl.first_rules().encode("utf-16"), b"\0", b"a\xe9",
+                b"a = " + b"[" * 9999, b"a = " + b"9" * 5000)),
+            *((bad, r"no \[\[checkpoint.*init` writes an example") for bad in (
+                b"", b"# nothing\n[gate]\n", b"checkpoint = []"))):
+        path.write_bytes(data)
+        with pytest.raises(hitl.ConfigError, match=says):
+            hitl.load_configuration(path)
+    path.write_bytes(b"\xef\xbb\xbf" + whole)               # Notepad's BOM
+    assert len(hitl.load_configuration(path).rules.checkpoints) == 4
+
+
+@pytest.mark.parametrize("glob, name", [
+    ("*_prod", "db_prod"), ("*prod*", "my_product"), ("?elete", "delete"),
+    ("*.delete", "db.delete"), ("*", "other")])
+def test_the_regex_that_a_glob_is_told_to_become_works(make_rules, glob, name):
+    """A pattern that only makes sense as a glob is refused with the regex to
+    write instead: written as it is told, it catches what the glob meant."""
+    with pytest.raises(hitl.ConfigError) as error:
+        make_rules(rule(action_pattern=f'"{glob}"'))
+    told = error.value.message.rpartition("write ")[2]
+    rules = make_rules(rule(action_pattern=told))
+    assert rules.first_match(name, {}).effect == "review"
+    assert (rules.first_match("other", {}).effect == "review") == (glob == "*")
+
+
+def test_a_damaged_file_never_loses_a_rule_silently(make_rules):
+    """A half-written file, or one with a line dropped or doubled, is refused
+    or holds what it still names; it never has no checkpoints."""
+    def holds(text: str) -> int:
+        """How many checkpoints still hold; 0 where the file is refused."""
+        with contextlib.suppress(hitl.ConfigError):
+            rules = make_rules(text)
+            count = len(rules.checkpoints)
+            assert 1 <= count == text.count("\n[[checkpoint]]")
+            assert all(rules.first_match(tool, {}).effect == "review" for tool
+                       in ("deploy_x", "send_x", "delete_x", "pay_x")[:count])
+            return count
+        return 0
+
+    text, step = hitl.first_rules(), 1 if LONG else 37
+    cuts = {*range(0, len(text), step), *(
+        found.end() for found in re.finditer("\n", text))}
+    taken = [n for n in (holds(text[:cut]) for cut in sorted(cuts)) if n]
+    assert set(taken) == {1, 2, 3, 4} and taken == sorted(taken)
+    lines = [line for line in text.splitlines(True) if line[0] not in "#\n"]
+    changed = [holds("".join(lines[:n] + again + lines[n + 1:]))
+               for n, line in enumerate(lines) for again in ([], [line] * 2)]
+    assert set(changed) == {0, 4} and changed.count(0) >= 20
+
+
+def test_where_the_file_is_found(tmp_path, monkeypatch):
+    """--config, HITL_CONFIG, ./checkpoints.toml, the one beside hitl.py;
+    never further up, and a broken link or a wrong path is not passed over."""
+    (beside := tmp_path / "tool").mkdir()
+    (here := tmp_path / "a").mkdir()
+    monkeypatch.setattr(hitl, "__file__", str(beside / "hitl.py"))
+    monkeypatch.chdir(here)
+    (tmp_path / "checkpoints.toml").write_text(rule())
+    with pytest.raises(hitl.ConfigError) as error:
+        hitl.find_configuration()
+    assert str(error.value).startswith(
+        f"no checkpoints.toml in {here} or {beside}")
+    (beside / "checkpoints.toml").write_text(rule())
+    assert hitl.find_configuration() == beside / "checkpoints.toml"
+    (here / "checkpoints.toml").symlink_to("gone")
+    assert hitl.find_configuration() == here / "checkpoints.toml"
+    monkeypatch.setenv("HITL_CONFIG", "env.toml")
+    assert hitl.find_configuration() == here / "env.toml"
+    assert hitl.find_configuration("flag.toml") == here / "flag.toml"
+    monkeypatch.delenv("HITL_CONFIG")
+    assert hitl.find_configuration(local=False) == beside / "checkpoints.toml"
+    (gone := tmp_path / "gone").mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    for config in (None, "checkpoints.toml"):
+        with pytest.raises(hitl.ConfigError, match="working directory does not"):
+            hitl.Gate(config)
 
 
 # ---- `check` and `init` ----
