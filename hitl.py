@@ -576,7 +576,7 @@ JSON_STARTS = ("{", "[", '"', " ", "\t", "\r", "\n")
 def objects_in(value: Any, quoted: bool = False) -> Iterator[Mapping[str, Any]]:
     """Every object in a JSON value, the outer ones first: inside objects and
     lists and, if `quoted`, inside texts that are JSON. ValueError where they
-    are nested too deep, or too many to look through."""
+    are nested too deep, or there are too many to look through."""
     level, count = [value], 0
     for _ in range(MAX_DEPTH):
         below: list[Any] = []
@@ -659,7 +659,9 @@ IN_LINES = regex("[^ -~\n]+|\n{9,}| {9,}")
 SHAPELESS = regex(         # printable to Python, yet nothing is drawn
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f"
     "\uffa0\U00016fe4\U0001bc9d\U0001bc9e\U0001d159\U000e0100-\U000e01ef]")
-PARTS = regex(r"(\n){9,}|( ){9,}|\n|a+|((?:bm{0,4})+)|[cm]+")
+PARTS = regex(                  # of a run, spelled by the kinds of its characters
+    r"(?P<breaks>\n{9,})|(?P<spaces> {9,})|(?P<plain>a+)|(?P<word>(?:bm{0,4})+)"
+    r"|[cm]+|\n")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -686,17 +688,18 @@ def kind_of(c: str) -> str:
 
 @functools.lru_cache(maxsize=256)       # words recur
 def shown(text: str) -> str:
-    """What is not plain ASCII, as visible() shows it."""
+    """A run of what is not plain ASCII, as visible() shows it."""
     told = ""
     for part in PARTS.finditer("".join(map(kind_of, text))):
         own = text[part.start():part.end()]
-        if part[0][0] == "a":
+        if part["plain"]:
             told += own
-        elif part[3]:
+        elif part["word"]:
             told += f"\u27e6{own}\u27e7"
-        elif part[1] or part[2]:
-            name = "line break" if part[1] else "space"
-            told += f"\u27e6{name} x{len(own)}\u27e7"
+        elif part["breaks"]:
+            told += f"\u27e6line break x{len(own)}\u27e7"
+        elif part["spaces"]:
+            told += f"\u27e6space x{len(own)}\u27e7"
         else:
             told += "".join(f"\u27e6U+{ord(c):04X}\u27e7" for c in own)
     return told
@@ -834,7 +837,7 @@ def views(text: str) -> Iterator[str]:
     a prefix that hides the name from `^` or `\\b`."""
     yield text
     clean = "".join(c for c in printed(text) if unicodedata.category(c)[0] != "M")
-    last = next(filter(None, re.split(r"__|[./:]", clean)[::-1]), clean)
+    last = next(filter(None, reversed(re.split(r"__|[./:]", clean))), clean)
     plain = unicodedata.normalize("NFKC", text)
     for view in dict.fromkeys((
             plain, clean, clean.casefold(), last, last.casefold())):
@@ -1022,6 +1025,7 @@ PATHS = frozenset(
     "sourcepath target destination destinationpath dest oldpath newpath src "
     "dst".split())
 PATCHES = frozenset("patch patchtext diff input command changes edits".split())
+# where a word begins in runCommand
 HUMP = regex("(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 PATCH_PATH = regex(
     r"^[ \t]*(?:\*\*\* (?:\w+ File|Move to): |--- |\+\+\+ |"
@@ -1044,7 +1048,7 @@ PLAIN_WORD = regex("[A-Za-z0-9_./:=@%+,-]+")
 TOKEN = regex(r"""
     (?P<redirection> (?: 2>&1 | 2?>/dev/null ) (?= [ ;|&\n] | \Z ) )
   | (?P<word> (?: [A-Za-z0-9_./:=@%+,-] | '[^'\\!\n]*' | "[^"$`\\!\n]*" )+ )
-  | (?P<joint> && | \|\| | [|;\n] )
+  | (?P<separator> && | \|\| | [|;\n] )
   | (?P<blank> [ ]+ )""", re.VERBOSE)
 
 
@@ -1070,11 +1074,11 @@ def simple_commands(text: Any) -> list[str]:
     while at < len(text):
         token = TOKEN.match(text, at)
         if not token or {last, token.lastgroup} <= {"word", "redirection"}:
-            return []                   # a word ends at a blank or a joint
+            return []                   # a word ends at a blank or separator
         at, last = token.end(), str(token.lastgroup)
         if last == "word":
             commands[-1].append(token[0])
-        elif last == "joint":
+        elif last == "separator":
             commands.append([])
     return [" ".join(words) for words in commands] if all(commands) else []
 
@@ -1101,7 +1105,7 @@ class Call:
     def inner(self) -> Iterator[Call]:
         """The calls that a dispatcher's arguments name (Cline's use_mcp_tool):
         a tool beside its arguments, or by itself under a name that means
-        nothing else; ValueError where they are too many to look at."""
+        nothing else; ValueError where there are too many to look at."""
         count = 0
         for members in objects_in(self.arguments, quoted=True):
             keyed = [(bare_name(name), value) for name, value in members.items()]
@@ -1179,8 +1183,8 @@ class Call:
 
     def plain(self, kind: str) -> list[str]:
         """Every simple command, or every path, of a call that says nothing
-        else; empty where anything is in doubt, where the tool may not be the
-        agent's own, and on Windows: no rule opens that."""
+        else. Empty, so that no rule opens it, where anything is in doubt, where
+        the tool may not be the agent's own, and on Windows."""
         texts = self.texts(kind)
         if not texts or None in texts:
             return []
@@ -1410,7 +1414,7 @@ class Rules(NamedTuple):
 
     def named(self, checkpoint_id: str) -> Checkpoint:
         """The checkpoint of this id, ConfigError if there is none;
-        "unmatched" is the one that holds what no other names."""
+        "unmatched" is the one for what no other matches."""
         ids = {c.checkpoint_id: c for c in self.checkpoints}
         ids.setdefault("unmatched", Checkpoint("unmatched", "", ""))
         if checkpoint_id not in ids:

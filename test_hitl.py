@@ -802,6 +802,8 @@ def test_the_first_checkpoint_that_matches_decides(make_rules):
         match = rules.first_match(tool, {"table": table, "sql": "; DROP\nx"})
         assert [match.effect, match.checkpoint.checkpoint_id] == decided
     assert rules.first_match("put", {"table": "prod", "sql": ""}).effect == "allow"
+    holding = rules.all_holding("call", {"tool_name": "delete_tmp", "table": "users"})
+    assert [c.checkpoint_id for c in holding] == ["users", "rest"]
 
 
 @pytest.mark.parametrize("names, odd", [
@@ -1134,7 +1136,7 @@ def allow_rules(make_rules):
 def test_an_allow_list_opens_for_plain_texts_only(allow_rules, monkeypatch):
     """Of a shell text every simple command must match to the letter, and
     what a shell could read as more than words, quotes without escapes and
-    joints opens nothing; on Windows nothing does."""
+    separators opens nothing; on Windows nothing does."""
     for text in OPENS:
         match = allow_rules.first_match("Bash", {"command": text})
         assert match.effect == "allow", text
