@@ -5873,16 +5873,14 @@ class Client:
         import http.client
         import urllib.request
         kind: Any = http.client.HTTPConnection
-        trust: dict[str, Any] = {}
         if self.server_url.startswith("https:"):
             import ssl
-            kind = http.client.HTTPSConnection
             try:
-                trust["context"] = ssl.create_default_context(
-                    cafile=self.tls_ca or None)
+                trust = ssl.create_default_context(cafile=self.tls_ca or None)
             except (OSError, ValueError) as error:
                 raise ConfigError(f"[gate] tls_ca: {self.tls_ca}: {error}",
                                   "name a PEM file of certificates") from None
+            kind = functools.partial(http.client.HTTPSConnection, context=trust)
 
         def connection(host: str, **how: Any) -> Any:
             made = kind(host, **how)
@@ -5894,7 +5892,7 @@ class Client:
             https_request = urllib.request.HTTPHandler.http_request
 
             def http_open(self, request: Any) -> Any:
-                return self.do_open(connection, request, **trust)
+                return self.do_open(connection, request)
             https_open = http_open
         made = urllib.request.OpenerDirector()
         made.add_handler(Handler())
