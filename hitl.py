@@ -6036,9 +6036,10 @@ def snapshot(value: Any, own: str) -> Any:
 # A name of a secret, in any joining (DB_PASS, dbPass, X-Api-Key); a number
 # after `tokens` counts them.
 SHORT_NAME = (r"(?:(?<![a-z])|(?-i:(?<=[a-z])(?=[A-Z])))"
-              r"(?:pass|pwd|pw|auth|pin|otp|creds?|sid|connect\.sid)(?![a-z])")
+              r"(?:pass|pwd|pw|auth|pin|otp|psk|creds?|sid|connect\.sid)(?![a-z])")
 NAME = (
-    r"(?:passw|pass[ _-]?phrase|passcode|secret(?!ar)|credential|cookie|jwt"
+    r"(?:passw|pass[ _-]?phrase|passcode|(?:key|store)pass|secret(?!ar)"
+    r"|credential|cookie|jwt"
     r"|token(?!\w{0,20}\W{1,4}\d{1,9}(?![\w.-]))|mnemonic|seed[ _-]?phrase"
     r"|authorization|bearer|session[_-]?id"
     r"|(?:verification|security|access|recovery|backup)[ _-]?code"
@@ -6082,7 +6083,7 @@ SHAPES = r"""
     |(?:verification|security) code)(?: (?:for|of) \S{1,60})?[ ]
     (?:(?:is|was|to|now|be|as|set|called|changed|reset|->) ){1,3})
     (?:{QUOTED}|(?=\S{0,60}?(?:\d|(?-i:[a-z][A-Z])|\w[!#$%&*+/@^~]\w))\S++)
-((?:passw\w{0,6}|passphrase|pwd?) (?=\S{0,40}\d)(?=\S{0,40}[a-z])(?=\S{8})
+((?:passw\w{0,6}|passphrase|pwd?|identified by) (?=\S{0,40}\d)(?=\S{0,40}[a-z])(?=\S{8})
     |\blogin \S{1,80}\s{1,8}password\s{1,8})\S++
 
 # what a command is given; lines of .pgpass and of a file of passwords
@@ -6107,7 +6108,7 @@ SHAPES = r"""
     |(?:AIza|LTAI|AKID|AT[AC]TT3|ATBB)[\w-]{12}|eyJ[\w-]{8}
     |SK[0-9a-f]{32}|1//0[\w-]{20}|\d{8,10}:[\w-]{30}
     |[MNO][\w-]{23}\.[\w-]{6}\.[\w-]{20}
-    |(?:ya29|SG|hv[bsr]|s|sl|dt0c01|dp\.[a-z]{2,5})\.[\w-]{16}
+    |(?:ya29|SG|hv[bsr]|s|sl|dt0c01|dp\.[a-z]{2,5}|pat\w{14})\.[\w-]{16}
     |(?:sk|pk|rk|gh[a-z]|gl[a-z]{2,5}|xox[a-z]|xapp|pypi)[-_][\w-]{8}
     |[A-Za-z][A-Za-z0-9]{1,9}(?:[-_][A-Za-z0-9]{1,8}){0,2}[-_](?=[A-Za-z0-9]{16})
     (?:(?:\d+[A-Za-z]+){2}|(?:[A-Za-z]+\d+){2}))[\w.+/=-]*+)

@@ -6042,7 +6042,7 @@ TOKENS = """sk-# sk_live_# sk-ant-# ghp_# ghs_# github_pat_# glpat-# xoxb-1-#
     hvs.# dapi0123456789abcdef01234567# dop_v1_# whsec_# 1//0# key-#
     https://api.telegram.org/bot9279055934:AA#AAAAAAAA/getMe
     https://hooks.slack.com/services/T0/B0/# eyJhbGciOiJ9.#.# https://x/?key=#
-    https://x/cb#sig=# h:5432:db:user:# ##
+    https://x/cb#sig=# h:5432:db:user:# ## patAbCdEfGhIjKlMn.#
     """.split()
 PLACES = """postgres://ana:#@db/x postgres://a:p@#@db/x postgres://a:p/#@db/x
     redis://:#@host/0 https://#@github.com/o/r https://oauth2:#@gitlab.com/o/r
@@ -6061,7 +6061,8 @@ PLACES = """postgres://ana:#@db/x postgres://a:p@#@db/x postgres://a:p/#@db/x
     <key>password</key> <string>#</string>|Password for ana@example.org: #
     HTTPBasicAuth('user', '#')|[["X-Api-Key", "#"]]|basic_auth: [ana, #]
     <p><password><![CDATA[#]]></password>|<p name="db.password" value="#"/>
-    curl -b 'a=b; sid=#' h|log in with password # please""".replace(
+    curl -b 'a=b; sid=#' h|log in with password # please|psk=#|-keypass #
+    CREATE USER ana IDENTIFIED BY '#'""".replace(
         "\n", "|").split("|") + [
     "\npassword: two # words", "\npassphrase = correct #", "\npass = #",
     "Password:\n#", "Password:\r\n#", "\npassword: |\n  #\n  #\nuser: ana",
