@@ -22,7 +22,7 @@ Five words
 ----------
 tool call       one action the agent proposes: a tool's name and its arguments
 checkpoint      a rule in checkpoints.toml that says which calls need review
-                (LangGraph calls a saved state that; here it is a rule)
+                (in LangGraph the word means saved state)
 review request  a held tool call, waiting for a decision or bearing one
 reviewer        the person, at the desk: the server with its page
 decision        what the reviewer said: approved or rejected, with a reason
@@ -89,10 +89,10 @@ Environment: HITL_SERVER_URL, HITL_CONFIG, HITL_DATABASE, HITL_AGENT_TOKEN,
 HITL_AGENT, HITL_REVIEWER, HITL_REVIEWER_TOKEN. A flag wins over the
 environment, that over the file.
 
-Is this copy whole and current? `python3 hitl.py --version` prints its version
-and its own SHA-256, to compare with the one you trust. 2.0.0 added notices,
-named reviewers and agents, decisions that stand, arguments a reviewer may
-change, kind = "shell" and "edit", and TLS.
+Is this copy current and unmodified? `python3 hitl.py --version` prints its
+version and its own SHA-256, to compare with the one you trust. 2.0.0 added
+notices, named reviewers and agents, decisions that stand, arguments a reviewer
+may change, kind = "shell" and "edit", and TLS.
 """
 # SPDX-License-Identifier: MIT-0
 # Copyright 2026 the authors of hitl.py
@@ -199,7 +199,8 @@ from typing import (TYPE_CHECKING, Any, AnyStr, NamedTuple, NoReturn,
 
 
 class Later:
-    """What is made when it is first used: a hook starts for every call."""
+    """A stand-in for what is made when it is first used: a hook starts for
+    every call, and most calls need little."""
 
     def __init__(self, make: Callable[[], Any]) -> None:
         self.make = make
@@ -8429,7 +8430,7 @@ def file_doubts(configuration: Configuration, serves: bool) -> list[str]:
 
 def notice_doubts(configuration: Configuration, public_url: str) -> Iterator[str]:
     """What is doubtful about the [[notify]] entries."""
-    known = [c.checkpoint_id for c in configuration.rules.checkpoints]
+    known = [rule.checkpoint_id for rule in configuration.rules.checkpoints]
     linked = [f'"{entry["name"]}"' for entry in configuration.notify
               if not entry["command"]]
     if linked and not public_url:
@@ -8462,31 +8463,31 @@ def writes_secret(value: Any, name: str = "") -> bool:
 
 def rule_doubts(rules: Rules) -> Iterator[str]:
     """What is doubtful about the checkpoints."""
-    for n, c in enumerate(rules.checkpoints):
-        name = f'checkpoint "{c.checkpoint_id}"'
-        if c.kind == "tool" and re.search(r" |(?:^|[|^])[A-Z]\w*\(",
-                                          c.action_pattern):
-            yield (f"{name}: {c.action_pattern!r} is looked for in the names of "
-                   'tools, and no name holds that; did you mean kind = "shell"?')
-        above = next((a for a in rules.checkpoints[:n] if covers(a, c)), None)
-        if above:
-            yield (f'{name} never decides: "{above.checkpoint_id}" above it '
-                   "matches the same calls; put the narrower one first")
-    effects = {c.effect for c in rules.checkpoints if c.kind == "shell"}
+    for number, rule in enumerate(rules.checkpoints):
+        name, pattern = f'checkpoint "{rule.checkpoint_id}"', rule.action_pattern
+        if rule.kind == "tool" and re.search(r" |(?:^|[|^])[A-Z]\w*\(", pattern):
+            yield (f"{name}: {pattern!r} is looked for in the names of tools, and "
+                   'no name holds that; did you mean kind = "shell"?')
+        for above in rules.checkpoints[:number]:
+            if covers(above, rule):
+                yield (f'{name} never decides: "{above.checkpoint_id}" above it '
+                       "matches the same calls; put the narrower one first")
+                break
+    effects = {rule.effect for rule in rules.checkpoints if rule.kind == "shell"}
     if effects and "allow" not in effects:
         yield ('kind = "shell" is used without an allow list (effect = "allow"): '
                "a command that no pattern finds runs; `python3 hitl.py init "
                "--coding-agent` writes a list")
 
 
-def covers(above: Checkpoint, c: Checkpoint) -> bool:
+def covers(above: Checkpoint, rule: Checkpoint) -> bool:
     """Whether one checkpoint plainly matches all that another does: they have
     the same pattern, or the other's is a name that a simple pattern finds."""
-    if above.effect == "allow" or above.arguments or above.kind != c.kind:
+    if above.effect == "allow" or above.arguments or above.kind != rule.kind:
         return False
-    pattern, other = above.action_pattern, c.action_pattern
-    simple = re.fullmatch(r"[\w*|-]+", pattern) and other.isidentifier()
-    return pattern == other or bool(simple and above.finds(pattern, other))
+    wide, narrow = above.action_pattern, rule.action_pattern
+    simple = re.fullmatch(r"[\w*|-]+", wide) and narrow.isidentifier()
+    return wide == narrow or bool(simple and above.finds(wide, narrow))
 
 
 SPARE_FILES = 64                # descriptors that are not connections
@@ -8514,7 +8515,7 @@ def cmd_check(args: Any) -> int:
         return replay(args, configuration)
     rules = configuration.rules
     if args.tool is None:
-        ids = [c.checkpoint_id for c in rules.checkpoints]
+        ids = [rule.checkpoint_id for rule in rules.checkpoints]
         return answer(args, {"path": str(rules.path), "checkpoints": ids},
                       linted(configuration))
     with config_error("JSON of the arguments:"):
@@ -8532,8 +8533,8 @@ def replay(args: Any, configuration: Configuration) -> int:
     """Today's rules over the stored requests, and which would end otherwise.
     Paths in them are relative to this folder."""
     path = server_settings(args, configuration)["database"]
-    counts, changed = Counter({"as before": 0, "would no longer wait": 0,
-                               "denied": 0, "by another checkpoint": 0}), []
+    changed, counts = [], Counter(dict.fromkeys(
+        ("as before", "would no longer wait", "denied", "by another checkpoint"), 0))
     try:
         with open_for_reading(path) as db:
             for request in stored_requests(db):
@@ -8562,9 +8563,10 @@ def replayed(rules: Rules, request: ReviewRequest) -> tuple[str, str]:
     without a tool was asked without rules; a checkpoint that the code names
     holds the call as long as there is one."""
     was = request.checkpoint_id or ""
-    known = ["unmatched", *(c.checkpoint_id for c in rules.checkpoints)]
-    if request.tool is None or (
-            request.why == "the code names it" and was in known):
+    if request.tool is None:
+        return "as before", was
+    if request.why == "the code names it" and was in (
+            "unmatched", *(rule.checkpoint_id for rule in rules.checkpoints)):
         return "as before", was
     match = rules.first_match(request.tool, parse_json(request.arguments or "{}"))
     now = match.checkpoint.checkpoint_id
@@ -8581,9 +8583,9 @@ def linted(configuration: Configuration) -> Iterator[str]:
     rules = configuration.rules
     warnings = warnings_of(configuration, configuration.server["public_url"])
     yield f"{rules.path}: {len(rules.checkpoints)} checkpoints, fine"
-    for c in rules.checkpoints:
-        kind = "" if c.kind == "tool" else f"{c.kind}: "
-        yield f"  {c.checkpoint_id:20} {c.effect:7} {kind}{c.action_pattern}"
+    for rule in rules.checkpoints:
+        kind = "" if rule.kind == "tool" else f"{rule.kind}: "
+        yield f"  {rule.checkpoint_id:20} {rule.effect:7} {kind}{rule.action_pattern}"
     yield f"  {'(what none matches)':20} {rules.unmatched}"
     yield from warnings
     url = os.environ.get("HITL_SERVER_URL") or configuration.gate["server_url"]
