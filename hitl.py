@@ -3666,7 +3666,7 @@ bdi { text-decoration: underline 1px; text-underline-offset: 3px; }
 textarea, button, input { font: inherit; color: inherit; padding: 7px 10px;
   border: 1px solid var(--soft); border-radius: 6px; background: var(--paper); }
 textarea { flex: 1 1 220px; height: 40px; min-width: 0; }
-label textarea { display: block; width: 100%; height: auto; }
+label textarea { display: block; width: 100%; height: auto; color: var(--ink); }
 header input, header button { padding: 3px 10px; max-width: 180px; }
 ::placeholder { color: var(--soft); opacity: 1; }
 button, summary { cursor: pointer; }
