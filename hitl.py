@@ -9085,9 +9085,9 @@ def main(argv: list[str] | None = None) -> int:
         if error.hint and (sys.stderr.isatty() or not runs):    # no model reads it
             print(f"hitl: hint: {error.hint}", file=sys.stderr)
         return 125 if runs else EXIT_STATUS.get(type(error), 1)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, EOFError):       # Ctrl-C, or Ctrl-D at a question
         return 130
-    except BrokenPipeError:             # `hitl.py log | head`
+    except BrokenPipeError:             # `python3 hitl.py log | head`
         sys.stderr.close()
         return 1
 

@@ -7918,6 +7918,7 @@ def test_help_is_whole(make_desk):
     ("approve it[?] y/N ", "y\n", 0, "approved"),
     ("approve it[?] y/N ", "\n", 1, "waiting"),
     ("approve it[?] y/N ", "yikes\n", 1, "waiting"),
+    ("approve it[?] y/N ", "\x04", 130, "waiting"),
     ("reviewer's token .*: ", REVIEWER_TOKEN + "\n", 0, "approved")))
 def test_approve_asks_on_a_terminal(desk, asks, answer, status, state):
     """On a terminal approve shows the request and asks y/N; --yes does not
