@@ -6377,10 +6377,10 @@ def is_async(function: Any) -> bool:
 # whose id and digest match (promise 1); no option lets a call run when
 # something fails.
 
-UNREACHABLE_SECONDS = 10        # a server that is down when first asked
-CLAIM_RETRY_SECONDS = 30        # for a claim whose reply was lost
+UNREACHABLE_SECONDS = 10        # a server that does not answer is tried so long,
+CLAIM_RETRY_SECONDS = 30        # for a claim, whose reply may have been lost
 LAST_WORD_SECONDS = 2           # for a withdrawal or an outcome
-PROGRESS_SECONDS = 15           # between lines that say what is waited for
+PROGRESS_SECONDS = 15           # between two lines that say what is waited for
 MAX_FREE = 10_000               # calls remembered to match nothing
 OTHER_SERVER = "is server_url that of hitl.py's server?"
 
@@ -6471,8 +6471,8 @@ class Held:
         self.deadline = time.monotonic() + self.timeout_seconds
         self.description = describe(rule, tool, self.arguments)
         self.digest = digest_of(self.description, canonical(self.arguments), tool)
-        # a process that was started again, and asks for its request, has
-        # another session of its own
+        # a process that starts again and asks for its request has a new
+        # session of its own, in which that request would not be found
         own = "" if how.get("request_id") else gate.own_session
         context = first_of(how.get("context"), gate.context)
         if callable(context):
@@ -6773,7 +6773,7 @@ class Held:
 
 
 def limited(seconds: float) -> str:
-    """How long a wait may last."""
+    """How long a wait may last, in words."""
     return "any time" if seconds == math.inf else f"{seconds:.3g} s"
 
 
@@ -6891,7 +6891,7 @@ class Gate:
             return execute(**arguments)
         if is_async(execute):
             raise TypeError(f"{visible(str(tool))} is async: await "
-                            "gate.acall(...), or nothing would run in here")
+                            "gate.acall(...), or it would never run")
         how.setdefault("edits", self.on_reject == "return")
         try:
             held = self._match(tool, arguments, how)                # 1 match
