@@ -7245,7 +7245,7 @@ class Hook:
         if self.dialect is UNKNOWN:
             raise HitlError("this is not a call of a coding agent that hitl.py knows")
         tool, arguments = proposed(call)
-        cwd = str(call.get("cwd") or "")
+        cwd = str(call.get("cwd") or os.getcwd())           # Cline gives none
         own = os.environ.get("HITL_AGENT") or self.dialect.name.partition("-")[0]
         session = next((call[name] for name in SESSIONS if call.get(name)), None)
         key = sha256_of([session, cwd])

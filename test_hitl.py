@@ -6288,7 +6288,8 @@ def test_hook_dialects(dialect, desk, ask_hook, monkeypatch):
         request, = desk.waiting()
         assert f"rm -rf {decision}" in json.dumps(request["arguments"])
         name = "claude" if dialect == "permission" else dialect.split()[0]
-        assert request["agent"].startswith(f"{name} ")
+        folder = HOOKS[dialect][0].get("cwd", os.getcwd())
+        assert request["agent"].startswith(f"{name} {folder} session ")
         desk.decide(request["request_id"], decision, reason="no")
         assert wait() == (answer, 0, "")
     monkeypatch.setenv("HITL_SERVER_URL", "http://127.0.0.1:9")
