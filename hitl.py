@@ -373,7 +373,7 @@ REQUEST_ID = regex(
 #
 # Each arrow (an indent) is one guarded UPDATE in the Store, and a trigger in
 # the database refuses every other move. A new status would be added here, in
-# SCHEMA and database_faults, as a move of Store, in REFUSALS, in the page's
+# SCHEMA and database_fault, as a move of Store, in REFUSALS, in the page's
 # STYLE and endings, and where Held.wait and check_approved look at it.
 # The deadline is watched in four places: Loop.sweep and Store.expire (the
 # server's clock), Held.wait and give_up (the gate's own).
@@ -2732,6 +2732,7 @@ class Store:
 
     def first(self, where: str, *values: Any, columns: str = WITHOUT_CONTEXT
               ) -> ReviewRequest | None:
+        """The first such request, if there is one."""
         return next(self.select(where, *values, columns=columns), None)
 
     def request(self, request_id: str, by: str | None = None,
@@ -2852,7 +2853,7 @@ SAID_OF = {
                "ask again with another request_id"),
     "already-claimed": ("this approval was claimed already",
                         "ask again with another request_id"),
-    "not-claimed": ("this claim does not hold this request", ""),
+    "not-claimed": ("this request was not claimed by this claim", ""),
     "already-finished": ("this call is {outcome} already", ""),
     "damaged": (
         'what is stored of "{request_id}" is not what was asked: the database '
@@ -2909,10 +2910,10 @@ def changed_value(old: Any, new: Any, name: str) -> Any:
 
 
 # ============================== Database file ==============================
-# Opening the file, locking it, and what can be told from it. A start looks at
-# the schema and at what is still open, so that it takes no longer with a long
-# history; `log --verify` looks at everything. Nothing is ever repaired: a file
-# that is not as it was left is refused, with the row that shows it.
+# Opens, locks and verifies the file. A start looks at the schema and at what is
+# still open, so that it takes no longer with a long history; `log --verify`
+# looks at everything. Nothing is ever repaired: a file that is not as it was
+# left is refused, and the message names the row that shows it.
 
 # SQLITE_BUSY, LOCKED, READONLY, IOERR, FULL, CANTOPEN
 NOT_DAMAGE = (5, 6, 8, 10, 13, 14)
@@ -2953,7 +2954,7 @@ def open_store(path: Path, clock: Callable[[], float] = time.time) -> Store:
             opened.callback(db.close)
             check_ours(db, path)
             settings(db, path)
-            for fault in database_faults(db):
+            if fault := database_fault(db):
                 raise bad_database(
                     path, f"is damaged or was edited: {fault}",
                     "restore a backup, or move it away to begin again; "
@@ -3033,16 +3034,16 @@ def create_database(path: Path) -> None:
             f"BEGIN; PRAGMA application_id = {APPLICATION_ID}; "
             f"PRAGMA user_version = {SCHEMA_VERSION}; {SCHEMA} COMMIT;")
     os.replace(fresh, path)
-    if os.name == "posix":      # the name too must be on disk; else not possible
+    if os.name == "posix":      # the name too is on disk; Windows sees to that
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
 
 
-def database_faults(db: sqlite3.Connection) -> Iterator[str]:
-    """What is wrong with a database, as far as a start should look: the
-    schema with its triggers, the pages of a small file, and every request
-    that is still open, against its audit row."""
+def database_fault(db: sqlite3.Connection) -> str:
+    """What is wrong with a database, if anything, as far as a start looks: at
+    the schema with its triggers, the pages of a small file, and whatever is
+    still open."""
     # names with sqlite_ are SQLite's own, and refused to anybody else
     schema = ("SELECT name, sql FROM sqlite_master WHERE name NOT LIKE "
               "'sqlite$_%' ESCAPE '$' ORDER BY name")
@@ -3050,16 +3051,15 @@ def database_faults(db: sqlite3.Connection) -> Iterator[str]:
         fresh.executescript(SCHEMA)
         expected = fresh.execute(schema).fetchall()
     if db.execute(schema).fetchall() != expected:
-        yield "its tables or triggers are not those of this version"
-        return
+        return "its tables or triggers are not those of this version"
     pages, = db.execute("PRAGMA page_count").fetchone()
     if pages <= CHECKED_PAGES:
         result, = db.execute("PRAGMA quick_check(1)").fetchone()
         if result != "ok":
-            yield result
-            return
-    yield from seal_faults(db, "WHERE status IN ('waiting', 'approved') AND "
-                           "outcome IS NULL", "WHERE lifted_at IS NULL")
+            return str(result)
+    return next(seal_faults(
+        db, "WHERE status IN ('waiting', 'approved') AND outcome IS NULL",
+        "WHERE lifted_at IS NULL"), "")
 
 
 def seal_faults(db: sqlite3.Connection, requests: str = "",
