@@ -5352,17 +5352,23 @@ def test_promise_2_a_false_claim(make_gate):
         assert impostor.claims == set()
 
 
-def test_sessions(make_gate, make_desk):
-    """A gate's session is random; its own or the call's may be named; what is
-    asked again by its request_id needs none. A call that was rejected is told
-    so at once when it is asked again in the same session, and how long ago,
-    by the server's clock alone."""
+def test_who_asks(make_gate, make_desk, monkeypatch):
+    """The name on the card: agent, else HITL_AGENT, else user@host:folder. A
+    gate's session is random; its own or the call's may be named; what is asked
+    again by its request_id needs none. A call that was rejected is told so at
+    once when it is asked again in the same session, and how long ago, by the
+    server's clock alone."""
     desk = make_desk(clock=Clock())
 
-    def session(gate, **more):
+    def sent(column, gate, **more):
         decided(gate, desk, **more)()
-        return newest(desk, "session")[0]
-    one, two = make_gate(desk), make_gate(desk)
+        return newest(desk, column)[0]
+    session = functools.partial(sent, "session")
+    assert sent("agent", make_gate(desk)).endswith(f":{os.getcwd()}")
+    monkeypatch.setenv("HITL_AGENT", "the cleaner")
+    one, two = make_gate(desk), make_gate(desk, agent="another")
+    assert [sent("agent", gate) for gate in (one, two)] == [
+        "the cleaner", "another"]
     assert len({session(one), session(one), session(two)}) == 2
     named = make_gate(desk, session="for ana")
     assert session(named, request_id="a") == "for ana"
@@ -6137,16 +6143,6 @@ def test_canaries(make_gate, make_desk, tmp_path, caplog, capfd):
         assert not leaks(text) and AGENT_TOKEN not in text, name
     assert decided(make_gate(desk, token=AGENT_TOKEN), desk, arguments={
         "password": CANARY})() == {"password": CANARY}
-
-
-def test_agent_name(make_gate, desk, monkeypatch):
-    """The name on the card: agent, else HITL_AGENT, else user@host:folder."""
-    decided(make_gate(desk), desk)()
-    assert newest(desk, "agent")[0].endswith(f":{os.getcwd()}")
-    monkeypatch.setenv("HITL_AGENT", "the cleaner")
-    assert hitl.agent_name() == "the cleaner"
-    decided(make_gate(desk, agent="another"), desk)()
-    assert newest(desk, "agent") == ("another",)
 
 
 # ================================= Adapters ================================
