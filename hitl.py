@@ -7924,18 +7924,15 @@ def click(shop: Workshop, request_id: str, decision: str) -> int:
 
 HEAD = '''\
 # checkpoints.toml: which tool calls of an AI agent wait for a person.
-# https://toml.io; `python3 hitl.py check` reads this file and says what it
-# thinks of it, `python3 hitl.py check delete_users` says who decides a call.
+# `python3 hitl.py check` says what is wrong or doubtful in this file, and
+# `python3 hitl.py check delete_users` which checkpoint decides that call.
 
 [gate]                          # the agent's side
 server_url = "http://127.0.0.1:8765"
-timeout_seconds = 300           # how long a call waits for a decision (30 if
-                                # nothing is written here: people need more)
+timeout_seconds = 300           # how long a call waits for a decision (default: 30)
 # poll_seconds = 5              # longest gap between two looks at the status
-# lifetime_seconds = 300        # how long a request can be decided (default:
-                                # as long as its call waits)
-# unmatched = "review"          # turn the list around: what no checkpoint
-                                # names waits too (default: "allow")
+# lifetime_seconds = 300        # how long it can be decided (default: while it waits)
+# unmatched = "review"          # what no checkpoint names waits too (default: "allow")
 
 [server]                        # the reviewer's side: `python3 hitl.py serve`
 # host = "127.0.0.1"
@@ -7955,8 +7952,7 @@ checkpoint_id = "deploy-model"
 action_pattern = "deploy_*"     # deploy_model, redeploy, mcp__ci__deploy ...
 description_template = "Deploy model {model} to {environment}"
 category = "high-impact"
-# arguments = { environment = "prod" }  # only where this argument says so,
-                                        # or where it is missing
+# arguments = { environment = "prod" }  # only if it holds this, or is missing
 
 [[checkpoint]]                  # data risk: something leaves the house
 checkpoint_id = "external-request"
@@ -7966,14 +7962,12 @@ category = "data-risk"
 
 [[checkpoint]]                  # destructive: cannot be undone
 checkpoint_id = "delete-records"
+# delete_* is "delete" and any number of _: delete_records, deleteUser ...
 action_pattern = "delete_*|drop|remove|purge|truncate|wipe"
-                                # as a regex delete_* is "delete", then any
-                                # number of _: delete_records, deleteUser ...
 description_template = "Delete from {table} where {condition}"
 category = "destructive"
 # timeout_seconds = 900         # over [gate]'s, for this one
-# effect = "deny"               # "review" (default), "allow": runs at once if
-                                # the whole name matches to the letter, "deny"
+# effect = "deny"               # or "allow", if the whole name matches to the letter
 # remember = false              # no standing decisions about its calls
 # editable = true               # the reviewer may change its arguments
 '''
@@ -7985,12 +7979,11 @@ description_template = "Pay {amount} to {recipient}"
 category = "high-impact"
 '''
 TRIPWIRES_HEAD = """
-# If your agent has a shell: kind = "shell" looks at the commands, whatever the
-# agent calls the tool, and kind = "edit" at the files an edit touches. These
-# are tripwires: what nobody could list (a script, an alias) passes. The other
-# way round, `python3 hitl.py init --coding-agent` writes a list of commands
-# that may run, and everything else waits. Uncomment what you want. ({0,60}
-# leaves room for options: `git -C dir push`.)
+# If your agent has a shell, uncomment what you want: kind = "shell" looks at
+# commands, kind = "edit" at the files an edit touches, whatever the tool is
+# called. These are tripwires: what nobody could list (a script, an alias)
+# passes. `python3 hitl.py init --coding-agent` writes the safe way round: a
+# list of the commands that may run, and every other one waits.
 """
 # A category, an id and a pattern in each line.
 TRIPWIRES = r"""
