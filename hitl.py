@@ -7448,15 +7448,15 @@ class Proxy:
 
     # ---- the two processes ----
 
-    async def run(self, source: int, sink: int) -> int:
-        """Serve until the client or the server ends -> the server's exit
-        status."""
+    async def run(self) -> int:
+        """Serve the client on stdin and stdout until it or the server ends ->
+        the server's exit status."""
         import asyncio
-        self.sink, self.loop = sink, asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self.child: Any = await asyncio.create_subprocess_exec(
             *self.command, stdin=-1, stdout=-1, limit=1 << 26,
             start_new_session=True)
-        from_client = self.loop.create_task(self.pump_in(source))
+        from_client = self.loop.create_task(self.pump_in())
         from_server = self.loop.create_task(self.pump_out())
         ended = self.loop.create_task(self.exited(math.inf))
         try:
@@ -7492,8 +7492,8 @@ class Proxy:
         while self.child.returncode is None and time.monotonic() < end:
             await asyncio.sleep(0.05)
 
-    async def pump_in(self, source: int) -> None:
-        lines = open(source, "rb", closefd=False)
+    async def pump_in(self) -> None:
+        lines = open(0, "rb", closefd=False)
         with contextlib.suppress(ConnectionError):      # the server is gone
             while line := await in_thread(lines.readline):
                 self.from_client(line)
@@ -7505,7 +7505,7 @@ class Proxy:
 
     def to_client(self, line: bytes) -> None:
         with contextlib.suppress(OSError):              # the client is gone
-            write_whole(self.sink, line)
+            write_whole(1, line)
 
     def answer(self, **message: Any) -> None:
         self.to_client(json.dumps({"jsonrpc": "2.0", **message}).encode() + b"\n")
@@ -8899,7 +8899,7 @@ def cmd_mcp(args: Any) -> int:
     import asyncio
     gate, command = gate_and_command(args)
     try:
-        return asyncio.run(Proxy(gate, command, args.name).run(0, 1))
+        return asyncio.run(Proxy(gate, command, args.name).run())
     except OSError as error:
         raise ConfigError(f"{command[0]}: {error.strerror}") from None
 

@@ -6574,6 +6574,8 @@ for line in sys.stdin:
         }.get(name, {"echo": line})}
     if name == "move_ask" and "requestState" not in p:
         said["result"] = {"resultType": "input_required", "requestState": "S1"}
+    if name == "delete_gone":
+        said = {"id": m["id"], "error": {"code": -32602, "message": "it is gone"}}
     if "id" not in m:
         said = {"method": "saw/cancel", "params": p}
     print(json.dumps({"jsonrpc": "2.0", **said}), flush=True)
@@ -6676,8 +6678,9 @@ def test_proxy_gates(mcp):
     mcp.call(4, "delete_locked", {"path": "d"})
     mcp.call(5, "read_file", {})
     mcp.call(6, "delete_file", {"path": "e"})
+    mcp.call(7, "delete_gone", {"path": "f"})
     mcp.answer(5)                                   # meanwhile
-    ids = {r["arguments"]["path"]: r["request_id"] for r in desk.waiting(5)}
+    ids = {r["arguments"]["path"]: r["request_id"] for r in desk.waiting(6)}
     whole = desk.reviewer().exchange("GET", f"/review/{ids['a']}", seconds=5)
     assert whole.body["tool"] == "mcp__fs__delete_file"
     assert "destructiveHint" in json.dumps(whole.body["agent_context"])
@@ -6686,15 +6689,16 @@ def test_proxy_gates(mcp):
                   "params": {"requestId": number}})
     assert mcp.ended(ids["e"], status="withdrawn")
     for path, decision in (("a", "approved"), ("b", "rejected"),
-                           ("c", "rejected"), ("d", "approved")):
+                           ("c", "rejected"), ("d", "approved"), ("f", "approved")):
         desk.decide(ids[path], decision, reason="no")
     assert json.loads(mcp.answer(1)["result"]["echo"]) == sent
     refusal = {"content": [{"type": "text", "text": WHY}], "isError": True}
     assert mcp.answer("two")["result"] == refusal
     assert mcp.answer(3)["result"] == refusal | {"resultType": "complete"}
     assert mcp.answer(4)["result"]["isError"]
-    assert mcp.ended(ids["a"], outcome="executed")
-    assert mcp.ended(ids["d"], outcome="failed")
+    assert mcp.answer(7)["error"]["message"] == "it is gone"
+    for path, outcome in (("a", "executed"), ("d", "failed"), ("f", "failed")):
+        assert mcp.ended(ids[path], outcome=outcome)
     notes = [message for message in mcp.messages if "method" in message]
     assert [note["params"]["requestId"] for note in notes
             if note["method"] == "saw/cancel"] == [99]
@@ -6757,6 +6761,7 @@ WAYS_ROUND = (                      # a line -> the id it is refused under
 def test_proxy_ways_round(mcp):
     """A line that two readers could read as different messages is refused, under
     its id where that can be read, and never reaches the server."""
+    mcp.send(b"")                       # a blank line is nothing
     for number, (line, key) in enumerate(WAYS_ROUND, 100):
         mcp.send(line)
         mcp.send(HELD | {"id": number, "params": {"name": "read_file"}})
