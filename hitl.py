@@ -3431,24 +3431,22 @@ class Channel:
         import smtplib
         import ssl
         from email.message import EmailMessage
-        from email.utils import format_datetime
         from urllib.parse import urlsplit
         entry, fields, letter = self.entry, event["data"], EmailMessage()
         letter["Subject"] = fields["title"]
         letter["From"], letter["To"] = entry["from"], ", ".join(entry["to"])
-        letter["Date"] = format_datetime(datetime.now(timezone.utc))
+        letter["Date"] = datetime.now(timezone.utc)
         letter["Message-ID"] = f"<{message_id}@hitl.invalid>"
         letter["Auto-Submitted"] = "auto-generated"
         letter.set_content("\n\n".join(filter(None, (
             fields["text"], fields.get("details"), fields["url"]))) + "\n")
         context = ssl.create_default_context()
         where = urlsplit(self.text(entry["smtp"], {}))
-        port = where.port or {"tls": 465, "starttls": 587, "plain": 25}[where.scheme]
-        connect: Any = smtplib.SMTP
-        if where.scheme == "tls":
-            connect = functools.partial(smtplib.SMTP_SSL, context=context)
+        tls: Any = functools.partial(smtplib.SMTP_SSL, context=context)
+        connect, port = {"tls": (tls, 465), "starttls": (smtplib.SMTP, 587),
+                         "plain": (smtplib.SMTP, 25)}[where.scheme]
         # as localhost: to find this machine's own name can take minutes
-        with connect(where.hostname, port, "localhost",
+        with connect(str(where.hostname), where.port or port, "localhost",
                      timeout=self.pace.patience) as server:
             if where.scheme == "starttls":
                 server.starttls(context=context)
@@ -3559,7 +3557,7 @@ class Notices:
         which counts more than what the agent says."""
         self.waiting.add(request.request_id)
         category = self.known.get(request.checkpoint_id or "", request.category)
-        request = request._replace(
+        request = request._replace(     # without what is large and never told
             category=category if category in CATEGORIES else "", arguments=None,
             action_description=request.action_description[:MAX_DETAILS])
         waited = time.time() - datetime.fromisoformat(request.received_at).timestamp()
