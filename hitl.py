@@ -2754,16 +2754,13 @@ class Store:
         by credential, then by agent, each agent's soonest deadline first.
         Whoever floods the desk pushes nobody else's request off the page."""
         rows = self.db.execute("""
-            WITH waits AS (SELECT id, request_id, asked_by, agent,
-                coalesce(deadline, '~') AS due
-                FROM pending_reviews WHERE status = 'waiting'),
-              by_agent AS (SELECT *, row_number() OVER (
-                PARTITION BY asked_by, agent ORDER BY due, id) AS turn
-                FROM waits),
-              by_credential AS (SELECT *, row_number() OVER (
-                PARTITION BY asked_by ORDER BY turn, due, id) AS place
-                FROM by_agent)
-            SELECT id, request_id FROM by_credential ORDER BY place, due, id
+            WITH by_agent AS (
+              SELECT id, request_id, asked_by, coalesce(deadline, '~') AS due,
+                row_number() OVER (PARTITION BY asked_by, agent
+                                   ORDER BY coalesce(deadline, '~'), id) AS turn
+              FROM pending_reviews WHERE status = 'waiting')
+            SELECT id, request_id FROM by_agent ORDER BY row_number() OVER (
+              PARTITION BY asked_by ORDER BY turn, due, id), due, id
             """).fetchall()
         rows.sort(key=lambda row: row[1] not in attended)   # keeps the turns
         return self.by_number([number for number, _ in rows[skip:skip + limit]])
