@@ -7412,7 +7412,8 @@ def test_a_person_decides(make_desk, make_rules, look, script):
     assert json.loads(desk.rows("SELECT approved_arguments FROM pending_reviews "
                                 "WHERE request_id = 'r-1'")[0][0]) == {
         "table": "users", "n": 30, "text": "a\nb\nc"}
-    does("/review/r-2", "#remember-r-2 button", decided(2))
+    does("/review/r-2", "#remember-r-2 button", decided(2), reason="for today")
+    assert (desk.state("r-2").get("reason") == "for today") is script
     does("/review/r-3", "#decide-r-3 .reject", decided(3), remember_seconds="x")
     does("/review/r-4", "#decide-r-4 .reject", decided(4))
     assert standing() == [("rejected", "r-4"), ("approved", "r-2"),
@@ -7446,10 +7447,19 @@ def alive(page, clock: Clock | None = None) -> bool:
         "performance.now() - c.since > DEAD)"))
 
 
+def posts(page, script: str) -> int:
+    """Run a script in the page -> how many decisions it sent."""
+    return page.run("const real = fetch; let posts = 0; window.fetch = "
+                    "(path, more) => { posts += more.method === 'POST'; "
+                    "return real(path, more); };" + script + "window.fetch = real; "
+                    "return posts")
+
+
 @needs_browser
 def test_a_double_click_decides_one_request(desk, look):
-    """Two clicks at one point, 50 to 500 ms apart, decide one request, and no
-    other card moves; a page that was read before brings no buttons back."""
+    """Two clicks at one point, at once or 50 to 500 ms apart, decide one
+    request, and no other card moves; a page that was read before brings no
+    buttons back. A button that has just appeared is dead."""
     for n in range(4):
         desk.post(f"r-{n}")
     page = look()
@@ -7468,6 +7478,11 @@ def test_a_double_click_decides_one_request(desk, look):
         assert top(page, "r-3") == last
     page.run("renew(document.getElementById('request-r-0'), before)")
     assert "approved by ana" in page.text("#request-r-0 .said")
+    click = "document.querySelector('#decide-r-{} .approve').click();"
+    assert posts(page, click.format(2) * 2) == 1
+    page.run("document.getElementById('request-r-3').open = false")
+    page.click("#request-r-3 summary")
+    assert posts(page, click.format(3)) == 0
 
 
 @needs_browser
