@@ -6559,7 +6559,7 @@ class Held:
                 error, final = self.refused(reply), reply.status < 500
             except UnreachableError as unreachable:
                 error, final = unreachable, unreachable.reason in FINAL
-            unwanted = self.cancelled and not self.claiming
+            unwanted = self.cancelled and path.startswith("/pending")
             if final or unwanted or time.monotonic() + pause >= end:
                 raise error
             if pause == 0.4:            # longer than a restart takes
