@@ -7735,10 +7735,6 @@ class Workshop:
                        if request.status == Status.WAITING]
         return ids
 
-    def decide(self, request_id: str, decision: str) -> Reply:
-        return self.me.exchange("POST", f"/approve/{request_id}",
-                                {"decision": decision}, seconds=5)
-
 
 def basic(name: str, token: str) -> str:
     """An Authorization header for HTTP Basic (RFC 7617)."""
@@ -7797,7 +7793,8 @@ def decide_by_keys(shop: Workshop) -> None:
             say("type a to approve, r to reject")
             continue
         for request_id in shop.waiting():
-            shop.decide(request_id, decision)
+            shop.me.exchange("POST", f"/approve/{request_id}",
+                             {"decision": decision}, seconds=5)
             return
 
 
@@ -7868,17 +7865,12 @@ def verification(shop: Workshop, logged: Any, timeout: float
     yield "click Reject", rejected, f"{type(end).__name__}: {end}"
     yield "read the log", rejected, logged.getvalue().splitlines()[-1]
     yield "look at the records", "3 of 3 records left", shop.left()
-    # 4. nobody decides: TimeoutError, and a late click decides nothing
+    # 4. nobody decides: TimeoutError
     call, request_id = triggered(shop, timeout)
     late = isinstance(call.exception(timeout + 10), TimeoutError)
-    yield (f"wait (time-out set to {timeout} s here)", "a TimeoutError",
-           "a TimeoutError" if late else "no TimeoutError")
-    reply = shop.decide(request_id, "approved")
-    yield ("click too late", "409, expired, 3 of 3 records left",
-           f"{reply.status}, {reply.reason}, {shop.left()}")
-    # 5. all of it is in the audit log
-    _, faults = verified(shop.database)
-    yield "check the audit log", "whole", "; ".join(faults) or "whole"
+    yield (f"wait (time-out set to {timeout} s here)",
+           "a TimeoutError, 3 of 3 records left",
+           f"{'a' if late else 'no'} TimeoutError, {shop.left()}")
 
 
 def triggered(shop: Workshop, timeout: float | None = None) -> tuple[Any, str]:
