@@ -574,32 +574,27 @@ ENDS = PLAIN_TYPES | {str}      # nothing is inside them
 JSON_STARTS = ("{", "[", '"', " ", "\t", "\r", "\n")
 
 
-def objects_in(value: Any, quoted: bool = False) -> Iterator[Mapping[str, Any]]:
-    """Every object in a JSON value, the outer ones first: inside objects and
-    lists and, if `quoted`, inside texts that are JSON. ValueError where they
-    are nested too deep, or there are too many to look through."""
-    level, count = [value], 0
-    for _ in range(MAX_DEPTH):
-        below: list[Any] = []
-        for item in level:
-            parts: Iterable[Any] = ()
-            if isinstance(item, (dict, Mapping)):
-                yield item
-                parts = item.values()
-            elif isinstance(item, (list, tuple)):
-                parts = item
-            elif isinstance(item, str) and quoted:
-                parts = [read_json(item)]
-            for part in parts:
-                is_json = quoted and type(part) is str and (
-                    part.startswith(JSON_STARTS))
-                if is_json or type(part) not in ENDS:
-                    below.append(part)
-            if count + len(below) > MAX_PARTS:
-                raise ValueError(TOO_MANY)
-        level, count = below, count + len(below)
-    if level:
+def objects_in(value: Any, quoted: bool = False, depth: int = 0,
+               left: Iterator[int] | None = None) -> Iterator[Mapping[str, Any]]:
+    """Every object in a JSON value: inside objects and lists and, if `quoted`,
+    inside texts that are JSON. ValueError where they are nested too deep, or
+    there are too many to look through: `left` counts them down."""
+    left = left or iter(range(MAX_PARTS))
+    if depth == MAX_DEPTH:
         raise ValueError(TOO_DEEP)
+    if next(left, None) is None:
+        raise ValueError(TOO_MANY)
+    if quoted and isinstance(value, str):
+        value = read_json(value)
+    if isinstance(value, (dict, Mapping)):
+        yield value
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return
+    for part in value:
+        is_json = quoted and type(part) is str and part.startswith(JSON_STARTS)
+        if is_json or type(part) not in ENDS:
+            yield from objects_in(part, quoted, depth + 1, left)
 
 
 def digest_of(description: str, arguments: str | None,
@@ -746,16 +741,9 @@ def call_in_words(tool: str, arguments: Mapping[str, Any]) -> str:
     if isinstance(argv, list) and all(isinstance(word, str) for word in argv):
         import shlex
         return f"{tool} {shlex.join(argv)}"
-    short, long = [], []
-    for name, value in arguments.items():
-        words = value_in_words(value)
-        if words:
-            short.append(f"{name} {words}")
-        else:
-            text = value if isinstance(value, str) else READABLE.encode(value)
-            size = len(text.encode("utf-8", "replace"))
-            long.append(f"{name} ({readable_size(size)})")
-    return f"{tool} {', '.join(short + long)}".strip()
+    words = [(name, value_in_words(value)) for name, value in arguments.items()]
+    words.sort(key=lambda pair: pair[1].startswith("("))
+    return f"{tool} {', '.join(map(' '.join, words))}".strip()
 
 
 def person(principal: str | None) -> str:
@@ -769,23 +757,21 @@ def changes_in_words(who: str, asked: str | None, approved: str | None) -> str:
     if asked is None or approved is None:
         return ""
     old, new = json.loads(asked), json.loads(approved)
-    changes = [f"{name}: {value_in_words(old[name]) or '...'} -> "
-               f"{value_in_words(value) or '...'}" for name, value in new.items()
+    changes = [f"{name}: {value_in_words(old[name])} -> {value_in_words(value)}"
+               for name, value in new.items()
                if canonical(old[name]) != canonical(value)]
     return f"changed by {who}: {{{', '.join(changes)}}}"
 
 
 def value_in_words(value: Any) -> str:
-    """A short value; an address, a path or a number without quotes. "" for
-    what is long, has several lines or parts."""
-    if isinstance(value, (dict, list)) and value:
-        return ""
-    if not isinstance(value, str):
-        return READABLE.encode(value)
-    if len(value) > 80 or "\n" in value:
-        return ""
-    bare = re.fullmatch(r"[\w/.:@+=-]*[/.:@][\w/.:@+=-]*", value, re.ASCII)
-    return value if bare else f'"{value}"'
+    """A short value; an address, a path or a number without quotes. Of what is
+    long, or has several lines or parts, its size: `(1.2 KB)`."""
+    is_text = isinstance(value, str)
+    text = value if is_text else READABLE.encode(value)
+    if len(text) > 80 or "\n" in text or (value and isinstance(value, (dict, list))):
+        return f"({readable_size(len(text.encode('utf-8', 'replace')))})"
+    bare = re.fullmatch(r"[\w/.:@+=-]*[/.:@][\w/.:@+=-]*", text, re.ASCII)
+    return f'"{text}"' if is_text and not bare else text
 
 
 def one_line(text: str, limit: int = 120) -> str:
@@ -1399,18 +1385,14 @@ class Rules(NamedTuple):
                 if checkpoint.effect != "allow"
                 and checkpoint.fits(call.tool) and checkpoint.matches(call)]
 
-    def may_hold(self, tool: str) -> bool:
-        """Whether some call of a tool of this name would not run unasked."""
+    def is_free(self, tool: str, names: Iterable[str] = ()) -> bool:
+        """Whether every call of this tool with arguments of these names runs
+        unasked, as long as has_plain_values() is true of their values."""
         decides = next(
             rule for rule, _ in self.candidates(tool) if rule.effect != "allow"
             or rule.kind == "tool" and not rule.arguments)   # opens for any call
-        return decides.effect != "allow"
-
-    def is_free(self, tool: str, names: Iterable[str]) -> bool:
-        """Whether every call of this tool with arguments of these names runs
-        unasked, as long as has_plain_values() is true of their values."""
         keys = [bare_name(name) for name in names]
-        return (not self.may_hold(tool) and len(set(keys)) == len(keys)
+        return (decides.effect == "allow" and len(set(keys)) == len(keys)
                 and INNER_TOOLS.isdisjoint(keys))
 
     def named(self, checkpoint_id: str) -> Checkpoint:
@@ -6253,7 +6235,7 @@ def check_held(rules: Rules, tool: str, checkpoint: str | None,
     if checkpoint is not None and rules.named(checkpoint).effect == "allow":
         raise ConfigError(f'checkpoint "{checkpoint}" allows; guard '
                           "needs one that reviews or denies")
-    if checkpoint is None and not optional and not rules.may_hold(tool):
+    if checkpoint is None and not optional and rules.is_free(tool):
         raise ConfigError(
             f'@gate.guard on "{visible(tool)}" would hold nothing: no '
             f"checkpoint of {rules.path} matches that name",
@@ -7544,7 +7526,7 @@ class Proxy:
         said: dict[str, list[str]] = {"wait for a person": [], "run unasked": []}
         for tool in tools if isinstance(tools, list) else []:
             name = str(at_path(tool, "name"))
-            held = self.gate.rules.may_hold(f"mcp__{self.name}__{name}")
+            held = not self.gate.rules.is_free(f"mcp__{self.name}__{name}")
             if name not in self.tools:
                 said["wait for a person" if held else "run unasked"].append(name)
             self.tools[name] = at_path(tool, "annotations")
