@@ -4638,6 +4638,8 @@ def parse_head(head: bytes) -> HttpRequest:
 
 def pairs_in(data: bytes) -> Missing:
     """What a query, or a form, says."""
+    if not data:
+        return Missing()
     from urllib.parse import parse_qsl
     try:
         return Missing(unique_pairs(parse_qsl(
@@ -4650,7 +4652,6 @@ def pairs_in(data: bytes) -> Missing:
 
 def route_of(http: HttpRequest) -> tuple[Route, str]:
     """The row of ROUTES for a path and method, and the request_id."""
-    from urllib.parse import unquote
     stem, slash, name = http.path[1:].partition("/")
     methods = BY_PATH.get(f"/{stem}{slash}")
     if methods is None:
@@ -4660,10 +4661,13 @@ def route_of(http: HttpRequest) -> tuple[Route, str]:
         raise Refusal("wrong-method", f"{http.method} is not for this path",
                       f"use {' or '.join(methods)}",
                       headers=f"Allow: {', '.join(methods)}\r\n")
-    if slash and not REQUEST_ID.fullmatch(unquote(name)):
+    if "%" in name:                     # some clients send : as %3A
+        from urllib.parse import unquote
+        name = unquote(name)
+    if slash and not REQUEST_ID.fullmatch(name):
         raise Refusal("unknown", "this is not a request_id",
                       "1 to 128 of A-Z a-z 0-9 . _ : -")
-    return methods[http.method], unquote(name)
+    return methods[http.method], name
 
 
 # ---- who asks, and from where ----
