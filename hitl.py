@@ -9046,11 +9046,13 @@ def main(argv: list[str] | None = None) -> int:
             return 2
         return int(args.function(args))
     except HitlError as error:
-        runs = words[:1] == ["run"]     # any other status is its command's
         print(f"hitl: error: {error.message}", file=sys.stderr)
-        if error.hint and (sys.stderr.isatty() or not runs):    # no model reads it
+        model_reads = words[:1] in (["run"], ["hook"]) and not sys.stderr.isatty()
+        if error.hint and not model_reads:
             print(f"hitl: hint: {error.hint}", file=sys.stderr)
-        return 125 if runs else EXIT_STATUS.get(type(error), 1)
+        if words[:1] == ["run"]:        # any other status is its command's
+            return 125
+        return EXIT_STATUS.get(type(error), 1)
     except (KeyboardInterrupt, EOFError):       # Ctrl-C, or Ctrl-D at a question
         return 130
     except BrokenPipeError:             # `python3 hitl.py log | head`

@@ -7920,12 +7920,14 @@ SLIPS = (
      "verify --output none/e.json", {}),
     (2, "JSON of the arguments: ", "", "check x [] --config rules.toml", {}),
     (2, "invalid choice: 'nope'", "", "nope", {}),
+    (2, "unrecognized arguments: --none", "", "hook --none", {}),
     (2, "arguments are required: id", "", "show", {}))
 
 
 def test_what_goes_wrong_has_its_status(desk):
     """Exit status 1 refused, 2 usage or configuration, 4 unreachable, each
-    with what is wrong and, where there is one, the cure."""
+    with what is wrong and, where there is one, the cure; never a cure for a
+    hook, whose model would read it."""
     (desk.folder / "rules.toml").write_text(RULES)
     desk.post()
     for status, error, hint, line, environ in SLIPS:
@@ -7935,6 +7937,7 @@ def test_what_goes_wrong_has_its_status(desk):
         first, _, cure = done.err.partition("hitl: hint: ")
         assert first.startswith("hitl: error: "), done.err
         assert error in first and hint in cure, done.err
+        assert not (cure and line.startswith("hook")), done.err
         assert desk.state("r-1")["status"] == "waiting", line
 
 
