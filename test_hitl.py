@@ -6523,6 +6523,7 @@ def test_hook_that_is_left_alone(gone, desk, tmp_path):
             process.wait(30)
         else:
             process.kill()
+            process.wait(20)
             desk.decide(request["request_id"])
             process.stdout.read()               # until the hook has ended
         state = desk.state(request["request_id"])
