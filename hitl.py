@@ -5931,8 +5931,6 @@ class Client:
             method, path, data, seconds=seconds, Accept="application/json",
             Content_Type="application/json")
         kind = headers.get_content_type()
-        if status // 100 == 3:
-            raise self.bad_reply(f"a redirect ({status})")
         if kind not in ("application/json", "application/problem+json"):
             if status >= 500:           # a proxy, whose server is away
                 raise self.no_answer(OSError(f"{status} from a proxy"))
@@ -6335,13 +6333,10 @@ def check_guardable(function: Any) -> None:
 def signature_of(function: Any) -> inspect.Signature:
     """The signature with its annotations evaluated, if all can be: frameworks
     that evaluate annotations do not look behind a __signature__."""
-    try:
-        try:
-            return inspect.signature(function, eval_str=True)
-        except (NameError, TypeError, AttributeError, SyntaxError):
-            return inspect.signature(function)
-    except ValueError as error:
-        raise TypeError(f"guard cannot hold {function!r}: {error}") from None
+    for evaluated in (True, False):
+        with contextlib.suppress(Exception):
+            return inspect.signature(function, eval_str=evaluated)
+    raise TypeError(f"guard cannot hold {function!r}: its signature is not known")
 
 
 def is_async(function: Any) -> bool:
