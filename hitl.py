@@ -4778,11 +4778,10 @@ PENDING_FIELDS = frozenset((
 TEXTS = OPTIONAL_FIELDS | {     # in any body: how many bytes at the most
     "action_description": MAX_DESCRIPTION, "reason": MAX_WHY, "text": MAX_WHY,
     "digest": 64, "claim": MAX_NAME, "shown_at": 40}
-OTHERS: dict[str, type] = {     # what is not a text
-    "arguments": dict, "attach": bool, "edits": bool, "handed_over": bool}
-KINDS = {                       # what a field must be, and an example
-    str: ("a text", '"..."'), bool: ("true or false", "true"),
-    dict: ("an object", '{"name": value, ...}')}
+OTHERS = {                      # what is not a text, what it must be, an example
+    "arguments": (dict, "an object", '{"name": value, ...}'),
+    **dict.fromkeys(("attach", "edits", "handed_over"),
+                    (bool, "true or false", "true"))}
 
 
 def bad_field(name: str, must: str, cure: str = "") -> Refusal:
@@ -4793,12 +4792,12 @@ def bad_field(name: str, must: str, cure: str = "") -> Refusal:
 def field(body: Mapping[str, Any], name: str, needed: bool = False) -> Any:
     """A field of a body, if it is of its kind and not over its limit; None
     where it is blank or left out, unless it is needed."""
-    value, kind = body.get(name), OTHERS.get(name, str)
+    value = body.get(name)
+    kind, must, example = OTHERS.get(name, (str, "a text", '"..."'))
     blank = kind is str and isinstance(value, str) and not value.strip()
     if (value is None or blank) and not needed:
         return None
     if blank or type(value) is not kind:
-        must, example = KINDS[kind]
         raise bad_field(name, must, f'send "{name}": {example}')
     if isinstance(value, str) and len(value.encode()) > TEXTS[name]:
         raise Refusal("too-large", f'"{name}" is over {TEXTS[name]} bytes',
@@ -4933,7 +4932,6 @@ SIGN_IN = {         # how each kind is asked to, and the cure in words
     "reviewer": ('WWW-Authenticate: Basic realm="hitl.py", charset="UTF-8"\r\n',
                  "sign in as a reviewer: curl -u reviewer:TOKEN ...; serve "
                  "printed the token")}
-NO_DIALOG = 'WWW-Authenticate: Script realm="hitl.py"\r\n'
 STORAGE_FAILED = Refusal(
     "storage-failed", "the database could not store this; none of it is kept",
     "see to the disk and to other programs that write it, then send it again")
@@ -4953,9 +4951,8 @@ def head_of(status: int, content_type: str, close: bool, second: int) -> bytes:
 class Poll(NamedTuple):
     """An answer that waits until something changes."""
 
-    about: str                          # a request_id; "": anything
+    http: HttpRequest                   # asked again then; no request_id: anything
     seconds: float                      # at most
-    http: HttpRequest                   # then it is asked again, without a wait
 
 
 class Desk:
@@ -5037,7 +5034,7 @@ class Desk:
         who = identify(headers["authorization"], self.tokens)
         if who is None:
             if headers["sec-fetch-dest"] == "empty":
-                challenge = NO_DIALOG
+                challenge = 'WWW-Authenticate: Script realm="hitl.py"\r\n'
             raise Refusal("wrong-credentials", "these credentials are not known "
                           "here", cure, headers=challenge)
         if who.kind != kind:
@@ -5166,7 +5163,7 @@ class Desk:
         wait = min(number_in(asks, "wait"), MAX_POLL_SECONDS)
         if summary.status == Status.WAITING:
             if wait:
-                return Poll(http.request_id, wait, http._replace(query=Missing()))
+                return Poll(http._replace(query=Missing()), wait)
             self.polled_until[http.request_id] = time.monotonic() + RECENT_SECONDS
         return self.reply(http, summary)
 
@@ -5263,9 +5260,9 @@ class Desk:
 
     def get_changes(self, http: HttpRequest, asks: Missing) -> bytes | Poll:
         """A page's poll: answered when anything is no longer as it was."""
-        wait, after = number_in(asks, "wait"), number_in(asks, "after")
-        if wait and after == self.store.head.sequence:
-            return Poll("", min(wait, MAX_POLL_SECONDS), http._replace(query=Missing()))
+        wait = min(number_in(asks, "wait"), MAX_POLL_SECONDS)
+        if number_in(asks, "after") == self.store.head.sequence and wait:
+            return Poll(http._replace(query=Missing()), wait)
         return self.reply(http, {"change": self.store.head.sequence})
 
     def get_standing(self, http: HttpRequest, asks: Missing) -> bytes:
@@ -5533,17 +5530,17 @@ class Connection:
             return
         self.poll = answer
         self.timer = self.loop.asyncio_loop.call_later(answer.seconds, self.release)
-        self.loop.waiters.setdefault(answer.about, {})[self] = None
+        self.loop.waiters.setdefault(answer.http.request_id, {})[self] = None
 
     def unpark(self) -> Poll | None:
         """Out of the table of polls -> its poll, if it had one."""
         poll, self.poll = self.poll, None
         if poll:
             self.timer.cancel()
-            others = self.loop.waiters[poll.about]
-            del others[self]
-            if not others:
-                del self.loop.waiters[poll.about]
+            about = poll.http.request_id
+            del self.loop.waiters[about][self]
+            if not self.loop.waiters[about]:
+                del self.loop.waiters[about]
         return poll
 
     def release(self) -> None:
