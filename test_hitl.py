@@ -1307,7 +1307,7 @@ WRONG_FILES = [     # text before a rule, place in the message, its cure
         ("action_pattern", [r'"\bpay"', r'"pay\n"', r'"\u200bpay"'],
          "write the pattern in 'single quotes'"),
         ("action_pattern", ['"("'], "unterminated subpattern at position 0"),
-        ("action_pattern", ["'[[a]'", "'" + "(" * 3000 + ")" * 3000 + "'"],
+        ("action_pattern", ["'[[a]'", "'(?<=a+)b'", f"'{'(' * 3000}{')' * 3000}'"],
          "is not a regular expression: "),
         ("arguments", ['"x"', "{}"], 'like { table = "users|orders" }'),
         ("arguments", ["{ table = '(' }"], "of table: is not a regular"),
@@ -2978,12 +2978,11 @@ class Receiver(Wire):
     a request; the last one is repeated."""
 
     def __init__(self, *answers) -> None:
-        self.answers, self.at = list(answers) or [204], []
+        self.answers = list(answers) or [204]
         super().__init__(self.next_answer)
         self.url += "/"
 
     def next_answer(self, path: str, request: bytes):
-        self.at.append(time.monotonic())
         answer = self.answers[0]
         if len(self.answers) > 1:
             del self.answers[0]
@@ -3053,13 +3052,14 @@ def a_request(request_id="r-1", **fields):
 
 @pytest.fixture
 def tell(make_rules):
-    """Tell the entries of a TOML text of requests -> [(name, ids, Answer)]."""
+    """Tell the entries of a TOML text of requests -> [(name, ids, Answer)];
+    tell.at says when each entry was first done with one."""
     def run(text, *requests, pace=SOON, count=1, **environ):
         done, run.at = [], {}
 
         def report(*result) -> None:
             done.append(result)
-            run.at[result[0]] = time.monotonic()
+            run.at.setdefault(result[0], time.monotonic())
         notices = hitl.Notices(
             channels(make_rules, text, pace, **environ), make_rules(RULES),
             "https://desk.example", report)
@@ -3188,14 +3188,14 @@ def test_retry_after_is_minded(tell):
         return [http_reply(b"", 429).replace(b"Location: /", b"Retry-After: " + after)]
     with Receiver(late, 204) as phone, Receiver(late, 204) as siem, Receiver(
             late, late, 204) as odd:
+        start = time.monotonic()
         done = tell(notify(url=phone.url + "1", body={})
                     + notify("siem", url=siem.url + "1")
                     + notify("odd", url=odd.url + "-1")
                     + notify("date", url=odd.url + "Wed,_1_Jan_2098"),
                     a_request("r-1"), a_request("r-2"), count=7)
         assert all(answer.told for _, _, answer in done)
-        for receiver in (phone, siem):
-            assert receiver.at[1] - receiver.at[0] >= 0.9
+        assert min(tell.at["phone"], tell.at["siem"]) - start >= 1
 
 
 def test_the_event_is_signed(tell):
