@@ -6120,16 +6120,13 @@ def test_what_is_masked():
 
 
 def test_masking_is_linear():
-    """The worst there is takes no noticeable time, twice of it about twice."""
-    def seconds(text: str) -> float:
-        began = time.thread_time()
-        masked(text)
-        return time.thread_time() - began
+    """The worst there is takes no noticeable time."""
     for unit in ("eyJ-", "password: ", 'password="', "-----BEGIN ", "://", "aA1",
                  "mysql ", "--password ", "\n", "<password ", "ab-",
                  "ab_aaaaaaaaaaaaaaaa."):
-        text = unit * (16_384 // len(unit)) + "!"
-        assert seconds(text * 2) < 3 * seconds(text) + 0.3, unit
+        began = time.thread_time()
+        masked(unit * (32_768 // len(unit)) + "!")
+        assert time.thread_time() - began < 1, unit     # 0.1 here
 
 
 def test_canaries(make_gate, make_desk, tmp_path, caplog, capfd):
