@@ -3432,9 +3432,10 @@ class Channel:
             if entry["login"] is not None:
                 server.login(self.text(entry["login"], fields),
                              self.text(entry["password"], fields))
-            refused = server.send_message(letter)
-            yield Answer(True, f"250, but {len(refused)} refused" if refused
-                         else "250")
+            status, refused = "250", server.send_message(letter)
+            if refused:
+                status += f", but {len(refused)} refused"
+            yield Answer(True, status)
 
     def run(self, event: dict[str, Any], message_id: str) -> Iterator[Answer]:
         """A program with its arguments, never a shell, and the event on stdin.
