@@ -3714,8 +3714,7 @@ function renew(card, page) {
   if (fresh.className === card.className)
     first(".who", card)?.replaceWith(first(".who", fresh));
   if (fresh.className === card.className || fresh.matches(".waiting")) return card;
-  const folds = every("details", card), focused = card.contains(document.activeElement);
-  every("details", fresh).forEach((fold, n) => { fold.open = folds[n]?.open; });
+  const focused = card.contains(document.activeElement);
   fresh.open = card.open;
   fresh.style.setProperty("--tall", card.getBoundingClientRect().height + "px");
   if (typed && !first(".said", fresh).textContent.includes(typed))

@@ -7411,7 +7411,7 @@ def test_a_person_decides(make_desk, make_rules, look, script):
     assert (" UTC" in page.text("#reviewed time")) is not script
     does("/review/r-1", "#edit-r-1 button", decided(1),
          **{"argument:n": "0", "argument:text": "\nc"})
-    assert "changed by ana: {n: 3 -> 30, text: ... -> ...}" in Page(
+    assert "changed by ana: {n: 3 -> 30, text: (3 bytes) -> (5 bytes)}" in Page(
         desk.page("/review/r-1")).text
     assert json.loads(desk.rows("SELECT approved_arguments FROM pending_reviews "
                                 "WHERE request_id = 'r-1'")[0][0]) == {
@@ -7573,17 +7573,27 @@ def test_a_typed_reason_is_never_lost(make_desk, look):
 
 
 @needs_browser
-def test_a_hidden_tab_counts(desk, look):
-    """Title and icon stay true in a hidden tab, which holds no poll."""
+def test_a_hidden_tab_stays_true(desk, look):
+    """A hidden tab, which holds no poll, has the number of what waits in its
+    title, a coloured icon, and a notification where that is allowed; the first
+    request is open, and a stop is said."""
     page = look()
     icon = "return document.querySelector('link[rel=icon]').href"
     grey = page.run(icon)
-    page.run("REST = 100; Object.defineProperty(document, 'hidden', {value: "
-             "true}); document.dispatchEvent(new Event('visibilitychange'))")
+    assert "Nothing waits" in page.text()
+    page.run("""
+        REST = 100;
+        window.Notification = class { static permission = "granted";
+          constructor(title) { window.told = title; } };
+        Object.defineProperty(document, "hidden", {value: true});
+        document.dispatchEvent(new Event("visibilitychange"))""")
     desk.post()
-    assert until(lambda: page.run("return document.title")
-                 == "(1) Review desk", 15)
-    assert page.run(icon) != grey
+    assert until(lambda: page.run("return window.told") == "(1) Review desk", 15)
+    assert page.run("return document.title") == "(1) Review desk"
+    assert page.run(icon) != grey and page.text("#count") == "1 waiting"
+    assert "Nothing waits" not in page.text() and page.text(".approve")
+    desk.reviewer().exchange("POST", "/stop", {"reason": "wrong plan"}, seconds=10)
+    assert until(lambda: "ana stopped everything: wrong plan" in page.text())
 
 
 @needs_browser
