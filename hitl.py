@@ -5210,9 +5210,14 @@ class Desk:
         """The request, decided. A form says when it was shown: nobody decides
         about a card that they cannot have seen."""
         request = self.store.request(http.request_id)
-        shown_at = field(asks, "shown_at") or ""
+        shown_at = field(asks, "shown_at")
         if http.content_type == FORM:
-            if not "" < shown_at <= instant(self.store.time - SEEN_SECONDS):
+            try:
+                seen = parse_timestamp(shown_at) <= instant(
+                    self.store.time - SEEN_SECONDS)
+            except ValueError:
+                seen = False
+            if not seen:
                 raise refused("too-fast", request)
             asks = as_json_says(asks, request.arguments)
         # 1. may this reviewer decide it, and so?

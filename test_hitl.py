@@ -2263,23 +2263,6 @@ def test_what_cannot_stand(store):
 SAME = {"tool": "delete", "session": "s-1", "arguments": {"a": 1}}
 
 
-def test_a_standing_decision_is_void_once_the_desk_s_table_differs(
-        make_desk, make_rules):
-    """Edit the checkpoint's table in serve's own file: what was said under
-    the old one answers nothing any more, under the old one again it does."""
-    rules, edited_rules = map(make_rules, (RULES, RULES + "timeout_seconds = 9"))
-    call = SAME | {"tool": "delete_records", "checkpoint_id": "delete-records"}
-    desk = make_desk(rules=rules)
-    desk.post("r-1", **call)
-    desk.decide("r-1", remember={"seconds": 60, "uses": 9})
-    for number, (own, status) in enumerate((
-            (rules, "approved"), (edited_rules, "waiting"), (None, "waiting"),
-            (rules, "approved"))):
-        desk.more["rules"] = own
-        desk.restart()
-        assert desk.post(f"v-{number}", **call).body["status"] == status
-
-
 def test_the_same_id_is_the_same_call_of_the_same_agent(store):
     """A repeated request_id needs an equal digest, checkpoint, session and
     principal; another agent learns nothing of it, and cannot read, claim,
@@ -3891,21 +3874,16 @@ def test_who_decided(make_desk):
 
 
 def test_the_form_goes_back_to_the_page(desk):
-    """The page's buttons post a form and come back to the page (303), never
-    to another site; a form that says both words is refused."""
-    for n, back in enumerate(("/", "", "//evil.example", "https://evil",
-                              "/\\evil", "/%0d%0aSet-Cookie:a=b")):
-        desk.post(f"r-{n}")
-        form = ("decision=rejected&reason=caf%C3%A9&shown_at=2026-01-01&"
-                f"back={back}").encode()
-        for body, expected in ((b"decision=approved&" + form, 400),
-                               (form, 303)):
-            status, headers, _ = desk_ask(
-                desk, "POST", f"/approve/r-{n}", REVIEWER, body,
-                Content_Type=FORM, Accept="text/html")
-            assert status == expected and headers["Set-Cookie"] is None
-        assert headers["Location"] == "/"
-        assert desk.state(f"r-{n}")["reason"] == "café"
+    """The page's buttons post a form and come back to the page (303), wherever
+    the form says to go; one that says both words is refused."""
+    desk.post()
+    form = b"decision=rejected&reason=caf%C3%A9&shown_at=2026-01-01&back=//evil"
+    for body, expected in ((b"decision=approved&" + form, 400), (form, 303)):
+        status, headers, _ = desk_ask(
+            desk, "POST", "/approve/r-1", REVIEWER, body, Content_Type=FORM,
+            Accept="text/html")
+        assert status == expected and headers["Set-Cookie"] is None
+    assert headers["Location"] == "/" and desk.state("r-1")["reason"] == "caf\xe9"
 
 
 def test_security_headers_on_every_answer(desk):
@@ -4315,22 +4293,26 @@ def test_a_decision_that_stands(ruled):
 
 
 def test_what_stands_is_void_when_the_desks_rules_change(ruled, make_rules):
-    """A decision stands only while the desk's own checkpoints for the call
-    are the same, those that the agent does not name as well."""
+    """A decision stands only while the desk's own checkpoints for the call are
+    what they were, both the one that the agent names and those that match."""
     desk, decide = ruled
-    call = {"tool": "send", "checkpoint_id": "new", "session": "s"}
-    desk.post("r-1", **call)
-    assert decide("ana", remember={"seconds": 60, "uses": 9})[0] == 200
-    for n, (text, status) in enumerate((
-            (RULED, "approved"), (RULED.replace('"Users"', '"U"'), "approved"),
-            (RULED.replace('"Send"', '"S"'), "waiting"),
-            (RULED + RULED[:RULED.index("[[", 5)].replace("delete", "send"),
-             "waiting"))):
-        desk.more["rules"] = make_rules(text + "".join(
+    calls = {name: {"tool": tool, "checkpoint_id": named, "session": "s"}
+             for name, tool, named in (("matched", "send", "new"),
+                                       ("named", "grow", "free"))}
+    for name, call in calls.items():
+        desk.post(name, **call)
+        assert decide("ana", name, remember={"seconds": 60, "uses": 9})[0] == 200
+    one_more = RULED[:RULED.index("[[", 5)].replace("delete", "send")
+    for n, (text, stands) in enumerate((
+            (RULED, "matched named"), ("", ""), (RULED + one_more, "named"),
+            (RULED.replace('"Send"', '"S"'), ""),
+            (RULED.replace('"Users"', '"U"'), "matched named"))):
+        desk.more["rules"] = text and make_rules(text + "".join(
             f'[[reviewer]]\nname = "{name}"\ntoken_sha256 = "{"0" * 64}"\n'
             for name in NAMED))
         desk.restart()
-        assert desk.post(f"again-{n}", **call).body["status"] == status, n
+        assert [name for name, call in calls.items() if desk.post(
+            f"{name}-{n}", **call).body["status"] == "approved"] == stands.split(), n
 
 
 def test_stop_everything(desk):
