@@ -118,6 +118,7 @@ class Desk:
 
     def start(self, port: int = 0) -> None:
         self.store = hitl.open_store(self.database, self.clock)
+        self.store.db.execute("PRAGMA synchronous = OFF")   # as in `store`
         self.server = hitl.open_desk("127.0.0.1", port, self.store,
                                      self.tokens, say=self.lines.append,
                                      **self.more)
@@ -1822,6 +1823,7 @@ def same(store, name, attach=False, **more):
 def used(tmp_path_factory):
     """The bytes of a database with a request in every state."""
     it = hitl.open_store(tmp_path_factory.mktemp("used") / "hitl.db", Clock())
+    it.db.execute("PRAGMA synchronous = OFF")
     play(it, "ask edit:pets claim:pets finish", "edited")
     remembered(it, "again-0", session="s-9")
     assert same(it, "again-1", session="s-9").standing == 1
@@ -2640,6 +2642,7 @@ def test_one_server_a_database(every):
     first lives on, and its files are its owner's alone."""
     every.chmod(0o600)                  # the others have its mode
     first = hitl.open_store(every, Clock())
+    assert first.db.execute("PRAGMA synchronous").fetchone() == (2,)     # FULL
     with pytest.raises(hitl.ConfigError, match="another server runs"):
         hitl.open_store(every)               # must not drop the first one's lock
     other = command("serve", "--port", "0", "--database", str(every),
