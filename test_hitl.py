@@ -7264,7 +7264,8 @@ def chromium():
 
 @pytest.fixture
 def look(chromium, desk):
-    """Open a path of a desk, signed in -> the browser."""
+    """Open a path of a desk, signed in -> the browser. The browser's log has
+    nothing that the Content-Security-Policy forbade."""
     def at(path: str = "/", width: int = 1100, dark: bool = False,
            script: bool = True, desk=desk):
         chromium.cdp("Emulation.setDeviceMetricsOverride", width=width,
@@ -7276,6 +7277,8 @@ def look(chromium, desk):
             "://", f"://ana:{REVIEWER_TOKEN}@") + path)
         return chromium
     yield at
+    said = chromium.ask("POST", chromium.session + "/se/log", {"type": "browser"})
+    assert "Content Security Policy" not in str(said)
     chromium.cdp("Emulation.setScriptExecutionDisabled", value=False)
     chromium.open("about:blank")
 
@@ -7566,12 +7569,14 @@ def test_a_hidden_tab_stays_true(desk, look):
     icon = "return document.querySelector('link[rel=icon]').href"
     grey = page.run(icon)
     assert "Nothing waits" in page.text()
+    assert until(lambda: "" in desk.server.waiters)     # a visible one holds it
     page.run("""
         REST = 100;
         window.Notification = class { static permission = "granted";
           constructor(title) { window.told = title; } };
         Object.defineProperty(document, "hidden", {value: true});
         document.dispatchEvent(new Event("visibilitychange"))""")
+    assert until(lambda: "" not in desk.server.waiters)
     desk.post()
     assert until(lambda: page.run("return window.told") == "(1) Review desk", 15)
     assert page.run("return document.title") == "(1) Review desk"
