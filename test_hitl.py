@@ -1727,7 +1727,7 @@ def turn(store, change, *args, **more):
             return refusal.reason
     store.tick()
     result = store.attempt(told)
-    assert store.commit() is not None
+    assert store.commit() is not None and not store.db.in_transaction
     return result
 
 
@@ -2461,12 +2461,16 @@ def let_grow(db, more):
 
 def test_one_that_fails_leaves_its_neighbours(store):
     """Each request runs inside its own savepoint: the COMMIT of a turn
-    keeps nothing of one that failed and all of its neighbours."""
+    keeps nothing of one that failed and all of its neighbours. A turn that
+    is rolled back unnoticed is not called committed."""
     store.attempt(put, store, "r-1")
     with pytest.raises(ZeroDivisionError):
         store.attempt(lambda: put(store, "r-2") and 1 / 0)
     store.attempt(put, store, "r-3")
     assert [change.subject for change in store.commit()] == ["r-1", "r-3"]
+    store.attempt(put, store, "r-4")
+    store.db.execute("ROLLBACK")
+    assert store.commit() is None
     assert names(store) == ["r-1", "r-3"] and store.waiting_count == 2
     assert chain_faults(store.path) == []
 
