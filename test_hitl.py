@@ -7804,6 +7804,20 @@ def test_list_show_approve_reject(desk):
         "hitl: error: this request is rejected by ana since ")
 
 
+def test_what_is_alike_is_told_apart(desk):
+    """list has as much of each id as tells it apart; standing has the bounds
+    of each standing decision, and why it was made."""
+    for name in ("delete-users-1", "delete-users-2"):
+        desk.post(name, session="s", **FULL)
+    for line, name in zip(typed(desk, "list").out.splitlines(), "12", strict=True):
+        assert line.startswith(f"waiting   delete-users-{name} ")
+    assert desk.decide("delete-users-1", reason="go", remember={
+        "seconds": 3600, "uses": 10}).status == 200
+    assert re.fullmatch("1 approved: the same call as delete-users-1, by ana since "
+                        r"\S+Z until \S+Z, 0 of 10 uses: go\n",
+                        typed(desk, "standing").out)
+
+
 def test_show_says_what_was_changed(make_desk, make_gate):
     """show has the arguments that a reviewer changed as they will run, and
     says what was changed by whom."""
@@ -7848,11 +7862,16 @@ def test_check_replay(desk, tmp_path):
 
 def test_no_line_of_show_imitates_another(desk):
     """A block is behind bars, what is wrapped behind a plus, and a name that
-    could be read as either is in quotes."""
-    desk.post(tool="send", arguments={
+    could be read as either is in quotes. A long description is there in full;
+    without a context none is shown."""
+    desk.post(action_description="a" * 130, agent_context=None,
+              tool="send", arguments={
         "text": "one\nend of text\n", "| two": "x", "end of text": "y",
         "long": "z" * 70, "wide": "\u6f22" * 40})
     shown = typed(desk, "show", "r-1", COLUMNS="60").out.splitlines()
+    assert shown[1:4] == ["    in full      " + "a" * 36,
+                          "    + " + "a" * 53, "    + " + "a" * 41]
+    assert not [line for line in shown if "context" in line]
     start = shown.index("    text: text, 16 bytes, 3 lines")
     assert shown[start + 1:start + 11] == [
         "    | one", "    | end of text", "    | ", "    end of text",
@@ -7888,6 +7907,12 @@ SLIPS = (
     (2, "no such database", "--database", "log --database none.db", {}),
     (2, "no such database", "--database",
      "check --replay --database none.db --config rules.toml", {}),
+    (2, "no [[notify]] in it", "README.md", "notify --test --config rules.toml",
+     {}),
+    (2, "--head must be a SHA-256 in hex", "serve prints", "log --head x", {}),
+    (2, "/none/x: No such file or directory", "", "init --config none/x", {}),
+    (2, "no [[agent]] can be called", "agents without a name",
+     "serve --port 0 --config agents.toml", {}),
     (2, "No such file or directory", "choose another file with --output",
      "verify --output none/e.json", {}),
     (2, "JSON of the arguments: ", "", "check x [] --config rules.toml", {}),
@@ -7901,6 +7926,8 @@ def test_what_goes_wrong_has_its_status(desk):
     with what is wrong and, where there is one, the cure; never a cure for a
     hook, whose model would read it."""
     (desk.folder / "rules.toml").write_text(RULES)
+    (desk.folder / "agents.toml").write_text(
+        f'{RULES}\n[[agent]]\nname = "token"\ntoken_sha256 = "{"a" * 64}"\n')
     desk.post()
     for status, error, hint, line, environ in SLIPS:
         words = shlex.split(line.replace("PORT", str(desk.port)))
