@@ -7524,17 +7524,17 @@ class Proxy:
     def learn_tools(self, tools: Any) -> None:
         """Keep what the server says of its tools; say once on stderr which of
         them wait for a person."""
-        said: dict[str, list[str]] = {"wait for a person": [], "run unasked": []}
+        said: dict[str, list[str]] = {}
         for tool in tools if isinstance(tools, list) else []:
             name = str(at_path(tool, "name"))
-            held = not self.gate.rules.is_free(f"mcp__{self.name}__{name}")
             if name not in self.tools:
-                said["wait for a person" if held else "run unasked"].append(name)
+                free = self.gate.rules.is_free(f"mcp__{self.name}__{name}")
+                words = "run unasked" if free else "wait for a person"
+                said.setdefault(words, []).append(name)
             self.tools[name] = at_path(tool, "annotations")
         for words, names in said.items():
-            if names:
-                print(f"hitl: {self.name}: {words}:", visible(", ".join(names)),
-                      file=sys.stderr, flush=True)
+            print(f"hitl: {self.name}: {words}:", visible(", ".join(names)),
+                  file=sys.stderr, flush=True)
 
     # ---- one call ----
 

@@ -6866,15 +6866,14 @@ def test_run_signals(desk, tmp_path):
             time.sleep(1)"""
     ours, terminal = pty.openpty()
     for sent, stdin, status in (
-            (("SIGUSR1", "SIGTERM"), subprocess.PIPE, 1),
-            (("SIGINT", "SIGTERM"), subprocess.PIPE, 1),
-            (("SIGINT", "SIGTERM"), terminal, 0),
-            (("SIGHUP",), subprocess.PIPE, 128 + signal.SIGHUP)):
+            ("SIGINT SIGUSR1 SIGTERM", subprocess.PIPE, 2),
+            ("SIGINT SIGUSR1 SIGTERM", terminal, 1),
+            ("SIGHUP", subprocess.PIPE, 128 + signal.SIGHUP)):
         with waiting(desk, tmp_path, "run", "--", sys.executable, "-c",
                      script, stdin=stdin) as (process, request):
             desk.decide(request["request_id"])
             assert process.stdout.readline() == "up\n"
-            for name in sent:
+            for name in sent.split():
                 process.send_signal(getattr(signal, name))
             assert process.wait(20) == status, sent
     os.close(ours)
