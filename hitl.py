@@ -4225,11 +4225,9 @@ def history_page(view: View, found: Found, asks: Mapping[str, str]) -> Html:
     q, status = asks.get("q", ""), asks.get("status", "")
 
     def link(words: str, **changed: str) -> Html:
-        template = '<a href="/history?{query}">{words}</a>'
-        if changed.get("status") == status:
-            template = "<strong>{words}</strong>"
         query = urlencode({"q": q, "status": status} | changed)
-        return fill(template, words=words, query=escaped(query))
+        return fill('<a href="/history?{query}">{words}</a>', words=words,
+                    query=escaped(query))
     above = [link(word or "any status", status=word)
              for word in ("", *Status) if word != Status.WAITING]
     older, back = Html(""), Html("Searched everything that was reviewed.")
@@ -4238,8 +4236,8 @@ def history_page(view: View, found: Found, asks: Mapping[str, str]) -> Html:
         back = fill("Searched back to {at}.", at=moment(at))
         older = link("Older", before=f"{at}_{number}")
     return page(view, "History", fill(
-        LIST, title="History", above=as_html([*above, back], DOT), below=older,
-        rows=[safely(reviewed_row, row) for row in found.rows]), q=q)
+        LIST, title=f"History {status}", above=as_html([*above, back], DOT),
+        rows=[safely(reviewed_row, row) for row in found.rows], below=older), q=q)
 
 
 def reviewed_row(request: ReviewRequest) -> Html:

@@ -7602,6 +7602,9 @@ def test_the_keyboard_decides(make_desk, look):
     def keys(*keys: str) -> None:
         page.act("key", *({"type": f"key{way}", "value": key}
                           for key in keys for way in ("Down", "Up")))
+    assert page.run("document.body.dispatchEvent(new KeyboardEvent('keydown', {key: "
+                    "'r', ctrlKey: true, bubbles: true})); return "
+                    "document.activeElement.name") != "reason"      # it reloads
     keys("j", "j", "k", "j", "\ue007")          # Enter
     assert until(lambda: page.run(
         "const card = document.getElementById('request-r-1');"
