@@ -569,8 +569,7 @@ def read_json(text: str) -> Any:
         return None
 
 
-PLAIN_TYPES = frozenset((int, float, bool, type(None)))
-ENDS = PLAIN_TYPES | {str}      # nothing is inside them
+PLAIN_TYPES = frozenset((str, int, float, bool, type(None)))
 JSON_STARTS = ("{", "[", '"', " ", "\t", "\r", "\n")
 
 
@@ -593,7 +592,7 @@ def objects_in(value: Any, quoted: bool = False, depth: int = 0,
         return
     for part in value:
         is_json = quoted and type(part) is str and part.startswith(JSON_STARTS)
-        if is_json or type(part) not in ENDS:
+        if is_json or type(part) not in PLAIN_TYPES:
             yield from objects_in(part, quoted, depth + 1, left)
 
 
@@ -973,10 +972,10 @@ def has_plain_values(arguments: Mapping[str, Any]) -> bool:
     """Whether no value could hold another call: numbers, and texts that
     are not JSON."""
     for value in arguments.values():        # all() would take three times as long
-        if type(value) is not str:
-            if type(value) not in PLAIN_TYPES:
-                return False
-        elif "{" in value or "[" in value or '"' in value:
+        if type(value) not in PLAIN_TYPES:
+            return False
+        if type(value) is str and (
+                "{" in value or "[" in value or '"' in value):
             return False
     return True
 
