@@ -6557,7 +6557,7 @@ def test_hook_snippets(tmp_path, monkeypatch):
 # ---- the MCP proxy ----
 
 SERVER = '''
-import json, os, subprocess, sys
+import json, subprocess, sys
 for line in sys.stdin:
     m = json.loads(line)
     p = m.get("params") or {}
@@ -6571,7 +6571,6 @@ for line in sys.stdin:
     said = {"id": m.get("id"), "result": {
         "tools/list": {"tools": [{"name": "read_file"}, {
             "name": "delete_file", "annotations": {"destructiveHint": True}}]},
-        "env": {"names": sorted(os.environ)},
         "move_file": {"content": [{"type": "text", "text": line}]},
         "delete_locked": {"isError": True, "content": "it is locked"},
         }.get(name, {"echo": line})}
@@ -6594,7 +6593,7 @@ class Mcp(Running):
         super().__init__(
             *HITL, "mcp", "--config", "rules.toml", "--name", "fs", "--",
             sys.executable, "server.py", folder=folder, stdin=subprocess.PIPE,
-            HITL_SERVER_URL=desk.url, HITL_REVIEWER_TOKEN=REVIEWER_TOKEN)
+            HITL_SERVER_URL=desk.url)
         self.desk = desk
 
     def send(self, message):
@@ -6646,8 +6645,7 @@ def mcp(make_desk, make_rules, tmp_path):
 
 def test_proxy_is_transparent(mcp):
     """All but a gated call passes as the very bytes, both ways; stderr says once
-    which tools wait; the server does not get the reviewer's token; its exit
-    status is the proxy's."""
+    which tools wait."""
     odd = (b'{"id": 1,  "jsonrpc":"2.0", "method": "x/y", "params": {"a": '
            b'1.50, "\\u00e9": "\xc3\xa9"}}')
     mcp.send(odd)
@@ -6655,9 +6653,6 @@ def test_proxy_is_transparent(mcp):
     for number in (2, 3):
         mcp.send({"jsonrpc": "2.0", "id": number, "method": "tools/list"})
         mcp.answer(number)
-    mcp.call(4, "env", {})
-    names = mcp.answer(4)["result"]["names"]
-    assert "HITL_REVIEWER_TOKEN" not in names and "HITL_SERVER_URL" in names
     assert mcp.close() == 0
     assert mcp.text.count("fs: wait for a person: delete_file\n") == 1
     assert mcp.text.count("fs: run unasked: read_file\n") == 1
@@ -6804,11 +6799,10 @@ def test_run(desk, tmp_path):
     """`run` asks, then executes exactly the approved argv without a shell,
     and passes stdin, stdout, stderr and the exit status through; the headline
     is the command as a shell would quote it. The reviewer's token stays out
-    of its environment, and ./checkpoints.toml is not read."""
+    of its environment."""
     script = "import os, sys; print(sys.argv[1], sys.stdin.read(), " \
         "os.environ.get('HITL_REVIEWER_TOKEN')); " \
         "print('err', file=sys.stderr); sys.exit(3)"
-    (tmp_path / "checkpoints.toml").write_text("nonsense")
     argv = [sys.executable, "-c", script, "$(x); *"]
     with waiting(desk, tmp_path, "run", "--", *argv,
                  HITL_REVIEWER_TOKEN="x" * 20) as (process, request):
