@@ -388,6 +388,7 @@ def make_gate(tmp_path):
         return hitl.Gate(path, **more)
     return make
 
+
 @pytest.fixture
 def make_rules(tmp_path):
     """A maker of rules: the text of a checkpoints.toml -> hitl.Rules."""
@@ -7949,6 +7950,7 @@ def test_help_is_whole(make_desk):
     assert typed(desk, "--version").out == (
         f"hitl.py {hitl.__version__} sha256 {hitl.file_sha256(FILE)}\n")
     overview = typed(desk, "--help").out
+    assert typed(desk) == (2, overview, "")
     for name, parser in commands().items():
         status, text, _ = typed(desk, name, "--help")
         does = getattr(hitl, f"cmd_{name}").__doc__
