@@ -3078,7 +3078,7 @@ def seal_fault(db: sqlite3.Connection, subject: ReviewRequest | Standing) -> str
 @contextlib.contextmanager
 def open_for_reading(path: Path) -> Iterator[sqlite3.Connection]:
     """A read-only connection, beside a running server or without one."""
-    if not path.exists():
+    if not path.is_file():
         raise bad_database(path, "no such database", "name it by --database")
     uri = f"{path.absolute().as_uri()}?mode=ro"
     if not path.with_name(path.name + "-wal").exists():
