@@ -2905,7 +2905,7 @@ def bad_database(path: Path, what: str, cure: str) -> ConfigError:
 def cannot_open(path: Path, error: Exception) -> ConfigError:
     """The error for a file that cannot be used now, or that is not whole."""
     code = getattr(error, "sqlite_errorcode", 0) & 255
-    if code in NOT_DAMAGE or isinstance(error, (OSError, RuntimeError)):
+    if code in NOT_DAMAGE or isinstance(error, OSError):
         return bad_database(path, f"cannot be used now: {error}",
                             "stop what holds it, see to its mode and disk, or "
                             "use --database with a folder of your own")
@@ -2918,12 +2918,12 @@ def open_store(path: Path, clock: Callable[[], float] = time.time) -> Store:
     other server has; ConfigError for any other file, which is left as it is."""
     with contextlib.ExitStack() as opened:
         try:
-            path = path.resolve()       # one lock, whatever name leads here
+            path = Path(os.path.realpath(path))     # one lock, whatever its name
             if path.is_dir():
                 raise bad_database(path, "is a folder", "name a file")
             lock = lock_database(path)
             opened.callback(lock.close)
-            if not path.exists():
+            if not os.path.lexists(path):
                 create_database(path)
             db = sqlite3.connect(
                 f"{path.as_uri()}?mode=rw", uri=True, timeout=BUSY_SECONDS,
@@ -2938,10 +2938,7 @@ def open_store(path: Path, clock: Callable[[], float] = time.time) -> Store:
                     "restore a backup, or move it away to begin again; "
                     "`python3 hitl.py log --verify` tells more")
             store = Store(db, lock, path, clock)
-        except ConfigError:
-            raise
-        except (OSError, RuntimeError, sqlite3.Error, ValueError,
-                TypeError) as error:
+        except (OSError, sqlite3.Error, ValueError, TypeError) as error:
             raise cannot_open(path, error) from None
         opened.pop_all()            # from here on the Store closes both
         return store

@@ -2609,12 +2609,13 @@ def test_an_unfit_file_refuses_to_start(every, used, name):
     hitl.open_store(every).close()
 
 @pytest.mark.parametrize("spoil", [
-    lambda path: path.mkdir(),
+    lambda path: path.mkdir(), lambda path: path.symlink_to(path.name),
     lambda path: path.with_name("hitl.db.lock").write_text("x" * 999),
     lambda path: path.with_name("hitl.db-wal").write_bytes(b"x" * 100)])
 def test_a_strange_file_in_the_way_is_an_error_message(tmp_path, spoil):
-    """A folder with the database's name, a lock file that is none, a
-    -wal whose database is gone: a ConfigError, never a new database."""
+    """A folder or an endless link with the database's name, a lock file that
+    is none, a -wal whose database is gone: a ConfigError, never a new
+    database."""
     spoil(tmp_path / "hitl.db")
     with pytest.raises(hitl.ConfigError):
         hitl.open_store(tmp_path / "hitl.db")
