@@ -1008,6 +1008,10 @@ def test_a_dispatcher_is_looked_through(make_rules, tool, inner):
     for harmless in ({"name": "delete_file"}, {"a": "delete_file"},
                      {"path": "x", "content": '{"name": "delete_x"}'}):
         assert rules.first_match(tool, harmless).effect == "allow"
+    users = make_rules(rule(arguments='{ table = "users" }'))
+    for table, effect in (("users", "review"), ("logs", "allow")):
+        call = {"tool_name": "delete_x", "arguments": json.dumps({"table": table})}
+        assert users.first_match("call", call).effect == effect
 
 
 def test_large_arguments_are_looked_through_in_time(make_rules):
@@ -1026,6 +1030,7 @@ def test_large_arguments_are_looked_through_in_time(make_rules):
         assert time.thread_time() - start < 2
         assert (match.effect == "review") == waits, match.why
     assert rules.first_match("delete_x", endless).checkpoint.checkpoint_id == "a"
+    assert rules.all_holding("store", endless) == [*rules.checkpoints]
 
 
 def test_a_call_is_free_where_no_argument_can_hold_it(make_rules):
@@ -1224,7 +1229,8 @@ def test_an_edit_is_seen_where_it_lands(make_rules, tmp_path):
                 "Update", "notes.md") + "E"}, True),
             ("Bash", {"command": "apply_patch <<'E'\n" + patch.format(
                 "Add", "d/x") + "E"}, False),
-            ("Bash", {"command": "cat leash"}, False),
+            ("Bash", {"command": f"apply_patch < {tmp_path}/leash"}, True),
+            ("Bash", {"command": f"cat {tmp_path}/leash"}, False),
             ("Read", {"file_path": "leash"}, False)):
         match = rules.first_match(tool, arguments, str(tmp_path))
         assert (match.effect == "deny") == denied, (tool, arguments)
@@ -1241,7 +1247,8 @@ def test_an_allow_rule_for_edits_needs_a_plain_path(make_rules, tmp_path):
             ({"path": "src/a"}, True), ({"path": "src/../a"}, False),
             ({"path": "src/link/passwd"}, False), ({"path": "Src/a"}, False),
             ({"paths": ["src/a", "b"]}, False), ({"path": "src/\u0430"}, False),
-            ({"path": "src/a", "diff": "x"}, False), ({}, False)):
+            ({"path": "src/a", "diff": "x"}, False), ({}, False),
+            ({"paths": ["src/a"] * 1000}, True), ({"paths": ["src/a"] * 1001}, False)):
         match = rules.first_match("Write", arguments, str(tmp_path))
         assert (match.effect == "allow") == opens, arguments
     for tool in ("Bash", "run_edit", "mcp__x__Write", "MCP_write", "x.Write"):
