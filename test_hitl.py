@@ -6172,6 +6172,12 @@ description_template = "Move {path}"
 editable = true
 
 [[checkpoint]]
+checkpoint_id = "soon"
+action_pattern = "soon"
+description_template = "Soon"
+timeout_seconds = 0.3
+
+[[checkpoint]]
 checkpoint_id = "shell-delete"
 kind = "shell"
 action_pattern = '\\brm\\b|\\bgit push\\b'
@@ -6389,8 +6395,10 @@ def test_hook_deadline_and_repeat(desk, ask_hook, monkeypatch):
     others = {row["request_id"] for row in desk.waiting(3)} - {
         request["request_id"]}
     assert len(others) == 2 == len(desk.waiting(3)) - 1
-    desk.decide(request["request_id"])
-    waits = [in_background(ask) for _ in range(3)]      # claimed once
+    waits = [in_background(ask) for _ in range(3)]
+    waiters, name = desk.server.waiters, request["request_id"]
+    assert until(lambda: len(waiters.get(name, ())) == 3)
+    desk.decide(name)                                   # claimed once
     again, = {row["request_id"] for row in desk.waiting(3)} - others
     desk.decide(again, "rejected", reason="no")         # asked by the other two
     assert sorted(wait()[0] for wait in waits) == ["allow", "deny", "deny"]
@@ -6398,6 +6406,7 @@ def test_hook_deadline_and_repeat(desk, ask_hook, monkeypatch):
         decision, why = ask()
         assert decision == "deny" and "rejected by ana" in why
     assert len(desk.waiting(2)) == 2
+    assert "within 0.3 s" in ask(tool_name="soon")[1]   # as the checkpoint says
 
 
 def test_nothing_beside_the_file_is_read(tmp_path):
