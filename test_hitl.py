@@ -5051,11 +5051,15 @@ def test_a_call_that_matches_nothing(make_gate):
     for _ in range(20_000):
         gate.call("read_records", {"n": 1}, dict)
     assert time.thread_time() - began < 0.4     # 0.03 here, else 0.6
-    for tool in ("list_all", "delete_all", "list_all"):
+    gate = make_gate("http://127.0.0.1:9", EDITABLE)
+    for tool, arguments in (("run", {"name": "list_all", "arguments": {}}),
+                            ("run", {"name": "delete_all", "arguments": {}}),
+                            ("delete_it", {"table": "pets"}),
+                            ("delete_it", {"table": "users"})):
         with contextlib.suppress(hitl.UnreachableError):
-            gate.call("run", {"name": tool, "arguments": {}}, dict,
-                      timeout_seconds=0.1)
-            assert tool == "list_all"
+            gate.call(tool, arguments, dict, timeout_seconds=0.1)
+            assert arguments.get("table") == "pets" or (
+                arguments.get("name") == "list_all")
 
 
 def test_no_proxy_and_the_token(make_gate, make_desk, monkeypatch, caplog):
@@ -5303,8 +5307,9 @@ def test_changed_before_approval(make_gate, make_desk, way):
     gate = make_gate(desk, EDITABLE, on_reject="return")
 
     def changed(table: str, edits: bool = True):
+        more = {} if edits and way != "ahold" else {"edits": edits}
         result = calling(gate, lambda **a: f"deleted {a['table']}", way=way,
-                         request_id=f"{way}-{table}", edits=edits)
+                         request_id=f"{way}-{table}", **more)
         card, = desk.waiting()
         said = desk.decide(card["request_id"], digest=card["digest"],
                            arguments=CALL | {"table": table})
