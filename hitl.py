@@ -907,8 +907,9 @@ def parts_of(value: Any) -> Iterator[Any]:
     """The patterns inside an item of a parsed pattern."""
     if isinstance(value, _parser.SubPattern):
         yield value
-    for part in value if isinstance(value, (tuple, list)) else ():
-        yield from parts_of(part)
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from parts_of(part)
 
 
 def are_apart(branches: list[Any]) -> bool:
