@@ -6181,6 +6181,7 @@ checkpoint_id = "soon"
 action_pattern = "soon"
 description_template = "Soon"
 timeout_seconds = 0.3
+lifetime_seconds = 60
 
 [[checkpoint]]
 checkpoint_id = "shell-delete"
@@ -6253,10 +6254,10 @@ def hook_call(dialect, shell, **more) -> str:
 
 
 class Hooked(hitl.Hook):
-    """A hook without the alarm, to be asked in this process."""
+    """A hook that only notes its alarm, to be asked in this process."""
 
     def alarm(self):
-        pass
+        self.alarm_after = self.seconds
 
 
 @pytest.fixture
@@ -6373,7 +6374,7 @@ def test_hook_knows_how_long_its_agent_waits():
         for given, seconds in ((None, default), (9, 9), (1e9, longest)):
             hook = Hooked("missing", given)
             hook.reply(hook_call(dialect, "ls").encode)
-            assert hook.seconds == seconds, (dialect, given)
+            assert hook.alarm_after == seconds, (dialect, given)
 
 
 def test_hook_deadline_and_repeat(desk, ask_hook, monkeypatch):
@@ -6412,6 +6413,7 @@ def test_hook_deadline_and_repeat(desk, ask_hook, monkeypatch):
         assert decision == "deny" and "rejected by ana" in why
     assert len(desk.waiting(2)) == 2
     assert "within 0.3 s" in ask(tool_name="soon")[1]   # as the checkpoint says
+    assert desk.waiting(3)[0]["deadline"] < hitl.instant(time.time() + 70)
 
 
 def test_nothing_beside_the_file_is_read(tmp_path):
