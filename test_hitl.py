@@ -4729,16 +4729,27 @@ NESTED = "[" * 26 + "1" + "]" * 26
 
 
 def test_reviewers_come_first_in_a_bounded_turn(desk):
-    """A turn that is 50 ms old dispatches nothing more, and the next begins
-    with the reviewers: bodies of deep JSON hold nobody up."""
+    """Of what is whole at once reviewers' requests are answered first, and a
+    turn that is 30 ms old dispatches nothing more: bodies of deep JSON hold
+    nobody up."""
     context = "[" + ",".join([NESTED] * 3_800) + "]"
+    whole = [http_post(json.dumps(four(f"deep-{n}") | {"agent_context": 0}).replace(
+        '"agent_context": 0', f'"agent_context": {context}').encode(), CLOSE)
+        for n in range(6)]
+    whole.append(http("GET /pending HTTP/1.1", LOCAL, CLOSE,
+                      f"Authorization: {REVIEWER}"))
+    turn = in_background(desk_ask, desk, "GET", "/changes?after=0&wait=25", REVIEWER)
     with contextlib.ExitStack() as stack:
-        socks = [stack.enter_context(knock(desk, http_post(json.dumps(
-            four(f"deep-{n}") | {"agent_context": 0}).replace(
-                '"agent_context": 0', f'"agent_context": {context}').encode(),
-            CLOSE))) for n in range(6)]
-        assert desk_ask(desk, "GET", "/", REVIEWER)[0] == 200
-        assert len(desk.rows("SELECT 1 FROM pending_reviews")) < 6
+        socks = [stack.enter_context(knock(desk, data[:-1])) for data in whole]
+        assert until(lambda: desk.server.waiters and len(
+            desk.server.connections) == len(whole) + 1)
+        all_sent = threading.Event()            # the loop waits for it
+        desk.server.asyncio_loop.call_soon_threadsafe(all_sent.wait, 10)
+        for sock, data in zip(socks, whole, strict=True):
+            sock.sendall(data[-1:])
+        all_sent.set()
+        assert b'"waiting": []' in read_all(socks.pop())
+        assert 0 < turn()[2]["change"] < len(socks)     # after the first turn
         for sock in socks:
             assert statuses(read_all(sock)) == [201]
 
