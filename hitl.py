@@ -64,24 +64,24 @@ alone, after the rooms above both. Tools are run in Gate.call and acall, and by
 what an approval is handed to: the MCP server, the coding agent, `run`.
 `grep -n '^# ====' hitl.py` prints this map with line numbers.
 
-  * Errors             105  the ways it can go wrong, each with its hint
-  * Vocabulary         250  statuses, canonical JSON, the digest
-    Text               161  text that a person can trust to be what it shows
-  * Matching           684  does a checkpoint match this call?
-    Configuration      458  reads and checks checkpoints.toml
-  * Store              988  the only SQL: requests, decisions, the audit log
-    Database file      255  opens, locks and verifies it
-    Notices            429  tells a reviewer; the only outgoing messages
-    Pages              905  the only HTML; pure functions
-  * Rights and routes  994  who may do what, and the replies
-    Loop               526  the only listening socket; one transaction a turn
-  * Client             164  the only outgoing requests to the server
-    Context            222  what the card says of the agent; secrets masked
-    Guard              154  the decorator
-  * Gate               687  match, ask, wait, claim, run, report: runs a tool
-    Adapters           599  coding-agent hooks, MCP proxy, command prefix
-    Evidence           254  `verify` and `demo`: the whole path, for real
-    Command line      1172  argv, environment, stdout
+  * Errors             102  the ways it can go wrong, each with its hint
+  * Vocabulary         302  statuses, canonical JSON, the digest
+    Text               154  text that a person can trust to be what it shows
+  * Matching           653  does a checkpoint match this call?
+    Configuration      461  reads and checks checkpoints.toml
+  * Store              981  the only SQL: requests, decisions, the audit log
+    Database file      234  opens, locks and verifies it
+    Notices            434  tells a reviewer; the only outgoing messages
+    Pages              927  the only HTML; pure functions
+  * Rights and routes  850  who may do what, and the replies
+    Loop               478  the only listening socket; one transaction a turn
+  * Client             147  the only outgoing requests to the server
+    Context            226  what the card says of the agent; secrets masked
+    Guard              151  the decorator
+  * Gate               701  match, ask, wait, claim, run, report: runs a tool
+    Adapters           590  coding-agent hooks, MCP proxy, command prefix
+    Evidence           245  `verify` and `demo`: the whole path, for real
+    Command line      1171  argv, environment, stdout
 
 Files: checkpoints.toml (rules); hitl.db, -wal, -shm (requests and audit log);
 hitl.db.lock (one server a database); ~/.cache/hitl (this file's bytecode).
