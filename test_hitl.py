@@ -1048,6 +1048,9 @@ def test_a_call_is_free_where_no_argument_can_hold_it(make_rules):
                 ("get", ["a"], opens), ("ls", ["a"], True),
                 ("l\u00f6schen", [], False)):
             assert rules.is_free(tool, names) == free, tool
+    assert hitl.has_plain_values({"a": 1, "b": "x", "c": None, "d": True, "e": 1.5})
+    for value in ("{", "x[", 'x"', [], {}, (1,)):
+        assert not hitl.has_plain_values({"a": "x", "b": value}), value
 
 
 # ---- shell commands and file edits ----
@@ -1276,6 +1279,9 @@ def test_a_template_takes_names_and_never_fails(make_rules, template, text):
     checkpoint = make_rules(rule(
         description_template=f'"{template}"')).checkpoints[0]
     assert hitl.describe(checkpoint, "t", arguments) == text
+    nothing = checkpoint._replace(description_template="{gone} {o.gone}")
+    for rule_of in (nothing, hitl.ODD_NAME):
+        assert hitl.describe(rule_of, "t", {"a": "x"}) == 't a "x"'
 
 
 # ============================== Configuration ==============================
