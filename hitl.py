@@ -2735,17 +2735,21 @@ class Store:
         """A page of what waits: what somebody waits for first, then in turns
         by credential, then by agent, each agent's soonest deadline first.
         Whoever floods the desk pushes nobody else's request off the page."""
-        rows = self.db.execute("""
-            WITH by_agent AS (
-              SELECT id, request_id, asked_by, coalesce(deadline, '~') AS due,
-                row_number() OVER (PARTITION BY asked_by, agent
-                                   ORDER BY coalesce(deadline, '~'), id) AS turn
-              FROM pending_reviews WHERE status = 'waiting')
-            SELECT id, request_id FROM by_agent ORDER BY row_number() OVER (
-              PARTITION BY asked_by ORDER BY turn, due, id), due, id
-            """).fetchall()
-        rows.sort(key=lambda row: row[1] not in attended)   # keeps the turns
-        return self.by_number([number for number, _ in rows[skip:skip + limit]])
+        rows = self.db.execute(
+            "SELECT coalesce(deadline, '~'), id, request_id, asked_by, agent FROM "
+            "pending_reviews WHERE status = 'waiting'")
+        turn: Counter[Any] = Counter()
+        by_agent, by_credential = [], []
+        for due, number, request_id, asked_by, agent in sorted(rows):
+            turn[asked_by, agent] += 1
+            by_agent.append((turn[asked_by, agent], due, number, request_id, asked_by))
+        for _, due, number, request_id, asked_by in sorted(by_agent):
+            turn[asked_by] += 1
+            by_credential.append((request_id not in attended, turn[asked_by], due,
+                                  number))
+        by_credential.sort()
+        return self.by_number([number for *_, number in
+                               by_credential[skip:skip + limit]])
 
     def by_number(self, numbers: list[int]) -> list[ReviewRequest]:
         """The requests with these ids, in this order, as a list shows them."""
