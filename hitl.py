@@ -213,10 +213,12 @@ class Later:
 
 if TYPE_CHECKING:
     import asyncio
+    import html
     import inspect
     import logging
     import sqlite3
 else:                           # these would be another half of the start
+    html = Later(lambda: __import__("html"))
     inspect = Later(lambda: __import__("inspect"))
     logging = Later(lambda: __import__("logging"))
     sqlite3 = Later(lambda: __import__("sqlite3"))
@@ -3572,6 +3574,7 @@ class Notices:
 
 HISTORY_ROWS = 100              # on one page of the history
 PAGE_CARDS = 100                # waiting requests on the page at once
+PAGE_BYTES = 256 * 1024         # of all of them: more takes long to make and load
 REVIEWED_CARDS = 20             # reviewed ones below them
 WIDE = 76                       # characters of JSON that stay on one line
 CONTEXT_SHOWN = 32 * 1024       # characters; of a longer one, its beginning
@@ -3896,8 +3899,7 @@ def as_html(value: Any, between: str = "") -> Html:
 
 def escaped(text: str) -> Html:
     """Text as inert markup, each of its characters as it is."""
-    from html import escape
-    return Html(escape(text))
+    return Html(html.escape(text))
 
 
 def marked(text: str) -> Html:
@@ -4187,6 +4189,7 @@ def page(view: View, title: str, main: Html, waits: int = 0, q: str = "") -> Htm
 def desk_page(view: View, waiting: list[ReviewRequest], count: int,
               reviewed: list[ReviewRequest], start: int = 0) -> Html:
     """What waits, with its buttons, and what was reviewed last."""
+    waiting = fitting(waiting)
     more, end = Html(""), start + len(waiting)
     if not count:
         more = Html('<p class="soft">Nothing waits. New requests appear here'
@@ -4202,6 +4205,18 @@ def desk_page(view: View, waiting: list[ReviewRequest], count: int,
     many = "many" if len(waiting) > 12 else ""      # then lines are less tall
     return page(view, title, fill(DESK, many=many, more=more, waiting=cards,
                                   reviewed=below), count)
+
+
+def fitting(waiting: list[ReviewRequest]) -> list[ReviewRequest]:
+    """The first of these, up to PAGE_BYTES; a large one is only a link there."""
+    room, fit = PAGE_BYTES, []
+    for request in waiting:
+        if request.size <= LARGE_BYTES:
+            room -= request.size
+        if room < 0:
+            break
+        fit.append(request)
+    return fit
 
 
 def review_page(view: View, request: ReviewRequest) -> Html:
@@ -7866,11 +7881,10 @@ def triggered(shop: Workshop, timeout: float | None = None) -> tuple[Any, str]:
 
 def card_of(shop: Workshop, request_id: str) -> str:
     """The request's card on the page, to its form's end."""
-    from html import unescape
     page = shop.me.fetch("GET", "/", seconds=5, Accept="text/html")[2].decode()
     card = re.search(f'<details [^>]*"request-{request_id}".*?</form>', page,
                      re.DOTALL)
-    return unescape(card[0]) if card else ""
+    return html.unescape(card[0]) if card else ""
 
 
 def click(shop: Workshop, request_id: str, decision: str) -> int:

@@ -7242,6 +7242,21 @@ def test_every_request_is_reachable(desk):
     assert "more wait" not in behind
 
 
+def test_a_page_of_long_requests_is_bounded(desk):
+    """The desk shows so many requests as 256 KB hold, and a link to the others;
+    one that is too large for it shows as a link, and takes no room."""
+    for n in range(60):
+        desk.post(f"r-{n:02}", arguments={"b": "x" * (8000 if n % 4 else 9000)})
+    names, links = [], ["/"]
+    for link in links:
+        page = desk.page(link)
+        assert len(page) < 600_000
+        names += Page(page).cards
+        links += re.findall(r'href="([^"]+)">[0-9]+ more wait', page)
+    assert len(links) == 2
+    assert names == [f"r-{n:02}" for n in range(60)]
+
+
 def test_the_history_is_searched(desk):
     """All words in any case, one status, and how far back was looked."""
     one_of_each(desk)
