@@ -69,10 +69,10 @@ what an approval is handed to: the MCP server, the coding agent, `run`.
     Text               154  text that a person can trust to be what it shows
   * Matching           653  does a checkpoint match this call?
     Configuration      461  reads and checks checkpoints.toml
-  * Store              981  the only SQL: requests, decisions, the audit log
+  * Store              985  the only SQL: requests, decisions, the audit log
     Database file      234  opens, locks and verifies it
     Notices            434  tells a reviewer; the only outgoing messages
-    Pages              927  the only HTML; pure functions
+    Pages              940  the only HTML; pure functions
   * Rights and routes  850  who may do what, and the replies
     Loop               478  the only listening socket; one transaction a turn
   * Client             147  the only outgoing requests to the server
@@ -80,7 +80,7 @@ what an approval is handed to: the MCP server, the coding agent, `run`.
     Guard              151  the decorator
   * Gate               701  match, ask, wait, claim, run, report: runs a tool
     Adapters           590  coding-agent hooks, MCP proxy, command prefix
-    Evidence           245  `verify` and `demo`: the whole path, for real
+    Evidence           244  `verify` and `demo`: the whole path, for real
     Command line      1171  argv, environment, stdout
 
 Files: checkpoints.toml (rules); hitl.db, -wal, -shm (requests and audit log);
