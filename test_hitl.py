@@ -4646,6 +4646,10 @@ def test_every_field_over_its_limit(desk):
         assert name.strip() in reply.body["title"] + reply.body["detail"]
     for name, limit in hitl.OPTIONAL_FIELDS.items():
         assert desk.post(f"ok-{name}", **{name: "a" * limit}).status == 201
+    for request_id, size, status in (("ok-edit", -40, 201), ("r-1", 0, 413)):
+        file = {"path": "a", "content": "b" * (hitl.MAX_EDITED + size)}
+        assert desk.post(request_id, tool="write_file", arguments=file
+                         ).status == status
     long_text, claim = "a" * (hitl.MAX_WHY + 1), {"digest": "a", "claim": "a"}
     for path, body in (("approve", YES | {"reason": long_text}),
                        ("withdraw", {"why": long_text}),
@@ -4653,7 +4657,7 @@ def test_every_field_over_its_limit(desk):
                        ("claim", claim | {"claim": "a" * 257})):
         assert desk_ask(desk, "POST", f"/{path}/ok-tool", REVIEWER if path
                         == "approve" else "", body)[0] == 413
-    assert len(desk.waiting()) == len(hitl.OPTIONAL_FIELDS)
+    assert len(desk.waiting()) == len(hitl.OPTIONAL_FIELDS) + 1
     assert not desk.rows("SELECT 1 FROM audit_log WHERE event <> 'submitted'")
 
 
@@ -4793,6 +4797,23 @@ sys.exit(hitl.main(sys.argv[1:]))""", "serve", "--port", "0", "--database",
         hitl.Client(url).exchange("POST", "/pending", four(), seconds=10)
         assert served.process.wait(10) == 1
         assert served.said("LookupError: ours") and "Traceback" in served.text
+
+
+def test_a_fault_of_ours_is_an_answer(desk, monkeypatch, caplog):
+    """A route that fails unexpectedly answers 500, has changed nothing, and its
+    traceback is in the log; the next request is served."""
+    post_pending = hitl.Desk.post_pending
+
+    def faulty(*asked) -> None:
+        post_pending(*asked)
+        raise LookupError("ours")
+    with monkeypatch.context() as patched:
+        patched.setattr(hitl.Desk, "post_pending", faulty)
+        reply = desk.post("r-1")
+    assert (reply.status, reply.body["reason"]) == (500, "internal")
+    assert "LookupError: ours" in caplog.text
+    assert desk.rows("SELECT * FROM pending_reviews") == []
+    assert desk.post("r-1").status == 201
 
 
 def test_a_database_that_is_gone(tmp_path):
@@ -5059,6 +5080,21 @@ def test_a_refusal_of_the_server(make_gate, status, reason, kind):
             make_gate(impostor).call("delete_records", CALL, dict,
                                      request_id="r-1", timeout_seconds=0.1)
     assert (type(refused.value), refused.value.reason) == (kind, reason)
+
+
+def test_a_poll_that_is_refused_ends_the_wait(make_gate):
+    """A poll that is refused for good ends the wait at once; a server that goes
+    away is ridden out until the deadline, and then the request is expired."""
+    began = time.monotonic()
+    with Impostor() as impostor:
+        impostor.lies["r-1"] = "poll", lambda good: [http_reply({}, 404)]
+        impostor.lies["r-2"] = "poll", WIRES["resets"]
+        for request_id, seconds, kind in (("r-1", 30, hitl.UnreachableError),
+                                          ("r-2", 0.3, hitl.ReviewTimeoutError)):
+            with pytest.raises(kind):
+                make_gate(impostor).call("delete_records", CALL, dict, timeout_seconds=
+                                         seconds, request_id=request_id)
+    assert time.monotonic() - began < 15
 
 
 def test_a_call_that_matches_nothing(make_gate):
