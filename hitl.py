@@ -23,8 +23,8 @@ Five words
 tool call       one action the agent proposes: a tool's name and its arguments
 checkpoint      a rule in checkpoints.toml that says which calls need review
                 (in LangGraph the word means saved state)
-review request  a held tool call, waiting for a decision or bearing one
-reviewer        the person, at the desk: the server with its page
+review request  a held tool call, waiting for a decision or with one
+reviewer        the person at the desk, which is the server with its page
 decision        what the reviewer said: approved or rejected, with a reason
 
 The promises (the code cites them by number; test_hitl.py tests each)
@@ -33,7 +33,7 @@ The promises (the code cites them by number; test_hitl.py tests each)
    approval. Every failure refuses: server gone, bad reply, bad
    configuration, crash.
 2. What runs is exactly what the reviewer approved: parsed from the bytes that
-   were stored, displayed and digested (or that the reviewer changed them to).
+   were stored, displayed and digested (or that the reviewer put in their place).
 3. One approval runs one call, once, whatever is retried, raced or replayed.
 4. Silence is not consent, and it is not a refusal either: a request nobody
    answers by its deadline is `expired`, and says so.
@@ -41,32 +41,32 @@ The promises (the code cites them by number; test_hitl.py tests each)
    approve or reject them.
 6. Once the server has answered, nothing is lost: an acknowledged request or
    decision survives kill -9 and power loss on an honest disk.
-7. The page cannot mislead: of what will run nothing is cut or hidden where the
+7. The page cannot mislead: nothing of what will run is cut or hidden where the
    buttons are, and nothing an agent wrote can act as markup.
 8. The audit log shows tampering.
-9. A reviewer is told: each notice that is configured was sent for every
-   request, or the card and the log say that it was not.
+9. A reviewer is told: each configured notice is sent for every request, or the
+   card and the log say that it was not.
 
-Not promised: it guards against the model and whatever steers it, not against
-code that runs as the server's own user and so can edit the database, the
-checkpoints and the gate. Where the agent has a shell, run `serve` as another
-user or on another host. A regular expression is a tripwire, not a boundary:
-`unmatched = "review"` turns the list around. server_url must name a server you
-trust. An approved tool can still do more than its name says.
+Not promised: protection from code that runs as the server's own user, and so
+can edit the database, the checkpoints and the gate; hitl.py guards against the
+model and whatever steers it. If the agent has a shell, run `serve` as another
+user or on another host. A regular expression is a tripwire, not a boundary;
+with `unmatched = "review"`, what no checkpoint matches waits too. server_url
+must name a server you trust. An approved tool can do more than its name says.
 
 How to audit this file
 ----------------------
-The rooms marked * decide whether a call runs; read them in order. Any other is
-a face, or a mechanism whose failure refuses. Each room uses only rooms above
-it, and each effect has one address. The reviewer's half (Store to Loop) and
-the agent's half (Client to Adapters) meet only over HTTP, so each can be read
-alone, after the rooms above both. Tools are run in Gate.call and acall, and by
-what an approval is handed to: the MCP server, the coding agent, `run`.
+The rooms marked * decide whether a call runs; read them in order. The others
+are interfaces, or mechanisms whose failure refuses the call. Each room uses
+only rooms above it, and each effect has one place. The reviewer's half (Store
+to Loop) and the agent's half (Client to Adapters) meet only over HTTP, so each
+can be read alone, after the rooms above both. Tools are run by Gate.call and
+acall, and by what is given an approval: the MCP server, coding agent or `run`.
 `grep -n '^# ====' hitl.py` prints this map with line numbers.
 
   * Errors             102  the ways it can go wrong, each with its hint
   * Vocabulary         302  statuses, canonical JSON, the digest
-    Text               154  text that a person can trust to be what it shows
+    Text               154  text shown so that a person can trust it
   * Matching           653  does a checkpoint match this call?
     Configuration      461  reads and checks checkpoints.toml
   * Store              985  the only SQL: requests, decisions, the audit log
@@ -76,7 +76,7 @@ what an approval is handed to: the MCP server, the coding agent, `run`.
   * Rights and routes  850  who may do what, and the replies
     Loop               478  the only listening socket; one transaction a turn
   * Client             147  the only outgoing requests to the server
-    Context            226  what the card says of the agent; secrets masked
+    Context            226  what the card says about the agent, secrets masked
     Guard              151  the decorator
   * Gate               701  match, ask, wait, claim, run, report: runs a tool
     Adapters           590  coding-agent hooks, MCP proxy, command prefix
@@ -84,15 +84,15 @@ what an approval is handed to: the MCP server, the coding agent, `run`.
     Command line      1171  argv, environment, stdout
 
 Files: checkpoints.toml (rules); hitl.db, -wal, -shm (requests and audit log);
-hitl.db.lock (one server a database); ~/.cache/hitl (this file's bytecode).
+hitl.db.lock (one server per database); ~/.cache/hitl (this file's bytecode).
 Environment: HITL_SERVER_URL, HITL_CONFIG, HITL_DATABASE, HITL_AGENT_TOKEN,
 HITL_AGENT, HITL_REVIEWER, HITL_REVIEWER_TOKEN. A flag wins over the
-environment, that over the file.
+environment, and the environment over the file.
 
 Is this copy current and unmodified? `python3 hitl.py --version` prints its
-version and its own SHA-256, to compare with the one you trust. 2.0.0 added
-notices, named reviewers and agents, decisions that stand, arguments a reviewer
-may change, kind = "shell" and "edit", and TLS.
+version and SHA-256, to compare with the one you trust. 2.0.0 added notices,
+named reviewers and agents, standing decisions, arguments that a reviewer may
+change, kind = "shell" and "edit", and TLS.
 """
 # SPDX-License-Identifier: MIT-0
 # Copyright 2026 the authors of hitl.py
@@ -118,17 +118,18 @@ from __future__ import annotations
 import os
 import sys
 
-if sys.version_info < (3, 11):  # said in words that Python 3.8 can still read
-    OLD = ("hitl.py needs Python 3.11 or newer, and this is Python "
+if sys.version_info < (3, 11):  # in a syntax that Python 3.8 can still parse
+    OLD = ("hitl.py needs Python 3.11 or newer, but this is Python "
            + sys.version.split()[0])
     if __name__ != "__main__":
         raise ImportError(OLD)
-    sys.stderr.write("hitl: error: " + OLD + "\nhitl: hint: python3.11, or "
+    sys.stderr.write("hitl: error: " + OLD + "\nhitl: hint: use python3.11, or "
                      "`uv run hitl.py`, which fetches one\n")
-    sys.exit(2)                         # to a coding agent: refused
+    sys.exit(2)                         # a coding agent takes it as: refused
 
-# What `python -I -c` is given, on one line, to run this file and nothing beside
-# it or that the environment names; with its bytecode, but only from that folder.
+# The code for `python -I -c`, on one line. It runs this file, and imports
+# nothing from beside it or from PYTHONPATH; bytecode comes only from the
+# folder that it is given.
 LOADER = """
 import gc, sys
 gc.disable()
@@ -146,8 +147,8 @@ sys.exit(hitl.main())
 
 
 def bytecode_folder() -> str:
-    """Where this file's bytecode is kept: what is in it would run as hitl.py,
-    so it belongs to this user alone; OSError otherwise."""
+    """The folder of this file's bytecode; OSError unless it belongs to this
+    user alone, because whatever is in it would run as hitl.py."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = os.path.join(os.path.abspath(base), "hitl")
     os.makedirs(folder, 0o700, exist_ok=True)
@@ -158,21 +159,21 @@ def bytecode_folder() -> str:
 
 
 if __name__ == "__main__" and not sys.flags.isolated:
-    # Nothing else is imported yet. A json.py beside this file, or one that
-    # PYTHONPATH names, would run in place of Python's own and could answer
+    # Nothing else is imported yet. A json.py beside this file, or one on
+    # PYTHONPATH, would run in place of Python's own and could answer
     # "approved" (promise 1): start again where only Python's folders count.
     if os.name == "posix":
         try:
             cache = bytecode_folder()
         except OSError:
-            cache = os.devnull          # where nothing can be kept
+            cache = os.devnull          # keeps no bytecode
         try:
             os.execv(sys.executable, [
                 sys.executable, "-I", *(f"-W{w}" for w in sys.warnoptions), "-c",
                 LOADER, cache, os.path.abspath(__file__), *sys.argv[1:]])
         except (OSError, ValueError, TypeError):
-            os._exit(2)                 # to a coding agent: refused
-    # elsewhere exec would not wait for the new process
+            os._exit(2)                 # a coding agent takes it as: refused
+    # elsewhere, exec would not wait for the new process
     sys.path[:] = [folder for folder in sys.path[1:] if folder.startswith(
         (sys.prefix, sys.base_prefix))]
 
@@ -199,8 +200,8 @@ from typing import (TYPE_CHECKING, Any, AnyStr, NamedTuple, NoReturn,
 
 
 class Later:
-    """A stand-in for what is made when it is first used: a hook starts for
-    every call, and most calls need little."""
+    """A stand-in for an object that is made at its first use: a hook starts
+    for every call, and most calls need little."""
 
     def __init__(self, make: Callable[[], Any]) -> None:
         self.make = make
@@ -217,7 +218,7 @@ if TYPE_CHECKING:
     import inspect
     import logging
     import sqlite3
-else:                           # these would be another half of the start
+else:                           # imported now, they would add half to the start
     html = Later(lambda: __import__("html"))
     inspect = Later(lambda: __import__("inspect"))
     logging = Later(lambda: __import__("logging"))
@@ -234,13 +235,13 @@ T = TypeVar("T")
 # ================================= Errors ==================================
 # The ways it can go wrong. Every error carries a message, a `reason` (one
 # stable word, the same in the log, the JSON, the page and the exception) and,
-# where something can be done about it, a `hint`. The base is a RuntimeError:
-# LangGraph's default retry repeats a plain Exception, and a person would be
+# if something can be done about it, a `hint`. The base is a RuntimeError:
+# LangGraph's default retry repeats a plain Exception, so a person would be
 # asked the same thing again.
 
 
 class HitlError(RuntimeError):
-    """Anything that stops a call; `str()` is the message and the hint."""
+    """Anything that stops a call; `str()` gives the message and the hint."""
 
     reason = "error"
 
@@ -267,7 +268,7 @@ class ConfigError(HitlError):
 
 
 class CollaborationError(HitlError):
-    """A person said no; the classes below say what else stopped a call."""
+    """A person said no; each subclass names something else that stops a call."""
 
     reason = "rejected"
 
@@ -279,19 +280,19 @@ class DeniedError(CollaborationError):
 
 
 class UnreachableError(CollaborationError):
-    """The server could not be reached, or what answered made no sense."""
+    """The server could not be reached, or its reply made no sense."""
 
     reason = "server-unreachable"
 
 
 class ChangedError(CollaborationError):
-    """An id, a digest or a reply is not the one that belongs to the call."""
+    """An id, a digest or a reply does not belong to the call."""
 
     reason = "arguments-changed"
 
 
 class AlreadyClaimedError(CollaborationError):
-    """The approval was used before: one approval runs one call."""
+    """The approval was already used: one approval runs one call."""
 
     reason = "already-claimed"
 
@@ -302,9 +303,9 @@ class ReviewTimeoutError(HitlError, TimeoutError):
     reason = "expired"
 
 
-# These answer the call; any other HitlError says that something is wrong.
+# These are answers to a call; any other HitlError means something is wrong.
 ANSWERS = (CollaborationError, DeniedError, ReviewTimeoutError)
-# The server refuses with one of these words; each has its HTTP status.
+# The words with which the server refuses, each with its HTTP status.
 REFUSALS = {word: status for status, words in {
     400: "bad-request bad-json missing-field bad-field bad-digest bad-decision",
     401: "not-signed-in wrong-credentials",
@@ -316,7 +317,7 @@ REFUSALS = {word: status for status, words in {
     411: "length-required", 413: "too-large", 415: "wrong-type", 421: "wrong-host",
     429: "too-many-waiting", 431: "head-too-large", 500: "internal",
     503: "damaged storage-failed"}.items() for word in words.split()}
-# The error that a gate raises for one, if it is not HitlError itself.
+# The errors that a gate raises for some of these words.
 REFUSED_AS: dict[str, type[HitlError]] = {
     "already-claimed": AlreadyClaimedError, "stopped": CollaborationError,
     "lapsed": ReviewTimeoutError, "expired": ReviewTimeoutError,
@@ -325,8 +326,8 @@ REFUSED_AS: dict[str, type[HitlError]] = {
 
 
 class Refusal(HitlError):
-    """What the server refuses: `about` a request as it is now, if there is
-    one, and with these header lines in the answer."""
+    """A refusal by the server: `about` is the request as it is now, if there
+    is one; `headers` are header lines for the answer."""
 
     def __init__(self, reason: str, message: str, hint: str = "", *,
                  about: ReviewRequest | None = None, headers: str = "") -> None:
@@ -340,22 +341,22 @@ class Refusal(HitlError):
 # calls never look the same.
 
 MAX_ARGUMENTS = 64 * 1024       # bytes: more is a document, not an action
-MAX_EDITED = 256 * 1024         # the same of an edit, which holds a file
+MAX_EDITED = 256 * 1024         # the same for an edit, which holds a file
 MAX_DESCRIPTION = 64 * 1024     # bytes: a sentence with arguments filled in
-MAX_CONTEXT = 512 * 1024        # bytes: beyond it a gate sends both ends
+MAX_CONTEXT = 512 * 1024        # bytes: of a longer one a gate sends both ends
 MAX_DEPTH = 32                  # levels of JSON: nobody reads deeper
-MAX_PARTS = 100_000             # lists and objects: more take too long to make
+MAX_PARTS = 100_000             # lists and objects: more would take too long
 MAX_NAME = 256                  # bytes of a tool's or an agent's name
 MAX_SESSION = 128               # bytes of a session's name
 MAX_WHY = 4096                  # bytes of a reason or an explanation
-MAX_YEARS = 100                 # of a deadline: beyond it, leave it out
+MAX_YEARS = 100                 # until a deadline: to wait longer, leave it out
 TOO_DEEP = f"nested deeper than {MAX_DEPTH}"
 TOO_MANY = f"more than {MAX_PARTS} lists and objects"
 
 
 def regex(text: AnyStr, flags: int = 0) -> re.Pattern[AnyStr]:
-    """re.compile(), when it is first used: to compile them all at once would
-    take a fifth of what a hook's call may cost."""
+    """re.compile(), put off to the first use: compiling them all at the start
+    would take a fifth of what a hook's call may cost."""
     made: Any = Later(lambda: re.compile(text, flags))
     return made  # type: ignore[no-any-return]
 
@@ -364,19 +365,19 @@ def regex(text: AnyStr, flags: int = 0) -> re.Pattern[AnyStr]:
 REQUEST_ID = regex(
     r"(?!\.{1,2}\Z|standing:)[A-Za-z0-9._:-]{1,128}")
 
-# Status is the person's word, and final. Outcome is the call's fate.
+# A status other than `waiting` is final. Outcome is what became of the call.
 #
 #   status      means                        outcome    means
 #   waiting     nobody has decided yet       (none)     not claimed so far
 #     approved  a reviewer said yes   ---->    running  a gate claimed it
 #     rejected  a reviewer said no               executed   it returned
 #     expired   nobody decided in time           failed     it raised
-#     withdrawn nobody waits any more          lapsed   nobody claimed it
+#     withdrawn the agent gave up              lapsed   nobody claimed it
 #
-# Each arrow (an indent) is one guarded UPDATE in the Store, and a trigger in
-# the database refuses every other move. A new status would be added here, in
-# SCHEMA and database_fault, as a move of Store, in REFUSALS, in the page's
-# STYLE and endings, and where Held.wait and check_approved look at it.
+# Each move (an arrow or an indent) is one guarded UPDATE in the Store, and a
+# trigger in the database refuses every other. A new status would be added
+# here, in SCHEMA and database_fault, as a method of Store, in REFUSALS, in the
+# page's STYLE and endings, and in Held.wait and check_approved, which read it.
 # The deadline is watched in four places: Loop.sweep and Store.expire (the
 # server's clock), Held.wait and give_up (the gate's own).
 
@@ -397,9 +398,9 @@ class Outcome(enum.StrEnum):
 
 
 class ReviewRequest(NamedTuple):
-    """A row of pending_reviews: what was asked, said and done. Instants are
+    """A row of pending_reviews: what was asked, decided and done. Instants are
     ISO 8601 UTC text, `arguments` and `agent_context` JSON. SCHEMA explains
-    each column; the first ten are what every reply says, see SUMMARY."""
+    each column; a reply is made of the first ten, SUMMARY."""
 
     request_id: str
     status: str
@@ -409,8 +410,8 @@ class ReviewRequest(NamedTuple):
     decided_by: str | None = None
     decided_at: str | None = None
     reason: str | None = None
-    said_at: str | None = None          # of a standing decision: when made
-    approved_digest: str | None = None  # where the reviewer changed the call
+    said_at: str | None = None          # when the standing decision was made
+    approved_digest: str | None = None  # if the reviewer changed the call
     asked_by: str = ""
     signed_in: str | None = None
     lapses_at: str | None = None
@@ -445,12 +446,12 @@ class ReviewRequest(NamedTuple):
 
     @property
     def runs(self) -> str | None:
-        """The arguments that run once it is approved."""
+        """The arguments that the call runs with, once approved."""
         return self.approved_arguments or self.arguments
 
     @property
     def intact(self) -> bool:
-        """Whether what is stored still has the digests it was stored with."""
+        """Whether the stored call still matches its stored digests."""
         try:
             return self.digest == self.digest_with(self.arguments) and (
                 self.approved_digest is None or self.approved_digest ==
@@ -459,18 +460,18 @@ class ReviewRequest(NamedTuple):
             return False
 
     def digest_with(self, arguments: str | None) -> str:
-        """The digest of this call with these arguments, in any order."""
+        """The digest of this call with these arguments, in whatever order."""
         if arguments is not None:
             arguments = canonical(json.loads(arguments))
         return digest_of(self.action_description, arguments, self.tool)
 
 
-SUMMARY = ReviewRequest._fields[:10]    # of these is every reply; it has a `url`
+SUMMARY = ReviewRequest._fields[:10]    # what a reply about a request has, and a url
 
 
 class Standing(NamedTuple):
     """A row of standing_decisions: a decision that answers the same call
-    again, or, `stopped`, every call. SCHEMA explains each column."""
+    again or, if `stopped`, every call. SCHEMA explains each column."""
 
     number: int
     decision: str
@@ -497,7 +498,7 @@ class Standing(NamedTuple):
 
 
 def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object's members; ValueError where a name comes twice."""
+    """A JSON object's members; ValueError if a name comes twice."""
     members = dict(pairs)
     if len(members) != len(pairs):
         raise ValueError("a name appears twice in one JSON object")
@@ -516,7 +517,7 @@ STRICT = json.JSONDecoder(object_pairs_hook=unique_pairs, parse_float=finite,
 # canonical JSON: sorted keys, no spaces, ASCII, no NaN or infinity
 canonical = json.JSONEncoder(
     sort_keys=True, separators=(",", ":"), allow_nan=False).encode
-as_sent = json.JSONEncoder(      # the same in the order in which it was sent
+as_sent = json.JSONEncoder(      # the same, in the order in which it was sent
     separators=(",", ":"), allow_nan=False).encode
 json_text = json.encoder.encode_basestring_ascii    # one text, as JSON
 READABLE = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
@@ -525,9 +526,9 @@ READABLE = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 def parse_json(data: bytes | str) -> Any:
     """The value of strict JSON; ValueError says what is wrong with it.
 
-    Python's json takes the last of two equal names, NaN, 1e400 and lone
-    surrogates, and recurses; each of them could make two readers of one
-    request see two different things.
+    Python's json keeps the last of two equal names, accepts NaN, 1e400 and
+    lone surrogates, and recurses; each could make two readers of one request
+    see two different things.
     """
     text = data.decode("utf-8") if isinstance(data, bytes) else data
     parts = text.count("[") + text.count("{")
@@ -538,7 +539,7 @@ def parse_json(data: bytes | str) -> Any:
     except RecursionError:
         raise ValueError(TOO_DEEP) from None
     if parts > MAX_DEPTH:
-        for _ in objects_in(value):     # raises where it is nested too deep
+        for _ in objects_in(value):     # raises if it is nested too deep
             pass
     if "\\ud" in text.lower() or not text.isascii():
         try:
@@ -549,8 +550,8 @@ def parse_json(data: bytes | str) -> Any:
 
 
 def both_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of a name that comes twice the first and, under a name
-    that counts as the same, the last: readers differ in which they take."""
+    """A JSON object. If a name comes twice, it has the first value and, under
+    a name that counts as equal, the last: readers differ in which they take."""
     members: dict[str, Any] = {}
     for name, value in pairs:
         members[name + "\0" if name in members else name] = value
@@ -562,7 +563,7 @@ LENIENT = json.JSONDecoder(object_pairs_hook=both_members, strict=False)
 
 def read_json(text: str) -> Any:
     """The value of a text that some reader could take for JSON; None for
-    other text; ValueError where it is nested too deep."""
+    other text; ValueError if it is nested too deep."""
     try:
         return LENIENT.decode(text)
     except RecursionError:
@@ -578,7 +579,7 @@ JSON_STARTS = ("{", "[", '"', " ", "\t", "\r", "\n")
 def objects_in(value: Any, quoted: bool = False, depth: int = 0,
                left: Iterator[int] | None = None) -> Iterator[Mapping[str, Any]]:
     """Every object in a JSON value: inside objects and lists and, if `quoted`,
-    inside texts that are JSON. ValueError where they are nested too deep, or
+    inside texts that are JSON. ValueError if they are nested too deep, or if
     there are too many to look through: `left` counts them down."""
     left = left or iter(range(MAX_PARTS))
     if depth == MAX_DEPTH:
@@ -602,7 +603,7 @@ def digest_of(description: str, arguments: str | None,
               tool: str | None) -> str:
     """SHA-256 over canonical `{"action_description","arguments","tool"}`.
 
-    `arguments` is canonical JSON already, or None: a digest over
+    `arguments` must be canonical JSON, or None: a digest over
     `str(object)` would let two different calls look the same.
     """
     text = (f'{{"action_description":{json_text(description)},'
@@ -617,13 +618,13 @@ def sha256_of(value: Any) -> str:
 
 
 def instant(seconds: float) -> str:
-    """Unix seconds as ISO 8601 UTC with milliseconds; such texts sort."""
+    """Unix seconds as ISO 8601 UTC with milliseconds; as text they sort."""
     moment = datetime.fromtimestamp(seconds, timezone.utc)
     return moment.isoformat(timespec="milliseconds")[:-6] + "Z"
 
 
 def parse_timestamp(value: Any) -> str:
-    """ISO 8601 (no offset means UTC) or Unix seconds, as instant() writes."""
+    """ISO 8601 (no offset means UTC) or Unix seconds, as instant() has it."""
     try:
         if isinstance(value, str):
             moment = datetime.fromisoformat(value)
@@ -642,29 +643,29 @@ def parse_timestamp(value: Any) -> str:
 # "Trojan Source", Boucher and Anderson 2021), and how durations, sizes and calls
 # are put into words. One rule decides for every character:
 # - ASCII and accented Latin letters are themselves;
-# - letters, digits and symbols of other scripts, with the marks upon them, are in
+# - letters, digits and symbols of other scripts, with their marks, are put in
 #   brackets, a word at a time;
-# - everything else is a code in brackets, U+202E: what is not drawn, what only
-#   looks like something else (NFKC knows it by another character), punctuation of
+# - everything else is a code in brackets, like U+202E: what is not drawn, what
+#   only looks like another character (NFKC maps it to that), punctuation of
 #   other scripts, padding, and the brackets themselves.
 # So no two texts are shown alike. There is no list of look-alikes here: such a
-# list is never whole.
+# list is never complete.
 
 BRACKETS = "\u27e6\u27e7"
 NOT_PLAIN = regex("[^ -~]+| {9,}")
 IN_LINES = regex("[^ -~\n]+|\n{9,}| {9,}")
-SHAPELESS = regex(         # printable to Python, yet nothing is drawn
+SHAPELESS = regex(         # printable to Python, but not drawn
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f"
     "\uffa0\U00016fe4\U0001bc9d\U0001bc9e\U0001d159\U000e0100-\U000e01ef]")
-PARTS = regex(                  # of a run, spelled by the kinds of its characters
+PARTS = regex(                  # of a run, each character given by its kind
     r"(?P<breaks>\n{9,})|(?P<spaces> {9,})|(?P<plain>a+)|(?P<word>(?:bm{0,4})+)"
     r"|[cm]+|\n")
 
 
 @functools.lru_cache(maxsize=4096)
 def kind_of(c: str) -> str:
-    """A character's kind: `a` is itself, `b` is bracketed, `m` is a mark that
-    may follow `b`, a blank or line break is itself; all others are codes, `c`."""
+    """A character's kind: `a` shows as it is, `b` in brackets, `c` as a code;
+    `m` is a mark that may follow `b`; a space or line break is its own."""
     category = unicodedata.category(c)
     if c in " \n":
         return c
@@ -680,12 +681,12 @@ def kind_of(c: str) -> str:
             wide and category in ("Lm", "Po", "Ps", "Pe")):
         return "b"
     upon = category in ("Mn", "Mc") and unicodedata.combining(c) != 1
-    return "m" if upon else "c"         # combining class 1 strikes out
+    return "m" if upon else "c"         # combining class 1 strikes a letter out
 
 
 @functools.lru_cache(maxsize=256)       # words recur
 def shown(text: str) -> str:
-    """A run of what is not plain ASCII, as visible() shows it."""
+    """A run of characters that are not plain, as visible() shows it."""
     told = ""
     for part in PARTS.finditer("".join(map(kind_of, text))):
         own = text[part.start():part.end()]
@@ -703,19 +704,19 @@ def shown(text: str) -> str:
 
 
 def visible(text: str, unclear: re.Pattern[str] = NOT_PLAIN) -> str:
-    """The text as it can be trusted to look: printable, on one line, and
+    """The text in a form that can be trusted: printable, on one line, and
     different for every different text."""
     return unclear.sub(lambda word: shown(word[0]), text)
 
 
 def visible_lines(text: str) -> str:
-    """visible(), but with its real line breaks, up to eight together."""
+    """visible(), but with real line breaks, up to eight in a row."""
     return visible(text, IN_LINES)
 
 
 def editable_text(text: str) -> bool:
-    """Whether all of a text is seen as it is, so that a person can change it
-    without changing what they do not see."""
+    """Whether all of a text is shown as it is, so that a person who edits it
+    changes nothing unseen."""
     return "c" not in map(kind_of, text)
 
 
@@ -736,8 +737,8 @@ def readable_size(size: int) -> str:
 
 def call_in_words(tool: str, arguments: Mapping[str, Any]) -> str:
     """A call on one line, its short values first: `send_email to a@b.org,
-    subject "Refund", body (1.2 KB)`; a command as a shell would quote it. It
-    need not be complete."""
+    subject "Refund", body (1.2 KB)`; a command as a shell would quote it. The
+    line may leave things out."""
     argv = arguments.get("argv")
     if isinstance(argv, list) and all(isinstance(word, str) for word in argv):
         import shlex
@@ -754,7 +755,7 @@ def person(principal: str | None) -> str:
 
 def changes_in_words(who: str, asked: str | None, approved: str | None) -> str:
     """What a reviewer changed: `changed by ana: {table: "users" -> "pets"}`;
-    "" where there are no arguments, or nothing was changed."""
+    "" if there are no arguments, or nothing was changed."""
     if asked is None or approved is None:
         return ""
     old, new = json.loads(asked), json.loads(approved)
@@ -765,8 +766,8 @@ def changes_in_words(who: str, asked: str | None, approved: str | None) -> str:
 
 
 def value_in_words(value: Any) -> str:
-    """A short value; an address, a path or a number without quotes. Of what is
-    long, or has several lines or parts, its size: `(1.2 KB)`."""
+    """A short value, an address, path or number without quotes; of a long one,
+    or one with several lines or parts, its size: `(1.2 KB)`."""
     is_text = isinstance(value, str)
     text = value if is_text else READABLE.encode(value)
     if len(text) > 80 or "\n" in text or (value and isinstance(value, (dict, list))):
@@ -776,8 +777,8 @@ def value_in_words(value: Any) -> str:
 
 
 def one_line(text: str, limit: int = 120) -> str:
-    """The visible text on one line, at most so long: cut with an ellipsis,
-    which visible() itself never shows."""
+    """The visible text on one line of at most `limit` characters, cut with an
+    ellipsis, which visible() itself never shows."""
     line = visible(" ".join(text.split()))
     if len(line) > limit:
         whole = re.sub("\u27e6[^\u27e7]*$", "", line[:limit - 1])
@@ -786,7 +787,7 @@ def one_line(text: str, limit: int = 120) -> str:
 
 
 def did_you_mean(word: Any, known: Any) -> str:
-    """`; did you mean review?`, or "" where nothing known is near."""
+    """`; did you mean review?`, or "" if nothing known is close."""
     import difflib
     near = difflib.get_close_matches(str(word), list(known), n=1)
     return f"; did you mean {near[0]}?" if near else ""
@@ -794,35 +795,35 @@ def did_you_mean(word: Any, known: Any) -> str:
 
 # ================================ Matching =================================
 # Does a checkpoint match this call? A call in, a Match out. Nothing is changed
-# here, and of the disk only links are read: where an edit would really land.
-# Every way of looking at a call only ever gates more; what opens a door
-# (effect = "allow") needs the call exactly as written, and nothing in doubt.
+# here, and only links are read from disk, to see where an edit really lands.
+# Every further way of looking at a call can only hold more; what opens a door
+# (effect = "allow") needs the call exactly as written, with nothing in doubt.
 # The decision itself is at the end: Checkpoint.matches and Rules.first_match.
 
 CATEGORIES = ("high-impact", "data-risk", "destructive")
-EFFECTS = ("allow", "review", "deny")    # the stricter the later
-SEARCH = re.IGNORECASE | re.DOTALL      # how a pattern that gates is looked for
+EFFECTS = ("allow", "review", "deny")    # the strictest last
+SEARCH = re.IGNORECASE | re.DOTALL      # flags of a pattern that holds or denies
 MAX_TOOL_NAME = 200             # characters: a longer name always waits
 MAX_MATCHED = 64 * 1024         # characters that any pattern looks at
 MAX_STEPS = 10_000_000          # of `re` for one pattern: a third of a second
 ENDLESS = MAX_STEPS ** 2
 MAX_PATH = 4096                 # characters of a path that is looked up
-MAX_FILES = 1000                # that one edit touches; with more it matches
-MAX_INNER = 100                 # inner calls of one call; with more it waits
+MAX_FILES = 1000                # in one edit; one of more is in doubt
+MAX_INNER = 100                 # calls inside one call; with more it waits
 
 
 # ---- names: of the tool, of arguments ----
 
 def printed(text: str) -> str:
-    """A text under NFKC, without what is not drawn."""
+    """The NFKC form of a text, without characters that are not drawn."""
     return "".join(c for c in unicodedata.normalize("NFKC", text)
                    if c.isprintable() and not SHAPELESS.match(c))
 
 
 def views(text: str) -> Iterator[str]:
-    """A name as a pattern looks at it, the raw one first. Each way defeats a
-    disguise: width and style of letters, zero-width characters, another case,
-    a prefix that hides the name from `^` or `\\b`."""
+    """The forms of a name that a pattern looks at, the raw one first. Each
+    defeats a disguise: width and style of letters, zero-width characters,
+    another case, a prefix that hides the name from `^` or `\\b`."""
     yield text
     clean = "".join(c for c in printed(text) if unicodedata.category(c)[0] != "M")
     last = next(filter(None, reversed(re.split(r"__|[./:]", clean))), clean)
@@ -834,7 +835,7 @@ def views(text: str) -> Iterator[str]:
 
 
 def odd_name(tool: str) -> str:
-    """Why a tool's name always waits, or ""."""
+    """Why a tool with this name always waits, or ""."""
     if len(tool) > MAX_TOOL_NAME:
         return f"the name has more than {MAX_TOOL_NAME} characters"
     if tool and tool.isascii() and tool.isprintable():
@@ -844,27 +845,27 @@ def odd_name(tool: str) -> str:
 
 
 def folded(name: str) -> str:
-    """One name is one name: what two readers of JSON may take for the same
-    (CVE-2026-27896: Go's JSON takes the last of `name` and `Name`)."""
+    """A form in which names are equal if a reader of JSON may take them for
+    one (CVE-2026-27896: Go's JSON takes the last of `name` and `Name`)."""
     if name.isascii() and name.isprintable():
         return name.lower()
     return unicodedata.normalize("NFKC", printed(printed(name).casefold()))
 
 
 def bare_name(name: str) -> str:
-    """An argument's name in any joining: toolName, tool_name, tool-name."""
+    """An argument's name, the same for toolName, tool_name and tool-name."""
     return re.sub(r"[\W_]+", "", folded(str(name)))
 
 
 # ---- how long a pattern may take ----
-# `re` cannot be interrupted and holds every thread, so what a pattern looks at
-# is bounded: about 4,400 characters for one open repeat (`.*`), 390 for two.
-# The parser of `re` is private to Python, and the same since 3.11; it gives a
-# list of (operation, argument).
+# `re` cannot be interrupted and blocks every thread, so what a pattern sees is
+# bounded: about 4,400 characters for one open repeat (`.*`), 390 for two.
+# The parser of `re` is private to Python but unchanged since 3.11; it returns
+# a list of (operation, argument).
 
 @functools.cache
 def reach(pattern: str) -> int:
-    """How many characters a pattern may look at, to be done in MAX_STEPS: from
+    """How many characters a pattern may look at and be done in MAX_STEPS: from
     every start it tries every end of every open repeat."""
     loops, ways = cost(_parser.parse(pattern, SEARCH), False)
     if loops > 2:
@@ -874,16 +875,16 @@ def reach(pattern: str) -> int:
 
 
 def cost(tree: Any, repeated: bool) -> tuple[int, int]:
-    """The most open repeats of a parsed pattern that can meet, and the product
-    of its bounded choices, ENDLESS where it repeats a repeat. A repeat of one
-    character ends, and meets no other, at a letter that it does not match."""
+    """How many open repeats of a parsed pattern can meet, and the product of
+    its bounded choices, ENDLESS if it repeats a repeat. A repeat of single
+    characters ends at a letter that it does not match, and meets no later one."""
     most = loops = 0            # open repeats: the most, and those not ended
     ways, last = 1, None
     for kind, value in tree:
         low, high = 1, 1
         if kind in (op.MAX_REPEAT, op.MIN_REPEAT, op.POSSESSIVE_REPEAT):
             low, high, value = value
-        inside, choices = 0, 1          # the worst of what is in it
+        inside, choices = 0, 1          # the worst of its parts
         for part in parts_of(value):
             part_loops, part_ways = cost(part, repeated or high > 1)
             inside, choices = max(inside, part_loops), max(choices, part_ways)
@@ -915,7 +916,7 @@ def parts_of(value: Any) -> Iterator[Any]:
 
 
 def are_apart(branches: list[Any]) -> bool:
-    """Whether the first letter tells alternatives apart."""
+    """Whether alternatives can be told apart by their first letter."""
     firsts = {chr(branch[0][1]).casefold() for branch in branches
               if len(branch) and branch[0][0] is op.LITERAL}
     return len(firsts) == len(branches)
@@ -927,8 +928,8 @@ MISSING = object()
 
 
 def argument(arguments: Mapping[str, Any], name: str) -> Any:
-    """The argument of this name, or inside one by a dotted name. MISSING if
-    there is none, or both and they differ: one would hide the other."""
+    """The argument with this name or, for a dotted name, the value inside one.
+    MISSING if there is neither, or both and they differ: one hides the other."""
     value: Any = arguments
     for part in name.split("."):
         value = value.get(part, MISSING) if isinstance(value, Mapping) else MISSING
@@ -937,7 +938,7 @@ def argument(arguments: Mapping[str, Any], name: str) -> Any:
 
 
 def values_of(arguments: Any, names: Container[str]) -> Iterator[Any]:
-    """The values of the arguments so called, at any depth."""
+    """The values of the arguments with these names, at any depth."""
     for members in objects_in(arguments):
         for name, value in members.items():
             if bare_name(name) in names:
@@ -953,7 +954,7 @@ def texts_of(arguments: Any, names: Container[str]) -> Iterator[str]:
 
 def command_of(value: Any) -> str | None:
     """A command as one text: a list of words (an argv, some commands) is
-    joined, also where it comes as JSON; None for what is not text."""
+    joined, even if it comes as JSON; None for anything else."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = read_json(value) or value
     if isinstance(value, (list, tuple)) and all(
@@ -962,7 +963,7 @@ def command_of(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-# What a dispatcher calls the tool inside it: by itself, or beside arguments.
+# Where a dispatcher names the tool that it calls: alone, or beside arguments.
 INNER_ALONE = frozenset(("toolname", "toolslug", "recipientname"))
 INNER_TOOLS = INNER_ALONE | set(
     "name tool toolid function functionname action method".split())
@@ -972,7 +973,7 @@ INNER_ARGUMENTS = frozenset(
 
 
 def has_plain_values(arguments: Mapping[str, Any]) -> bool:
-    """Whether no value could hold another call: numbers, and texts that
+    """Whether no value can hold another call: all are numbers, or texts that
     are not JSON."""
     for value in arguments.values():        # all() would take three times as long
         if type(value) not in PLAIN_TYPES:
@@ -984,9 +985,9 @@ def has_plain_values(arguments: Mapping[str, Any]) -> bool:
 
 
 # ---- shell commands and file edits ----
-# Agents call them by many names, so a call is of a kind by its shape: an
-# argument that holds the text, and a word for it in the tool's name, joined
-# in any way. In doubt it is of the kind.
+# Agents have many names for them, so the shape of a call shows its kind: an
+# argument that holds the text, and a word for it somewhere in the tool's name.
+# If in doubt, the call is of that kind.
 
 WORDS = {
     "shell": regex(
@@ -1021,10 +1022,10 @@ PATCH_PATH = regex(
     r"(?:rename|copy) to )(?:[ab]/)?([^\t\r\n]+)", re.MULTILINE)
 PATCH_CONTENT = regex(
     r"^[-+ ](?![ \t]*(?:\*\*\*|--|\+\+)).*$", re.MULTILINE)
-# An allow list opens for what every shell reads alike, token by token: quotes
-# without escapes, and nothing that expands. (`"!!"` interactively, `'a\''` in
-# fish, curly quotes in PowerShell, `&` in cmd: each is read otherwise than
-# POSIX says.) Beside the command may be only these, and the agent's folder.
+# An allow list opens only for what every shell reads alike, token by token:
+# quotes without escapes, and nothing that expands. (`"!!"` interactively,
+# `'a\''` in fish, curly quotes in PowerShell, `&` in cmd: none is read as in
+# POSIX.) Beside the command only these are allowed, and the agent's folder.
 BESIDE: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("description", "explanation"), str),
     **dict.fromkeys("timeout timeoutms timeoutseconds timeoutsec yieldtimems"
@@ -1043,15 +1044,15 @@ TOKEN = regex(r"""
 
 @functools.lru_cache(64)
 def has_word(kind: str, tool: str) -> bool:
-    """Whether a tool's name has a word of a kind: runCommand, run_command."""
+    """Whether a tool's name has a word for a kind: runCommand, run_command."""
     name = HUMP.sub("_", unicodedata.normalize("NFKC", tool))
     return WORDS[kind].search(name) is not None
 
 
 def simple_commands(text: Any) -> list[str]:
-    """The simple commands of a shell text, to the letter but for blanks and
+    """The simple commands of a shell text, to the letter except for blanks and
     redirections; none unless it is plain from end to end. An argv is one
-    command, and never shell text."""
+    command, and is never read as shell text."""
     if isinstance(text, list):
         plain = all(isinstance(word, str) and PLAIN_WORD.fullmatch(word)
                     for word in text)
@@ -1073,16 +1074,16 @@ def simple_commands(text: Any) -> list[str]:
 
 
 class Call:
-    """A tool call as the rules look at it, each part made once."""
+    """A tool call as the rules look at it, each part worked out once."""
 
     def __init__(self, tool: str, arguments: Mapping[str, Any],
                  cwd: str | None = None) -> None:
         self.tool, self.arguments, self.cwd = tool, arguments, cwd
-        self.found: dict[str, list[str | None]] = {}    # by texts()
+        self.found: dict[str, list[str | None]] = {}    # what texts() found
 
     @functools.cached_property
     def ambiguous(self) -> bool:
-        """Whether one object has two names that count as one."""
+        """Whether an object in it has two names that count as one."""
         try:
             for members in objects_in(self.arguments):
                 if len({folded(str(name)) for name in members}) < len(members):
@@ -1093,8 +1094,8 @@ class Call:
 
     def inner(self) -> Iterator[Call]:
         """The calls that a dispatcher's arguments name (Cline's use_mcp_tool):
-        a tool beside its arguments, or by itself under a name that means
-        nothing else; ValueError where there are too many to look at."""
+        a tool beside its arguments, or alone under a name that means nothing
+        else; ValueError if there are too many to look at."""
         count = 0
         for members in objects_in(self.arguments, quoted=True):
             keyed = [(bare_name(name), value) for name, value in members.items()]
@@ -1110,13 +1111,13 @@ class Call:
                 yield Call(tool, value, self.cwd)
                 count += 1
                 if count > MAX_INNER:
-                    raise ValueError(f"more than {MAX_INNER} calls are in them")
+                    raise ValueError(f"they hold more than {MAX_INNER} calls")
 
     # what a pattern for commands or edits looks at
 
     def texts(self, kind: str) -> list[str | None]:
-        """What a call of this kind would do, as the texts that a pattern looks
-        at, None for one that cannot be read; empty for a call of another kind."""
+        """What a call of this kind would do, as texts that a pattern looks at,
+        None for one that cannot be read; empty for a call of another kind."""
         if kind not in self.found:
             find = {"shell": self.commands, "edit": self.edits}[kind]
             try:
@@ -1127,7 +1128,7 @@ class Call:
 
     def commands(self) -> Iterator[str | None]:
         """The commands in three views: as they are; without quotes,
-        backslashes and line continuations; and then with $IFS as a blank."""
+        backslashes and line continuations; and also with $IFS as a blank."""
         if has_word("shell", self.tool):
             for text in map(command_of, values_of(self.arguments, COMMANDS)):
                 bare = re.sub(r"\\\r?\n|[\\'\"`^]", "", text or "")
@@ -1136,8 +1137,8 @@ class Call:
 
     def edits(self) -> Iterator[str | None]:
         """What an edit, or a patch in a shell text, would touch: the patch
-        without its content; each path as written, without disguise, and where
-        these lead; ValueError where there are too many to look up."""
+        without its content; each path as written and without disguise, and
+        where both lead; ValueError if there are too many to look up."""
         paths: list[str] = []
         patches = [text for text in self.texts("shell")
                    if text and ("apply_patch" in text or PATCH_PATH.search(text))]
@@ -1159,7 +1160,7 @@ class Call:
 
     def resolved(self, path: str) -> str | None:
         """Where a path leads from the call's working directory, links
-        followed; None if that cannot be said."""
+        followed; None if that cannot be found out."""
         if len(path) > MAX_PATH:
             return None
         try:
@@ -1171,9 +1172,9 @@ class Call:
     # what an allow rule for commands or edits has to open
 
     def plain(self, kind: str) -> list[str]:
-        """Every simple command, or every path, of a call that says nothing
-        else. Empty, so that no rule opens it, where anything is in doubt, where
-        the tool may not be the agent's own, and on Windows."""
+        """Every simple command, or every path, of a call that does nothing
+        else. Empty, so that no rule opens it, if anything is in doubt or the
+        tool may not be the agent's own, and always on Windows."""
         texts = self.texts(kind)
         if not texts or None in texts:
             return []
@@ -1182,7 +1183,7 @@ class Call:
         return self.plain_commands() if kind == "shell" else self.plain_paths()
 
     def plain_commands(self) -> list[str]:
-        """The simple commands, where the other arguments change nothing."""
+        """The simple commands, if no other argument changes what they do."""
         keyed = [(bare_name(name), value) for name, value in self.arguments.items()]
         beside = all(self.is_beside(key, value) for key, value in keyed
                      if key not in COMMANDS)
@@ -1197,7 +1198,7 @@ class Call:
         return list(itertools.chain(*read)) if all(read) else []
 
     def is_beside(self, key: str, value: Any) -> bool:
-        """Whether an argument beside the command changes nothing of it."""
+        """Whether an argument beside the command cannot change its effect."""
         if key in BESIDE:
             return value is None or isinstance(value, BESIDE[key])
         if key in FOLDERS and isinstance(value, str):
@@ -1206,7 +1207,7 @@ class Call:
         return False
 
     def plain_paths(self) -> list[str]:
-        """The paths of an edit that end where they say, without `..`."""
+        """The paths of an edit, if each leads where it says, without `..`."""
         base = self.resolved(".")
         patched = any(values_of(self.arguments, PATCHES))
         if base is None or patched or self.texts("shell"):
@@ -1222,8 +1223,8 @@ class Call:
 
 
 def arguments_limit(tool: str | None, arguments: Mapping[str, Any]) -> int:
-    """How many bytes of arguments a call may have: an edit, which holds a
-    file's new text, more than another action."""
+    """How many bytes of arguments a call may have: more for an edit, which
+    holds a file's new text."""
     edits = Call(tool or "", arguments).texts("edit")
     return MAX_EDITED if edits else MAX_ARGUMENTS
 
@@ -1234,7 +1235,7 @@ class Checkpoint(NamedTuple):
     """One rule: which calls, what to tell the reviewer, what to do."""
 
     checkpoint_id: str
-    action_pattern: str                 # "" in one of our own, which all match
+    action_pattern: str                 # "" in our own, which match every call
     description_template: str
     category: str = ""
     effect: str = "review"
@@ -1242,30 +1243,30 @@ class Checkpoint(NamedTuple):
     arguments: Mapping[str, str] = {}
     timeout_seconds: float | None = None
     lifetime_seconds: float | None = None
-    reviewers: tuple[str, ...] = ()     # who may decide it; empty: any
+    reviewers: tuple[str, ...] = ()     # who may decide; empty: any reviewer
     remember: bool = True               # a decision may stand for the same call
     editable: bool = False              # a reviewer may change the arguments
-    digest: str = ""                    # of its table, checkpoint_digest
+    digest: str = ""                    # of its table, by checkpoint_digest
 
     def finds(self, pattern: str, text: str) -> bool:
         """Whether a pattern of this checkpoint finds a text. `allow` opens a
         door, so it needs the whole text to the letter; the others only ever
-        stop more: anywhere, in any case, and whatever is too long."""
+        stop more: they look anywhere, in any case, and find overlong texts."""
         short = len(text) <= reach(pattern)
         if self.effect == "allow":
             return short and re.fullmatch(pattern, text) is not None
         return not short or re.search(pattern, text, SEARCH) is not None
 
     def view(self, pattern: str, text: str) -> str | None:
-        """The view of a text in which a pattern finds it, None if none."""
+        """The first view of a text that a pattern finds, or None."""
         seen = (text,) if self.effect == "allow" else views(text)
         return next((view for view in seen if self.finds(pattern, view)), None)
 
     def fits(self, tool: str) -> str:
-        """Why a tool of this name can be meant, or ""."""
+        """Why this checkpoint may match a tool with this name, or ""."""
         pattern = self.action_pattern
         if self.kind != "tool":
-            # a shell can hold an edit: Codex sends `apply_patch <<EOF` to one
+            # a shell command can hold an edit: Codex sends `apply_patch <<EOF`
             if has_word("shell", tool) or has_word(self.kind, tool):
                 return f'kind = "{self.kind}" and action_pattern {pattern!r}'
             return ""
@@ -1277,10 +1278,10 @@ class Checkpoint(NamedTuple):
         return f'action_pattern {pattern!r} finds "{found}" in "{visible(view)}"'
 
     def matches(self, call: Call) -> bool:
-        """Whether a call is meant, if its tool's name fits. In doubt (two names
-        that count as one, an argument that is missing or not a text) review
-        and deny match, and allow does not. What an allow rule opens of a
-        command or an edit, Rules.decision looks at."""
+        """Whether a call matches, given that its tool's name fits. If in doubt
+        (two names that count as one, an argument that is missing or not a
+        text) review and deny match, and allow does not. How much of a command
+        or an edit an allow rule opens is left to Rules.decision."""
         if not self.action_pattern:
             return True                 # one of our own
         opens = self.effect == "allow"
@@ -1303,7 +1304,7 @@ class Checkpoint(NamedTuple):
 
 
 class Match(NamedTuple):
-    """Which checkpoint decides about a call, and why."""
+    """The checkpoint that decides about a call, and why."""
 
     checkpoint: Checkpoint
     why: str
@@ -1317,7 +1318,7 @@ ODD_NAME = Checkpoint("odd-name", "", "")
 
 
 class Rules(NamedTuple):
-    """The checkpoints of one file, in its order, and what they say of a call.
+    """The checkpoints of one file, in its order, and what they make of a call.
     `digest` is the SHA-256 of the file's bytes."""
 
     checkpoints: tuple[Checkpoint, ...]
@@ -1328,14 +1329,14 @@ class Rules(NamedTuple):
     def first_match(self, tool: str, arguments: Mapping[str, Any],
                     cwd: str | None = None) -> Match:
         """The checkpoint that decides about this call. A dispatcher is looked
-        through: of the call and those inside it the strictest counts. Paths
-        are relative to `cwd`, the working directory if it is not given."""
+        through: the strictest effect, for the call or one inside it, counts.
+        Paths are relative to `cwd`, by default the working directory."""
         call = Call(tool, arguments, cwd)
         found = [self.decision(call)]
         try:
             for inner in call.inner():
                 checkpoint, why = self.decision(inner)
-                why = f'in it, the call "{visible(inner.tool)}": {why}'
+                why = f'the call "{visible(inner.tool)}" inside it: {why}'
                 found.append(Match(checkpoint, why))
         except ValueError as error:
             found.append(Match(
@@ -1344,8 +1345,8 @@ class Rules(NamedTuple):
 
     def decision(self, call: Call) -> Match:
         """The first checkpoint that matches this call, whatever is inside it.
-        The allow rules for commands, and those for edits, each make one list:
-        where one opens the last of what the call would do, it decides."""
+        The allow rules for commands make one list, those for edits another:
+        the rule that opens the last thing the call would do decides."""
         shut: dict[str, list[str]] = {}
         for match in self.candidates(call.tool):
             rule = match.checkpoint
@@ -1358,13 +1359,13 @@ class Rules(NamedTuple):
                                if not rule.finds(rule.action_pattern, text)]
             if texts and not shut[rule.kind]:
                 break
-        return match                    # the last of them matches every call
+        return match                    # the last candidate matches every call
 
     def candidates(self, tool: str) -> Iterator[Match]:
-        """The checkpoints that a tool's name fits, and then what becomes of a
-        call that none of them matches."""
+        """The checkpoints that a tool's name fits, and then our own for a call
+        that none of them matches."""
         odd = odd_name(tool)
-        if len(tool) <= MAX_TOOL_NAME:          # before anything is cut
+        if len(tool) <= MAX_TOOL_NAME:          # no pattern sees a longer one
             for checkpoint in self.checkpoints:
                 why = checkpoint.fits(tool)
                 if why and not (odd and checkpoint.effect == "allow"):
@@ -1376,8 +1377,8 @@ class Rules(NamedTuple):
 
     def all_holding(self, tool: str, arguments: Mapping[str, Any]
                     ) -> list[Checkpoint]:
-        """Every checkpoint that holds or denies a call, or one inside it; all
-        there are, where that cannot be told."""
+        """Every checkpoint that holds or denies a call, or a call inside it;
+        all checkpoints, if that cannot be found out."""
         call = Call(tool, arguments)
         try:
             calls = [call, *call.inner()]
@@ -1398,14 +1399,14 @@ class Rules(NamedTuple):
                 and INNER_TOOLS.isdisjoint(keys))
 
     def named(self, checkpoint_id: str) -> Checkpoint:
-        """The checkpoint of this id, ConfigError if there is none;
-        "unmatched" is the one for what no other matches."""
+        """The checkpoint with this id; ConfigError if there is none.
+        "unmatched" is the one for a call that no other matches."""
         ids = {c.checkpoint_id: c for c in self.checkpoints}
         ids.setdefault("unmatched", Checkpoint("unmatched", "", ""))
         if checkpoint_id not in ids:
             raise ConfigError(
                 f'no checkpoint "{checkpoint_id}" in {self.path}',
-                f'there are: {", ".join(ids)}{did_you_mean(checkpoint_id, ids)}')
+                f'known: {", ".join(ids)}{did_you_mean(checkpoint_id, ids)}')
         return ids[checkpoint_id]
 
 
@@ -1416,10 +1417,10 @@ TEMPLATE_PART = regex(r"\{\{|\}\}|\{([A-Za-z_]\w*(?:\.\w+)*)\}")
 
 def describe(checkpoint: Checkpoint, tool: str,
              arguments: Mapping[str, Any]) -> str:
-    """The description_template filled in. It takes names only: no attribute,
-    no index, no format, and what is not there shows as not given; where
-    nothing is there, the call itself is told. {command} is the text of a
-    shell command, {file_path} the files of an edit, whatever they are called."""
+    """The description_template filled in. It takes names only: no attributes,
+    indexes or formats. A missing argument shows as "(not given)"; if all are
+    missing, the call itself is shown. {command} is the text of a shell command,
+    {file_path} the files of an edit, whatever the arguments are called."""
     known, template = {**arguments}, checkpoint.description_template
     told = {"shell": ("command", map(command_of, values_of(arguments, COMMANDS))),
             "edit": ("file_path", texts_of(arguments, PATHS))}
@@ -1449,7 +1450,7 @@ def describe(checkpoint: Checkpoint, tool: str,
 # ============================== Configuration ==============================
 # checkpoints.toml is read once, checked to the last key, and never half
 # understood: whatever is wrong is a ConfigError that names file, place and
-# cure, because a rule that is silently not there is a door left open.
+# cure, because a rule that is silently missing is a door left open.
 #
 # KEYS says what each TOML table may hold: key -> (check, default). A check
 # takes the value and returns it, or raises ValueError with the cure.
@@ -1474,7 +1475,7 @@ class Configuration(NamedTuple):
 
 @contextlib.contextmanager
 def config_error(what: str) -> Iterator[None]:
-    """A ValueError in here becomes a ConfigError that says what it is about."""
+    """A ValueError inside becomes a ConfigError that says what it is about."""
     try:
         yield
     except ValueError as error:
@@ -1491,7 +1492,7 @@ def check_that(words: str, test: Check, *types: type) -> Check:
 
 
 def list_of(words: str, test: Check) -> Check:
-    """A check of a list of at least one text, in which each passes the test."""
+    """A check of a list of one or more texts that each pass the test."""
     def all_pass(items: list[Any]) -> bool:
         return bool(items) and all(type(item) is str and test(item) for item in items)
     return check_that(words, all_pass, list)
@@ -1506,16 +1507,16 @@ def one_of(*words: str) -> Check:
     return check
 
 
-text_value = check_that("a text in quotes, and not empty", str.strip, str)
+text_value = check_that("a string in quotes, not empty", str.strip, str)
 boolean_value = check_that("true or false", lambda v: True, bool)
 seconds_value = check_that("a number of seconds above 0, or inf",
                            lambda v: 0 < v < 1e12 or v == math.inf, int, float)
 name_value = check_that(
     "a printable name without a colon, 64 characters at most",
     lambda v: v.strip() and v.isprintable() and ":" not in v and len(v) <= 64, str)
-OURS = ("unmatched", "odd-name")        # checkpoint_ids that are not in a file
+OURS = ("unmatched", "odd-name")        # checkpoint_ids of our own, in no file
 id_value = check_that(
-    f"letters, digits and . _ : - only, and not one of ours ({', '.join(OURS)})",
+    f"letters, digits and . _ : - only; {' and '.join(OURS)} are reserved",
     lambda v: REQUEST_ID.fullmatch(v) and v not in OURS, str)
 
 
@@ -1523,7 +1524,7 @@ def pattern_value(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError("must be a regular expression in quotes")
     if not value.isprintable():
-        raise ValueError(f"{value!r} holds a control character (in TOML's "
+        raise ValueError(f"{value!r} has a control character (in TOML's "
                          '"double quotes" \\b is a backspace): write the '
                          "pattern in 'single quotes'")
     if value[0] in "*?":
@@ -1533,7 +1534,7 @@ def pattern_value(value: Any) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            if "(?<" in value:          # reach() does not see a faulty one
+            if "(?<" in value:          # reach() overlooks a faulty lookbehind
                 re.compile(value, SEARCH)
             endless = reach(value) < MAX_TOOL_NAME
     except (re.error, OverflowError, RecursionError, Warning) as error:
@@ -1541,14 +1542,14 @@ def pattern_value(value: Any) -> str:
     if endless:
         raise ValueError(
             f"{value!r} repeats a repeat, as (a+)+ does, or has too many repeats "
-            "that can meet, as .*a.*b.* has: on some texts it would take minutes, "
+            "that can meet, as .*a.*b.* does: on some texts it would take minutes, "
             "and Python's re cannot be interrupted; use two open repeats at most, "
             "and none inside another")
     return value
 
 
 def regex_of_glob(glob: str) -> str:
-    """The regular expression that finds what a glob means."""
+    """The regular expression that finds what a glob matches."""
     signs = {"*": ".*", "?": "."}
     found = "".join(signs.get(c) or re.escape(c) for c in glob.strip("*"))
     if not found:
@@ -1618,7 +1619,7 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-# ---- [[notify]]: its shape; what ${NAME} holds is read by serve alone ----
+# ---- [[notify]]: its shape; only serve reads what ${NAME} holds ----
 
 NOTICE_FIELDS = ("title", "text", "url", "request_id", "status", "tool",
                  "checkpoint", "category", "agent", "deadline", "waiting")
@@ -1634,7 +1635,7 @@ notice_url_value = receiver(
 smtp_value = receiver(
     "starttls|tls|plain",
     '"starttls://mail.example.org:587" or "tls://mail.example.org:465"')
-sign_value = check_that('"whsec_" and base64: `openssl rand -base64 32` makes some',
+sign_value = check_that('"whsec_" and base64, as `openssl rand -base64 32` prints',
                         lambda v: re.fullmatch(SIGNING_KEY, v), str)
 
 
@@ -1653,8 +1654,8 @@ def body_value(value: Any) -> Any:
 
 
 def command_value(value: Any) -> list[str]:
-    """A program and its arguments. No part of it is ever read by a shell of
-    ours, and no placeholder may be read by one that it names."""
+    """A program and its arguments. They are never passed through a shell; if
+    they name one, no placeholder may be in the code that it is given."""
     words: list[str] = list_of('like ["notify-send", "--", "{title}"]', bool)(value)
     code = [words[0]]
     if re.search(r"(?i)(^|[/\\])(\w*sh|cmd)(\.exe)?$", words[0]):
@@ -1662,13 +1663,13 @@ def command_value(value: Any) -> list[str]:
                  if re.match(r"(?i)-\w*c|/c", flag)]
     for word in code:
         if any(found[2] for found in PLACEHOLDER.finditer(word)):
-            raise ValueError(f'would run what fills "{word}": pass it as an '
-                             'argument of its own, as "$1" of the script')
+            raise ValueError(f'would run what is filled into "{word}": pass it '
+                             'as an argument of its own, as "$1" of the script')
     return words
 
 
 def check_notify(entry: Mapping[str, Any]) -> None:
-    """ValueError where the keys of a [[notify]] do not go together, or a
+    """ValueError if the keys of a [[notify]] do not go together, or if a
     placeholder names nothing."""
     kinds = [kind for kind in ("url", "smtp", "command") if entry[kind]]
     if len(kinds) != 1:
@@ -1687,7 +1688,7 @@ def check_notify(entry: Mapping[str, Any]) -> None:
             raise ValueError("{details} is what the agent wrote: to send it, "
                              "set details = true")
         if word and word not in (*NOTICE_FIELDS, "details"):
-            raise ValueError(f"unknown placeholder {{{word}}}: known are "
+            raise ValueError(f"unknown placeholder {{{word}}}; known: "
                              f"{', '.join(NOTICE_FIELDS)}, details"
                              f"{did_you_mean(word, NOTICE_FIELDS)}")
 
@@ -1698,7 +1699,7 @@ KEYS: dict[str, dict[str, tuple[Check, Any]]] = {
         "server_url": (url_value, "http://127.0.0.1:8765"),
         "timeout_seconds": (seconds_value, 30),
         "poll_seconds": (check_that(
-            "a number of seconds, 60 at most: a server holds no poll longer",
+            "a number of seconds, 60 at most: no server holds a poll longer",
             lambda v: 0 < v <= 60, int, float), 5),
         "lifetime_seconds": (seconds_value, None),
         "unmatched": (one_of("allow", "review"), "allow"),
@@ -1765,8 +1766,8 @@ MARKS = {name: f"[{name}]" if name in ("gate", "server") else f"[[{name}]]"
 
 def find_configuration(path: str | os.PathLike[str] | None = None,
                        local: bool = True) -> Path:
-    """The file in force: the one given, HITL_CONFIG, ./checkpoints.toml (not
-    for hook, mcp and run: an agent may write there), the one beside hitl.py."""
+    """The first of: the file given, HITL_CONFIG, ./checkpoints.toml (not for
+    hook, mcp and run: an agent may write there), the one beside hitl.py."""
     chosen = path or os.environ.get("HITL_CONFIG")
     if chosen:
         return absolute(chosen)
@@ -1809,9 +1810,9 @@ def load_configuration(path: Path) -> Configuration:
             rows["checkpoint"], tables.get("checkpoint", ()), strict=True))
     if not checkpoints:
         raise ConfigError(f"{path}: no [[checkpoint]] in it",
-                          "`python3 hitl.py init` writes an example; to let "
+                          "`python3 hitl.py init` writes an example; to make "
                           'everything wait, set unmatched = "review" and '
-                          "keep one")
+                          "have one checkpoint")
     people = {row["name"]: row["token_sha256"] for row in rows["reviewer"]}
     agents = {row["name"]: row["token_sha256"] for row in rows["agent"]}
     for checkpoint in checkpoints:
@@ -1847,7 +1848,7 @@ def read_toml(path: Path) -> tuple[bytes, dict[str, Any]]:
 
 def checkpoint_digest(table: dict[str, Any]) -> str:
     """SHA-256 of a checkpoint's table as canonical JSON: a decision stands
-    only while the rule is the one that it was made under."""
+    only while the rule that it was made under is unchanged."""
     plain = {name: str(value) if value == math.inf else value
              for name, value in table.items()}
     return sha256_of(plain)
@@ -1865,14 +1866,14 @@ def unknown_key(where: str, key: str, known: Iterable[str]) -> ConfigError:
 
 def rows_of(path: Path, kind: str, tables: dict[str, Any]
             ) -> list[dict[str, Any]]:
-    """The tables of a kind, each checked; no two may have the same name."""
+    """The tables of a kind, each checked; no two have the same name."""
     mark = MARKS[kind]
     many = mark.startswith("[[")
     value = tables.get(kind, [] if many else {})
     rows = value if isinstance(value, list) else [value]
     if many != isinstance(value, list) or not all(
             isinstance(row, dict) for row in rows):
-        raise ConfigError(f'{path}: "{kind}" is not written {mark}',
+        raise ConfigError(f'{path}: "{kind}" is not a {mark} table',
                           f"did you mean {mark}?")
     rows = [checked(path, f"{kind} {n}" if many else mark, kind, row)
             for n, row in enumerate(rows, 1)]
@@ -1888,7 +1889,7 @@ def rows_of(path: Path, kind: str, tables: dict[str, Any]
 
 def checked(path: Path, place: str, kind: str,
             table: dict[str, Any]) -> dict[str, Any]:
-    """A table with its defaults filled in; ConfigError for any other key."""
+    """A table with its defaults filled in; ConfigError says what is wrong."""
     known = KEYS[kind]
     named = table.get("checkpoint_id") or table.get("name")
     where = f"{path}: {place}"

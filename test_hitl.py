@@ -580,7 +580,7 @@ def test_an_old_python_is_told_so(monkeypatch, capsys):
     source = FILE.read_text("utf-8")
     ast.parse(source, feature_version=(3, 8))
     head = source.partition("\nLOADER = ")[0]
-    says = "hitl.py needs Python 3.11 or newer, and this is Python 3.10.1"
+    says = "hitl.py needs Python 3.11 or newer, but this is Python 3.10.1"
     monkeypatch.setattr(sys, "version_info", (3, 10))
     monkeypatch.setattr(sys, "version", "3.10.1 x")
     with pytest.raises(ImportError, match=f"^{says}$"):
@@ -1285,16 +1285,16 @@ def test_a_template_takes_names_and_never_fails(make_rules, template, text):
 
 
 # ============================== Configuration ==============================
-# A rule that is silently not there is a door left open: whatever is wrong with
+# A rule that is silently missing is a door left open: whatever is wrong with
 # the file is a ConfigError in full sentences.
 
 FIRST = 'checkpoint 1 "a": '
 WRONG_FILES = [     # text before a rule, place in the message, its cure
     ("[gate]\n[gate]\n", "not valid TOML: Cannot declare", "at line 2"),
-    ("[checkpoint]\n#", '"checkpoint" is not written', "[[checkpoint]]?"),
-    ("notify = [1]\n", '"notify" is not written', "[[notify]]?"),
+    ("[checkpoint]\n#", '"checkpoint" is not a', "[[checkpoint]]?"),
+    ("notify = [1]\n", '"notify" is not a', "[[notify]]?"),
     ("[[checkpoints]]\n", "unknown key", "mean [[checkpoint]]?"),
-    ("[[gate]]\n", '"gate" is not written [gate]', "did you mean [gate]?"),
+    ("[[gate]]\n", '"gate" is not a [gate] table', "did you mean [gate]?"),
     ("[rules]\n", 'unknown key "rules"', "known: [gate], [server]"),
     ("poll_seconds = 3\n", 'unknown key "poll_seconds"',
      "put poll_seconds under [gate]"),
@@ -1313,7 +1313,7 @@ WRONG_FILES = [     # text before a rule, place in the message, its cure
     (rule(), 'checkpoint_id "a" appears twice', "give each its own"),
     (rule('"a b"'), 'checkpoint 1 "a b": checkpoint_id', "letters, digits"),
     *((rule(f'"{ours}"'), f'checkpoint 1 "{ours}": checkpoint_id',
-       "one of ours") for ours in ("unmatched", "odd-name")),
+       "are reserved") for ours in ("unmatched", "odd-name")),
     (rule(action_pattern=""), FIRST + '"action_pattern" is missing',
      'add action_pattern = "..."'),
     *((rule(**{key: value}), FIRST + key, cure) for key, values, cure in (
@@ -1330,7 +1330,7 @@ WRONG_FILES = [     # text before a rule, place in the message, its cure
         ("effect", ['"refuse"'], "one of allow, review, deny"),
         ("timeout_seconds", ["0", "nan", "-inf", "true", '"30"', "9" * 400],
          "a number of seconds above 0"),
-        ("description_template", ['" "', "7"], "in quotes, and not empty"),
+        ("description_template", ['" "', "7"], "in quotes, not empty"),
         ("description_template", [f'"{bad}"' for bad in (
             "{", "}", "{0}", "{}", "{a!r}", "{a:>9}", "{a[0]}", "{a.}")],
          "is not the name of an argument: write {tool} or {argument}"))
@@ -3092,7 +3092,7 @@ TLS = {"smtp": "tls://m", "from": "a@b", "to": ["a@b"]}
         (HTTPS | {"body": "{"}, "is not JSON"),
         (HTTPS | {"body": "7"}, "an object or a list is needed"),
         (HTTPS | {"body": {"a": ["{titel}"]}},
-         "unknown placeholder {titel}: known are title, text"),
+         "unknown placeholder {titel}; known: title, text"),
         (HTTPS | {"body": {"a": "{titel}"}}, "did you mean title?"),
         (HTTPS | {"body": {"a": "{details}"}}, "set details = true"),
         (HTTPS | {"headers": {"a": "${A-B}"}}, "write ${NAME}"),
