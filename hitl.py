@@ -268,7 +268,7 @@ class ConfigError(HitlError):
 
 
 class CollaborationError(HitlError):
-    """A person said no; each subclass names something else that stops a call."""
+    """A person said no; each subclass is something else that stops a call."""
 
     reason = "rejected"
 
@@ -551,7 +551,7 @@ def parse_json(data: bytes | str) -> Any:
 
 def both_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object. If a name comes twice, it has the first value and, under
-    a name that counts as equal, the last: readers differ in which they take."""
+    one that counts as equal, the last: readers differ in which they take."""
     members: dict[str, Any] = {}
     for name, value in pairs:
         members[name + "\0" if name in members else name] = value
@@ -877,7 +877,7 @@ def reach(pattern: str) -> int:
 def cost(tree: Any, repeated: bool) -> tuple[int, int]:
     """How many open repeats of a parsed pattern can meet, and the product of
     its bounded choices, ENDLESS if it repeats a repeat. A repeat of single
-    characters ends at a letter that it does not match, and meets no later one."""
+    characters ends, and meets no later one, at a letter it does not match."""
     most = loops = 0            # open repeats: the most, and those not ended
     ways, last = 1, None
     for kind, value in tree:
@@ -929,7 +929,7 @@ MISSING = object()
 
 def argument(arguments: Mapping[str, Any], name: str) -> Any:
     """The argument with this name or, for a dotted name, the value inside one.
-    MISSING if there is neither, or both and they differ: one hides the other."""
+    MISSING if there is neither, or if both differ: one would hide the other."""
     value: Any = arguments
     for part in name.split("."):
         value = value.get(part, MISSING) if isinstance(value, Mapping) else MISSING
