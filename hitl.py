@@ -33,7 +33,7 @@ The promises (the code cites them by number; test_hitl.py tests each)
    approval. Every failure refuses: server gone, bad reply, bad
    configuration, crash.
 2. What runs is exactly what the reviewer approved: parsed from the bytes that
-   were stored, displayed and digested (or that the reviewer put in their place).
+   were stored, displayed and digested (or those the reviewer changed them to).
 3. One approval runs one call, once, whatever is retried, raced or replayed.
 4. Silence is not consent, and it is not a refusal either: a request nobody
    answers by its deadline is `expired`, and says so.
@@ -929,7 +929,7 @@ MISSING = object()
 
 def argument(arguments: Mapping[str, Any], name: str) -> Any:
     """The argument with this name or, for a dotted name, the value inside one.
-    MISSING if there is neither, or if both differ: one would hide the other."""
+    MISSING if neither exists, or if they differ: one would hide the other."""
     value: Any = arguments
     for part in name.split("."):
         value = value.get(part, MISSING) if isinstance(value, Mapping) else MISSING
@@ -1419,7 +1419,7 @@ def describe(checkpoint: Checkpoint, tool: str,
              arguments: Mapping[str, Any]) -> str:
     """The description_template filled in. It takes names only: no attributes,
     indexes or formats. A missing argument shows as "(not given)"; if all are
-    missing, the call itself is shown. {command} is the text of a shell command,
+    missing, the call itself is shown. {command} is a shell command's text,
     {file_path} the files of an edit, whatever the arguments are called."""
     known, template = {**arguments}, checkpoint.description_template
     told = {"shell": ("command", map(command_of, values_of(arguments, COMMANDS))),
