@@ -715,8 +715,8 @@ def visible_lines(text: str) -> str:
 
 
 def editable_text(text: str) -> bool:
-    """Whether all of a text is shown as it is, so that a person who edits it
-    changes nothing unseen."""
+    """Whether every character of a text can be seen, so that a person who
+    edits it changes nothing unseen."""
     return "c" not in map(kind_of, text)
 
 
@@ -1279,7 +1279,7 @@ class Checkpoint(NamedTuple):
 
     def matches(self, call: Call) -> bool:
         """Whether a call matches, given that its tool's name fits. If in doubt
-        (two names that count as one, an argument that is missing or not a
+        (two names that count as one, an argument that is missing or not
         text) review and deny match, and allow does not. How much of a command
         or an edit an allow rule opens is left to Rules.decision."""
         if not self.action_pattern:
