@@ -5838,11 +5838,11 @@ def open_desk(host: str, port: int, store: Store, tokens: Tokens,
 
 # ================================== Client =================================
 # How another process talks to the server: urllib.request, without proxies
-# (the environment could route approvals through a stranger), without
-# redirects, the whole reply bounded in size and time. Whatever answers in the
-# server's place is an UnreachableError.
+# (the environment could route approvals through a stranger) or redirects, and
+# the whole reply is bounded in size and time. Anything else that answers in
+# the server's place raises UnreachableError.
 
-MAX_REPLY = 64 << 20            # bytes: `list` of a full desk is the largest
+MAX_REPLY = 64 << 20            # bytes; the largest is the `list` of a full desk
 FINAL = ("bad-reply", "bad-certificate")    # asking again would not help
 
 
@@ -5856,8 +5856,8 @@ class Reply(NamedTuple):
 
 
 class Client:
-    """One server, and the credentials to use there. `tls_ca` is a file of the
-    authorities to trust, in place of SSL_CERT_FILE's or the system's."""
+    """One server, and the credentials to use there. `tls_ca` is a file of
+    authorities to trust in place of SSL_CERT_FILE's or the system's."""
 
     def __init__(self, server_url: str, authorization: str = "",
                  tls_ca: str = "") -> None:
@@ -5866,9 +5866,9 @@ class Client:
 
     @functools.cached_property
     def opener(self) -> Any:
-        """urllib's opener, with no proxies, no redirects, no file:, and for
-        which a refusal is an answer too. ConfigError if `tls_ca` is not a file
-        of certificates."""
+        """urllib's opener without proxies, redirects or file: addresses, for
+        which an error status is a reply like any other. ConfigError if
+        `tls_ca` is not a file of certificates."""
         import http.client
         import urllib.request
         kind: Any = http.client.HTTPConnection
@@ -5900,8 +5900,7 @@ class Client:
     def fetch(self, method: str, path: str, data: bytes | None = None, *,
               seconds: float, **headers: str) -> tuple[int, Any, bytes]:
         """The status, headers and body of the reply; UnreachableError if it
-        is not complete within `seconds`. A header's name is written with _
-        for -."""
+        is not complete within `seconds`. Write _ for - in a header's name."""
         import http.client
         import urllib.request
         headers = {"User-Agent": f"hitl.py/{__version__}", **{
@@ -5922,7 +5921,7 @@ class Client:
             raise self.no_answer(error) from None
 
     def no_answer(self, error: Exception) -> UnreachableError:
-        """The error for what went wrong on the way; quotes nothing that was
+        """The error for an exchange that failed; it quotes nothing that was
         sent."""
         why = getattr(error, "reason", error)
         if distrust := getattr(why, "verify_message", ""):
@@ -5932,7 +5931,7 @@ class Client:
                 'it: [gate] tls_ca = "ca.pem", or SSL_CERT_FILE',
                 reason="bad-certificate")
         if not isinstance(error, OSError):      # it could quote the token
-            why = f"nothing whole was exchanged ({type(error).__name__})"
+            why = f"the exchange failed ({type(error).__name__})"
         return UnreachableError(
             f"no answer from {self.server_url}: {visible(str(why))}",
             "is it running? `python3 hitl.py serve` starts it; "
@@ -5949,26 +5948,26 @@ class Client:
             Content_Type="application/json")
         kind = headers.get_content_type()
         if kind not in ("application/json", "application/problem+json"):
-            if status >= 500:           # a proxy, whose server is away
+            if status >= 500:           # a proxy whose server is down
                 raise self.no_answer(OSError(f"{status} from a proxy"))
             raise self.bad_reply(f"{status} and {visible(kind)}, not JSON")
         with contextlib.suppress(ValueError):
             value = parse_json(text)
             if isinstance(value, dict):
                 return Reply(status, value)
-        raise self.bad_reply("what is not a JSON object")
+        raise self.bad_reply("something that is not a JSON object")
 
     def bad_reply(self, what: str) -> UnreachableError:
         return UnreachableError(
             f"{self.server_url} answers with {what}",
-            "this is not hitl.py's server, or something stands between: "
+            "this is not hitl.py's server, or something is in between: "
             "check server_url", reason="bad-reply")
 
 
 def answer_until(end: float, sock: Any, **how: Any) -> Any:
-    """An HTTPResponse of which every read gets only the time left until `end`.
-    A socket's own time-out is for each read, so a server that sends a byte a
-    second would hold a call for ever."""
+    """An HTTPResponse whose every read gets only the time left until `end`. A
+    socket's own time-out starts again with each read, so a server that sends
+    a byte a second would hold a call for ever."""
     import http.client
     import socket
     answer: Any = http.client.HTTPResponse(sock, **how)
@@ -5985,15 +5984,15 @@ def answer_until(end: float, sock: Any, **how: Any) -> Any:
 
 
 # ================================= Context =================================
-# What goes with a request so that the reviewer can judge it: the agent's
-# state, and the name of who asks. What looks like a secret leaves the process
-# as its length only, since a digest, or a few characters, would give a short
-# code away. Every pattern below takes linear time: its one open repeat comes
-# last and cannot fail, and everything before it is bounded.
+# What goes with a request so that the reviewer can judge it: the agent's state
+# and its name. Of what looks like a secret only the length leaves the process,
+# since a digest, or a few characters, would give a short code away. Every
+# pattern below takes linear time: its one unbounded repeat comes last and
+# cannot fail, and everything before it is bounded.
 
-CONTEXT_NODES = 200_000         # values in a context; more are left out
-KEPT = 64 * 1024                # characters of either end, if it is too large
-EDGE = 4096                     # characters beyond, so that no secret is cut
+CONTEXT_NODES = 200_000         # values in a context; the rest are left out
+KEPT = 64 * 1024                # characters sent of each end, if it is too large
+EDGE = 4096                     # characters beyond, so that no secret is cut in two
 BETWEEN = "\n\x1f"              # joins the texts of a list, masked as one text
 
 
@@ -6023,15 +6022,15 @@ def snapshot(value: Any, own: str) -> Any:
     if len(data) <= MAX_CONTEXT:
         return masked_json(value, own)
     return {
-        "note": f"This context is {len(data)} bytes, more than is sent. Its "
-                "beginning and its end follow; what is between is left out.",
+        "note": f"This context is {len(data)} bytes, too many to send. Its "
+                "beginning and its end follow; the rest is left out.",
         "sha256": hashlib.sha256(data).hexdigest(),
         "beginning": masked_text(text[:KEPT + EDGE], own)[:-EDGE],
         "end": masked_text(text[-KEPT - EDGE:], own)[EDGE:]}
 
 
-# A name of a secret, in any joining (DB_PASS, dbPass, X-Api-Key); a number
-# after `tokens` counts them.
+# The name of a secret, however its words are joined (DB_PASS, dbPass,
+# X-Api-Key); `tokens` before a number is a count.
 SHORT_NAME = (r"(?:(?<![a-z])|(?-i:(?<=[a-z])(?=[A-Z])))"
               r"(?:pass|pwd|pw|auth|pin|otp|psk|creds?|sid|connect\.sid)(?![a-z])")
 NAME = (
@@ -6044,7 +6043,7 @@ NAME = (
     r"|ssh|auth|client|deploy|storage|service|license|hmac|webhook|admin|root|app"
     rf"|session|secret|fernet|subscription|functions)[ _-]?key|{SHORT_NAME})")
 SECRET_NAME = rf"(?i){NAME}|(?i:pwd$|pass$(?<!bypass)(?<!compass))"
-PIECES = {      # words for parts of the shapes below
+PIECES = {      # names for parts of the shapes below
     "{NAMED}": NAME + r"""[\w.-]{0,20}+(?: (?:for|of) [\w.@-]{1,40})?+[\\"'\]]{0,4}+""",
     "{LEAD}": r"[\w.-]{0,40}?", "{GAP}": r"\s{0,8}",
     "{START}": r"""^[ \t>|*+\x1f-]{0,40}+(?:(?:export|set|const|let|var) )?["']?""",
@@ -6121,7 +6120,7 @@ def mask(text: str) -> str:
 
 
 def hidden(found: re.Match[str]) -> str:
-    """What a pattern of SECRETS found, masked except group 1 and a quote."""
+    """What a pattern found, masked after group 1 and an opening quote."""
     kept, secret = found[1], found[0][len(found[1]):]
     if secret.strip("\"'\\ ").startswith("[masked"):
         return found[0]
@@ -6130,8 +6129,8 @@ def hidden(found: re.Match[str]) -> str:
 
 
 def unless_plain(word: re.Match[str]) -> str:
-    """A long word, masked if its letters and digits are mixed as in base64. A
-    digest, a UUID, a path, a name in a program's source are not."""
+    """A long word, masked if its letters and digits are mixed as in base64,
+    unlike those of a digest, a UUID, a path or a name in source code."""
     text = word[0]
     mixed = all(re.search(kind, text) for kind in ("[a-z]", "[A-Z]", "[0-9]"))
     turns = len(re.findall(
@@ -6151,14 +6150,14 @@ def masked_text(text: str, own: str) -> str:
 
 
 def masked_json(value: Any, own: str) -> Any:
-    """Plain JSON with its secrets masked, also those that only a name tells."""
+    """Plain JSON with its secrets masked, even those known only by a name."""
     if isinstance(value, str):
         return masked_text(value, own)
     made: Any = []
     if isinstance(value, list):
         for texts, items in itertools.groupby(
                 value, lambda item: isinstance(item, str)):
-            if texts:       # one may be the name of the secret after it
+            if texts:       # one may name the secret that comes after it
                 made += masked_text(BETWEEN.join(items), own).split(BETWEEN)
             else:
                 made += [masked_json(item, own) for item in items]
@@ -6176,8 +6175,8 @@ def masked_json(value: Any, own: str) -> Any:
 
 
 def is_secret(name: Any, value: Any = "?") -> bool:
-    """Whether a value of this name, in any joining (dbPass, DB_PASS), is to be
-    masked; a number rarely is."""
+    """Whether a value with this name (dbPass, DB_PASS) is to be masked; a
+    number rarely is."""
     if not isinstance(name, str) or len(name) > 80 or not value or value is True:
         return False
     if isinstance(value, (int, float)):
@@ -6187,7 +6186,7 @@ def is_secret(name: Any, value: Any = "?") -> bool:
 
 def plain_json(value: Any, depth: int = 0, left: list[int] | None = None) -> Any:
     """A value as plain JSON: a dataclass as its fields, any other object as
-    its repr(), "[more]" for what is too deep or too much."""
+    its repr(), "[more]" in place of what is too deep or too much."""
     left = left or [CONTEXT_NODES]
     left[0] -= 1
     if value is None or type(value) in (bool, str):
@@ -6213,15 +6212,15 @@ def plain_json(value: Any, depth: int = 0, left: list[int] | None = None) -> Any
 
 # ================================== Guard ==================================
 # The decorator. A call of a guarded function becomes a tool call: the tool is
-# the function's name, the arguments are its parameters by name, whatever way
-# they were passed. What the reviewer approved is put back into the call, and
-# the function runs with it.
+# the function's name, the arguments are its parameters by name, however they
+# were passed. What the reviewer approved is put back into the call, and the
+# function runs with it.
 
 
 def guarded(gate: Gate, function: Any, *, checkpoint: str | None = None,
             name: str | None = None, hide: Iterable[str] = (),
             context: Any = None, optional: bool = False) -> Any:
-    """The function, its calls through the gate: see Gate.guard."""
+    """The function, with its calls going through the gate: see Gate.guard."""
     binder = Binder(function, hide)
     own_name = getattr(binder.function, "__name__", type(binder.function).__name__)
     tool = name or str(own_name)
@@ -6250,24 +6249,24 @@ def guarded(gate: Gate, function: Any, *, checkpoint: str | None = None,
 
 def check_held(rules: Rules, tool: str, checkpoint: str | None,
                optional: bool) -> None:
-    """ConfigError where a guard would guard nothing."""
+    """ConfigError if a guard would hold nothing."""
     if checkpoint is not None and rules.named(checkpoint).effect == "allow":
-        raise ConfigError(f'checkpoint "{checkpoint}" allows; guard '
+        raise ConfigError(f'checkpoint "{checkpoint}" has effect "allow"; guard '
                           "needs one that reviews or denies")
     if checkpoint is None and not optional and rules.is_free(tool):
         raise ConfigError(
             f'@gate.guard on "{visible(tool)}" would hold nothing: no '
-            f"checkpoint of {rules.path} matches that name",
+            f"checkpoint in {rules.path} matches that name",
             "add a checkpoint whose action_pattern does, or name one: "
-            '@gate.guard(checkpoint="..."), or say that the file may let '
-            "it pass: @gate.guard(optional=True)")
+            '@gate.guard(checkpoint="..."), or let the file decide: '
+            "@gate.guard(optional=True)")
 
 
 class Binder:
     """Turns a function's parameters into the named arguments of a tool call.
 
-    Defaults and a partial's fixed arguments are filled in; *args is a list
-    under its own name, and what **kwargs takes is named beside the rest.
+    Defaults and a partial's fixed arguments are filled in; *args becomes a
+    list under its own name, and what **kwargs takes joins the rest by name.
     Raises TypeError for what cannot be guarded.
     """
 
@@ -6281,7 +6280,7 @@ class Binder:
         names = list(self.signature.parameters)
         self.hidden = {hide} if isinstance(hide, str) else set(hide)
         if unknown := self.hidden - set(names):
-            raise TypeError(f"hide names no parameter of {function!r}: "
+            raise TypeError(f"hide: {function!r} has no parameter "
                             f"{', '.join(sorted(unknown))}")
         scope = getattr(function, "__qualname__", "").rpartition("<locals>.")
         if names[:1] in (["self"], ["cls"]) and "." in scope[2]:
@@ -6290,7 +6289,7 @@ class Binder:
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]
              ) -> tuple[dict[str, Any], Callable[..., Any]]:
         """The arguments to show, and a callable that runs the function with
-        the approved ones. TypeError as the function itself would raise."""
+        the approved ones; TypeError if the function itself would raise one."""
         bound = self.signature.bind(*self.args, *args, **self.kwargs | kwargs)
         bound.apply_defaults()
         given = {name: value for name, value in bound.arguments.items()
@@ -6300,7 +6299,7 @@ class Binder:
             if parameter.kind is parameter.VAR_KEYWORD and name in given:
                 extra = given.pop(name)
         if twice := given.keys() & extra.keys():
-            raise TypeError(f"an argument comes twice: {', '.join(twice)}")
+            raise TypeError(f"an argument is given twice: {', '.join(twice)}")
         shown = {name: as_shown(value)
                  for name, value in (given | extra).items()}
 
@@ -6321,7 +6320,7 @@ def as_shown(value: Any) -> Any:
 
 def rebuilt(given: Any, shown: Any, approved: Any) -> Any:
     """An approved value as the enum or tuple that the caller gave; the
-    caller's own object where the call was not held."""
+    caller's own object if the call was not held."""
     if approved is shown:
         return given
     if isinstance(given, enum.Enum) or type(given) is tuple:
@@ -6332,8 +6331,8 @@ def rebuilt(given: Any, shown: Any, approved: Any) -> Any:
 def check_guardable(function: Any) -> None:
     """A TypeError for what guard cannot hold, with the cure."""
     if isinstance(function, str):
-        raise TypeError(f'guard("{function}") names no function: did you mean '
-                        f'checkpoint=? @gate.guard(checkpoint="{function}")')
+        raise TypeError(f'guard("{function}") is not given a function: did you '
+                        f'mean @gate.guard(checkpoint="{function}")?')
     called = function.__call__ if callable(function) else function
     if (not callable(function)
             or isinstance(function, (type, staticmethod, classmethod))
@@ -6348,8 +6347,8 @@ def check_guardable(function: Any) -> None:
 
 
 def signature_of(function: Any) -> inspect.Signature:
-    """The signature with its annotations evaluated, if all can be: frameworks
-    that evaluate annotations do not look behind a __signature__."""
+    """The signature, its annotations evaluated if all can be: frameworks that
+    evaluate annotations take a __signature__ as it is."""
     for evaluated in (True, False):
         with contextlib.suppress(Exception):
             return inspect.signature(function, eval_str=evaluated)
@@ -6366,25 +6365,25 @@ def is_async(function: Any) -> bool:
 # =================================== Gate ==================================
 # The agent's side: a tool call that a checkpoint matches waits until a person
 # has decided. Gate.call is the story, in six steps; a Held is one call on its
-# way through them. The only normal return from the first four is a claim
-# whose id and digest match (promise 1); no option lets a call run when
+# way through them. The first four return only with a claim whose id and digest
+# match, and raise otherwise (promise 1); no option lets a call run when
 # something fails.
 
-UNREACHABLE_SECONDS = 10        # a server that does not answer is tried so long,
-CLAIM_RETRY_SECONDS = 30        # for a claim, whose reply may have been lost
-LAST_WORD_SECONDS = 2           # for a withdrawal or an outcome
-PROGRESS_SECONDS = 15           # between two lines that say what is waited for
+UNREACHABLE_SECONDS = 10        # how long to try a server that does not answer,
+CLAIM_RETRY_SECONDS = 30        # for a claim, whose reply may have been lost,
+LAST_WORD_SECONDS = 2           # and for a withdrawal or an outcome
+PROGRESS_SECONDS = 15           # between two lines that say what is waiting
 MAX_FREE = 10_000               # calls remembered to match nothing
-OTHER_SERVER = "is server_url that of hitl.py's server?"
+OTHER_SERVER = "does server_url point to hitl.py's server?"
 
 
 class How(TypedDict, total=False):
     """What one call may set, in place of the gate's or the file's value.
 
-    request_id: the same one with the same call is the same request.
+    request_id: the same id with the same call is the same request.
     checkpoint: the id of one that holds the call, whatever the tool's name.
-    session: whom a decision may stand for, where one gate serves several
-    people; "" for nobody.
+    session: whom a decision may stand for, if one gate serves several people;
+    "" for nobody.
     attach: pick up the same call of the same session, if it still waits.
     edits: the reviewer may change the arguments, and the model will be told.
     tick: called before each look at the status.
@@ -6404,7 +6403,7 @@ class How(TypedDict, total=False):
 
 
 def first_of(*values: Any) -> Any:
-    """The first that is not None, if there is one."""
+    """The first value that is not None, or None."""
     return next((value for value in values if value is not None), None)
 
 
@@ -6425,7 +6424,7 @@ def reviewable(tool: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
                         f"{error}"),
                 "pass text, finite numbers, true, false, None, lists and objects "
                 "(a model as its .model_dump(mode='json')); what is not part of "
-                "the action can be left out by @gate.guard(hide=[...])",
+                "the action can be left out with @gate.guard(hide=[...])",
                 reason="bad-arguments") from None
         plain |= back
     size, limit = len(canonical(plain)), arguments_limit(tool, plain)
@@ -6433,7 +6432,7 @@ def reviewable(tool: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         raise HitlError(
             f"{visible(tool)}: the arguments are {size} bytes, and a person "
             f"reviews at most {limit}: do it in smaller steps, or pass a "
-            "reference, such as a file's name, in place of the content",
+            "reference, such as a file name, in place of the content",
             "nobody can review so much at once", reason="too-large")
     return plain
 
@@ -6442,8 +6441,8 @@ def reviewable(tool: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 class Held:
     """A tool call that a checkpoint holds. obtain() asks, waits and claims;
-    then whoever runs the call runs it with `arguments`, once, and reports how
-    it ended."""
+    then the caller runs it with `arguments`, once, and reports how it
+    ended."""
 
     approved_by = ""
     changed = ""                # what the reviewer changed, for the model
@@ -6464,8 +6463,8 @@ class Held:
         self.deadline = time.monotonic() + self.timeout_seconds
         self.description = describe(rule, tool, self.arguments)
         self.digest = digest_of(self.description, canonical(self.arguments), tool)
-        # a process that starts again and asks for its request has a new
-        # session of its own, in which that request would not be found
+        # a process that starts again and asks for its earlier request has a
+        # new session, in which that request would not be found
         own = "" if how.get("request_id") else gate.own_session
         context = first_of(how.get("context"), gate.context)
         if callable(context):
@@ -6507,8 +6506,8 @@ class Held:
             raise
 
     async def aobtain(self, handed_over: bool = False) -> None:
-        """obtain() for asyncio, on a thread; a task that is cancelled
-        withdraws its request."""
+        """obtain() for asyncio, on a thread; cancelling the task withdraws
+        its request."""
         import asyncio
         work = in_thread(self.obtain, handed_over)
         try:
@@ -6516,13 +6515,13 @@ class Held:
         except asyncio.CancelledError:
             self.cancelled = True
             await undisturbed(self.break_off, "cancelled")
-            work.cancel()               # nobody asks what became of it
+            work.cancel()               # nobody will ask what became of it
             raise
 
     # ---- 2 ask ----
 
     def ask(self) -> None:
-        """Post the request: from here on it waits, or was decided before."""
+        """Post the request: it now waits, unless it was decided before."""
         token = self.gate.token
         self.body["agent_context"] = snapshot(self.body["agent_context"], token)
         reply = self.insist("/pending", self.body,
@@ -6540,9 +6539,9 @@ class Held:
 
     def insist(self, path: str, body: dict[str, Any] | None, seconds: float,
                poll: float = 0) -> Reply:
-        """The reply to a POST, or without a body to a GET that the server may
-        hold for `poll` seconds: asked again until it succeeds, is refused or
-        time is up."""
+        """The reply to a POST or, without a body, to a GET that the server may
+        hold for `poll` seconds; tries again until it succeeds, is refused or
+        runs out of time."""
         end, pause = time.monotonic() + seconds, 0.05
         success = (200, 201) if path == "/pending" else (200,)
         error: HitlError
@@ -6566,7 +6565,8 @@ class Held:
             pause = min(2 * pause, 1.0)
 
     def learn(self, reply: Reply) -> None:
-        """Take what a reply says of this very request, or raise."""
+        """Keep what a reply says about this very request; raise if it is
+        about another, or makes no sense."""
         body = reply.body
         if (body.get("request_id") != self.request_id
                 or body.get("digest") != self.digest):
@@ -6590,8 +6590,8 @@ class Held:
         if reply.status in (401, 403):
             return self.error(
                 UnreachableError, "the server refused this agent's credential",
-                "set HITL_AGENT_TOKEN, or Gate(token=...), to the agent token "
-                "that serve was started with", reply.reason)
+                "set HITL_AGENT_TOKEN, or Gate(token=...), to an agent token "
+                "that serve knows", reply.reason)
         kind = REFUSED_AS.get(reply.reason)
         if kind is None:
             lost = reply.status in (404, 421) or reply.status >= 500
@@ -6604,9 +6604,9 @@ class Held:
     # ---- 3 wait ----
 
     def wait(self) -> None:
-        """Until the request no longer waits, by long polls that the server
-        answers the moment a person decides. A server that goes away is ridden
-        out until the deadline."""
+        """Return once the request no longer waits, after long polls, which the
+        server answers the moment a person decides. While the server is away,
+        keep trying until the deadline."""
         if self.state.status != Status.WAITING:
             return
         said = time.monotonic()
@@ -6630,7 +6630,7 @@ class Held:
             raise self.nobody()
 
     def poll(self, left: float) -> None:
-        """Look at the status once, for as long as the server may hold it."""
+        """Ask for the status once; the server may hold its reply."""
         held = max(0.0, min(self.gate.configuration.gate["poll_seconds"],
                             left - 0.2))
         try:
@@ -6638,10 +6638,10 @@ class Held:
                 f"/pending/{self.request_id}?wait={held:.3f}", None, left, held))
         except UnreachableError:
             if time.monotonic() < self.deadline - 1:
-                raise                   # final, or it would be tried again
+                raise                   # final: nothing else ends so early
 
     def nobody(self, hint: str = "", reason: str = "") -> HitlError:
-        """The error where no decision came in time."""
+        """The error if no decision came in time."""
         seconds = min(self.timeout_seconds, self.lifetime_seconds)
         return self.error(
             ReviewTimeoutError, f'nobody decided "{self.description}" within '
@@ -6650,21 +6650,21 @@ class Held:
             reason)
 
     def give_up(self) -> None:
-        """Withdraw a request that is not to outlive its wait. The answer
-        decides: a reviewer may have been faster."""
+        """Withdraw a request that is not to outlive its wait. The server's
+        answer counts: a reviewer may have been faster."""
         if self.cancelled:
             self.break_off("cancelled")
         elif self.lifetime_seconds <= self.timeout_seconds:
             self.break_off("timeout")
         else:
             raise self.nobody(
-                "the request still waits: the same call asked again, as "
-                f'request_id "{self.request_id}", picks up its decision',
+                "the request still waits: the same call with "
+                f'request_id "{self.request_id}" picks up its decision',
                 "still-waiting")
 
     def break_off(self, why: str) -> None:
         """Tell the server that nobody waits; if it does not answer, its own
-        clock ends the request. A call that may be claimed already is recorded
+        clock ends the request. A call that may have been claimed is recorded
         as failed, not as running."""
         if self.claiming:
             self.report("cancelled")
@@ -6682,9 +6682,9 @@ class Held:
         runs = first_of(self.state.approved_digest, self.digest)
         if runs != self.digest and not self.body["edits"]:
             raise self.error(ChangedError, "the arguments were changed, which "
-                             "this gate did not ask for; nothing ran")
-        self.claiming = True            # before the look at `cancelled`: one
-        if self.cancelled:              # of two threads sees the other's
+                             "this call did not allow; nothing ran")
+        self.claiming = True            # before reading `cancelled`: one of
+        if self.cancelled:              # two threads sees the other's flag
             raise self.nobody()
         self.check_claimed(runs, self.insist(
             f"/claim/{self.request_id}", {
@@ -6698,8 +6698,8 @@ class Held:
                     self.changed and f"; {visible(self.changed)}")
 
     def check_approved(self) -> None:
-        """An error unless the request is approved. Whether it was claimed
-        before is for the server to say, at the claim."""
+        """Raise unless the request is approved. Whether it was claimed before
+        is for the server to say, at the claim."""
         state = self.state
         name = person(state.decided_by)
         self.approved_by = visible(name)
@@ -6715,14 +6715,14 @@ class Held:
                 "ask again with another request_id", ended)
 
     def check_claimed(self, runs: str, reply: Reply) -> None:
-        """An error unless the reply claims this very approval. Where the
-        reviewer changed the arguments, those run: they must have the digest
-        that was approved, and meet the same checkpoint (promise 2)."""
+        """Raise unless the reply claims this very approval. If the reviewer
+        changed the arguments, the changed ones run: they must have the digest
+        that was approved, and match the same checkpoint (promise 2)."""
         approval = self.state
         self.learn(reply)
         if self.state != approval._replace(outcome=Outcome.RUNNING):
-            raise self.error(ChangedError, "the server's reply to the claim is "
-                             "not this approval; nothing ran", OTHER_SERVER)
+            raise self.error(ChangedError, "the server's reply to the claim does "
+                             "not match this approval; nothing ran", OTHER_SERVER)
         if runs == self.digest:
             return
         approved: Any = reply.body.get("arguments")
@@ -6736,7 +6736,7 @@ class Held:
         if fault:
             self.report(fault)
             raise self.error(ChangedError, "the changed arguments are not what "
-                             "was approved, or meet another checkpoint; "
+                             "was approved, or match another checkpoint; "
                              "nothing ran", reason=fault)
         self.arguments = approved
         self.changed = changes_in_words(self.approved_by, as_sent(asked),
@@ -6751,8 +6751,7 @@ class Held:
 
     def report(self, error: BaseException | str | None = None) -> None:
         """Record that the call was executed, or how it failed. Never raises:
-        a server that does not take the report changes nothing of the call,
-        and is logged."""
+        if the server does not take the report, that is only logged."""
         text = "" if error is None else error_text(error)
         outcome = Outcome.EXECUTED if error is None else Outcome.FAILED
         try:
@@ -6767,7 +6766,7 @@ class Held:
 
 def limited(seconds: float) -> str:
     """How long a wait may last, in words."""
-    return "any time" if seconds == math.inf else f"{seconds:.3g} s"
+    return "unlimited time" if seconds == math.inf else f"{seconds:.3g} s"
 
 
 def ago(state: ReviewRequest) -> str:
@@ -6781,7 +6780,7 @@ def ago(state: ReviewRequest) -> str:
 
 
 def error_text(error: BaseException | str) -> str:
-    """An error as a log names it, also one whose text is empty or cannot be
+    """An error as a log shows it, even if its text is empty or cannot be
     made."""
     if isinstance(error, str):
         return error
@@ -6800,7 +6799,7 @@ async def awaited(result: Awaitable[T] | T) -> T:
 def in_thread(function: Callable[..., T], *args: Any) -> asyncio.Future[T]:
     """What function(*args) returns, from a daemon thread of its own. The pool
     of asyncio.to_thread has cpu + 4 threads: forty waits would queue (7 s
-    against 1)."""
+    instead of 1)."""
     import asyncio
     import contextvars
     from concurrent.futures import Future
@@ -6819,8 +6818,8 @@ def in_thread(function: Callable[..., T], *args: Any) -> asyncio.Future[T]:
 
 async def undisturbed(function: Callable[..., T], *args: Any) -> T:
     """What function(*args) returns, from a thread. A task that is cancelled
-    meanwhile waits for it all the same, so that what was done is recorded and
-    its result not lost."""
+    meanwhile still waits for it, so that what was done is recorded and its
+    result is not lost."""
     import asyncio
     work = in_thread(function, *args)
     while not work.done():
@@ -6836,7 +6835,7 @@ class Gate:
 
     config: the path of checkpoints.toml; default: HITL_CONFIG, then
     ./checkpoints.toml, then the one beside this file.
-    context: the agent's state for the reviewer, or a callable that gives it.
+    context: the agent's state for the reviewer, or a callable that returns it.
     on_reject: "raise"; or "return" to give a rejection, a denial or an expiry
     to the model as text; or a callable that is given this text: its result is
     returned, or raised if it is an exception.
@@ -6865,7 +6864,7 @@ class Gate:
             raise ConfigError("the agent's token is not plain ASCII")
         if os.environ.get("HITL_REVIEWER_TOKEN"):       # promise 5
             log.warning("HITL_REVIEWER_TOKEN is in the environment of an "
-                        "agent, which could decide with it: take it out")
+                        "agent, which could decide with it: remove it")
         tls_ca = self.configuration.gate["tls_ca"]
         self.client = Client(
             self.server_url, self.token and f"Bearer {self.token}",
@@ -6877,7 +6876,7 @@ class Gate:
     def call(self, tool: str, arguments: Mapping[str, Any],
              execute: Callable[..., T], **how: Unpack[How]) -> T:
         """The result of execute(**arguments), which runs once a person has
-        approved it, or at once where no checkpoint matches. Raises a
+        approved it, or at once if no checkpoint matches. Raises a
         CollaborationError, a ReviewTimeoutError or another HitlError, and then
         nothing ran; what execute raises passes through."""
         if self._is_free(tool, arguments, how):
@@ -6905,8 +6904,8 @@ class Gate:
     async def acall(self, tool: str, arguments: Mapping[str, Any],
                     execute: Callable[..., Any], **how: Unpack[How]) -> Any:
         """call() for asyncio: it waits on a thread of its own, so the event
-        loop goes on, and withdraws its request where it is cancelled. Once the
-        tool has returned, its result is returned, whatever is cancelled."""
+        loop goes on, and withdraws its request if it is cancelled. Once the
+        tool has returned, its result is returned, cancelled or not."""
         if self._is_free(tool, arguments, how):
             return await awaited(execute(**arguments))
         how.setdefault("edits", self.on_reject == "return")
@@ -6926,14 +6925,14 @@ class Gate:
         await undisturbed(held.report)
         return told_of_changes(held, result)
 
-    # ---- for whoever runs the tool themselves ----
+    # ---- for callers that run the tool themselves ----
 
     def hold(self, tool: str, arguments: Mapping[str, Any],
              **how: Unpack[How]) -> Held | None:
-        """The call, approved and claimed, for whoever runs it and then
-        reports; None where no checkpoint matches. Raises as call() does,
-        whatever on_reject says. Until it is reported, the call is recorded as
-        handed over."""
+        """The call, approved and claimed, for a caller that runs it and then
+        reports; None if no checkpoint matches. Raises as call() does, whatever
+        on_reject is. Until it is reported, the call is recorded as handed
+        over."""
         try:
             held = self._match(tool, arguments, how)
             if held:
@@ -6970,16 +6969,16 @@ class Gate:
 
     def _is_free(self, tool: str, arguments: Mapping[str, Any],
                  how: How) -> bool:
-        """Whether a call of this tool with arguments of these names was seen
-        to match nothing, and no value can hide another call. It is what most
-        calls cost: a microsecond."""
+        """Whether a call of this tool with these argument names is known to
+        match nothing, and no value can hide another call. Most calls cost no
+        more than this: a microsecond."""
         return (how.get("checkpoint") is None and type(arguments) is dict
                 and (tool, *arguments) in self._free
                 and has_plain_values(arguments))
 
     def _match(self, tool: str, arguments: Mapping[str, Any],
                how: How) -> Held | None:
-        """The call as a person is to be asked about it, or None: it may run."""
+        """The call to ask a person about, or None if it may run at once."""
         if unknown := how.keys() - How.__annotations__.keys():
             raise TypeError(f"unexpected keyword {', '.join(sorted(unknown))}")
         if (not isinstance(tool, str) or re.search("[\ud800-\udfff]", tool)
@@ -7027,11 +7026,11 @@ class Gate:
 
     def guard(self, function: Any = None, **options: Any) -> Any:
         """A function whose calls go through the gate: def, async def,
-        methods, callables; name, signature and types stay.
+        methods, callables; name, signature and types are kept.
 
         checkpoint: the id of one that always holds it, whatever its name.
         hide: parameters that are not part of the action (a framework's ctx):
-        passed on and not shown; self and cls are hidden anyway.
+        passed on but not shown; self and cls are hidden anyway.
         optional: no error if no checkpoint can match the name.
         Raises TypeError for what cannot be guarded, ConfigError for a guard
         that would hold nothing and for a checkpoint that does not exist.
@@ -7042,21 +7041,21 @@ class Gate:
 
 
 def logged(error: HitlError) -> HitlError:
-    """The error, once the log has its name and whole message."""
+    """The error, after logging its name and whole message."""
     log.error("%s: %s", type(error).__name__, masked_text(str(error), ""))
     return error
 
 
 def told_of_changes(held: Held, result: T) -> T:
-    """A tool's result; a text begins with what the reviewer changed, so that
-    a model does not ask for the original again."""
+    """A tool's result; if it is a text, what the reviewer changed comes first,
+    so that a model does not ask for the original again."""
     if held.changed and isinstance(result, str):
         return f"{held.changed}\n{result}"  # type: ignore[return-value]
     return result
 
 
 def checked_on_reject(value: Any) -> Any:
-    """What is to happen with a refusal; ConfigError if it makes no sense."""
+    """What to do with a refusal; ConfigError if it makes no sense."""
     fatal = isinstance(value, type) and issubclass(
         value, BaseException) and not issubclass(value, Exception)
     if fatal or not (value in ("raise", "return") or callable(value)):
@@ -7068,8 +7067,9 @@ def checked_on_reject(value: Any) -> Any:
 # ================================= Adapters ================================
 # Thin faces over Gate.hold for agents that cannot be changed: a hook that a
 # coding agent runs before each tool call, a proxy in front of an MCP server, a
-# prefix in front of a command. Each refuses in the way its agent understands.
-# What the agents send and accept was measured with the real ones, November 2026.
+# prefix in front of a command. Each refuses in a way its agent understands.
+# What the agents send and accept was measured on the real ones in November
+# 2026.
 
 Json = dict[str, Any]
 
@@ -7082,20 +7082,20 @@ def at_path(data: Any, path: str) -> Any:
 
 
 def read_loosely(data: bytes | str) -> Any:
-    """The JSON value, or None. It decides only how a refusal is worded."""
+    """The JSON value, or None if it is not JSON. Nothing is run from it."""
     with contextlib.suppress(ValueError, RecursionError):
         return json.loads(data)
     return None
 
 
 def write_whole(file: int, data: bytes) -> None:
-    """Write all of it: os.write may take only a part."""
+    """Write all of it: os.write may write only a part."""
     while data:
         data = data[os.write(file, data):]
 
 
 def on_signals(names: str, handler: Callable[[int, Any], None]) -> None:
-    """Set the handler of those signals that this system has."""
+    """Set the handler for each of these signals that this system has."""
     import signal
     for name in names.split():
         if hasattr(signal, name):
@@ -7112,12 +7112,12 @@ class Dialect(NamedTuple):
     """How one coding agent speaks to its hooks."""
 
     name: str
-    signs: tuple[str, ...]      # it is this one if all words of a sign are there
+    signs: tuple[str, ...]      # it is this one if all words of any sign are there
     approved: Json              # what to answer, exactly
     rejected: Json
     seconds: float              # the deadline without --deadline
-    shows_errors: bool = False  # when printed as `rejected`; else exit with 2
-    longest: float = DAY - 5    # the latest answer its agent waits for
+    shows_errors: bool = False  # if printed as `rejected`; if not, exit with 2
+    longest: float = DAY - 5    # how long its agent waits at most
 
 
 def claude(event: str, **answer: Any) -> Json:
@@ -7126,8 +7126,8 @@ def claude(event: str, **answer: Any) -> Json:
 
 ALLOWED = claude(PRE, permissionDecision="allow", permissionDecisionReason=WHY)
 DENIED = claude(PRE, permissionDecision="deny", permissionDecisionReason=WHY)
-DIALECTS = (                    # the first one with a sign counts
-    # Cline ignores exit statuses, and runs the tool after 120 s, always
+DIALECTS = (                    # the first one whose sign is found counts
+    # Cline ignores exit statuses, and after 120 s always runs the tool
     Dialect("cline", ("clineVersion", "tool_call", "preToolUse"),
             {"cancel": False}, {"cancel": True, "errorMessage": WHY}, 115, True, 115),
     Dialect("cursor", ("cursor_version", "beforeShellExecution:",
@@ -7151,7 +7151,7 @@ DIALECTS = (                    # the first one with a sign counts
             {"permissionDecision": "deny", "permissionDecisionReason": WHY}, 25, True),
 )
 UNKNOWN = Dialect("", (), {}, {}, 25, False, 25)
-CALLS = (       # where the tool's name and its arguments are; the first counts
+CALLS = (       # where the tool's name and its arguments are; the first found counts
     ("tool_call.name", "tool_call.input"),
     ("preToolUse.toolName", "preToolUse.parameters"),
     ("tool_name", "tool_input"), ("toolName", "toolArgs"))
@@ -7159,7 +7159,7 @@ SESSIONS = ("session_id", "sessionId", "taskId", "conversation_id", "transcript_
 
 
 def dialect_of(call: Any) -> Dialect:
-    """The dialect of a hook's input, by its event and its members; or UNKNOWN."""
+    """The dialect of a hook's input, by its event and members, or UNKNOWN."""
     if isinstance(call, dict):
         event = call.get("hook_event_name") or call.get("hookName")
         words = {*call, f"{event}:"}
@@ -7170,7 +7170,7 @@ def dialect_of(call: Any) -> Dialect:
 
 
 def proposed(call: Json) -> tuple[str, Json]:
-    """The tool and the arguments of a hook's input; HitlError without a tool."""
+    """The tool and arguments in a hook's input; HitlError without a tool."""
     tool = arguments = None
     for name, given in CALLS:
         if tool is None:
@@ -7187,7 +7187,7 @@ def proposed(call: Json) -> tuple[str, Json]:
 
 
 def filled(shape: Json, **words: str) -> str:
-    """The shape as JSON, with the words in place of each "{word}"."""
+    """The shape as JSON, with a value in place of each "{word}"."""
     text = json.dumps(shape, indent=2)
     for word, value in words.items():
         text = text.replace(f'"{{{word}}}"', json.dumps(value))
@@ -7199,7 +7199,7 @@ class Hook:
 
     Most agents run the tool if the answer is late, so an alarm interrupts
     whatever takes too long, a desk that hangs or a pattern that runs away (`re`
-    looks for signals as it goes), and refuses; a timer in C backs it up.
+    checks for signals as it goes), and refuses; a timer in C backs it up.
     """
 
     def __init__(self, config: str | None, deadline: float | None) -> None:
@@ -7215,7 +7215,7 @@ class Hook:
 
     def run(self) -> NoReturn:
         """Answer what is on stdin, and exit."""
-        if sys.stdout is None:          # closed: a file opened later would be 1
+        if sys.stdout is None:          # closed: a file opened later could be 1
             os._exit(2)
         log.warning = lambda words, *rest: self.notes.append(words % rest)
         log.error = lambda *_: None     # its hint is not for a model
@@ -7232,11 +7232,11 @@ class Hook:
     def answer(self, data: bytes) -> Json:
         """What to print if the call may go on; raises if it may not."""
         self.dialect = dialect_of(read_loosely(data))               # 1 read
-        self.alarm()                    # an error too is told in its dialect
+        self.alarm()                    # again, for the deadline of this dialect
         with config_error("the hook's input is not strict JSON:"):
             call = parse_json(data)
         if self.dialect is UNKNOWN:
-            raise HitlError("this is not a call of a coding agent that hitl.py knows")
+            raise HitlError("this call is not from a coding agent that hitl.py knows")
         tool, arguments = proposed(call)
         cwd = str(call.get("cwd") or os.getcwd())           # Cline gives none
         own = os.environ.get("HITL_AGENT") or self.dialect.name.partition("-")[0]
@@ -7267,14 +7267,15 @@ class Hook:
         try:
             return gate.hold(
                 tool, arguments, cwd=cwd, attach=True, tick=self.check_parent,
-                edits=self.dialect.name == "claude",    # others take none
+                edits=self.dialect.name == "claude",    # the others take no edits
                 timeout_seconds=max(0.1, round(wait, 1)),
                 lifetime_seconds=lifetime)
-        except AlreadyClaimedError:     # by the same call beside this one
+        except AlreadyClaimedError:     # by the same call in another hook
             return self.hold(gate, tool, arguments, cwd)
 
     def check_parent(self) -> None:
-        """Where nobody is left to read the answer: exit, which withdraws."""
+        """If nobody is left to read the answer, exit, which withdraws the
+        request."""
         import select
         gone = os.getppid() != self.parent
         if hasattr(select, "poll"):
@@ -7286,15 +7287,15 @@ class Hook:
 
     def refusal(self, fault: BaseException) -> tuple[Json | None, int, str]:
         """The dialect's refusal, as reply() returns it."""
-        if isinstance(fault, SystemExit):               # by us, who say why
+        if isinstance(fault, SystemExit):               # ours, and says why
             fault = HitlError(str(fault))
         elif not isinstance(fault, HitlError):
             fault = HitlError(visible(error_text(fault)))
         decided = type(fault) in ANSWERS
         why = fault.told if decided else f"hitl: refused: {fault.told}"
         if fault.reason == "still-waiting":
-            why = (f"{fault.message}, but the request still waits. Repeat this very "
-                   "call later to pick up the decision.")
+            why = (f"{fault.message}, but the request still waits. Repeat exactly "
+                   "this call later to pick up the decision.")
         if self.dialect is UNKNOWN or not (decided or self.dialect.shows_errors):
             return None, 2, why
         answer: Json = json.loads(filled(self.dialect.rejected, why=why))
@@ -7320,7 +7321,7 @@ class Hook:
                 reason="still-waiting")))
 
     def end(self, answer: Json | None, status: int, words: str) -> NoReturn:
-        """Print the one answer, whole, and exit; with 2 where that fails."""
+        """Print the one answer, whole, and exit; with 2 if that fails."""
         self.ended = True               # from here on the alarm does nothing
         notes = [] if status else self.notes    # with 2 a model reads stderr
         text = "".join(f"{line}\n" for line in [*notes, words] if line)
@@ -7337,7 +7338,7 @@ class Hook:
 # ---- the hook: what to install, and where ----
 
 RUN = {"type": "command", "command": "{command}"}
-SNIPPETS: dict[str, tuple[str, Json]] = {       # agent -> its file, what is in it
+SNIPPETS: dict[str, tuple[str, Json]] = {       # agent -> its file, what goes into it
     "claude": (".claude/settings.json", {"hooks": {PRE: [{
         "matcher": "*", "hooks": [RUN | {
             "timeout": DAY, "onFailure": "block", "statusMessage": "{waiting}"}]}]}}),
@@ -7357,14 +7358,14 @@ SNIPPETS: dict[str, tuple[str, Json]] = {       # agent -> its file, what is in 
 
 
 def snippet(agent: str, config: str | None) -> str:
-    """The text to install. Cline ignores exit statuses, so it is given a
-    refusal to print."""
+    """The text to install. Cline ignores exit statuses, so its script prints
+    a refusal."""
     import shlex
     try:
         cache = bytecode_folder()
     except OSError as error:
         raise ConfigError(f"{error.filename} {error.strerror}", "chmod 700 it, or "
-                          "name another place in XDG_CACHE_HOME") from None
+                          "set XDG_CACHE_HOME to another folder") from None
     line = shlex.join([sys.executable, "-I", "-c", LOADER, cache,
                        str(Path(__file__).absolute()), "hook"])
     if config:
@@ -7373,7 +7374,7 @@ def snippet(agent: str, config: str | None) -> str:
         refusal = '{"cancel":true,"errorMessage":"hitl unavailable"}'
         return f"#!/bin/sh\n{line} || echo {shlex.quote(refusal)}\n"
     waiting = "hitl: waiting for a person"
-    with contextlib.suppress(ConfigError):      # there may be none so far
+    with contextlib.suppress(ConfigError):      # there may be no rules yet
         gate = Gate(find_configuration(config, local=False))
         waiting = f"hitl: review at {gate.server_url}"
     return filled(SNIPPETS[agent][1], waiting=waiting,
@@ -7389,8 +7390,8 @@ PARAMS = ("name", "arguments", "_meta", "task", "requestState", "inputResponses"
 
 
 def read_message(line: bytes) -> Json:
-    """The message on a line; ValueError where a server could read another
-    one there (CVE-2026-27896: Go takes the last of `name` and `Name`)."""
+    """The message on a line; ValueError if a server could read it as another
+    one (CVE-2026-27896: Go takes the last of `name` and `Name`)."""
     message = parse_json(line)
     if b"\r" in line.rstrip(b"\r\n"):
         raise ValueError("a line break inside a message")
@@ -7406,7 +7407,7 @@ def read_message(line: bytes) -> Json:
         raise ValueError(f"{CALL} needs an id, a name and an object of arguments")
     check_names(params, PARAMS)
     if Call("", {"": params.get("arguments")}).ambiguous:
-        raise ValueError("two arguments whose names are one name")
+        raise ValueError("two arguments with names that can be read as one")
     return message
 
 
@@ -7425,19 +7426,19 @@ def check_names(members: Json, known: tuple[str, ...]) -> None:
 
 
 class Proxy:
-    """Passes bytes on as they are, both ways, except a tools/call: each has a
-    task of its own, which may wait for a person while everything else goes on,
-    and what was approved is sent rebuilt from the members that were read."""
+    """Passes bytes on as they are, both ways, except tools/call: each call has
+    a task of its own, which may wait for a person while everything else goes
+    on; what was approved is rebuilt from the members that were read."""
 
     def __init__(self, gate: Gate, command: list[str], name: str) -> None:
         self.gate, self.command, self.name = gate, command, name
-        # by JSON-RPC id: calls that are not sent yet, and what answers those
-        # that a person approved
+        # by JSON-RPC id: calls that are not sent yet, and the replies to come
+        # to those that a person approved
         self.waits: dict[str, asyncio.Task[None]] = {}
         self.replies: dict[str, asyncio.Future[bytes]] = {}
-        # what was approved and answered input_required, by call and state
+        # approved calls that were answered input_required, by call and state
         self.resumes: dict[tuple[str, str], Held] = {}
-        self.tools: Json = {}           # what the server says of them
+        self.tools: Json = {}           # name -> the server's annotations
 
     # ---- the two processes ----
 
@@ -7456,7 +7457,7 @@ class Proxy:
             done, _ = await asyncio.wait([from_client, from_server, ended],
                                          return_when=asyncio.FIRST_COMPLETED)
             for task in done:
-                task.result()           # a fault of ours ends all
+                task.result()           # a fault of ours ends everything
         finally:
             from_client.cancel()
             for task in self.waits.values():
@@ -7466,9 +7467,9 @@ class Proxy:
         return shell_status(self.child.returncode or 0)
 
     async def end_server(self) -> None:
-        """End the server and all that it started."""
+        """End the server and everything that it started."""
         import signal
-        self.child.stdin.close()        # it should end by itself
+        self.child.stdin.close()        # it should then end by itself
         for name in ("SIGTERM", "SIGKILL"):
             await self.exited(3)
             with contextlib.suppress(OSError):      # nobody is left
@@ -7479,7 +7480,8 @@ class Proxy:
         await self.exited(3)
 
     async def exited(self, seconds: float) -> None:
-        """Wait for the server itself; what it started may hold its pipes."""
+        """Wait at most this long for the server itself to end; what it started
+        may keep its pipes open."""
         import asyncio
         end = time.monotonic() + seconds
         while self.child.returncode is None and time.monotonic() < end:
@@ -7537,8 +7539,8 @@ class Proxy:
         self.to_client(line)
 
     def learn_tools(self, tools: Any) -> None:
-        """Keep what the server says of its tools; say once on stderr which of
-        them wait for a person."""
+        """Keep what the server says about its tools; print once on stderr
+        which of them wait for a person."""
         said: dict[str, list[str]] = {}
         for tool in tools if isinstance(tools, list) else []:
             name = str(at_path(tool, "name"))
@@ -7554,7 +7556,7 @@ class Proxy:
     # ---- one call ----
 
     async def call(self, message: Json, line: bytes) -> None:
-        """Send a tools/call: at once where no checkpoint holds it, else once
+        """Send a tools/call: at once if no checkpoint holds it, otherwise when
         it is approved."""
         params = message["params"]
         tool, arguments = params["name"], params.get("arguments") or {}
@@ -7566,7 +7568,7 @@ class Proxy:
                 f"mcp__{self.name}__{tool}", arguments, edits=True,
                 tick=self.progress(at_path(params, "_meta.progressToken")),
                 context={"MCP server": self.command,
-                         "the server says of this tool (untrusted)":
+                         "what the server says about this tool (untrusted)":
                              self.tools.get(tool, "nothing")})
         except HitlError as error:      # a result: agents drop an error's reason
             result: Json = {"isError": True, "content": [
@@ -7609,8 +7611,9 @@ class Proxy:
             await undisturbed(held.report, failure)
 
     def progress(self, token: Any) -> Callable[[], None] | None:
-        """A function that tells a client that asked for progress that the call
-        waits for a person; below any progress that the server reports later."""
+        """A function that reports to a client, if it asked for progress, that
+        the call waits for a person; its numbers stay below any that the server
+        reports later."""
         steps = itertools.count(1)
 
         def tick() -> None:
@@ -7633,7 +7636,7 @@ def run_command(gate: Gate, argv: list[str], timeout: float | None) -> int:
                         reason="no-such-command")
     call = {"argv": argv, "cwd": cwd, "executable": os.path.abspath(path)}
     rule = gate.rules.first_match("run", call).checkpoint
-    unmatched = rule.checkpoint_id == "unmatched"       # waits all the same
+    unmatched = rule.checkpoint_id == "unmatched"       # waits anyway
     return gate.call("run", call, execute, timeout_seconds=timeout,
                      checkpoint="unmatched" if unmatched else None)
 
@@ -7645,14 +7648,14 @@ def execute(argv: list[str], cwd: str, executable: str) -> int:
     terminal = sys.stdin and sys.stdin.isatty()
 
     def pass_on(number: int, frame: Any) -> None:
-        if not (terminal and number in (2, 3)):     # a terminal tells both
+        if not (terminal and number in (2, 3)):     # a terminal signals both
             child.send_signal(number)
     on_signals("SIGTERM SIGHUP SIGUSR1 SIGUSR2 SIGINT SIGQUIT", pass_on)
     return shell_status(child.wait())
 
 
 def shell_status(status: int) -> int:
-    """An exit status as a shell gives it: 128 + the signal that ended it."""
+    """An exit status as a shell reports it: 128 + the signal that ended it."""
     return 128 - status if status < 0 else status
 
 
@@ -7660,7 +7663,7 @@ def shell_status(status: int) -> int:
 # The whole path, for real: a desk on a free port, a database, the page, a
 # gate, and a small agent whose tools work on a table of records of its own.
 # `demo` lets a person decide; `verify` presses the page's buttons itself and
-# notes what the guide expects, what was observed, and whether that holds.
+# records what the guide expects, what was observed, and whether they agree.
 
 SAMPLE_RULES = """\
 [[checkpoint]]
@@ -7679,8 +7682,8 @@ DELETE = {"table": "users", "condition": "last_login < '2020-01-01'"}
 
 
 class Workshop:
-    """A desk in a thread with one reviewer, and an agent's tools on a table of
-    records; its folder is removed at the end."""
+    """A desk with one reviewer, in a thread, and an agent's tools on a table
+    of records; its folder is removed at the end."""
 
     def __init__(self, reviewer: str) -> None:
         import tempfile
@@ -7708,7 +7711,8 @@ class Workshop:
         return self.records.execute(f"SELECT * FROM {table}").fetchall()
 
     def delete_records(self, table: str, condition: str) -> int:
-        """What the sample agent wants; a real tool, which really deletes."""
+        """What the sample agent wants to run: a real tool, which really
+        deletes."""
         return self.records.execute(
             f"DELETE FROM {table} WHERE {condition}").rowcount
 
@@ -7716,15 +7720,15 @@ class Workshop:
         return f"{len(self.read_records('users'))} of 3 records left"
 
     def call(self, agent: str, context: Any, timeout: float | None) -> Any:
-        """The agent's call, by a gate of its own: in the session of one gate
-        a rejection would answer the next call too."""
+        """The agent's call, by a gate of its own: in the session of a shared
+        gate, a rejection would answer the next call too."""
         gate = Gate(self.rules, server_url=self.desk.url, agent=agent)
         return gate.call("delete_records", DELETE, self.delete_records,
                          context=context, timeout_seconds=timeout)
 
     def waiting(self) -> list[str]:
-        """The ids of what waits, once the database has any; none after five
-        seconds."""
+        """The ids of what waits, as soon as the database has any; none after
+        five seconds."""
         end, ids = time.monotonic() + 5, list[str]()
         with open_for_reading(self.database) as db:
             while not ids and time.monotonic() < end:
@@ -7750,7 +7754,7 @@ def file_sha256(path: Path) -> str:
 
 
 def say(text: str = "") -> None:
-    """A line on stdout, at once: whoever reads a pipe waits for it."""
+    """Print a line at once: a reader at the end of a pipe may wait for it."""
     print(text, flush=True)
 
 
@@ -7764,7 +7768,7 @@ def demo(timeout: float) -> None:
             "and waits for you.\n")
         say(f"Review it in a browser:\n{link_with(shop.desk.url, shop.token)}\n"
             f"(if it asks: name reviewer, token {shop.token})\n"
-            "Or type a to approve, r to reject, here, and Enter.\n")
+            "Or type a here to approve, r to reject, and press Enter.\n")
         say(f"agent: read_records(users) -> {records}\n"
             f"agent: delete_records({DELETE}) ...")
         threading.Thread(target=decide_by_keys, args=(shop,), daemon=True).start()
@@ -7799,9 +7803,9 @@ def decide_by_keys(shop: Workshop) -> None:
 # ---- verify ----
 
 def verify(model: str, timeout: float) -> dict[str, Any]:
-    """The guide's verification -> the evidence: what the run depends on, so
-    that it can be repeated, and what was expected and observed. It leaves
-    nothing else on the disk."""
+    """Run the guide's verification -> the evidence: what the run depends on,
+    so that it can be repeated, and what was expected and observed. Nothing
+    else is left on the disk."""
     import io
     import platform
     import shlex
@@ -7833,7 +7837,7 @@ def verify(model: str, timeout: float) -> dict[str, Any]:
 
 def verification(shop: Workshop, logged: Any, timeout: float
                  ) -> Iterator[tuple[str, str, str]]:
-    """What the guide asks for: what is done, what is expected and observed."""
+    """The guide's steps: what is done, what is expected, what was observed."""
     # 1. a call waits, and its card is on the page
     began = time.monotonic()
     call, request_id = triggered(shop)
@@ -7881,7 +7885,7 @@ def triggered(shop: Workshop, timeout: float | None = None) -> tuple[Any, str]:
 
 
 def card_of(shop: Workshop, request_id: str) -> str:
-    """The request's card on the page, to its form's end."""
+    """The request's card on the page, to the end of its form."""
     page = shop.me.fetch("GET", "/", seconds=5, Accept="text/html")[2].decode()
     card = re.search(f'<details [^>]*"request-{request_id}".*?</form>', page,
                      re.DOTALL)
@@ -7908,15 +7912,15 @@ def click(shop: Workshop, request_id: str, decision: str) -> int:
 
 HEAD = '''\
 # checkpoints.toml: which tool calls of an AI agent wait for a person.
-# `python3 hitl.py check` says what is wrong or doubtful in this file, and
+# `python3 hitl.py check` shows what is wrong or doubtful in this file, and
 # `python3 hitl.py check delete_users` which checkpoint decides that call.
 
 [gate]                          # the agent's side
 server_url = "http://127.0.0.1:8765"
 timeout_seconds = 300           # how long a call waits for a decision (default: 30)
-# poll_seconds = 5              # longest gap between two looks at the status
-# lifetime_seconds = 300        # how long it can be decided (default: while it waits)
-# unmatched = "review"          # what no checkpoint names waits too (default: "allow")
+# poll_seconds = 5              # the longest time between two looks at the status
+# lifetime_seconds = 300        # how long you can decide (default: while it waits)
+# unmatched = "review"          # what no checkpoint matches waits (default: "allow")
 
 [server]                        # the reviewer's side: `python3 hitl.py serve`
 # host = "127.0.0.1"
@@ -7936,9 +7940,9 @@ checkpoint_id = "deploy-model"
 action_pattern = "deploy_*"     # deploy_model, redeploy, mcp__ci__deploy ...
 description_template = "Deploy model {model} to {environment}"
 category = "high-impact"
-# arguments = { environment = "prod" }  # only if it holds this, or is missing
+# arguments = { environment = "prod" }  # only if it matches this, or is missing
 
-[[checkpoint]]                  # data risk: something leaves the house
+[[checkpoint]]                  # data risk: data leaves your systems
 checkpoint_id = "external-request"
 action_pattern = "send|http|api.?request|publish|upload"
 description_template = "Send to {url}"
@@ -7950,8 +7954,8 @@ checkpoint_id = "delete-records"
 action_pattern = "delete_*|drop|remove|purge|truncate|wipe"
 description_template = "Delete from {table} where {condition}"
 category = "destructive"
-# timeout_seconds = 900         # over [gate]'s, for this one
-# effect = "deny"               # or "allow", if the whole name matches to the letter
+# timeout_seconds = 900         # for this one, in place of [gate]'s
+# effect = "deny"               # or "allow": then the whole name must match exactly
 # remember = false              # no standing decisions about its calls
 # editable = true               # the reviewer may change its arguments
 '''
@@ -7966,10 +7970,10 @@ TRIPWIRES_HEAD = """
 # If your agent has a shell, uncomment what you want: kind = "shell" looks at
 # commands, kind = "edit" at the files an edit touches, whatever the tool is
 # called. These are tripwires: what nobody could list (a script, an alias)
-# passes. `python3 hitl.py init --coding-agent` writes the safe way round: a
+# passes. `python3 hitl.py init --coding-agent` turns this around: it writes a
 # list of the commands that may run, and every other one waits.
 """
-# A category, an id and a pattern in each line.
+# A category, an id and a pattern on each line.
 TRIPWIRES = r"""
 destructive shell-delete  (?<![-\w])(rm|rmdir|unlink|shred|truncate|rimraf|trash|ri)\b
 destructive shell-wipe    -delete\b|--delete|\bpurge |Remove-Item|\bFLUSH|::Delete
@@ -7985,8 +7989,8 @@ destructive shell-code    \b(perl|ruby|node|php|deno) (-[er]|eval)\b|\bsystem\(|
 destructive shell-file    \bbase64 (-d|--decode)|\bsource \./|(cp|install) /dev/null
 """
 
-# What a coding agent may run unasked: commands that only read, to the letter.
-# Quotes are in the patterns because what is matched is the text as written.
+# What a coding agent may run unasked: commands that only read, exactly so.
+# The patterns contain quotes because they match the text as it is written.
 READ_ONLY = (
     r"pwd|whoami|date|nproc|uname( -[a-z])?|true|false|man [a-z][\w-]*",
     r"(ls|cat|head|tail|wc|stat|du|df|realpath|which|cut)( [\w ./:=@%+,-]*)?",
@@ -8007,14 +8011,14 @@ BUILDS = (
 OWN_PROGRAM = r"\bhitl\.py\b|-m hitl\b|import hitl\b|(?<!\w)/(proc|dev/fd)\b"
 MCP_TOOLS = "^mcp_.*(delete|drop|purge|deploy|send|publish|pay|refund|transfer)"
 BUILDS_HEAD = """
-# Builds and tests: these run what the agent wrote; with them this is no boundary.
+# Builds and tests run what the agent wrote. With them, this is not a boundary.
 """
 CODING_HEAD = """
-# A coding agent's shell, the safe way round: the commands listed here run
-# unasked, every other one waits. An allow rule looks at each simple command of
-# a text as it is written, and opens only for a text that is plain from end to
-# end: words, quotes without escapes, && || | ; and line ends. File edits run,
-# but for the files that hold the agent (its leash); reads run.
+# A coding agent's shell: the commands listed here run unasked, and every other
+# one waits. An allow rule looks at each simple command as it is written, and
+# applies only if the whole text is plain: words, quotes without escapes,
+# && || | ; and line ends. Files can be read and edited without review, but
+# edits of the files that restrain the agent (its leash) are denied.
 # Written for the project {project}.
 """
 
@@ -8026,7 +8030,7 @@ def answer(args: Any, value: Any, lines: Iterable[str]) -> int:
 
 
 def read_token(name: str) -> str | None:
-    """A token from the environment; ConfigError if it is a poor one."""
+    """A token from the environment; ConfigError if it is a weak one."""
     token = os.environ.get(name)
     if token and not re.fullmatch(r"[!-~]{16,}", token):
         raise ConfigError(
@@ -8036,8 +8040,8 @@ def read_token(name: str) -> str | None:
 
 
 def configuration_for(args: Any) -> Configuration:
-    """The configuration in force; where there is none, the defaults: no
-    checkpoints, so no Gate can be made of it."""
+    """The configuration in force; if there is no file, the defaults, without
+    checkpoints, so no Gate can be made from it."""
     try:
         path = find_configuration(args.config)
     except ConfigError:
@@ -8048,7 +8052,7 @@ def configuration_for(args: Any) -> Configuration:
 
 
 def server_settings(args: Any, configuration: Configuration) -> dict[str, Any]:
-    """[server] as it is in force: flag, environment, file, default. The paths
+    """[server] as it is in force: flag, then environment, file, default. Paths
     in a file are relative to it."""
     folder = configuration.path.parent if configuration.path else Path()
     given = {name: getattr(args, name, None) for name in KEYS["server"]}
@@ -8065,7 +8069,7 @@ def server_settings(args: Any, configuration: Configuration) -> dict[str, Any]:
 
 
 def reviewer_client(args: Any) -> Client:
-    """The server, as the reviewer who types."""
+    """A client of the server, for the reviewer at the keyboard."""
     import getpass
     url = configuration_for(args).gate["server_url"]
     url = args.server_url or os.environ.get("HITL_SERVER_URL") or url
@@ -8076,7 +8080,7 @@ def reviewer_client(args: Any) -> Client:
     if not token and sys.stdin.isatty():
         token = getpass.getpass("reviewer's token (serve printed it): ")
     if not token:
-        raise ConfigError("no reviewer's token",
+        raise ConfigError("no reviewer token",
                           "set HITL_REVIEWER_TOKEN; serve printed it")
     with config_error("HITL_REVIEWER"):
         name = name_value(name)
@@ -8086,8 +8090,8 @@ def reviewer_client(args: Any) -> Client:
 
 def reply_of(client: Client, method: str, path: str, body: Any = None
              ) -> dict[str, Any]:
-    """The body of the server's answer: to a request_id that is not there, the
-    longer ones that begin so. HitlError, in the server's words, if it refuses."""
+    """The body of the server's answer; for an unknown request_id, the longer
+    ones that begin with it. HitlError, in the server's words, if it refuses."""
     reply = client.exchange(method, path, body, seconds=15)
     if reply.status < 400 or reply.body.get("longer_ids"):
         return reply.body
@@ -8102,7 +8106,7 @@ def reply_of(client: Client, method: str, path: str, body: Any = None
 
 def request_named(client: Client, start: str, alone: bool = False) -> dict[str, Any]:
     """The request with this id, or else the only one whose id begins with it.
-    `alone` also refuses a whole id that another one begins with: an agent once
+    `alone` also refuses a whole id that begins another one: an agent once
     chose the id `1f0c`, and was approved in another's place."""
     if not REQUEST_ID.fullmatch(start):
         raise ConfigError(f'"{visible(start)}" is not a request_id',
@@ -8121,7 +8125,7 @@ def request_named(client: Client, start: str, alone: bool = False) -> dict[str, 
 
 
 def fitted(text: str, indent: int = 0) -> list[str]:
-    """Visible text in pieces that fit the terminal after so many columns."""
+    """Visible text in pieces that fit the terminal after an indent."""
     import shutil
     room = max(shutil.get_terminal_size((120, 24)).columns, 20) - indent - 1
     pieces, used = [""], 0
@@ -8136,9 +8140,9 @@ def fitted(text: str, indent: int = 0) -> list[str]:
 
 
 def labelled(name: str, text: str, size: str = "") -> str:
-    """A text after its name or, with a size, in a block behind bars. A line
-    that is too long for the terminal goes on behind a plus, so that nothing
-    can look like another line."""
+    """A text after its name or, with a size, as lines that begin with a bar. A
+    line that is too long for the terminal continues after a plus, so that
+    nothing can look like another line."""
     lines = [f"    {name:12} {text}"]
     if size:
         block = [f"    | {line}" for line in text.split("\n")]
@@ -8206,7 +8210,7 @@ def cmd_serve(args: Any) -> int:
     except OSError as error:
         store.close()
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}",
-                          "another server may have it: try --port 0, which "
+                          "another server may be using it: try --port 0, which "
                           "takes a free one") from None
     # 3. where it is, and everything worth knowing at the start
     printer = Printer(bell="\a" if terminal else "")
@@ -8230,7 +8234,7 @@ def cmd_serve(args: Any) -> int:
 
 def greeting(desk: Loop, configuration: Configuration,
              made: str | None) -> Iterator[str]:
-    """What serve prints at its start; `made` is a token that is new."""
+    """What serve prints when it starts; `made` is a token made just now."""
     store, tokens = desk.desk.store, desk.desk.tokens
     yield f"hitl.py {__version__}: review what waits at"
     if made:
@@ -8258,12 +8262,12 @@ def greeting(desk: Loop, configuration: Configuration,
         yield "any program on this machine can ask; HITL_AGENT_TOKEN changes that"
 
 
-MAX_UNREAD_LINES = 1000         # of serve, before more are lost
+MAX_UNREAD_LINES = 1000         # of serve's output; any more are lost
 
 
 class Printer:
-    """Lines on stdout that serve never waits for: where nobody reads them
-    they are lost, and counted. What is logged is printed, too."""
+    """Prints lines on stdout, and serve never waits for it: if nobody reads
+    them they are lost, and counted. What is logged is printed too."""
 
     def __init__(self, bell: str) -> None:
         self.lines: deque[str] = deque()
@@ -8284,7 +8288,7 @@ class Printer:
         self.wake.set()
 
     def run(self) -> None:
-        # where stdout is closed, its number may be a socket's by now
+        # if stdout is closed, its number may be a socket's by now
         read, told = sys.stdout is not None, 0
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         while not self.ended or self.lines or self.lost > told:
@@ -8311,16 +8315,16 @@ class Printer:
 
 def serving_tokens(configuration: Configuration, terminal: bool
                    ) -> tuple[Tokens, str | None]:
-    """Who may sign in, and the reviewer's token if it was made here, which
-    only a terminal may show."""
+    """Who may sign in, and the reviewer's token if it was made here, which may
+    be shown only on a terminal."""
     agent, shared = read_token("HITL_AGENT_TOKEN"), None
     made = None
     if not configuration.reviewers:
         shared = read_token("HITL_REVIEWER_TOKEN")
         if not shared and not terminal:
             raise ConfigError(
-                "no reviewer could sign in: stdout is not a terminal, so that "
-                "whoever started this could read a fresh token there",
+                "no reviewer could sign in: stdout is not a terminal, so "
+                "whoever started this could read a fresh token from it",
                 "set HITL_REVIEWER_TOKEN to one of 16 characters or more, or "
                 "give each reviewer one: python3 hitl.py token NAME")
         if not shared:
@@ -8345,19 +8349,19 @@ def tls_context(certificate: str, key: str) -> Any:
         return None
     import ssl
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:        # an encrypted key would ask on the terminal: "" is no password
+    try:        # "" makes an encrypted key fail instead of asking on the terminal
         context.load_cert_chain(certificate, key or None, password="")
     except (OSError, ValueError) as error:
         raise ConfigError(
             f'cannot use tls_certificate "{certificate}", tls_key "{key}": {error}',
             "tls_certificate and tls_key are PEM files that belong together; "
-            "the key has no password") from None
+            "the key must not have a password") from None
     return context
 
 
 def check_exposure(host: str, tokens: Tokens, safe: bool) -> None:
-    """ConfigError for an address that other machines can reach, without what
-    that needs; `safe`: tokens do not cross the network in clear text."""
+    """ConfigError if other machines can reach the address and what that needs
+    is missing; `safe`: tokens do not cross the network in clear text."""
     if not tokens.agents:
         raise ConfigError(f"{host} can be reached from other machines, and "
                           "agents have no token",
@@ -8368,21 +8372,21 @@ def check_exposure(host: str, tokens: Tokens, safe: bool) -> None:
             "cross the network in clear text",
             "stay on 127.0.0.1 and use `ssh -L`, or give --tls-certificate and "
             "--tls-key, or an https public_url (a proxy holds the "
-            "certificate), or say --allow-clear-text")
+            "certificate), or use --allow-clear-text")
 
 
 def warnings_of(configuration: Configuration, public_url: str,
                 serves: bool = False) -> list[str]:
-    """What is doubtful about a configuration; ConfigError where it is unsafe."""
+    """What is doubtful about a configuration; ConfigError if it is unsafe."""
     return [f"warning: {doubt}" for doubt in (
         *file_doubts(configuration, serves), *rule_doubts(configuration.rules),
         *notice_doubts(configuration, public_url))]
 
 
 def file_doubts(configuration: Configuration, serves: bool) -> list[str]:
-    """That a group can write the file; ConfigError where everybody can. For
-    what `serves` also where another user could change who decides, who asks or
-    who is told, or a group a command, which runs as this user."""
+    """A doubt if a group can write the file; ConfigError if everybody can. If
+    it `serves`, also if another user could change who decides, who asks or who
+    is told, or a group could change a command, which runs as this user."""
     path, told = configuration.path, configuration.notify
     if path is None or os.name != "posix":
         return []
@@ -8417,7 +8421,7 @@ def notice_doubts(configuration: Configuration, public_url: str) -> Iterator[str
         name = f'notify "{entry["name"]}"'
         if writes_secret(entry):
             yield (f"{name}: a secret is written out, and agents can read this "
-                   "file: write ${NAME}, a variable of serve's environment")
+                   "file: write ${NAME}, which serve takes from its environment")
         for checkpoint_id in entry["checkpoint"]:
             if checkpoint_id not in (*known, *OURS):
                 yield (f'{name}: no checkpoint "{checkpoint_id}" in this file'
@@ -8444,7 +8448,7 @@ def rule_doubts(rules: Rules) -> Iterator[str]:
         name, pattern = f'checkpoint "{rule.checkpoint_id}"', rule.action_pattern
         if rule.kind == "tool" and re.search(r" |(?:^|[|^])[A-Z]\w*\(", pattern):
             yield (f"{name}: {pattern!r} is looked for in the names of tools, and "
-                   'no name holds that; did you mean kind = "shell"?')
+                   'no name contains that; did you mean kind = "shell"?')
         for above in rules.checkpoints[:number]:
             if covers(above, rule):
                 yield (f'{name} never decides: "{above.checkpoint_id}" above it '
@@ -8453,7 +8457,7 @@ def rule_doubts(rules: Rules) -> Iterator[str]:
     effects = {rule.effect for rule in rules.checkpoints if rule.kind == "shell"}
     if effects and "allow" not in effects:
         yield ('kind = "shell" is used without an allow list (effect = "allow"): '
-               "a command that no pattern finds runs; `python3 hitl.py init "
+               "a command that no pattern matches runs; `python3 hitl.py init "
                "--coding-agent` writes a list")
 
 
@@ -8471,8 +8475,8 @@ SPARE_FILES = 64                # descriptors that are not connections
 
 
 def limits_here() -> Limits:
-    """The limits, with as many connections as the system lets us have: where
-    accept() has no file descriptor left, a reviewer waits as well."""
+    """The limits, with as many connections as the system lets us have: if
+    accept() has no file descriptor left, reviewers have to wait too."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -8486,7 +8490,7 @@ def limits_here() -> Limits:
 
 
 def cmd_check(args: Any) -> int:
-    """say which checkpoint decides a call; without a call, check the file"""
+    """show which checkpoint decides a call; without a call, check the file"""
     configuration = load_configuration(find_configuration(args.config))
     if args.replay:
         return replay(args, configuration)
@@ -8507,7 +8511,7 @@ def cmd_check(args: Any) -> int:
 
 
 def replay(args: Any, configuration: Configuration) -> int:
-    """Today's rules over the stored requests, and which would end otherwise.
+    """Try today's rules on the stored requests: which would end differently?
     Paths in them are relative to this folder."""
     path = server_settings(args, configuration)["database"]
     changed, counts = [], Counter(dict.fromkeys(
@@ -8525,7 +8529,7 @@ def replay(args: Any, configuration: Configuration) -> int:
                         "was": request.checkpoint_id, "now": now,
                         "became": became})
     except (sqlite3.DatabaseError, ValueError) as error:
-        raise HitlError(f"{path}: {error}", "`python3 hitl.py log --verify` tells more"
+        raise HitlError(f"{path}: {error}", "`python3 hitl.py log --verify` shows more"
                         ) from None
     told = ", ".join(f"{count} {became}" for became, count in counts.items())
     lines = [f"{counts.total()} calls: {told}"]
@@ -8538,7 +8542,7 @@ def replay(args: Any, configuration: Configuration) -> int:
 def replayed(rules: Rules, request: ReviewRequest) -> tuple[str, str]:
     """What would become of a stored request, and by which checkpoint. One
     without a tool was asked without rules; a checkpoint that the code names
-    holds the call as long as there is one."""
+    holds the call as long as it exists."""
     was = request.checkpoint_id or ""
     if request.tool is None:
         return "as before", was
@@ -8604,8 +8608,8 @@ def cmd_init(args: Any) -> int:
         with open(path, "x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        raise ConfigError(f"{path} is there already", "it was not changed; "
-                          "move it away for a new one, or go on with "
+        raise ConfigError(f"{path} already exists", "it was not changed; "
+                          "move it away to get a new one, or go on with "
                           "python3 hitl.py serve") from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
@@ -8637,7 +8641,8 @@ def commented(rules: str) -> str:
 
 
 def first_rules() -> str:
-    """The checkpoints.toml of an agent without a shell, or with tripwires."""
+    """The checkpoints.toml of an agent without a shell; tripwires for one with
+    a shell are commented out."""
     text = HEAD + MISSION + MONEY + TRIPWIRES_HEAD
     for line in TRIPWIRES.strip().splitlines():
         category, name, pattern = line.split(maxsplit=2)
@@ -8654,7 +8659,7 @@ def coding_rules(path: Path, project: Path) -> str:
         rule_text("leash-shell", OWN_PROGRAM,
                   "Touch the reviewer's program: {command}", effect="deny"),
         numbered("leash", leash(path, project),
-                 "Edit what holds this agent: {file_path}", "edit", effect="deny"),
+                 "Edit what restrains this agent: {file_path}", "edit", effect="deny"),
         numbered("read", READ_ONLY, effect="allow"),
         BUILDS_HEAD, commented(numbered("build", BUILDS, effect="allow")),
         rule_text("shell", ".*", category="high-impact"),
@@ -8663,8 +8668,8 @@ def coding_rules(path: Path, project: Path) -> str:
 
 def leash(path: Path, project: Path) -> list[str]:
     """Patterns for the files that decide what the agent may do: agents' own
-    settings with their local twins, the rules, hitl.py with its database and
-    the rest of its folder, and what the listed commands obey."""
+    settings and their .local variants, the rules, hitl.py with its database
+    and the rest of its folder, and what the listed commands obey."""
     own, path = absolute(__file__), path.absolute()
     files = {re.escape(file) for file in (
         ".codex/config.toml", ".clinerules/hooks/", ".github/hooks/",
@@ -8703,7 +8708,7 @@ def cmd_list(args: Any) -> int:
     if args.all:
         reviewed = reply_of(client, "GET", "/history")["reviewed"]
         rows |= {row["request_id"]: row for row in reviewed}
-    size = 8            # so much of each id tells them apart
+    size = 8            # characters of each id, or as many as tell them apart
     while len({name[:size] for name in rows}) < len(rows):
         size += 1
     lines = []
@@ -8751,11 +8756,11 @@ def decide_as(args: Any, decision: str) -> int:
 
 
 def cmd_stop(args: Any) -> int:
-    """reject what waits and refuse what comes, until this is lifted"""
+    """reject what waits and refuse new calls, until this is lifted"""
     stop = reply_of(reviewer_client(args), "POST", "/stop",
                     {"reason": args.reason})
     return answer(args, stop, [
-        standing_line(stop), "calls that are running go on; to end this: "
+        standing_line(stop), "running calls go on; to end this: "
         f"python3 hitl.py lift {stop['number']}"])
 
 
@@ -8795,7 +8800,7 @@ def cmd_notify(args: Any) -> int:
     entries = {entry["name"]: entry for entry in configuration.notify}
     if not entries:
         raise ConfigError(f"{path}: no [[notify]] in it",
-                          "README.md has one for each service")
+                          "README.md has an example for each service")
     if args.test not in ("", *entries):
         raise ConfigError(
             f'{path}: no [[notify]] "{args.test}"{did_you_mean(args.test, entries)}',
@@ -8832,7 +8837,7 @@ def cmd_log(args: Any) -> int:
 
 
 def print_verified(args: Any, path: Path) -> int:
-    """What `log --verify` says -> its exit status."""
+    """Print what `log --verify` finds -> its exit status."""
     head, faults = verified(path, args.head)
     result = "damaged or edited" if faults else "whole"
     lines = [*(f"FAULT {fault}" for fault in faults),
@@ -8846,12 +8851,12 @@ def print_verified(args: Any, path: Path) -> int:
 
 
 def cmd_token(args: Any) -> int:
-    """make a token, and the lines for checkpoints.toml that make it known"""
+    """make a token, and the lines that add it to checkpoints.toml"""
     with config_error("the name"):
         name_value(args.name)
     token, kind = fresh_token(), "agent" if args.agent else "reviewer"
-    print(f"the {kind} {args.name}'s token, shown once: {token}\n"
-          "the lines on stdout belong in checkpoints.toml; then restart serve",
+    print(f"the token of {kind} {args.name}, shown once: {token}\n"
+          "add the lines on stdout to checkpoints.toml, then restart serve",
           file=sys.stderr, flush=True)
     say(f"\n[[{kind}]]\nname = {json.dumps(args.name, ensure_ascii=False)}\n"
         f'token_sha256 = "{token_hash(token)}"')
@@ -8868,8 +8873,8 @@ def cmd_hook(args: Any) -> int:
 
 
 def run_hook_at_once(words: list[str]) -> None:
-    """`hook` with no more than --config and --deadline, without argparse,
-    which would be a quarter of what a call costs."""
+    """Run `hook`, if it has no options but --config and --deadline, without
+    argparse, which would be a quarter of what a call costs."""
     options = dict(zip(words[1::2], words[2::2], strict=False))
     if words[:1] == ["hook"] and len(words) == 1 + 2 * len(options) and (
             options.keys() <= {"--config", "--deadline"}):
@@ -8879,7 +8884,7 @@ def run_hook_at_once(words: list[str]) -> None:
 
 
 def cmd_mcp(args: Any) -> int:
-    """start an MCP server (stdio) and hold the calls to its tools"""
+    """start an MCP server (stdio) and hold calls to its tools"""
     import asyncio
     gate, command = gate_and_command(args)
     try:
@@ -8899,8 +8904,9 @@ def cmd_run(args: Any) -> int:
 
 
 def gate_and_command(args: Any) -> tuple[Gate, list[str]]:
-    """What `run` and `mcp` start: a command that does not inherit what could
-    approve (promise 5). A signal withdraws what waits."""
+    """The gate of `run` and `mcp`, and the command they start, which does not
+    inherit a token that could approve (promise 5). A signal withdraws what
+    waits."""
     on_signals("SIGTERM SIGHUP", lambda number, _: sys.exit(128 + number))
     command = list(args.command_words)
     if command[:1] == ["--"]:
@@ -8946,7 +8952,7 @@ def command_line() -> Any:
     parser = Parser(
         prog="python3 hitl.py", formatter_class=plain,
         description="A person decides before an AI agent acts.",
-        epilog="first: python3 hitl.py demo\n`COMMAND --help` has an example.")
+        epilog="start with: python3 hitl.py demo\n`COMMAND --help` has an example.")
     parser.add_argument("--version", help="print version and SHA-256 of this file",
                         action="store_true")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -9007,13 +9013,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--coding-agent": flag("shell commands wait unless listed"),
     "--config": word("FILE", "the checkpoints.toml to use"),
     "--database": word("FILE", "the database (default: hitl.db)"),
-    "--deadline": word("SECONDS", "answer sooner than this", type=float),
-    "--head": word("HASH", "noted before: was the end cut off?", default=""),
+    "--deadline": word("SECONDS", "how long the answer may take", type=float),
+    "--head": word("HASH", "a head noted before: it must be in the log", default=""),
     "--host": word("ADDRESS", "where to listen (default: 127.0.0.1)"),
     "--json": flag("print JSON, for a program"),
     "--model": word("NAME", "the model of the agent", default=""),
-    "--name": word("NAME", "the server, in mcp__NAME__tool", default="server"),
-    "--output": word("FILE", "where it goes", default="hitl-evidence.json"),
+    "--name": word("NAME", "the server's, as in mcp__NAME__tool", default="server"),
+    "--output": word("FILE", "the file to write", default="hitl-evidence.json"),
     "--port": word("PORT", "the port (default: 8765; 0: any free one)", type=int),
     "--public-url": word("URL", "where reviewers reach it, if elsewhere"),
     "--reason": word("TEXT", "what the agent is told", default=""),
@@ -9021,10 +9027,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--server-url": word("URL", "where the server is"),
     "--snippet": word("AGENT", f"print what to install: {', '.join(SNIPPETS)}",
                       choices=list(SNIPPETS)),
-    "--test": word("NAME", "the entry to try (without NAME, all)",
+    "--test": word("NAME", "the entry to try (all, without NAME)",
                    nargs="?", const="", required=True),
     "--timeout": word("SECONDS", "how long to wait for a decision", type=float),
-    "--tls-certificate": word("FILE", "a PEM file: serve https with it"),
+    "--tls-certificate": word("FILE", "serve https with this PEM file"),
     "--tls-key": word("FILE", "its key, if in another file"),
     "--verify": flag("check every row and request"),
     "--yes": flag("do not ask y/N"),
@@ -9032,7 +9038,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "command_words": word("-- CMD", "the command and its arguments", nargs="..."),
     "id": word("id", "a request_id, or its beginning"),
     "name": word("name", "the name of the reviewer or agent"),
-    "number": word("number", "its number, as `standing` lists it", type=int),
+    "number": word("number", "the number that `standing` lists", type=int),
     "tool": word("tool", "the name of a tool", nargs="?"),
 }
 EXIT_STATUS = {ConfigError: 2, ReviewTimeoutError: 3, UnreachableError: 4}
@@ -9040,7 +9046,7 @@ EXIT_STATUS = {ConfigError: 2, ReviewTimeoutError: 3, UnreachableError: 4}
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command -> the exit status. Errors go to stderr, with their
-    hint; a traceback would be a fault of ours."""
+    hint; a traceback means a bug in this file."""
     for stream in (sys.stdout, sys.stderr):     # a name that a terminal
         with contextlib.suppress(AttributeError):   # cannot show stops nothing
             stream.reconfigure(errors="backslashreplace")  # type: ignore
@@ -9061,7 +9067,7 @@ def main(argv: list[str] | None = None) -> int:
         model_reads = words[:1] in (["run"], ["hook"]) and not sys.stderr.isatty()
         if error.hint and not model_reads:
             print(f"hitl: hint: {error.hint}", file=sys.stderr)
-        if words[:1] == ["run"]:        # any other status is its command's
+        if words[:1] == ["run"]:        # any other status comes from its command
             return 125
         return EXIT_STATUS.get(type(error), 1)
     except (KeyboardInterrupt, EOFError):       # Ctrl-C, or Ctrl-D at a question

@@ -1538,8 +1538,8 @@ def test_init_writes_four_rules_and_never_overwrites(tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to("gone")
     for there in (path, tmp_path / "link"):
         assert typed(tmp_path, "init", "--config", str(there)) == (2, "", (
-            f"hitl: error: {there} is there already\n"
-            "hitl: hint: it was not changed; move it away for a new one, or "
+            f"hitl: error: {there} already exists\n"
+            "hitl: hint: it was not changed; move it away to get a new one, or "
             "go on with python3 hitl.py serve\n"))
     assert not (tmp_path / "gone").exists()
 
@@ -5126,8 +5126,8 @@ def test_no_proxy_and_the_token(make_gate, make_desk, monkeypatch, caplog):
         with pytest.raises(hitl.UnreachableError) as wrong:
             make_gate(desk, token=token).call("delete_records", CALL, dict)
         assert wrong.value.hint == (
-            "set HITL_AGENT_TOKEN, or Gate(token=...), to the agent token that "
-            "serve was started with") and "oken" not in wrong.value.told
+            "set HITL_AGENT_TOKEN, or Gate(token=...), to an agent token that "
+            "serve knows") and "oken" not in wrong.value.told
     with pytest.raises(hitl.ConfigError) as caught:
         make_gate(desk, token=AGENT_TOKEN + "\nX: y")
     monkeypatch.setenv("HITL_AGENT_TOKEN", AGENT_TOKEN + "\n")
@@ -5355,7 +5355,7 @@ effect = "deny"
 def test_changed_before_approval(make_gate, make_desk, way):
     """What runs is what was approved: where the reviewer changed the
     arguments, those, and the model is told; a change into another checkpoint
-    is refused, and so is one that this gate did not ask for."""
+    is refused, and so is one that this call did not allow."""
     desk = make_desk(rules=make_gate(rules=EDITABLE).rules)
     gate = make_gate(desk, EDITABLE, on_reject="return")
 
@@ -5417,7 +5417,7 @@ def test_promise_2_a_false_claim(make_gate):
         assert len(ran) < 5
         impostor.claims.clear()
         for rules, edits in ((EDITABLE, False), (RULES, True)):
-            with pytest.raises(hitl.ChangedError, match="did not ask for"):
+            with pytest.raises(hitl.ChangedError, match="did not allow"):
                 make_gate(impostor, rules).call("delete_records", CALL, dict,
                                                 edits=edits)
         assert impostor.claims == set()
@@ -5911,7 +5911,7 @@ def test_guard_keeps_the_face(make_gate):
             "return": found.return_annotation}
         with pytest.raises(TypeError, match="table"):
             guarded()
-    with pytest.raises(TypeError, match="comes twice: a"):
+    with pytest.raises(TypeError, match="given twice: a"):
         gate.guard(name="delete")(lambda a, /, **more: 1)(1, a=2)
 
 
@@ -5925,20 +5925,19 @@ def test_guard_and_names(make_gate):
         with pytest.raises(hitl.ConfigError) as bad:
             gate.guard(name=tool)(len)
         assert str(bad.value) == (
-            f'@gate.guard on "{tool}" would hold nothing: no checkpoint of '
+            f'@gate.guard on "{tool}" would hold nothing: no checkpoint in '
             f"{gate.configuration.path} matches that name (add a checkpoint "
             "whose action_pattern does, or name one: @gate.guard(checkpoint="
-            '"..."), or say that the file may let it pass: '
-            "@gate.guard(optional=True))")
+            '"..."), or let the file decide: @gate.guard(optional=True))')
     purge = gate.guard(name="purge_users", optional=True)(
         lambda table, *rest, **more: (table, *rest, *more.values()))
     for value in (Point(1), Colour.RED, (1, 2), object()):      # no JSON
         got = purge(value, value, more=value)
         assert all(each is value for each in got) and len(got) == 3
-    for name, word in (("nope", "nope"), ("reads", "allows")):
+    for name, word in (("nope", "nope"), ("reads", 'has effect "allow"')):
         with pytest.raises(hitl.ConfigError, match=word):
             gate.guard(checkpoint=name)(purge)
-    with pytest.raises(TypeError, match="did you mean checkpoint=?"):
+    with pytest.raises(TypeError, match="did you mean @gate.guard"):
         gate.guard("delete-records")
     for more in ({"checkpoint": "no-drop"}, {"name": "drop_all"}):
         with pytest.raises(hitl.DeniedError):
@@ -5960,7 +5959,7 @@ def test_not_guarded(make_gate):
                  classmethod(len), property(len), staticmethod(len)):
         with pytest.raises(TypeError, match="guard cannot hold"):
             gate.guard(what)
-    with pytest.raises(TypeError, match="hide names no parameter.*ctx"):
+    with pytest.raises(TypeError, match="hide: .* has no parameter ctx"):
         gate.guard(hide="ctx")(lambda table: 1)
 
 
@@ -5996,7 +5995,7 @@ def test_arguments_that_are_no_json(make_gate, desk):
         assert large.value.message == (
             f"{tool}: the arguments are {size + 11} bytes, and a person "
             f"reviews at most {most}: do it in smaller steps, or pass a "
-            "reference, such as a file's name, in place of the content")
+            "reference, such as a file name, in place of the content")
     for what in (
             {"tool": None}, {"tool": "delete_\udc80"}, {"arguments": None},
             {"arguments": [1]}, {"arguments": {1: 2, "1": 3}},
@@ -6443,7 +6442,7 @@ def test_hook_deadline_and_repeat(desk, ask_hook, monkeypatch):
                 for part in ("", "Reason")]
     decision, why = ask(0.3)
     assert decision == "deny" and "still waits" in why
-    assert "Repeat this very call later" in why
+    assert "Repeat exactly this call later" in why
     request, = desk.waiting()
     assert request["agent"].startswith("claude /w session ")
     assert request["deadline"] > hitl.instant(time.time() + 86_000)
@@ -7970,7 +7969,7 @@ def test_no_line_of_show_imitates_another(desk):
 
 
 SLIPS = (
-    (2, "no reviewer's token", "set HITL_REVIEWER_TOKEN", "list",
+    (2, "no reviewer token", "set HITL_REVIEWER_TOKEN", "list",
      {"HITL_REVIEWER_TOKEN": ""}),
     (1, "does not know this name and token", "HITL_REVIEWER", "list",
      {"HITL_REVIEWER_TOKEN": "wrong" * 5}),
