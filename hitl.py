@@ -5935,7 +5935,7 @@ class Client:
         return UnreachableError(
             f"no answer from {self.server_url}: {visible(str(why))}",
             "is it running? `python3 hitl.py serve` starts it; "
-            "server_url or HITL_SERVER_URL says where it is")
+            "if it is elsewhere, set server_url or HITL_SERVER_URL")
 
     def exchange(self, method: str, path: str, body: Any = None, *,
                  seconds: float) -> Reply:
@@ -7232,7 +7232,7 @@ class Hook:
     def answer(self, data: bytes) -> Json:
         """What to print if the call may go on; raises if it may not."""
         self.dialect = dialect_of(read_loosely(data))               # 1 read
-        self.alarm()                    # again, for the deadline of this dialect
+        self.alarm()                    # again, with this dialect's deadline
         with config_error("the hook's input is not strict JSON:"):
             call = parse_json(data)
         if self.dialect is UNKNOWN:
@@ -7933,7 +7933,7 @@ MISSION = r'''
 # The pattern is a Python regular expression, found anywhere in the name, in
 # any case. Checkpoints are tried from the top, and the first match decides.
 # description_template tells the reviewer what would happen: {tool} and the
-# names of arguments are filled in.
+# arguments named in braces are filled in.
 
 [[checkpoint]]                  # high impact: a model goes live
 checkpoint_id = "deploy-model"
@@ -7969,7 +7969,7 @@ category = "high-impact"
 TRIPWIRES_HEAD = """
 # If your agent has a shell, uncomment what you want: kind = "shell" looks at
 # commands, kind = "edit" at the files an edit touches, whatever the tool is
-# called. These are tripwires: what nobody could list (a script, an alias)
+# called. These are tripwires: what nobody can list (a script, an alias)
 # passes. `python3 hitl.py init --coding-agent` turns this around: it writes a
 # list of the commands that may run, and every other one waits.
 """
@@ -7989,13 +7989,13 @@ destructive shell-code    \b(perl|ruby|node|php|deno) (-[er]|eval)\b|\bsystem\(|
 destructive shell-file    \bbase64 (-d|--decode)|\bsource \./|(cp|install) /dev/null
 """
 
-# What a coding agent may run unasked: commands that only read, exactly so.
+# What a coding agent may run unasked: commands that only read, as listed here.
 # The patterns contain quotes because they match the text as it is written.
 READ_ONLY = (
     r"pwd|whoami|date|nproc|uname( -[a-z])?|true|false|man [a-z][\w-]*",
     r"(ls|cat|head|tail|wc|stat|du|df|realpath|which|cut)( [\w ./:=@%+,-]*)?",
     r"echo( .*)?|sort( -[bdfghnruV]+)?|uniq( -[cdu]+)?",
-    r"grep(?!.*([ '\"]/|\.\.)) [ -~]*",           # -r from / reads all of it
+    r"grep(?!.*([ '\"]/|\.\.)) [ -~]*",           # -r from / reads everything
     r"test -[defrsx] [\w./-]+|sed -n '[0-9,$]{1,9}p'( [\w./][\w./-]*)?",
     r"awk '\{print \$[0-9]+\}'( [\w./][\w./-]*)?",
     r"find(?!.*(''|\w'\w|'-|-'| -(exec|ok|del|fpr|fls)))( [\w ./*'-]*)?",
@@ -8567,7 +8567,7 @@ def linted(configuration: Configuration) -> Iterator[str]:
     for rule in rules.checkpoints:
         kind = "" if rule.kind == "tool" else f"{rule.kind}: "
         yield f"  {rule.checkpoint_id:20} {rule.effect:7} {kind}{rule.action_pattern}"
-    yield f"  {'(what none matches)':20} {rules.unmatched}"
+    yield f"  {'(everything else)':20} {rules.unmatched}"
     yield from warnings
     url = os.environ.get("HITL_SERVER_URL") or configuration.gate["server_url"]
     try:

@@ -1494,7 +1494,7 @@ def test_check_alone_lints_the_file_and_the_installation(desk):
     assert said[:2] + said[4:7] == [
         f"{path}: 4 checkpoints, fine", f"  {'a':20} review  delete_*",
         f"  {'d':20} review  shell: rm -rf",
-        f"  {'(what none matches)':20} allow",
+        f"  {'(everything else)':20} allow",
         f"warning: {path} can be written by its group"]
     for line, words in zip(said[7:10], (
             "\"b\": 'Bash(git push:*)' is looked", "\"c\": 'rm -rf' is looked",
