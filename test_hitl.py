@@ -1624,7 +1624,7 @@ def coding(tmp_path, monkeypatch):
     monkeypatch.chdir(project)
     assert hitl.main(["init", "--coding-agent"]) == 0
     text = (tool / "checkpoints.toml").read_text()
-    assert "\n# with them" not in text and "# Builds and tests: these run" in text
+    assert "\n# with them" not in text and "# Builds and tests run what" in text
     for written in (text, text + uncommented(text)):
         (project / "rules.toml").write_text(written)
         rules = hitl.load_configuration(project / "rules.toml").rules
