@@ -1912,25 +1912,25 @@ def checked(path: Path, place: str, kind: str,
 # ================================== Store ==================================
 # The only SQL. One connection writes, in transactions that the server commits
 # once a turn. The database restates the promises as constraints and triggers,
-# so that a mistake above it cannot break them. Every change of state is one
-# `move` and one audit row, which has the seal of the request as it then was
-# and the hash of the row before: so the log proves itself, and each request is
-# proved by its last row (promise 8). SQLite 3.26 is enough (RHEL 8).
+# so that a mistake in the code cannot break them. Every change of state is one
+# `move` and one audit row, which holds the seal of the request as it then was
+# and the hash of the row before. So the log proves itself, and each request is
+# proved by its last row (promise 8). SQLite 3.26 (RHEL 8) is new enough.
 
 APPLICATION_ID = 0x4849544C     # "HITL", in the database file's header
 SCHEMA_VERSION = 2
 MAX_WAITING_PER_AGENT = 1_000   # one name cannot fill its credential's share,
-MAX_WAITING_PER_CREDENTIAL = 10_000     # nor one credential the desk,
-MAX_WAITING = 20_000            # which all together must stay quick to list
-CLAIM_SECONDS = 60              # a late approval can still be claimed for
-BUSY_SECONDS = 0.1              # another writer costs a 503, not a stop
-SEARCH_SECONDS = 0.03           # for one look back: the loop waits meanwhile
+MAX_WAITING_PER_CREDENTIAL = 10_000     # nor one credential the desk;
+MAX_WAITING = 20_000            # in all: what waits must stay quick to list
+CLAIM_SECONDS = 60              # even a late approval can be claimed this long
+BUSY_SECONDS = 0.1              # another writer costs a 503, not a standstill
+SEARCH_SECONDS = 0.03           # for one search of the history: the loop waits
 MAX_STANDING_SECONDS = 8 * 3600     # an approval stands for a working day ...
-MAX_STANDING_USES = 50              # ... and for what a person can recall
-CLOSED_A_TURN = 200             # by the clock or a stop: about 15 ms
+MAX_STANDING_USES = 50              # ... and for as many calls as one can recall
+CLOSED_A_TURN = 200             # by the clock or by a stop: about 15 ms
 LARGE_BYTES = 8 * 1024          # a larger request is not listed in full
 
-# what was asked: asked_sha256 covers these columns, and a seal the others
+# what was asked: asked_sha256 covers these columns, a seal covers the others
 ASKED = sorted(["request_id", "digest", "deadline", "asked_by",
                 *ReviewRequest._fields[ReviewRequest._fields.index("received_at"):]])
 SEALED = sorted({*ReviewRequest._fields} - {*ASKED} | {"request_id"})
@@ -2142,11 +2142,11 @@ BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END;
 """
 WHOLE = columns_of(ReviewRequest._fields)
 WITHOUT_CONTEXT = WHOLE.replace("agent_context", "'null'")
-POLLED = columns_of((*SUMMARY, "asked_by"))      # the others stay as by default
-# a list has less of a large request: a desk full of them must fit into memory
+POLLED = columns_of((*SUMMARY, "asked_by"))      # the rest keep their defaults
+# a list cuts large requests: a desk full of them must fit into memory
 CUT = {name: f"CASE WHEN size > {LARGE_BYTES} {then} ELSE {name} END"
        for name, then in {
-    "agent_context": "THEN 'null'",     # its length alone takes a millisecond
+    "agent_context": "THEN 'null'",     # even to measure it takes a millisecond
     "arguments": "AND length(arguments) > 200 THEN NULL",
     "approved_arguments": "AND length(approved_arguments) > 200 THEN NULL",
     "action_description": "AND length(action_description) > 200 THEN "
@@ -2163,8 +2163,8 @@ IN_FORCE = ("lifted_at IS NULL AND (decision = 'stopped' OR until > ?) AND "
 
 
 class AuditRow(NamedTuple):
-    """A row of audit_log; AuditRow() is what comes before the first. The
-    newest is the log's head: its hash, noted elsewhere, shows a cut tail."""
+    """A row of audit_log; AuditRow() stands for the row before the first. The
+    newest is the log's head: its hash, noted elsewhere, reveals a cut."""
 
     sequence: int = 0
     at: str = ""
@@ -2187,18 +2187,18 @@ class Change(NamedTuple):
 
 class Bounds(NamedTuple):
     """How long a decision stands, and for how many calls: an approval has
-    both bounds, a rejection a time only."""
+    both bounds, a rejection only a time."""
 
     seconds: float
     uses: int | None = None
 
 
-REJECTION_STANDS = Bounds(600)      # by itself: a model asks up to six times
+REJECTION_STANDS = Bounds(600)      # by default: models ask up to six times
 
 
 def bounds_from(value: Any, decision: Status) -> Bounds:
-    """What `remember` asks for: `{"seconds": N, "uses": N}`, a rejection
-    without uses; Refusal where it is malformed or wider than may be."""
+    """What `remember` asks for: `{"seconds": N, "uses": N}`, without uses for
+    a rejection; Refusal if it is malformed or over the limits."""
     members: dict[str, Any] = value if isinstance(value, dict) else {}
     seconds, uses = members.get("seconds", 0), members.get("uses", None)
     longest, uses_fit = MAX_YEARS * 31_557_600, uses is None
@@ -2209,23 +2209,23 @@ def bounds_from(value: Any, decision: Status) -> Bounds:
             and type(seconds) in (int, float) and 0 < seconds <= longest):
         return Bounds(seconds, uses)
     raise Refusal(
-        "bad-field", '"remember" must be {"seconds": N, "uses": N}, of a '
+        "bad-field", '"remember" must be {"seconds": N, "uses": N}, for a '
         'rejection {"seconds": N}', "an approval stands for at most "
         f"{MAX_STANDING_SECONDS} seconds and {MAX_STANDING_USES} uses")
 
 
 class Found(NamedTuple):
-    """A part of the history, and the position to go on from; None at the
-    end. The search reached back to that position."""
+    """A part of the history, and the position to go on from, to which the
+    search has reached back; None at the end."""
 
     rows: list[ReviewRequest]
     next: tuple[str, int] | None
 
 
 def columns_hash(row: ReviewRequest | Standing, names: Iterable[str]) -> str:
-    """SHA-256 of the canonical JSON of those columns that are not NULL: so a
-    column of a later schema breaks no old seal. The names are sorted. Written
-    out, because every change of state takes this way."""
+    """SHA-256 of the canonical JSON of those columns that are not NULL, so a
+    column added later breaks no old seal. The names come sorted. Written out
+    for speed: every change of state passes through here."""
     members = []
     for name in names:
         value = getattr(row, name)
@@ -2237,17 +2237,17 @@ def columns_hash(row: ReviewRequest | Standing, names: Iterable[str]) -> str:
 
 
 def seal_of(subject: ReviewRequest | Standing) -> str:
-    """What an audit row says of a request or a standing decision as it is.
-    What was asked enters as `asked_sha256`: sealing a large request costs no
-    more than a small one."""
+    """The seal of a request or a standing decision as it now is. What was
+    asked enters as `asked_sha256`, so a large request costs no more to seal
+    than a small one."""
     if isinstance(subject, Standing):
         return columns_hash(subject, SEALED_STANDING)
     return columns_hash(subject, SEALED)
 
 
 def chain_hash(before: str, row: tuple[Any, ...]) -> str:
-    """The hash of an audit row, of which it is the last column, after the
-    hash of the row before it."""
+    """The hash of an audit row, its last column: over the hash of the row
+    before and this row's other columns."""
     return sha256_of([before, *row])
 
 
@@ -2259,7 +2259,7 @@ def audit_rows(db: sqlite3.Connection, where: str = "ORDER BY sequence",
 
 
 def last_head(db: sqlite3.Connection) -> AuditRow:
-    """The newest audit row, or what comes before the first."""
+    """The newest audit row; AuditRow() if the log is empty."""
     return next(audit_rows(db, "ORDER BY sequence DESC LIMIT 1"), AuditRow())
 
 
@@ -2271,9 +2271,9 @@ def standing_rows(db: sqlite3.Connection, where: str,
 
 class Store:
     """The requests, the standing decisions and the audit log in one SQLite
-    file; open_store() makes it. A turn is one transaction: it begins by itself
-    at the first change, commit() ends it. Methods raise Refusal where a change
-    may not happen, and sqlite3.Error where the disk fails."""
+    file; open_store() makes one. A turn is one transaction: the first change
+    begins it, commit() ends it. Methods raise Refusal if a change is not
+    allowed, and sqlite3.Error if the disk fails."""
 
     def __init__(self, db: sqlite3.Connection, lock: sqlite3.Connection, path: Path,
                  clock: Callable[[], float]) -> None:
@@ -2281,7 +2281,7 @@ class Store:
         self.spoilt = False             # SQLite rolled this turn back
         self.news: list[Change] = []    # of this turn, for commit()
         self.files = self.identities()
-        # the digest of what the desk's own file says of a call
+        # the digest of what the desk's own file says about a call
         self.desk_digest: Callable[[ReviewRequest], str | None] = lambda _: None
         self.tick()
         self.reread()
@@ -2291,13 +2291,13 @@ class Store:
         self.lock.close()
 
     def identities(self) -> list[tuple[int, int]]:
-        """Which files have the names of the database and its -wal."""
+        """(device, inode) of the files that now are the database and -wal."""
         found = os.stat(self.path), os.stat(f"{self.path}-wal")
         return [(file.st_dev, file.st_ino) for file in found]
 
     def still_there(self) -> bool:
-        """Whether those are the files that were opened: what is written to one
-        that was deleted or replaced is lost."""
+        """Whether those are still the files that were opened: what is written
+        to a file that was deleted or replaced is lost."""
         with contextlib.suppress(OSError):
             return self.identities() == self.files and self.path.stat().st_size > 0
         return False
@@ -2310,7 +2310,7 @@ class Store:
         self.now = instant(self.time)
 
     def reread(self) -> None:
-        """Read again what is kept in memory: the head, the counts, what stands."""
+        """Read again what memory holds: head, counts, standing decisions."""
         self.head = last_head(self.db)
         self.counts: Counter[tuple[str | None, ...]] = Counter()
         for asked_by, agent, count in self.db.execute(
@@ -2320,7 +2320,7 @@ class Store:
         self.reread_standing()
 
     def reread_standing(self) -> None:
-        """The stop that is in force, and until when anything else stands."""
+        """Read which stop is in force, and when the last decision ends."""
         rows = list(standing_rows(self.db, f"WHERE {IN_FORCE}", self.now))
         self.stop_in_force = next(
             (row for row in rows if row.decision == "stopped"), None)
@@ -2331,20 +2331,20 @@ class Store:
         return self.counts[()]
 
     def count_waiting(self, asked_by: str, agent: str | None, more: int) -> None:
-        """So many more of an agent wait: of its credential and in all, too."""
+        """Count `more` waiting: for the agent, its credential, and in all."""
         for owner in ((), (asked_by,), (asked_by, agent)):
             self.counts[owner] += more
             if not self.counts[owner]:
-                del self.counts[owner]      # agents make up names
+                del self.counts[owner]      # agents make up ever new names
 
     def attempt(self, change: Callable[..., T], *args: Any) -> T:
         """change(*args) inside a savepoint: all of one request's changes are
-        kept or none, whatever its neighbours in the turn do. The server turns
-        a Refusal into an answer inside.
+        kept or none, whatever else happens in the turn. Desk.answered turns a
+        Refusal into an answer inside it, so what was changed is kept.
 
         When the disk is full or fails, SQLite may roll back the whole turn by
-        itself. Then it is spoilt: nothing else begins in it, and commit()
-        keeps none of it. Raises sqlite3.Error."""
+        itself. Then the turn is spoilt: nothing more begins in it, and
+        commit() keeps none of it. Raises sqlite3.Error."""
         if self.spoilt:
             raise sqlite3.OperationalError("this turn was rolled back")
         before = len(self.news)
@@ -2356,7 +2356,7 @@ class Store:
             self.db.execute("RELEASE request")
             return result
         except BaseException as error:
-            self.spoilt = True          # unless this much can be undone
+            self.spoilt = True          # unless this request can be undone
             if self.db.in_transaction and not isinstance(
                     error, sqlite3.OperationalError):
                 self.db.execute("ROLLBACK TO request")
@@ -2368,7 +2368,7 @@ class Store:
 
     def commit(self) -> list[Change] | None:
         """End the turn -> its changes, as the audit log has them, or None if
-        it is not on disk. Nobody is answered before (promise 6)."""
+        they are not on disk. Nobody is answered before that (promise 6)."""
         news, self.news = self.news, []
         with contextlib.suppress(sqlite3.Error):
             if not self.spoilt:
@@ -2376,7 +2376,7 @@ class Store:
                     self.db.execute("COMMIT")
                 return news
         self.spoilt = True
-        with contextlib.suppress(sqlite3.Error):    # else: in a later turn
+        with contextlib.suppress(sqlite3.Error):    # then in a later turn
             if self.db.in_transaction:
                 self.db.execute("ROLLBACK")
             self.reread()
@@ -2385,8 +2385,8 @@ class Store:
 
     def note(self, about: ReviewRequest | Standing, event: str, actor: str,
              detail: Mapping[str, Any]) -> None:
-        """Write an audit row, in the transaction of the change it tells of:
-        chained to the row before, with the seal of its subject as it is now."""
+        """Write an audit row in the same transaction as the change: chained to
+        the row before, with the seal of its subject as it is now."""
         row = (self.head.sequence + 1, self.now, event, about.subject, actor,
                READABLE.encode(detail) if detail else "{}", seal_of(about))
         self.head = AuditRow(*row, chain_hash(self.head.hash, row))
@@ -2399,9 +2399,9 @@ class Store:
 
     def submit(self, asked: ReviewRequest,
                attach: bool = False) -> tuple[ReviewRequest, bool]:
-        """A call that asks for review -> its request, and whether that is new.
-        The same id for the same call of the same agent is the same request,
-        whatever else differs: an agent that crashed asks again and meets it.
+        """Submit a call for review -> its request, and whether that is new.
+        The same id for the same call by the same agent is the same request,
+        whatever else differs: an agent that crashed asks again and finds it.
         With `attach` the same call is enough, while a request for it is open.
 
         Who answers, in this order: a stop, a standing rejection, the request
@@ -2419,8 +2419,8 @@ class Store:
         return stored, True
 
     def stored(self, asked: ReviewRequest) -> ReviewRequest | None:
-        """The request, stored as waiting; None where its id is taken, or where
-        no more may wait: of this agent, of this credential, or in all."""
+        """The request, stored as waiting; None if its id is taken, or if no
+        more may wait: from this agent, from this credential, or in all."""
         credential, agent = (asked.asked_by,), (asked.asked_by, asked.agent)
         if (self.counts[()] >= MAX_WAITING
                 or self.counts[credential] >= MAX_WAITING_PER_CREDENTIAL
@@ -2436,12 +2436,13 @@ class Store:
         return asked
 
     def asked_again(self, asked: ReviewRequest) -> ReviewRequest:
-        """The stored request that has this id and is this call; Refusal."""
+        """The stored request with this id, if it is for this call; Refusal if
+        it is not, or if there is none because too many wait."""
         request = self.first("WHERE request_id = ?", asked.request_id)
         if request is None:
             raise Refusal(
                 "too-many-waiting", f"{self.waiting_count} requests wait "
-                f"already, {self.counts[asked.asked_by, asked.agent]} of this "
+                f"already, {self.counts[asked.asked_by, asked.agent]} from this "
                 "agent", "let a reviewer decide some, or withdraw some")
         own = request.asked_by == asked.asked_by
         if own and (request.digest, request.checkpoint_id, request.session) == (
@@ -2453,8 +2454,8 @@ class Store:
             "checkpoint or session", about=request if own else None)
 
     def open_like(self, asked: ReviewRequest) -> ReviewRequest | None:
-        """The newest request for this call of this agent in this session that
-        waits, or that a person approved and nobody claimed."""
+        """The newest request for this call, by this agent in this session,
+        that waits, or that a person approved and nobody has claimed."""
         return self.first(
             "WHERE digest = ? AND status IN ('waiting', 'approved') AND "
             "outcome IS NULL AND standing IS NULL AND checkpoint_id IS ? AND "
@@ -2486,9 +2487,9 @@ class Store:
                arguments: dict[str, Any] | None = None,
                remember: Bounds | None = None) -> ReviewRequest:
         """Record a reviewer's decision; Refusal if there is one already, or if
-        the deadline has passed. `digest` is that of the call the reviewer read,
-        `arguments` are those to run instead, and with `remember` the decision
-        stands for the same call again."""
+        the deadline has passed. `digest` is that of the call the reviewer
+        read, `arguments` are the ones to run instead, and with `remember` the
+        decision stands for later requests of the same call."""
         request = self.undecided(request_id, digest)
         changed: dict[str, Any] = {}
         lapses_at = None
@@ -2511,8 +2512,8 @@ class Store:
         return request
 
     def undecided(self, request_id: str, digest: str | None) -> ReviewRequest:
-        """A request that can be decided by somebody who read the call with
-        this digest; Refusal."""
+        """A request that can still be decided, by somebody who read the call
+        with this digest; else Refusal."""
         request = self.request(request_id)
         if not request.intact:
             raise refused("damaged", request)
@@ -2526,13 +2527,13 @@ class Store:
         return request
 
     def lapse_of(self, request: ReviewRequest) -> str | None:
-        """Until when an approval given now can be claimed."""
+        """When an approval given now lapses unless it is claimed, if ever."""
         return request.deadline and max(
             request.deadline, instant(self.time + CLAIM_SECONDS))
 
     def withdraw(self, request_id: str, why: str, by: str) -> ReviewRequest:
         """Close a request that nobody waits for any more -> the request as it
-        is now, which tells whether a reviewer was faster."""
+        is now, which shows whether a reviewer was faster."""
         request = self.request(request_id, by)
         if request.status != Status.WAITING:
             return request
@@ -2544,8 +2545,8 @@ class Store:
               handed_over: bool = False) -> ReviewRequest:
         """Take an approved request for running: succeeds once, and again for
         the same claim, whose reply may have been lost (promise 3). `digest` is
-        that of the call that will run; `handed_over`: nobody will report how
-        it ended."""
+        that of the call that will run; `handed_over` means that nobody will
+        report how it ended."""
         request = self.expire(self.request(request_id, by))
         self.check_not_stopped()
         if (request.approved_digest or request.digest) != digest:
@@ -2566,7 +2567,7 @@ class Store:
 
     def finish(self, request_id: str, claim: str, outcome: Outcome,
                text: str, by: str) -> ReviewRequest:
-        """Record what became of a claimed call; to say it twice is no error."""
+        """Record what became of a claimed call; to repeat it is no error."""
         request = self.request(request_id, by)
         if request.claim is None or request.claim != claim:
             raise refused("not-claimed", request)
@@ -2579,8 +2580,9 @@ class Store:
         return request
 
     def overdue(self) -> list[ReviewRequest]:
-        """What close_overdue() is for: requests that wait past their deadline,
-        or at all after a stop, and approvals that nobody claimed in time."""
+        """What close_overdue() should close: requests past their deadline (all
+        that wait, during a stop), and approvals that nobody claimed in
+        time."""
         waiting = ["WHERE status = 'waiting' AND deadline <= ? LIMIT ?", self.now]
         if self.stop_in_force:
             waiting = ["WHERE status = 'waiting' LIMIT ?"]
@@ -2589,7 +2591,7 @@ class Store:
             "LIMIT ?", self.now, CLOSED_A_TURN)]
 
     def close_overdue(self, request: ReviewRequest) -> ReviewRequest:
-        """The request, closed by the clock, or by a stop."""
+        """The request, closed if it is overdue or a stop is in force."""
         request = self.expire(request)
         if request.status == Status.WAITING and self.stop_in_force:
             return self.answer(request, self.stop_in_force)
@@ -2611,9 +2613,9 @@ class Store:
     # ---- standing decisions ----
 
     def standing_for(self, asked: ReviewRequest) -> Standing | None:
-        """The standing decision that answers a call, a rejection before an
-        approval: for the same call, agent and session, under a checkpoint that
-        neither side has edited since."""
+        """The standing decision that answers a call, if any, a rejection
+        before an approval: made for the same call, credential and session,
+        under a checkpoint that neither side has edited since."""
         if self.stands_until <= self.now:       # the usual case costs nothing
             return None
         return next(standing_rows(
@@ -2642,7 +2644,7 @@ class Store:
             lapses_at=self.lapse_of(request) if approved else None)
 
     def let_stand(self, request: ReviewRequest, bounds: Bounds) -> Standing:
-        """Let a decision that was just made stand for the same call again."""
+        """Let a decision just made stand for later requests of its call."""
         return self.keep("stands", Standing(
             0, request.status, request.decided_by or "", self.now,
             until=instant(self.time + bounds.seconds), uses=bounds.uses,
@@ -2669,7 +2671,7 @@ class Store:
         return self.said(standing, event, standing.made_by)
 
     def lift(self, number: int | str, by: str) -> Standing:
-        """End a standing decision; one that was lifted stays as it is."""
+        """End a standing decision; one already lifted stays as it is."""
         standing = next(standing_rows(self.db, "WHERE number = ?", number), None)
         if standing is None:
             raise Refusal("unknown", f"there is no standing decision {number}",
@@ -2710,7 +2712,7 @@ class Store:
 
     def select(self, where: str, *values: Any, columns: str = WITHOUT_CONTEXT
                ) -> Iterator[ReviewRequest]:
-        """Requests, without their contexts unless `columns` says so: those
+        """Requests, without their contexts unless `columns` has them: contexts
         are large, and no decision needs them."""
         return itertools.starmap(ReviewRequest, self.db.execute(
             f"SELECT {columns} FROM pending_reviews {where}", values))
@@ -2722,21 +2724,21 @@ class Store:
 
     def request(self, request_id: str, by: str | None = None,
                 columns: str = WITHOUT_CONTEXT) -> ReviewRequest:
-        """A request; Refusal "unknown", or where another agent than `by`
-        asked it."""
+        """A request; Refusal if it is unknown, or if it was asked by another
+        agent than `by`."""
         request = self.first("WHERE request_id = ?", request_id, columns=columns)
         if request is None:
             raise Refusal("unknown", f'there is no request "{request_id}"',
-                          "check the id: `python3 hitl.py list --all` prints them")
+                          "check the id: `python3 hitl.py list --all` prints all")
         if by not in (None, request.asked_by):
-            raise Refusal("not-your-request", "another agent asked this",
-                          "use the credentials that asked it")
+            raise Refusal("not-your-request", "this is another agent's request",
+                          "use the credentials that it was made with")
         return request
 
     def waiting(self, limit: int, skip: int = 0,
                 attended: Container[str] = ()) -> list[ReviewRequest]:
-        """A page of what waits: what somebody waits for first, then in turns
-        by credential, then by agent, each agent's soonest deadline first.
+        """A page of what waits: first what somebody waits for, then by turns
+        among credentials and among the agents of each, soonest deadline first.
         Whoever floods the desk pushes nobody else's request off the page."""
         rows = self.db.execute(
             "SELECT coalesce(deadline, '~'), id, request_id, asked_by, agent FROM "
@@ -2762,9 +2764,9 @@ class Store:
 
     def reviewed(self, limit: int, before: tuple[str, int] | None = None,
                  words: str = "", status: str = "") -> Found:
-        """What no longer waits, the latest decision first, from a position
-        backwards: with all `words`, in any case, and the `status`. Looks back
-        for SEARCH_SECONDS at most, whatever it has found by then."""
+        """What no longer waits, the latest decision first, back from a
+        position: with all of the `words`, in upper or lower case, and the
+        `status`. Stops after SEARCH_SECONDS with what it has found by then."""
         wanted = words.casefold().split()
         last = time.monotonic() + SEARCH_SECONDS
         numbers: list[int] = []
@@ -2784,13 +2786,13 @@ class Store:
         return Found(self.by_number(numbers), None)
 
     def beginning_with(self, start: str) -> list[str]:
-        """The first few request_ids that begin with this and go on."""
+        """The first few longer request_ids that begin with this."""
         return [row[0] for row in self.db.execute(
             "SELECT request_id FROM pending_reviews WHERE request_id > ? AND "
             "request_id < ? ORDER BY request_id LIMIT 6", (start, start + "~"))]
 
     def asked_before(self, request: ReviewRequest) -> ReviewRequest | None:
-        """The newest earlier request for the same call that was decided."""
+        """The earlier request for the same call that was decided last."""
         return self.first(
             "WHERE digest = ? AND decided_by IS NOT NULL AND id < ? "
             "ORDER BY decided_at DESC, id DESC LIMIT 1", request.digest,
@@ -2806,19 +2808,19 @@ class Store:
             detail.get("status") or detail.get("why"))) for event, detail in found]
 
     def owed(self) -> list[tuple[ReviewRequest, list[str]]]:
-        """What waits, in order of arrival, each with the names of the entries
-        whose notice the log has: the others still owe one."""
+        """What waits, in order of arrival, each with the [[notify]] entries
+        whose notice is in the log: the others still owe one."""
         return [(request, [name for _, name, _ in self.notices_of(
             request.request_id)]) for request in self.select(
                 "WHERE status = 'waiting' ORDER BY id", columns=BRIEF)]
 
 
-# What is said when a request cannot do what was asked of it: why, and the cure.
-OVER = ("this request is {status} since {decided_at}",
+# Why a request cannot be decided, claimed or finished, and the cure.
+OVER = ("this request has been {status} since {decided_at}",
         "nobody waits for a decision any more; nothing will run")
 SAID_OF = {
     "expired": OVER, "withdrawn": OVER,
-    "already-decided": ("this request is {status} by {person} since {decided_at}",
+    "already-decided": ("this request was {status} by {person} at {decided_at}",
                         "a decision is final; nothing was changed"),
     "too-fast": ("this was decided before it could be read",
                  "look at it first, then decide"),
@@ -2826,29 +2828,30 @@ SAID_OF = {
                          "its checkpoint names who may decide it"),
     "not-remembered": (
         "this decision cannot stand for other calls",
-        "only an unchanged call of a known session can, where its checkpoint "
-        "allows it; decide this one alone"),
+        "it can only for an unchanged call in a known session, if its "
+        "checkpoint allows it; decide this one alone"),
     "not-editable": (
         "the arguments of this request cannot be changed",
         "approve it as it is, or reject it and say what should change"),
     "arguments-changed": ("the digest is not that of this request",
-                          "look at it again"),
+                          "look at the request again"),
     "not-approved": ("this request is {status}",
                      "only an approved request can be claimed"),
     "lapsed": ("nobody claimed this approval in time",
                "ask again with another request_id"),
-    "already-claimed": ("this approval was claimed already",
+    "already-claimed": ("this approval was already claimed",
                         "ask again with another request_id"),
-    "not-claimed": ("this request was not claimed by this claim", ""),
-    "already-finished": ("this call is {outcome} already", ""),
+    "not-claimed": ("this is not the claim that took this request", ""),
+    "already-finished": ("this call has already ended: {outcome}", ""),
     "damaged": (
         'what is stored of "{request_id}" is not what was asked: the database '
-        "was damaged or edited", "`python3 hitl.py log --verify`; restore a backup"),
+        "was damaged or edited", "run `python3 hitl.py log --verify`; restore "
+        "a backup"),
 }
 
 
 def refused(reason: str, request: ReviewRequest) -> Refusal:
-    """What SAID_OF has for a reason, of this request."""
+    """The Refusal that SAID_OF words for a reason, about this request."""
     message, cure = SAID_OF[reason]
     message = message.format(person=person(request.decided_by), **request._asdict())
     return Refusal(reason, message, cure, about=request)
@@ -2856,8 +2859,7 @@ def refused(reason: str, request: ReviewRequest) -> Refusal:
 
 def changed_call(request: ReviewRequest,
                  arguments: dict[str, Any] | None) -> dict[str, Any]:
-    """The columns that a reviewer's changed arguments become; none where
-    nothing was changed."""
+    """The columns for a reviewer's changed arguments; none if none changed."""
     if arguments is None:
         return {}
     if not request.edits or request.arguments is None:
@@ -2868,14 +2870,14 @@ def changed_call(request: ReviewRequest,
         return {}
     if len(text) > MAX_EDITED:
         raise Refusal("too-large", f"arguments over {MAX_EDITED} bytes",
-                      "send less of it", about=request)
+                      "send less", about=request)
     return {"approved_arguments": text,
             "approved_digest": request.digest_with(text)}
 
 
 def changed_value(old: Any, new: Any, name: str) -> Any:
-    """The new value, where it may take the place of the old one: only texts,
-    numbers and booleans change, and keep their types."""
+    """The new value, if it may take the place of the old one: only texts,
+    numbers and booleans can change, and they keep their types."""
     if type(old) is float and type(new) is int and abs(new) <= 2 ** 53:
         new = float(new)
     same = type(old) is type(new)
@@ -2888,7 +2890,7 @@ def changed_value(old: Any, new: Any, name: str) -> Any:
     if not same or isinstance(old, (dict, list)):
         raise Refusal("bad-field", f'"{visible(name[:200])}" has another type, '
                       "or other parts", "only the values of texts, numbers "
-                      "and booleans change")
+                      "and booleans can change")
     if isinstance(old, str) and old != new and not editable_text(old):
         raise Refusal("not-editable", f'"{visible(name[:200])}" has characters '
                       "that cannot be seen", "approve it as it is, or reject it")
@@ -2896,14 +2898,14 @@ def changed_value(old: Any, new: Any, name: str) -> Any:
 
 
 # ============================== Database file ==============================
-# Opens, locks and verifies the file. A start looks at the schema and at what is
-# still open, so that it takes no longer with a long history; `log --verify`
-# looks at everything. Nothing is ever repaired: a file that is not as it was
-# left is refused, and the message names the row that shows it.
+# Opens, locks and verifies the file. A start checks the schema and what is
+# still open, so that a long history does not slow it down; `log --verify`
+# checks everything. Nothing is ever repaired: a file that was damaged or
+# edited is refused, and the message says what shows it.
 
 # SQLITE_BUSY, LOCKED, READONLY, IOERR, FULL, CANTOPEN
 NOT_DAMAGE = (5, 6, 8, 10, 13, 14)
-CHECKED_PAGES = 8192            # 32 MB: a start does not read more than that
+CHECKED_PAGES = 8192            # 32 MB: a start checks no larger file's pages
 
 
 def bad_database(path: Path, what: str, cure: str) -> ConfigError:
@@ -2911,22 +2913,22 @@ def bad_database(path: Path, what: str, cure: str) -> ConfigError:
 
 
 def cannot_open(path: Path, error: Exception) -> ConfigError:
-    """The error for a file that cannot be used now, or that is not whole."""
+    """The error for a file that cannot be used now, or that is damaged."""
     code = getattr(error, "sqlite_errorcode", 0) & 255
     if code in NOT_DAMAGE or isinstance(error, OSError):
         return bad_database(path, f"cannot be used now: {error}",
-                            "stop what holds it, see to its mode and disk, or "
-                            "use --database with a folder of your own")
-    return bad_database(path, f"is damaged or not ours: {error}",
+                            "stop what holds it, check its mode and its disk, or "
+                            "use --database with a file in a folder of your own")
+    return bad_database(path, f"is damaged, or not a hitl.py database: {error}",
                         "restore a backup, or move it away")
 
 
 def open_store(path: Path, clock: Callable[[], float] = time.time) -> Store:
-    """The Store of a database that is ours, whole and durable, and that no
-    other server has; ConfigError for any other file, which is left as it is."""
+    """The Store of a database that is ours, undamaged and durable, and that no
+    other server uses; ConfigError for any other file, which stays as it is."""
     with contextlib.ExitStack() as opened:
         try:
-            path = Path(os.path.realpath(path))     # one lock, whatever its name
+            path = Path(os.path.realpath(path))     # one lock, by whatever name
             if path.is_dir():
                 raise bad_database(path, "is a folder", "name a file")
             lock = lock_database(path)
@@ -2944,7 +2946,7 @@ def open_store(path: Path, clock: Callable[[], float] = time.time) -> Store:
                 raise bad_database(
                     path, f"is damaged or was edited: {fault}",
                     "restore a backup, or move it away to begin again; "
-                    "`python3 hitl.py log --verify` tells more")
+                    "`python3 hitl.py log --verify` shows more")
             store = Store(db, lock, path, clock)
         except (OSError, sqlite3.Error, ValueError, TypeError) as error:
             raise cannot_open(path, error) from None
@@ -2953,9 +2955,9 @@ def open_store(path: Path, clock: Callable[[], float] = time.time) -> Store:
 
 
 def lock_database(path: Path) -> sqlite3.Connection:
-    """A lock beside the database, held while this server lives: SQLite's own
-    locking of a file works on every system, and other processes can still
-    read the database itself."""
+    """A lock file beside the database, held while this server runs: SQLite's
+    own file locking works on every system, and other processes can still read
+    the database itself."""
     beside = path.with_name(path.name + ".lock")
     with contextlib.suppress(FileExistsError):
         # never open it again: closing it would drop our own lock (POSIX)
@@ -2967,15 +2969,15 @@ def lock_database(path: Path) -> sqlite3.Connection:
     except sqlite3.Error as error:
         lock.close()
         if "locked" in str(error):
-            raise bad_database(path, "another server runs on this database",
-                               "stop it, or use --database") from None
+            raise bad_database(path, "another server uses this database",
+                               "stop it, or name another with --database") from None
         raise cannot_open(beside, error) from None
     return lock
 
 
 def check_ours(db: sqlite3.Connection, path: Path) -> None:
     """ConfigError unless hitl.py wrote the database, with this schema, and it
-    was not plainly cut: SQLite would take an empty file for a new database."""
+    is not plainly cut short: SQLite would take an empty file for a new one."""
     ours, = db.execute("PRAGMA application_id").fetchone()
     version, = db.execute("PRAGMA user_version").fetchone()
     size = path.stat().st_size
@@ -2991,11 +2993,11 @@ def check_ours(db: sqlite3.Connection, path: Path) -> None:
                            "away to begin again")
     if version > SCHEMA_VERSION:
         raise bad_database(path, f"was written by a newer hitl.py (schema "
-                           f"{version})", "use that one")
+                           f"{version})", "use that version")
 
 
 def settings(db: sqlite3.Connection, path: Path) -> None:
-    """A commit is on disk when it returns, and readers never wait."""
+    """Have commits on disk when they return, and readers never wait."""
     if db.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
         raise bad_database(path, "this file system cannot hold it (no WAL)",
                            "put the database on a local disk")
@@ -3004,12 +3006,12 @@ def settings(db: sqlite3.Connection, path: Path) -> None:
 
 
 def create_database(path: Path) -> None:
-    """A new database, whole from the first instant it has its name."""
+    """Create a database, complete from the first instant it has its name."""
     if path.with_name(path.name + "-wal").exists():
-        raise bad_database(path, "is gone, but its -wal file is there",
+        raise bad_database(path, "is gone, but its -wal file is still there",
                            "restore it, or move the -wal file away")
     fresh = path.with_name(path.name + ".new")
-    fresh.unlink(missing_ok=True)       # of a start that did not end
+    fresh.unlink(missing_ok=True)       # left by a start that was cut off
     os.close(os.open(fresh, os.O_CREAT | os.O_EXCL, 0o600))
     with contextlib.closing(sqlite3.connect(fresh, isolation_level=None)) as db:
         settings(db, path)
@@ -3017,17 +3019,17 @@ def create_database(path: Path) -> None:
             f"BEGIN; PRAGMA application_id = {APPLICATION_ID}; "
             f"PRAGMA user_version = {SCHEMA_VERSION}; {SCHEMA} COMMIT;")
     os.replace(fresh, path)
-    if os.name == "posix":      # the name too is on disk; Windows sees to that
+    if os.name == "posix":      # put the name on disk, too; Windows does so itself
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
 
 
 def database_fault(db: sqlite3.Connection) -> str:
-    """What is wrong with a database, if anything, as far as a start looks: at
+    """What is wrong with a database, if anything, as far as a start checks:
     the schema with its triggers, the pages of a small file, and whatever is
     still open."""
-    # names with sqlite_ are SQLite's own, and refused to anybody else
+    # names that begin with sqlite_ are SQLite's own: nobody else can use them
     schema = ("SELECT name, sql FROM sqlite_master WHERE name NOT LIKE "
               "'sqlite$_%' ESCAPE '$' ORDER BY name")
     with contextlib.closing(sqlite3.connect(":memory:")) as fresh:
@@ -3058,12 +3060,12 @@ def seal_faults(db: sqlite3.Connection, requests: str = "",
             yield f'"{visible(str(subject.subject))}" {fault}'
     for request_id, in db.execute("SELECT request_id FROM votes"):
         yield (f'"{visible(str(request_id))}" has a vote, and this version '
-               "takes none")
+               "accepts none")
 
 
 def seal_fault(db: sqlite3.Connection, subject: ReviewRequest | Standing) -> str:
     """What is wrong with a request or a standing decision, if anything: its
-    last audit row must have its seal, and the hash that belongs to it."""
+    last audit row must hold its seal, and that row's hash must be right."""
     if isinstance(subject, ReviewRequest) and (
             subject.asked_sha256 != columns_hash(subject, ASKED)):
         return "is not what was asked: its row was edited"
@@ -3084,7 +3086,7 @@ def seal_fault(db: sqlite3.Connection, subject: ReviewRequest | Standing) -> str
 def open_for_reading(path: Path) -> Iterator[sqlite3.Connection]:
     """A read-only connection, beside a running server or without one."""
     if not path.is_file():
-        raise bad_database(path, "no such database", "name it by --database")
+        raise bad_database(path, "no such database", "name it with --database")
     uri = f"{path.absolute().as_uri()}?mode=ro"
     if not path.with_name(path.name + "-wal").exists():
         uri += "&immutable=1"       # nobody writes, and no file is left behind
@@ -3100,24 +3102,24 @@ def stored_requests(db: sqlite3.Connection) -> Iterator[ReviewRequest]:
 
 
 def verified(path: Path, noted: str = "") -> tuple[AuditRow, list[str]]:
-    """The head of a database's audit log, and what is wrong with it, at one
-    instant, whatever a server writes meanwhile."""
+    """The head of a database's audit log, and what audit_faults() finds, both
+    as of one instant, whatever a server writes meanwhile."""
     with open_for_reading(path) as db:
         db.execute("BEGIN")
         return last_head(db), list(audit_faults(db, noted))
 
 
 def audit_faults(db: sqlite3.Connection, noted: str = "") -> Iterator[str]:
-    """What is wrong with the whole audit log: every row against the chain,
-    every request against its last row, and a noted head against the log."""
+    """What is wrong with the audit log: each row is checked against the chain,
+    each request against its last row, and a noted head against the log."""
     before = AuditRow()
     seen = noted in ("", before.hash)
     for row in audit_rows(db):
         if row.sequence != before.sequence + 1:
             yield f"audit row {before.sequence + 1} is missing"
         elif row.hash != chain_hash(before.hash, row[:-1]):
-            yield (f"audit row {row.sequence} was changed, or one before it: it "
-                   f'is about "{visible(str(row.subject))}"')
+            yield (f'audit row {row.sequence}, about "{visible(str(row.subject))}", '
+                   "was changed, or one before it was")
         before = row
         seen = seen or row.hash == noted
     if not seen:
@@ -3127,29 +3129,29 @@ def audit_faults(db: sqlite3.Connection, noted: str = "") -> Iterator[str]:
             "SELECT DISTINCT subject FROM audit_log WHERE subject NOT IN "
             "(SELECT request_id FROM pending_reviews) AND subject NOT IN "
             "(SELECT 'standing:' || number FROM standing_decisions)"):
-        yield f'"{visible(str(subject))}" is in the log, but gone'
+        yield f'"{visible(str(subject))}" is in the log, but its row is gone'
 
 
 # ================================= Notices =================================
-# Telling a reviewer that something waits (promise 9), and the only outgoing
-# messages. An entry's url, mail or command is filled with fields made here: of
-# what an agent wrote only names leave the house and, with details = true, the
-# description. Each entry has a thread, so that one that hangs holds up neither
-# a POST nor another entry. What became of a notice goes back to the loop, which
-# writes it into the audit log: so it is known what is owed after a restart.
+# Telling a reviewer that something waits (promise 9): the only outgoing
+# messages. An entry's url, mail or command is filled in with fields made here.
+# Of what an agent wrote, only names are sent out and, with details = true, the
+# description. Each entry has its own thread, so that one that hangs holds up
+# neither a POST nor another entry. The loop writes what became of each notice
+# into the audit log, so after a restart it is known which are still owed.
 
 MAX_ANSWER = 200                # characters of an answer that are kept
-MAX_DETAILS = 900               # characters: every receiver takes so many
-MAX_HANGING = 5                 # tries of one entry that hang for good
+MAX_DETAILS = 900               # characters: every receiver accepts this many
+MAX_HANGING = 5                 # tries of one entry that may hang at a time
 MAX_RETRY_AFTER = 600           # seconds: no receiver silences us for longer
 
 
 class Pace(NamedTuple):
-    """When a notice is tried, in seconds; tests are in more of a hurry."""
+    """When a notice is tried, in seconds; tests use shorter times."""
 
     pauses: tuple[float, ...] = (5, 25, 90, 480)    # tries at 0, 5, 30, 120, 600
-    window: float = 10          # one message is enough for so long
-    patience: float = 10        # for all of one try
+    window: float = 10          # after a message, until the next
+    patience: float = 10        # for the whole of one try
 
 
 class Answer(NamedTuple):
@@ -3161,7 +3163,7 @@ class Answer(NamedTuple):
     again: bool = False         # another try may help
 
     def row(self, name: str) -> tuple[str, dict[str, str]]:
-        """What the audit log says of it: the event and the detail."""
+        """The event and the detail for the audit log."""
         if self.told:
             return "notified", {"name": name, "status": self.status}
         detail = {"name": name, "why": self.status, "answer": self.text}
@@ -3178,13 +3180,13 @@ class Job(NamedTuple):
 
 def notice_fields(requests: list[ReviewRequest], desk_url: str, waiting: int
                   ) -> dict[str, Any]:
-    """All that a message can say of these requests, the newest one last."""
+    """All that a message can say about requests that come newest last."""
     names = {}
     for column in ("tool", "agent", "checkpoint_id", "category"):
         values = {getattr(request, column) or "" for request in requests}
         name = values.pop() if len(values) == 1 else "several"
-        if column != "category":        # that is one of ours; the others may be
-            # `https://evil`, `@/etc/passwd` or `-x`: agents choose them
+        if column != "category":        # a category is one of ours; agents choose
+            # the others: `https://evil`, `@/etc/passwd` or `-x`
             name = re.sub("[^A-Za-z0-9]", "_", name[:64])
         names[column.removesuffix("_id")] = name
     text = [f"{name}: {value or 'none'}" for name, value in names.items()]
@@ -3221,13 +3223,13 @@ def notice_mark(outcomes: list[tuple[str, str, str]]) -> str:
 
 
 def failure(error: BaseException) -> Answer:
-    """An exception as an answer: its class, never its words, which could quote
-    a secret. A failure of the network is worth another try."""
+    """An exception as an answer: its class, never its message, which could
+    quote a secret. A failure of the network is worth another try."""
     import http.client
     reason = getattr(error, "reason", None)         # urllib's wrapper
     if isinstance(reason, BaseException):
         error = reason
-    refused = getattr(error, "recipients", {})      # smtplib's, where all were
+    refused = getattr(error, "recipients", {})      # smtplib's, if all were
     code = max((code for code, _ in refused.values()),
                default=getattr(error, "smtp_code", 0))
     name = type(error).__name__
@@ -3243,8 +3245,8 @@ def percent_encoded(text: str) -> str:
 
 
 class Channel:
-    """One [[notify]]: fills in its messages and sends them. What it still owes,
-    `jobs`, is touched by its own thread alone."""
+    """One [[notify]] entry: fills in its messages and sends them. Only its own
+    thread touches `jobs`, the notices that it still owes."""
 
     def __init__(self, path: Path | None, entry: Mapping[str, Any],
                  environ: Mapping[str, str], pace: Pace | None = None) -> None:
@@ -3261,18 +3263,18 @@ class Channel:
         self.quiet_until = 0.0
 
     def read_secrets(self, where: str, environ: Mapping[str, str]) -> None:
-        """The values of the entry's ${NAME}s, which nothing but a message to its
-        receiver ever holds; ConfigError for one that is missing or unfit."""
+        """Read the values of the entry's ${NAME}s, which are only ever sent to
+        its own receiver; ConfigError if one is missing or unfit."""
         names = PLACEHOLDER.findall(json.dumps(self.entry))
         self.secrets = {name: environ.get(name, "") for name, _ in names if name}
         for name, value in self.secrets.items():
             wrong = ""
             if name in ("HITL_REVIEWER_TOKEN", "HITL_AGENT_TOKEN"):
-                wrong, cure = "is a credential of this desk", "send another one"
+                wrong, cure = "is a credential of this desk", "send a different one"
             elif not value:
                 wrong, cure = "is not set", f"set {name} where `serve` is started"
             elif not value.isprintable():
-                wrong = "holds a line break, or another unseen character"
+                wrong = "holds a line break or another invisible character"
                 cure = f"set {name} without it"
             if wrong:
                 raise ConfigError(f"{where} ${{{name}}} {wrong}", cure)
@@ -3285,8 +3287,8 @@ class Channel:
     # ---- filling in ----
 
     def text(self, template: str, fields: Mapping[str, Any]) -> str:
-        """A text with its placeholders filled in, in one pass: what comes in
-        is never read as a placeholder."""
+        """A text with its placeholders filled in, in one pass: what is filled
+        in is never read as a placeholder itself."""
         def value(found: re.Match[str]) -> str:
             if found[1]:
                 return self.secrets[found[1]]
@@ -3295,8 +3297,8 @@ class Channel:
         return PLACEHOLDER.sub(value, template)
 
     def filled(self, template: Any, fields: Mapping[str, Any]) -> Any:
-        """A body, its string leaves filled in; one that is a placeholder and
-        nothing else keeps the type of its field."""
+        """A body with the strings in it filled in; a string that is nothing
+        but a placeholder becomes the field itself, of whatever type."""
         if isinstance(template, dict):
             return {key: self.filled(item, fields)
                     for key, item in template.items()}
@@ -3321,9 +3323,9 @@ class Channel:
 
     def tell(self, requests: list[ReviewRequest], desk_url: str, waiting: int,
              sample: dict[str, Any] | None = None) -> Answer:
-        """Tell of these requests, once; in a sample with other texts. It is over
-        in `patience` seconds whatever hangs (a dead name server included): the
-        thread that tries is left behind, and an answer it had by then counts."""
+        """Send one message about these requests; `sample` replaces fields. It
+        takes `patience` seconds at most, whatever hangs (a dead name server
+        included): the thread is left behind, and its answer so far counts."""
         answers = [Answer(False, "TimeoutError", again=True)]
         thread = threading.Thread(target=self.attempt, daemon=True, args=(
             answers, requests, desk_url, waiting, sample))
@@ -3337,8 +3339,8 @@ class Channel:
 
     def attempt(self, answers: list[Answer], requests: list[ReviewRequest],
                 desk_url: str, waiting: int, sample: dict[str, Any] | None) -> None:
-        """Append to the answers what comes of one try. The id of the message is
-        the same over all tries, and after a restart."""
+        """Append what comes of one try to the answers. The message has the
+        same id in every try, also after a restart."""
         names = json.dumps([self.name, *(each.request_id for each in requests)])
         message_id = "msg_" + hashlib.sha256(names.encode()).hexdigest()[:32]
         try:
@@ -3350,7 +3352,7 @@ class Channel:
             for answer in self.send(event, message_id):
                 answers.append(answer)
                 if answer.told and not sample:
-                    break               # what else it says may never end
+                    break               # the rest of its answer may never end
         except Exception as error:
             if len(answers) == 1:
                 answers.append(failure(error))
@@ -3366,8 +3368,8 @@ class Channel:
             "text": f"{hard},\na line break, {{title}}"})
 
     def post(self, event: dict[str, Any], message_id: str) -> Iterator[Answer]:
-        """An HTTP POST, through the environment's proxies. Without redirects:
-        it goes where the file says."""
+        """An HTTP POST, through the environment's proxies. It follows no
+        redirects: it goes where the file says."""
         import urllib.request
         fields, body = event["data"], self.entry["body"]
         data = json.dumps(event if body is None else self.filled(body, fields)
@@ -3428,7 +3430,7 @@ class Channel:
         tls: Any = functools.partial(smtplib.SMTP_SSL, context=context)
         connect, port = {"tls": (tls, 465), "starttls": (smtplib.SMTP, 587),
                          "plain": (smtplib.SMTP, 25)}[where.scheme]
-        # as localhost: to find this machine's own name can take minutes
+        # as localhost: looking up this machine's own name can take minutes
         with connect(str(where.hostname), where.port or port, "localhost",
                      timeout=self.pace.patience) as server:
             if where.scheme == "starttls":
@@ -3442,20 +3444,20 @@ class Channel:
             yield Answer(True, status)
 
     def run(self, event: dict[str, Any], message_id: str) -> Iterator[Answer]:
-        """A program with its arguments, never a shell, and the event on stdin.
-        It gets no token of this desk; any end but exit 0 is final."""
+        """A program run with its arguments, never through a shell, the event
+        on stdin. It gets none of this desk's tokens; a failure is final."""
         import subprocess
         import tempfile
         words = []
         for template in self.entry["command"]:
             word = self.text(template, event["data"])
             if word.startswith("-") and not template.startswith("-"):
-                word = f" {word}"       # an agent chooses no options
+                word = f" {word}"       # an agent must not choose options
             words.append(word)
         environ = {name: value for name, value in os.environ.items()
                    if not re.fullmatch("HITL_.*TOKEN", name)}
-        with tempfile.TemporaryFile() as output:    # no pipe, which a program
-            done = subprocess.run(                  # left behind would hold
+        with tempfile.TemporaryFile() as output:    # not a pipe: a program left
+            done = subprocess.run(                  # behind would keep it open
                 words, input=json.dumps(event).encode(), stdout=output,
                 stderr=output, env=environ, timeout=self.pace.patience)
             output.seek(0)
@@ -3476,8 +3478,8 @@ class Channel:
         return max(due, self.quiet_until) - time.monotonic()
 
     def work(self, notices: Notices) -> None:
-        """The entry's thread: listens to the loop, and makes one try after the
-        other, each when it is due."""
+        """The entry's thread: listens to the loop, and makes one try after
+        another, each when it is due."""
         import queue
         while True:
             with contextlib.suppress(queue.Empty):
@@ -3489,8 +3491,8 @@ class Channel:
                 self.try_due(notices)
 
     def hear(self, news: Job | str, notices: Notices) -> None:
-        """Take in a job, or the id of a request that no longer waits: that gets
-        no further try, and a row in the log if its notice was due."""
+        """Take in a job, or the id of a request that no longer waits, which
+        gets no further try, and a row in the log if its notice was due."""
         if isinstance(news, Job):
             self.jobs[news.request.request_id] = news
             return
@@ -3500,7 +3502,7 @@ class Channel:
 
     def try_due(self, notices: Notices) -> None:
         """One try: all that is due in one message, or the first event that is
-        due. Then each is owed again, or done with."""
+        due. After it, each is either owed again or done with."""
         now, pauses = time.monotonic(), self.pace.pauses
         due = [job for job in self.jobs.values() if job.due <= now]
         if not self.bundles:
@@ -3516,7 +3518,7 @@ class Channel:
             else:
                 del self.jobs[request_id]
                 done.append(request_id)
-        if self.bundles:                # a burst rings once
+        if self.bundles:                # a burst makes one message
             pause = pauses[0] if answer.again else self.pace.window
             self.quiet_until = max(self.quiet_until, now + pause)
         if done:
@@ -3524,8 +3526,8 @@ class Channel:
 
 
 class Notices:
-    """All the entries. `report` takes (name, request_ids, answer), from any
-    thread, and brings them to the loop, which records them."""
+    """All the entries. `report`, called from any thread, takes (name,
+    request_ids, answer) to the loop, which records them."""
 
     def __init__(self, channels: list[Channel], rules: Rules, desk_url: str,
                  report: Callable[[str, list[str], Answer], None]) -> None:
@@ -3536,12 +3538,12 @@ class Notices:
             threading.Thread(target=channel.work, args=(self,), daemon=True).start()
 
     def begins(self, request: ReviewRequest, told: Iterable[str] = ()) -> None:
-        """A request waits: the entries that want it and have not told of it owe
+        """A request waits: each entry that wants it and is not in `told` owes
         a notice. Its category is that of the checkpoint in serve's own file,
-        which counts more than what the agent says."""
+        if it is there, and not what the agent says."""
         self.waiting.add(request.request_id)
         category = self.known.get(request.checkpoint_id or "", request.category)
-        request = request._replace(     # without what is large and never told
+        request = request._replace(     # without what is large and never sent
             category=category if category in CATEGORIES else "", arguments=None,
             action_description=request.action_description[:MAX_DETAILS])
         waited = time.time() - datetime.fromisoformat(request.received_at).timestamp()
@@ -3551,8 +3553,8 @@ class Notices:
                 channel.inbox.put(Job(request, time.monotonic() + delay))
 
     def follow(self, store: Store, changes: list[Change]) -> None:
-        """Tell of what has begun to wait (not of what was decided in its own
-        submit), and no longer of what has ended."""
+        """Begin notices for what has begun to wait (not for what was decided
+        as it was submitted), and end them for what no longer waits."""
         for change in changes:
             if change.event == "submitted":
                 with contextlib.suppress(Refusal, sqlite3.Error):   # still owed
@@ -3570,15 +3572,15 @@ class Notices:
 # Templates are HTML that a designer could read. fill() escapes every value that
 # is not Html already, after visible() has shown what cannot be seen (promise 7).
 # A request is one line that opens to everything about it: what will run, who
-# asks, what the agent says of it, and the buttons. Where there are buttons,
+# asks, what the agent says about it, and the buttons. Where there are buttons,
 # nothing of what will run is cut. The page works without its script.
 
 HISTORY_ROWS = 100              # on one page of the history
 PAGE_CARDS = 100                # waiting requests on the page at once
-PAGE_BYTES = 256 * 1024         # of all of them: more takes long to make and load
+PAGE_BYTES = 256 * 1024         # of them together: more is slow to make and load
 REVIEWED_CARDS = 20             # reviewed ones below them
 WIDE = 76                       # characters of JSON that stay on one line
-CONTEXT_SHOWN = 32 * 1024       # characters; of a longer one, its beginning
+CONTEXT_SHOWN = 32 * 1024       # characters; of a longer context, the beginning
 DOT = " \u00b7 "                 # between the parts of a line
 FACTS = ("why", "category", "timestamp", "received_at", "asked_by", "request_id",
          "digest", "config_digest")             # behind "More"
@@ -3671,9 +3673,9 @@ main button { font-weight: 600; min-height: 40px; padding: 6px 22px; }
 }
 """
 
-# The script decides by fetch, keeps the page live and moves by keys. Its cards
-# are the server's own: it replaces one that was decided, and adds new ones
-# below the others. Nothing moves under a finger.
+# The script sends decisions by fetch, keeps the page live and handles keys. It
+# makes no cards, but takes the server's: it replaces one that was decided, and
+# adds new ones below the others. Nothing moves under a finger.
 SCRIPT = r"""
 const first = (css, root = document) => root.querySelector(css);
 const every = (css, root = document) => [...root.querySelectorAll(css)];
@@ -3711,8 +3713,8 @@ const alone = card => read("/review/" + card.id.slice(8));    // on its own page
 const reason = card => first("[name=reason]", card)?.value || "";
 const tell = (card, text) => first(".said", card).append(text);
 
-// The card as it is now on a page that was read: one that waits says who waits
-// for it; one that was decided stays as tall and as open as it was.
+// Brings a card up to date from a page just read: one that still waits gets its
+// "who" line; one that was decided stays as tall and as open as it was.
 function renew(card, page) {
   const fresh = page.getElementById(card.id), typed = reason(card).trim();
   if (!card.isConnected) return document.getElementById(card.id);
@@ -3887,8 +3889,8 @@ def fill(template: str, row: object = None, /, **values: Any) -> Html:
 
 
 def as_html(value: Any, between: str = "") -> Html:
-    """A value as inert markup: Html is unchanged, a list is its parts without
-    the empty ones, None and False are nothing, all else is visible text."""
+    """A value as inert markup: Html is unchanged, a list becomes its parts
+    that are not empty, None and False become "", all else visible text."""
     if isinstance(value, Html):
         return value
     if isinstance(value, list):
@@ -3905,7 +3907,7 @@ def escaped(text: str) -> Html:
 
 def marked(text: str) -> Html:
     """Visible text as inert markup: codes are marked; words of other scripts
-    keep their order and, where they touch ASCII, their brackets."""
+    are isolated and, next to letters or digits, keep their brackets."""
     text = escaped(text)
     return Html(MARK.sub(mark, text) if BRACKETS[0] in text else text)
 
@@ -3921,8 +3923,8 @@ def mark(found: re.Match[str]) -> str:
 # ---- arguments and contexts: blocks of text and of JSON ----
 
 def layout(value: Any, depth: int = 0) -> str:
-    """JSON to read: what fits stays on one line, and a longer text is broken
-    behind its line breaks, which stay escapes."""
+    """JSON laid out for reading: what fits stays on one line, and a longer
+    text is broken after its line breaks, which are still shown as escapes."""
     text = READABLE.encode(value)
     if len(text) <= WIDE and "\\n" not in text:
         return text
@@ -3943,7 +3945,7 @@ def layout(value: Any, depth: int = 0) -> str:
 
 
 def stored_json(text: str | None) -> Any:
-    """The value of stored JSON; of a damaged row, the text as it is."""
+    """The value of stored JSON; for a damaged row, its text after DAMAGED."""
     try:
         return None if text is None else json.loads(text)
     except (ValueError, RecursionError):
@@ -3951,9 +3953,9 @@ def stored_json(text: str | None) -> Any:
 
 
 def argument_rows(arguments: Any) -> Iterator[tuple[str, str, str]]:
-    """Arguments in the order they were sent, as (name, what it is, visible
-    text); what it is: "" for what fits beside its name, else a block's size.
-    A text is in quotes or in a block, so `3` and `"3"` differ."""
+    """Arguments in the order they were sent, as (name, size, visible text);
+    the size is a block's, and "" for what fits beside its name. A text is in
+    quotes or in a block, so `3` and `"3"` differ."""
     if not isinstance(arguments, dict):
         arguments = {"arguments": str(arguments)}
     for name, value in arguments.items():
@@ -4003,7 +4005,7 @@ this page may be out of date. If this goes on, reload it to sign in again.</p>
 <details><summary>Stop everything</summary>
 <form method="post" action="/stop">
   <input name="reason" required maxlength="1000" placeholder="Why">
-  <button class="reject">Stop: reject what waits, refuse what comes</button>
+  <button class="reject">Stop: reject what waits, refuse all that follows</button>
 </form>
 </details>
 <details id="keys"><summary>Keys</summary>
@@ -4077,7 +4079,7 @@ CARD = """<details class="card {state}" id="request-{request_id}"{open}>
 WARNING = """<p class="warn {kind}">{text}</p>
   """
 
-LARGE = """<p>This request is large, {size}. <a href="/review/{request_id}">Read
+LARGE = """<p>This request is large: {size}. <a href="/review/{request_id}">Read
 all of it and decide</a>.</p>"""
 
 UNSHOWN = """<p class="card rejected" id="request-{request_id}">This request
@@ -4105,8 +4107,8 @@ FOLDS = """<details><summary>Context, {size}: {first}</summary>
     {rule}
   </details>"""
 
-ALLOW = """<p>To allow this call without being asked, whatever other arguments it
-    has, put this above the other checkpoints:</p>
+ALLOW = """<p>To let this call run without being asked, whatever other arguments
+    it has, put this above the other checkpoints:</p>
     <pre>[[checkpoint]]
 checkpoint_id = "allow-{short}"
 action_pattern = '{tool}'
@@ -4142,8 +4144,8 @@ ASK_AGAIN = """<label><input form="decide-{request_id}" type="checkbox"
 REMEMBER = Html("""<input type="hidden" name="remember_seconds" value="3600">
     <input type="hidden" name="remember_uses" value="10">""")
 
-# `argument:NAME` is a text as it is, and JSON for any other argument; those
-# that have no field stay as they are. Browsers send line breaks as CR LF.
+# `argument:NAME` holds a text as it is, any other argument as JSON. Arguments
+# without a field stay as they are. Browsers send line breaks as CR LF.
 EDIT_FIELD = """<label>{name}
       <textarea name="argument:{field}" rows="{rows}">
 {value}</textarea></label>
@@ -4153,27 +4155,27 @@ EDIT_FIELD = """<label>{name}
 # ---- the pages ----
 
 class Offers(NamedTuple):
-    """What a card may offer beside yes and no: the strictest of the rules."""
+    """What a card may offer, by the strictest of the rules that apply."""
 
     decidable: bool = True              # by this reviewer
-    remember: bool = False              # the decision stands for the same call
-    files: bool = False                 # ... whose files may differ by then
+    remember: bool = False              # the decision can stand for the same call
+    files: bool = False                 # ... but files it uses may differ by then
     editable: bool = False              # the arguments can be changed
 
 
 class View(NamedTuple):
-    """What a page needs to know beside the rows themselves."""
+    """What a page needs to know besides the rows themselves."""
 
-    who: str = ""                       # the reviewer signed in
+    who: str = ""                       # the reviewer who is signed in
     at: float = 0.0                     # now, in Unix seconds
-    attended: Container[str] = ()       # what somebody waits for
-    told: Callable[[str], str] = lambda request_id: ""      # of its failed notices
+    attended: Container[str] = ()       # request_ids that somebody waits for
+    told: Callable[[str], str] = lambda request_id: ""      # its failed notices
     decided: Callable[[ReviewRequest], ReviewRequest | None] = (
-        lambda request: None)           # the last decision of the same call
+        lambda request: None)           # the same call, when last decided
     rules: Rules = Rules(())            # the desk's own
     change: int = 0                     # what GET /changes counts
     offers: Callable[[ReviewRequest], Offers] = lambda request: Offers()
-    stop: Standing | None = None        # what stopped everything
+    stop: Standing | None = None        # the stop in force
 
 
 def page(view: View, title: str, main: Html, waits: int = 0, q: str = "") -> Html:
@@ -4203,13 +4205,13 @@ def desk_page(view: View, waiting: list[ReviewRequest], count: int,
     title = f"({count}) Review desk" if count else "Review desk"
     below = reviewed and fill(LIST, title="Reviewed", above=None, below=None,
                               rows=[safely(reviewed_row, row) for row in reviewed])
-    many = "many" if len(waiting) > 12 else ""      # then lines are less tall
+    many = "many" if len(waiting) > 12 else ""      # makes the lines less tall
     return page(view, title, fill(DESK, many=many, more=more, waiting=cards,
                                   reviewed=below), count)
 
 
 def fitting(waiting: list[ReviewRequest]) -> list[ReviewRequest]:
-    """The first of these, up to PAGE_BYTES; a large one is only a link there."""
+    """The first of these, up to PAGE_BYTES; large ones are links, and free."""
     room, fit = PAGE_BYTES, []
     for request in waiting:
         if request.size <= LARGE_BYTES:
@@ -4221,15 +4223,15 @@ def fitting(waiting: list[ReviewRequest]) -> list[ReviewRequest]:
 
 
 def review_page(view: View, request: ReviewRequest) -> Html:
-    """One request with everything about it, the buttons after it all."""
+    """One request with everything about it, and then the buttons."""
     return page(view, f"{request.status}: {request.request_id}",
                 safely(card, request, view), request.status == Status.WAITING)
 
 
 def problem_page(status: int, refusal: Refusal,
                  view: View | None = None, typed: str = "") -> Html:
-    """Why something was refused and, where it was a decision, the card of its
-    request again, with the reason that was typed."""
+    """Why something was refused and, if it was a decision, the request's card
+    again, with the reason that was typed."""
     view, request = view or View(), refusal.about
     return page(view, f"{status} {refusal.reason}", as_html([
         fill(PROBLEM_NOTE, refusal, status=status),
@@ -4237,7 +4239,7 @@ def problem_page(status: int, refusal: Refusal,
 
 
 def history_page(view: View, found: Found, asks: Mapping[str, str]) -> Html:
-    """What was reviewed, the latest first, and how far back it was searched."""
+    """What was reviewed, latest first, and how far back the search went."""
     from urllib.parse import urlencode
     q, status = asks.get("q", ""), asks.get("status", "")
 
@@ -4270,8 +4272,8 @@ def headline_link(request: ReviewRequest) -> Html:
 
 def standing_page(view: View, standing: list[tuple[Standing, int]],
                   calls: Mapping[str, ReviewRequest]) -> Html:
-    """The decisions that answer later calls too, each with its use; `calls`
-    are the requests that they were made about, by id."""
+    """The decisions that answer later calls too, each with how often it did;
+    `calls` are the requests that they were made on, by id."""
     rows = []
     for row, used in standing:
         what, until = Html("every call"), Html("until it is lifted")
@@ -4291,7 +4293,7 @@ def standing_page(view: View, standing: list[tuple[Standing, int]],
 
 def safely(show: Callable[..., Html], request: ReviewRequest, *more: Any,
            **how: Any) -> Html:
-    """What is shown of a request: one bad row never hides the others."""
+    """show(request), or that it failed: one bad row never hides the others."""
     try:
         return show(request, *more, **how)
     except Exception:
@@ -4304,8 +4306,8 @@ def safely(show: Callable[..., Html], request: ReviewRequest, *more: Any,
 def card(request: ReviewRequest, view: View, opened: bool = True,
          whole: bool = True, typed: str = "") -> Html:
     """A request: its line, what will run, who asks and why, the buttons. A
-    large one has them on its own page only, which shows the `whole` of it.
-    Without buttons, a reason that was `typed` is shown as it is."""
+    large one has buttons only on its own page, which shows the `whole` of it.
+    Without buttons, a reason that was `typed` is shown as plain text."""
     headline, full = one_line(request.action_description), Html()
     if headline != visible(request.action_description):
         full = marked(full_description(request))
@@ -4338,9 +4340,9 @@ def card(request: ReviewRequest, view: View, opened: bool = True,
 
 def warnings(view: View, request: ReviewRequest,
              cut: bool) -> Iterator[tuple[str, str]]:
-    """What a reviewer must not miss, each with the status whose colour it has."""
+    """What a reviewer must not miss, each with the status that colours it."""
     bad = Status.REJECTED
-    if not cut and not request.intact:      # of a part nobody can tell
+    if not cut and not request.intact:      # a cut request has no digest to check
         yield bad, "DAMAGED: what is stored is not what was asked"
     if request.status != Status.WAITING:
         return
@@ -4377,7 +4379,7 @@ def who_line(view: View, request: ReviewRequest) -> Html:
 
 
 def full_description(request: ReviewRequest) -> str:
-    """The description, but for arguments that are blocks below it."""
+    """The description, without the arguments that are blocks below it."""
     text, arguments = request.action_description, stored_json(request.arguments)
     if isinstance(arguments, dict):
         for name, value in arguments.items():
@@ -4387,8 +4389,8 @@ def full_description(request: ReviewRequest) -> str:
 
 
 def what_was_asked(request: ReviewRequest) -> tuple[Html, Html]:
-    """What does not change while a request waits: the exact call, and what is
-    folded (its context, or the beginning of a large one, and other facts)."""
+    """What does not change on a card that waits: the exact call, and what is
+    folded away (the context, or a large one's beginning, and other facts)."""
     title = "Exactly this:"
     if request.status == Status.WAITING:
         title = "Runs exactly this:"
@@ -4414,12 +4416,12 @@ def what_was_asked(request: ReviewRequest) -> tuple[Html, Html]:
                        rule=allow_rule(request))
 
 
-# An open page is made again at each change, and most of the work is this.
+# An open page is made again at each change, and this is most of the work.
 what_was_asked_before = functools.lru_cache(maxsize=2 * PAGE_CARDS)(what_was_asked)
 
 
 def decision_forms(view: View, request: ReviewRequest, typed: str) -> Html:
-    """The buttons, and folded below them what else may be decided."""
+    """The buttons and, folded below them, the other ways to decide."""
     offers, ways = view.offers(request), []
 
     def form(kind: str, label: str, fields: Any, reject: Any = None) -> Html:
@@ -4440,8 +4442,8 @@ def decision_forms(view: View, request: ReviewRequest, typed: str) -> Html:
 
 
 def edit_fields(arguments: dict[str, Any]) -> Iterator[Html]:
-    """A field for each argument, a text as it is and others as JSON, where
-    nothing in them is unseen."""
+    """A field for each argument in which every character can be seen: a text
+    as it is, any other value as JSON."""
     for name, value in arguments.items():
         text = value if isinstance(value, str) else READABLE.encode(value)
         if editable_text(name) and editable_text(text):
@@ -4451,8 +4453,8 @@ def edit_fields(arguments: dict[str, Any]) -> Iterator[Html]:
 
 
 def allow_rule(request: ReviewRequest) -> Html | None:
-    """The rule under which this call is not asked again: a lasting yes is
-    written by a person, in the file."""
+    """The rule that would let this call run unasked, to paste into the file: a
+    lasting yes is written by a person."""
     arguments = stored_json(request.arguments)
     if not request.tool or not arguments or not isinstance(arguments, dict):
         return None
@@ -4473,7 +4475,7 @@ def exact_pattern(text: str) -> str:
 
 def moment(text: str | None, kind: str = "", now: float = 0.0) -> Html:
     """An instant in UTC, or how much time is `left` until it, or how long
-    `ago` it was. The script keeps these true, and makes the others local."""
+    `ago` it was. The script updates these two and makes instants local."""
     if text is None:
         return Html('<span class="left">no deadline</span>' if kind else "")
     words = datetime.fromisoformat(text).strftime("%d %b %Y, %H:%M:%S UTC")
@@ -4507,8 +4509,8 @@ def endings(request: ReviewRequest) -> Html:
 
 
 # ============================ Rights and routes ============================
-# The desk's answers, without a socket: what a request's head may say, who it
-# comes from, whether they may ask that, and what the Store and the Pages say.
+# The desk's answers, without a socket: what a request's head may contain, who
+# sent it, whether they may ask that, and what the Store and the Pages answer.
 # http.server's own parser is lenient (two Content-Lengths, Transfer-Encoding
 # ignored, a bare CR ends a line: cpython#150499), so heads are parsed here.
 # ROUTES is the table of rights: what it does not list is refused (promise 5).
@@ -4516,14 +4518,14 @@ def endings(request: ReviewRequest) -> Html:
 MAX_HEAD = 16 * 1024            # bytes: browsers stay below 8 KiB
 MAX_FIELDS = 64                 # header fields: browsers send about 20
 MAX_BODY = 1 << 20              # bytes: context, arguments and their escapes
-MAX_LINE = 120                  # characters of a request in a printed line
+MAX_LINE = 120                  # characters of a description in a printed line
 MAX_POLL_SECONDS = 60           # one long poll; proxies cut longer ones
-RECENT_SECONDS = 10             # a poll this recent: somebody waits
+RECENT_SECONDS = 10             # after a poll this recent somebody still waits
 LISTED = 500                    # waiting requests in one JSON answer
-SEEN_SECONDS = 0.6              # a card is read first: double clicks are shorter
+SEEN_SECONDS = 0.6              # a card is seen first: a double click is shorter
 MAX_RULINGS = 256               # calls whose checkpoints are remembered
-MAX_FORM_FIELDS = 256           # the arguments of a call, and a few
-SELDOM = ("said_at", "approved_digest")     # left out of a reply where empty
+MAX_FORM_FIELDS = 256           # the arguments of a call, and a few more
+SELDOM = ("said_at", "approved_digest")     # left out of a reply if empty
 
 
 class Route(NamedTuple):
@@ -4568,15 +4570,15 @@ class Principal(NamedTuple):
 
 
 class Missing(dict[str, str]):
-    """What was not sent reads as nothing."""
+    """A dict in which what was not sent reads as ""."""
 
     def __missing__(self, name: str) -> str:
         return ""
 
 
 class HttpRequest(NamedTuple):
-    """A request's head, and once it is admitted, who may ask what. The names
-    of headers are in lower case."""
+    """A request's head and, once it is admitted, its route and who sent it.
+    The names of headers are in lower case."""
 
     method: str = ""
     path: str = ""
@@ -4594,7 +4596,7 @@ class HttpRequest(NamedTuple):
 
     @property
     def by_button(self) -> bool:
-        """Whether a page's form sent this: then it is answered by a page."""
+        """Whether a page's form sent this, and so expects a page in answer."""
         return self.content_type == FORM and self.wants("text/html")
 
 
@@ -4622,7 +4624,7 @@ def parse_head(head: bytes) -> HttpRequest:
     if start is None:
         raise bad_head("malformed request line")
     if len(lines) > MAX_FIELDS:
-        raise Refusal("head-too-large", f"more than {MAX_FIELDS} fields")
+        raise Refusal("head-too-large", f"more than {MAX_FIELDS} header lines")
     headers = Missing()
     for line in lines:
         parts = FIELD.fullmatch(line)
@@ -4630,14 +4632,14 @@ def parse_head(head: bytes) -> HttpRequest:
             raise bad_head("malformed header line")
         name = parts[1].decode("ascii").lower()
         if name in headers and name in READ_ONCE:
-            raise bad_head(f"{name} comes twice")
+            raise bad_head(f"{name} appears twice")
         value = (parts[2] or b"").rstrip(b" \t").decode("latin-1")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     old = start[3] == b"0"              # HTTP/1.0
     if old:
         headers["expect"] = ""
     elif "host" not in headers:
-        raise bad_head("there is no Host")
+        raise bad_head("there is no Host header")
     if "transfer-encoding" in headers:
         raise Refusal("bad-request", "Transfer-Encoding is not accepted",
                       "send the body with a Content-Length")
@@ -4652,7 +4654,7 @@ def parse_head(head: bytes) -> HttpRequest:
 
 
 def pairs_in(data: bytes) -> Missing:
-    """What a query, or a form, says."""
+    """The names and values of a query or a form."""
     if not data:
         return Missing()
     from urllib.parse import parse_qsl
@@ -4673,7 +4675,7 @@ def route_of(http: HttpRequest) -> tuple[Route, str]:
         raise Refusal("no-such-route", "there is no such route", "see the README: "
                       "POST /pending, POST /approve/{request_id}, GET /")
     if http.method not in methods:
-        raise Refusal("wrong-method", f"{http.method} is not for this path",
+        raise Refusal("wrong-method", f"this path does not take {http.method}",
                       f"use {' or '.join(methods)}",
                       headers=f"Allow: {', '.join(methods)}\r\n")
     if "%" in name:                     # some clients send : as %3A
@@ -4690,9 +4692,9 @@ def route_of(http: HttpRequest) -> tuple[Route, str]:
 class Tokens(NamedTuple):
     """Who may sign in, as SHA-256 in hex: tokens themselves are not kept."""
 
-    agents: Mapping[str, str]       # by name; none at all: agents need none
+    agents: Mapping[str, str]       # by name; if empty, agents need no token
     named: Mapping[str, str]        # each reviewer's own
-    shared: str | None              # or one for any reviewer's name
+    shared: str | None              # or one that fits any reviewer's name
 
 
 def token_hash(token: str | bytes) -> str:
@@ -4707,8 +4709,8 @@ def fresh_token() -> str:
 
 
 def identify(authorization: str, tokens: Tokens) -> Principal | None:
-    """Whose credentials these are; None for nobody's. Digests are compared,
-    in constant time and as ASCII (compare_digest refuses other text)."""
+    """Whose credentials these are; None if nobody's. Digests are compared, in
+    constant time and as ASCII (compare_digest refuses other text)."""
     import base64
     from hmac import compare_digest
     scheme, _, value = authorization.partition(" ")
@@ -4735,8 +4737,8 @@ def identify(authorization: str, tokens: Tokens) -> Principal | None:
 
 
 def authority(text: str, scheme: str = "") -> tuple[str, str]:
-    """Host and port of a Host field, or of what follows an Origin's scheme,
-    whose own port is not written; ("", "") for anything else."""
+    """Host and port of a Host header, or of an Origin after its scheme, which
+    leaves out its default port; ("", "") for anything else."""
     found = re.fullmatch(HOST, text, re.ASCII)
     if found is None:
         return "", ""
@@ -4745,8 +4747,8 @@ def authority(text: str, scheme: str = "") -> tuple[str, str]:
 
 
 def check_origin(headers: Missing, url: str) -> None:
-    """Refusal where another site's page sent this (CSRF). Browsers say so in
-    Sec-Fetch-Site, older ones in Origin; a request with neither comes from no
+    """Refusal if another site's page sent this (CSRF). Browsers say so in
+    Sec-Fetch-Site, older ones in Origin; a request with neither is not from a
     browser. Behind a proxy the scheme that we see is not the page's."""
     own, origin = True, headers["origin"]
     if "sec-fetch-site" in headers:
@@ -4760,13 +4762,13 @@ def check_origin(headers: Missing, url: str) -> None:
     if not own:
         raise Refusal("cross-site", "another site's page sent this",
                       "decide on the page itself, opened at its own address; "
-                      "if that is the one you used, put it under [server] in "
+                      "if you did, put that address under [server] in "
                       'checkpoints.toml: public_url = "https://desk.example.org"')
 
 
 def check_host(host: str, url: str) -> None:
-    """Refusal for a name that is not ours, where no credentials are needed:
-    DNS rebinding needs a foreign name (CVE-2025-49596)."""
+    """Refusal for a host name that is not ours, where no credentials are
+    needed: DNS rebinding needs a foreign name (CVE-2025-49596)."""
     import ipaddress
     name, _ = authority(host)
     with contextlib.suppress(ValueError):
@@ -4775,7 +4777,7 @@ def check_host(host: str, url: str) -> None:
     if name != "localhost" and host.lower() != url.partition("://")[2].lower():
         raise Refusal(
             "wrong-host", f'this server is not "{visible(host[:200])}"',
-            "sign in with a token, or, if it is reached by that name, put under "
+            "sign in with a token or, if that is a name of this server, put under "
             "[server] in checkpoints.toml: public_url = "
             f'"http://{visible(host[:80])}"')
 
@@ -4790,10 +4792,10 @@ OPTIONAL_FIELDS = {
 PENDING_FIELDS = frozenset((
     *REQUIRED_FIELDS, *OPTIONAL_FIELDS, "arguments", "timeout_seconds", "digest",
     "attach", "edits"))
-TEXTS = OPTIONAL_FIELDS | {     # in any body: how many bytes at the most
+TEXTS = OPTIONAL_FIELDS | {     # in any body: the most bytes of each
     "action_description": MAX_DESCRIPTION, "reason": MAX_WHY, "text": MAX_WHY,
     "digest": 64, "claim": MAX_NAME, "shown_at": 40}
-OTHERS = {                      # what is not a text, what it must be, an example
+OTHERS = {                      # fields that are not texts: type, name, example
     "arguments": (dict, "an object", '{"name": value, ...}'),
     **dict.fromkeys(("attach", "edits", "handed_over"),
                     (bool, "true or false", "true"))}
@@ -4805,10 +4807,10 @@ def bad_field(name: str, must: str, cure: str = "") -> Refusal:
 
 
 def field(body: Mapping[str, Any], name: str, needed: bool = False) -> Any:
-    """A field of a body, if it is of its kind and not over its limit; None
-    where it is blank or left out, unless it is needed."""
+    """A field of a body, checked for its type and limit; None if it is blank
+    or left out, unless it is needed."""
     value = body.get(name)
-    kind, must, example = OTHERS.get(name, (str, "a text", '"..."'))
+    kind, must, example = OTHERS.get(name, (str, "a string", '"..."'))
     blank = kind is str and isinstance(value, str) and not value.strip()
     if (value is None or blank) and not needed:
         return None
@@ -4816,7 +4818,7 @@ def field(body: Mapping[str, Any], name: str, needed: bool = False) -> Any:
         raise bad_field(name, must, f'send "{name}": {example}')
     if isinstance(value, str) and len(value.encode()) > TEXTS[name]:
         raise Refusal("too-large", f'"{name}" is over {TEXTS[name]} bytes',
-                      "send less of it")
+                      "send less")
     return value
 
 
@@ -4825,7 +4827,7 @@ def reason_in(asks: Mapping[str, Any]) -> str | None:
 
 
 def number_in(query: Missing, name: str) -> float:
-    """A number of a query; 0 where it is left out."""
+    """A number in a query; 0 if it is left out."""
     text = query.get(name, "0")
     if not re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,9})?", text, re.ASCII):
         raise bad_field(name, "a number", f"ask for ?{name}=5")
@@ -4843,7 +4845,7 @@ def parse_body(http: HttpRequest, body: bytes) -> dict[str, Any]:
         value = parse_json(body)
     except ValueError as error:
         raise Refusal("bad-json", f"the body is not strict JSON: {error}",
-                      "send one JSON object, UTF-8") from None
+                      "send one JSON object, in UTF-8") from None
     if not isinstance(value, dict):
         raise Refusal("bad-json", "the body is not a JSON object",
                       'send {"name": value, ...}')
@@ -4852,15 +4854,15 @@ def parse_body(http: HttpRequest, body: bytes) -> dict[str, Any]:
 
 def asked_from(body: dict[str, Any], by: Principal, at: float,
                now: str) -> ReviewRequest:
-    """What POST /pending asks, checked field by field; Refusal with cure."""
-    # 1. all of what is required, and nothing unknown
+    """What POST /pending asks for, each field checked; Refusal with a cure."""
+    # 1. everything that is required, and nothing unknown
     for name in REQUIRED_FIELDS:
         if name not in body:
             raise Refusal("missing-field", f'"{name}" is missing',
-                          f"required are {', '.join(REQUIRED_FIELDS)}")
+                          f"required fields: {', '.join(REQUIRED_FIELDS)}")
     if extra := body.keys() - PENDING_FIELDS:
         raise Refusal("bad-field", f'unknown field "{visible(min(extra)[:80])}"',
-                      f"known are {', '.join(sorted(PENDING_FIELDS))}")
+                      f"known fields: {', '.join(sorted(PENDING_FIELDS))}")
     # 2. each field
     request_id, timeout = body["request_id"], body.get("timeout_seconds")
     if not isinstance(request_id, str) or not REQUEST_ID.fullmatch(request_id):
@@ -4873,7 +4875,7 @@ def asked_from(body: dict[str, Any], by: Principal, at: float,
     try:
         timestamp = parse_timestamp(body["timestamp"])
     except ValueError as error:
-        raise Refusal("bad-field", str(error), f'a time is like "{now}"') from None
+        raise Refusal("bad-field", str(error), f'for example "{now}"') from None
     if timeout is not None and (type(timeout) not in (int, float)
                                 or not 0 < timeout < MAX_YEARS * 31_557_600):
         raise bad_field(
@@ -4902,9 +4904,9 @@ def asked_from(body: dict[str, Any], by: Principal, at: float,
 
 
 def as_json_says(form: Mapping[str, str], arguments: str | None) -> dict[str, Any]:
-    """A page's form as the JSON that says the same: `remember` comes in two
-    fields, without seconds for null, and each argument in one: a text as it is
-    (with CR LF for a line break), another value as JSON."""
+    """A page's form as the JSON that says the same. `remember` comes in two
+    fields (null if the seconds are 0 or blank), each argument in one: a text
+    as it is (with CR LF for a line break), any other value as JSON."""
     asks: dict[str, Any] = dict(form)
     changed, name = json.loads(arguments or "{}"), "remember"
     try:
@@ -4920,18 +4922,18 @@ def as_json_says(form: Mapping[str, str], arguments: str | None) -> dict[str, An
                                  else parse_json(text))
                 asks["arguments"] = changed
     except ValueError as error:
-        raise bad_field(name, f"JSON: {error}", "only its values change") from None
+        raise bad_field(name, f"JSON: {error}", "change only its values") from None
     return asks
 
 
 # ---- the answers ----
 
-# Security headers, on every answer alike. No CORS, no cookie, ever.
+# Security headers, the same on every answer. No CORS, no cookie, ever.
 SECURITY = (
     # only the page's own style and script, by hash; nothing from elsewhere
     f"Content-Security-Policy: {CONTENT_POLICY}\r\n"
     "X-Content-Type-Options: nosniff\r\n"       # JSON is never read as HTML
-    "X-Frame-Options: DENY\r\n"                 # for what ignores the policy
+    "X-Frame-Options: DENY\r\n"         # for browsers that ignore the policy
     # not no-referrer: that makes a form's Origin "null" (seen in Chromium)
     "Referrer-Policy: same-origin\r\n"
     "Cross-Origin-Opener-Policy: same-origin\r\n"
@@ -4940,21 +4942,21 @@ SECURITY = (
 JSON, HTML = "application/json", "text/html; charset=utf-8"
 PROBLEM = "application/problem+json"
 FORM = "application/x-www-form-urlencoded"
-SIGN_IN = {         # how each kind is asked to, and the cure in words
+SIGN_IN = {         # the challenge for each kind, and the cure in words
     "agent": ('WWW-Authenticate: Bearer realm="hitl.py"\r\n',
-              "send -H 'Authorization: Bearer TOKEN', the HITL_AGENT_TOKEN "
-              "that serve has; where it has none, send no credentials"),
+              "send -H 'Authorization: Bearer TOKEN' with the HITL_AGENT_TOKEN "
+              "of serve; if it has none, send no credentials"),
     "reviewer": ('WWW-Authenticate: Basic realm="hitl.py", charset="UTF-8"\r\n',
                  "sign in as a reviewer: curl -u reviewer:TOKEN ...; serve "
                  "printed the token")}
 STORAGE_FAILED = Refusal(
     "storage-failed", "the database could not store this; none of it is kept",
-    "see to the disk and to other programs that write it, then send it again")
+    "check the disk, and other programs that write to it, then send this again")
 
 
 @functools.lru_cache(maxsize=64)
 def head_of(status: int, content_type: str, close: bool, second: int) -> bytes:
-    """The head of an answer, but for its length and what is its own."""
+    """The head of an answer, except for its own headers and its length."""
     from email.utils import formatdate
     from http import HTTPStatus
     return (f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
@@ -4966,8 +4968,8 @@ def head_of(status: int, content_type: str, close: bool, second: int) -> bytes:
 class Poll(NamedTuple):
     """An answer that waits until something changes."""
 
-    http: HttpRequest                   # asked again then; no request_id: anything
-    seconds: float                      # at most
+    http: HttpRequest           # run again then; without a request_id: any change
+    seconds: float              # at most
 
 
 class Desk:
@@ -4980,17 +4982,17 @@ class Desk:
         self.rules, self.rules_seen = rules, rules.digest       # serve's own
         self.admit = functools.lru_cache(maxsize=512)(self.judge)
         self.ruling = functools.lru_cache(maxsize=MAX_RULINGS)(self.find_ruling)
-        self.parked: Iterable[str] = ()       # what somebody waits for now
+        self.parked: Iterable[str] = ()       # request_ids that polls wait for
         self.polled_until: dict[str, float] = {}    # request_id -> monotonic
         store.desk_digest = self.ruling_digest
 
     @property
     def attended(self) -> set[str]:
-        """What somebody waits for: those of a parked poll or a recent one."""
+        """What somebody waits for, in a poll that is parked or was recent."""
         return {*self.parked, *self.polled_until}
 
     def rules_edited(self) -> bool:
-        """Whether the file has just become another than the one in use."""
+        """Whether the file has just changed, and is not the one in use."""
         before = self.rules_seen
         if self.rules.path:
             with contextlib.suppress(OSError):
@@ -5000,8 +5002,8 @@ class Desk:
 
     def close_overdue(self) -> bool:
         """Close requests past their deadline, approvals nobody claimed, and
-        what a stop rejects -> whether there is more of it. Raises what a
-        failing database does."""
+        what a stop rejects -> whether there may be more. Raises what a failing
+        database raises."""
         now, until = time.monotonic(), self.polled_until
         self.polled_until = {r: end for r, end in until.items() if end > now}
         overdue = self.store.overdue()
@@ -5012,10 +5014,10 @@ class Desk:
     # ---- who may do what ----
 
     def judge(self, data: bytes) -> HttpRequest:
-        """A head as a request, with its route and principal; Refusal unless
-        it may be answered. All of it is decided before a byte of the body is
-        read, and depends on nothing but these bytes: a client sends the same
-        head again and again, and admit() remembers the judgement."""
+        """A head as a request, with its route and principal; Refusal unless it
+        may be answered. All of this is decided before a byte of the body is
+        read, and depends on nothing but the head's bytes: a client sends the
+        same head again and again, and admit() remembers the verdict."""
         http = parse_head(data)
         route, request_id = route_of(http)
         posts = http.method == "POST"
@@ -5036,7 +5038,7 @@ class Desk:
         return http._replace(route=route, request_id=request_id, who=who)
 
     def principal(self, kind: str, headers: Missing) -> Principal:
-        """Who asks, if they are of the kind that the route belongs to (promise 5)."""
+        """Who asks, if of the kind that the route is for (promise 5)."""
         if kind == "anyone":
             return Principal("nobody", "")
         challenge, cure = SIGN_IN[kind]
@@ -5059,9 +5061,9 @@ class Desk:
 
     def find_ruling(self, named: str | None, tool: str | None, text: str | None
                     ) -> tuple[list[Checkpoint], bool]:
-        """The desk's own checkpoints for a call, the one that the agent names
-        and all that match, and whether it is a shell command. The strictest
-        counts: an agent does not choose its rules by naming them."""
+        """The desk's own checkpoints for a call (the one that the agent names,
+        and all that match), and whether the call is a shell command. The
+        strictest counts: an agent does not choose its rules by naming them."""
         call = tool or "", stored_json(text) or {}
         found = [each for each in self.rules.checkpoints
                  if each.checkpoint_id == named]
@@ -5089,8 +5091,8 @@ class Desk:
     # ---- answers ----
 
     def answer(self, http: HttpRequest, body: bytes) -> bytes | Poll:
-        """Run a route, inside a savepoint if it can change something. Whoever
-        asked is told only after the commit."""
+        """Run a route, inside a savepoint if it can change something. The
+        client is answered only after the commit."""
         try:
             if http.method == "POST":
                 return self.store.attempt(self.answered, http, body)
@@ -5101,11 +5103,11 @@ class Desk:
         except Exception:
             log.exception("a fault of ours in %s", http.route.answer)
             return self.problem(http, Refusal(
-                "internal", "a fault of ours; nothing was changed",
-                "the server's log has it"))
+                "internal", "a fault in the server; nothing was changed",
+                "see the server's log"))
 
     def answered(self, http: HttpRequest, body: bytes) -> bytes | Poll:
-        """A route's answer; a refusal is one, too, and keeps what changed."""
+        """A route's answer; a refusal is one, too, and undoes no change."""
         route: Callable[..., bytes | Poll] = getattr(self, http.route.answer)
         try:
             return route(http, parse_body(http, body) if http.method == "POST"
@@ -5130,7 +5132,7 @@ class Desk:
 
     def reply(self, http: HttpRequest, value: Any, status: int = 200,
               headers: str = "") -> bytes:
-        """A whole answer: a page, or what is said of a request, or JSON."""
+        """A whole answer: a page, the summary of a request, or any JSON."""
         kind = PROBLEM if status >= 400 else JSON
         if isinstance(value, Html):
             kind, text = HTML, str(value)
@@ -5144,7 +5146,7 @@ class Desk:
             headers.encode("latin-1", "replace"), len(body), body)
 
     def settled(self, http: HttpRequest, path: str, value: Any) -> bytes:
-        """What became of a reviewer's word; a page's form leads back to it."""
+        """What a reviewer's POST did; a page's form goes on to `path`."""
         if http.by_button:
             return self.reply(http, Html(), 303, f"Location: {path}\r\n")
         return self.reply(http, value)
@@ -5155,7 +5157,7 @@ class Desk:
         return said
 
     def shape_json(self, request: ReviewRequest) -> str:
-        """shape() as JSON; written out, since every poll takes this way."""
+        """shape() as JSON; written out for speed: every poll needs it."""
         members = [f'"{name}": {"null" if value is None else json_text(str(value))}'
                    for name, value in zip(SUMMARY, request, strict=False)
                    if value is not None or name not in SELDOM]
@@ -5206,7 +5208,7 @@ class Desk:
     # ---- the routes: what a reviewer decides ----
 
     def post_approve(self, http: HttpRequest, asks: dict[str, Any]) -> bytes:
-        """A decision, as JSON or from a page's form, which leads home."""
+        """A decision, as JSON or by a page's form, which leads to the desk."""
         if asks.get("decision") not in ("approved", "rejected"):
             raise Refusal("bad-decision", '"decision" must be "approved" or '
                           '"rejected"', 'send {"decision": "approved"} or '
@@ -5222,8 +5224,8 @@ class Desk:
                 status, refusal, self.view(http), asks.get("reason", "")), status)
 
     def decided(self, http: HttpRequest, asks: dict[str, Any]) -> ReviewRequest:
-        """The request, decided. A form says when it was shown: nobody decides
-        about a card that they cannot have seen."""
+        """The request, decided. A form says when its card was shown: nobody
+        can decide on a card before they can have read it."""
         request = self.store.request(http.request_id)
         shown_at = field(asks, "shown_at")
         if http.content_type == FORM:
@@ -5235,7 +5237,7 @@ class Desk:
             if not seen:
                 raise refused("too-fast", request)
             asks = as_json_says(asks, request.arguments)
-        # 1. may this reviewer decide it, and so?
+        # 1. may this reviewer decide it, and in this way?
         decision = Status(asks["decision"])
         offers = self.offers(request, http.who.name)
         if not offers.decidable:
@@ -5244,7 +5246,7 @@ class Desk:
         rejects = decision == Status.REJECTED
         if arguments is not None and (rejects or not offers.editable):
             raise refused("not-editable", request)
-        # 2. does the decision stand? A rejection does so by itself
+        # 2. does the decision stand? A rejection does by default
         bounds = None
         if asks.get("remember") is not None:
             bounds = bounds_from(asks["remember"], decision)
@@ -5252,7 +5254,7 @@ class Desk:
                 raise refused("not-remembered", request)
         elif rejects and offers.remember and "remember" not in asks:
             bounds = REJECTION_STANDS
-        # 3. it is decided
+        # 3. decide it
         return self.store.decide(
             http.request_id, decision, str(http.who), reason=reason_in(asks),
             signed_in=http.who.signed_in, shown_at=shown_at,
@@ -5279,7 +5281,7 @@ class Desk:
             "next": start + LISTED if len(rows) > LISTED else None})
 
     def get_changes(self, http: HttpRequest, asks: Missing) -> bytes | Poll:
-        """A page's poll: answered when anything is no longer as it was."""
+        """A page's poll: answered as soon as anything has changed."""
         wait = min(number_in(asks, "wait"), MAX_POLL_SECONDS)
         if number_in(asks, "after") == self.store.head.sequence and wait:
             return Poll(http._replace(query=Missing()), wait)
@@ -5315,7 +5317,7 @@ class Desk:
             self.store.reviewed(REVIEWED_CARDS).rows, start))
 
     def get_review(self, http: HttpRequest, asks: Missing) -> bytes:
-        """All about a request, as a page, or as JSON with those whose ids
+        """All about a request, as a page, or as JSON with the longer ids that
         begin with its own."""
         longer = self.store.beginning_with(http.request_id)
         try:
@@ -5331,7 +5333,7 @@ class Desk:
             "notices": self.told(request.request_id)})
 
     def get_history(self, http: HttpRequest, asks: Missing) -> bytes:
-        """What was reviewed, with all the words of `q`, of one `status`."""
+        """What was reviewed, with all words of `q` and with this `status`."""
         behind = re.fullmatch("([0-9TZ:.-]{24})_([0-9]{1,18})", asks["before"])
         before = (behind[1], int(behind[2])) if behind else None
         found = self.store.reviewed(HISTORY_ROWS, before, asks["q"], asks["status"])
@@ -5349,7 +5351,7 @@ class Desk:
                     stop=self.store.stop_in_force)
 
     def told(self, request_id: str) -> str:
-        """The mark of a request whose notices failed."""
+        """The mark on a request whose notices failed, else ""."""
         return notice_mark(self.store.notices_of(request_id))
 
     def get_healthz(self, http: HttpRequest, asks: Missing) -> bytes:
@@ -5361,35 +5363,35 @@ class Desk:
 # The listening socket: http.server's HTTPServer binds it, asyncio serves it.
 # Whole requests queue up. A turn takes them, reviewers' first, runs them in
 # one SQLite transaction, and answers only after its COMMIT: a group commit
-# without a second thread, no locks, no races. A waiting agent is a parked
+# without a second thread, locks or races. A waiting agent is a parked
 # connection, not a thread. A client that is slow, silent or greedy is dropped
 # when its time or its share is used up.
 
 
 class Limits(NamedTuple):
-    """What one client may cost the others, in seconds, bytes and numbers."""
+    """What clients may cost each other, in seconds, connections and bytes."""
 
     request_seconds: float = 15     # from a request's first byte to its last
-    idle_seconds: float = 75        # to take an answer, to send the next request
+    idle_seconds: float = 75        # to take an answer, or send the next request
     linger_seconds: float = 2       # to let a refused client read the refusal
     slow_seconds: float = 1         # before wrong credentials are answered
     handshake_seconds: float = 5    # for TLS
     drain_seconds: float = 5        # for the last answers when stopping
-    sweep_seconds: float = 0.25     # how often deadlines are looked at
-    connections: int = 8000         # file descriptors, and a page of memory
-    unread_bytes: int = 64 << 20    # of all requests that are not answered
+    sweep_seconds: float = 0.25     # how often deadlines are checked
+    connections: int = 8000         # each a file descriptor and a page of memory
+    unread_bytes: int = 64 << 20    # of all unanswered requests together
 
 
 LIMITS = Limits()
 TURN_SECONDS = 0.03             # then commit and answer, before more work
 BREAK_SECONDS = 0.001           # between turns: a reviewer's request may come in
-ACCEPTED = 64                   # connections in one round of asyncio
+ACCEPTED = 64                   # connections accepted in one round of asyncio
 BACKLOG = 1024                  # connections not accepted yet: a burst of agents
 
 
 class Connection:
-    """One client, as asyncio calls it (its Protocol): bytes in, whole
-    requests to the queue. One request at a time, so answers keep their order.
+    """One client, as asyncio's Protocol: bytes come in, whole requests go to
+    the queue. One request at a time, so answers keep their order.
     """
 
     __slots__ = ("loop", "transport", "inbox", "searched", "http", "poll", "timer",
@@ -5398,17 +5400,17 @@ class Connection:
     def __init__(self, loop: Loop) -> None:
         self.loop, self.inbox = loop, bytearray()
         self.searched = 0               # no head ends before this byte
-        self.http: HttpRequest | None = None    # its head is here
-        self.poll: Poll | None = None   # it is parked
+        self.http: HttpRequest | None = None    # once its head is here
+        self.poll: Poll | None = None   # while it is parked
         self.timer: Any = None          # of the poll
-        self.reading = True             # else what still comes in is discarded
+        self.reading = True             # if not, what still comes in is discarded
         self.answering = False          # it waits for an answer, or for TLS
         self.close_connection = False   # after the next answer
         self.trusted = False            # a reviewer signed in here
         self.lasts(loop.limits.request_seconds)
 
     def lasts(self, seconds: float) -> None:
-        """Unless something comes before that, sweep() drops it."""
+        """After this time sweep() drops it, unless something comes first."""
         self.until = self.loop.clock() + seconds
 
     # ---- what asyncio calls ----
@@ -5431,14 +5433,14 @@ class Connection:
         self.advance()
         self.loop.count_unread(len(data))
         if self.answering and len(self.inbox) > MAX_HEAD + 2 * MAX_BODY:
-            self.drop()                 # sends on and does not wait
+            self.drop()                 # it sends on without waiting for answers
 
     def eof_received(self) -> bool:
         self.close_connection = True    # an answer on its way is still given
         return self.answering and not (self.poll or self.loop.tls)
 
     def connection_lost(self, error: Exception | None) -> None:
-        """It is gone, and nothing is kept of it."""
+        """The client is gone, and nothing is kept of it."""
         self.loop.connections.pop(self, None)
         self.http, self.reading = None, False
         self.inbox.clear()
@@ -5450,7 +5452,7 @@ class Connection:
     resume_writing = pause_writing
 
     async def shake_hands(self) -> None:
-        """Put TLS between the socket and this."""
+        """Put TLS between the socket and this connection."""
         loop: Any = self.loop
         try:
             transport = await loop.asyncio_loop.start_tls(
@@ -5482,7 +5484,7 @@ class Connection:
             self.loop.turn_soon()
 
     def read_head(self) -> None:
-        """Take the next head off the inbox, if all of it is here; a request
+        """Take the next head out of the inbox, if all of it is here; a request
         that is not admitted is refused."""
         head = b""
         try:
@@ -5498,7 +5500,7 @@ class Connection:
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def next_head(self) -> bytes:
-        """The head that is here whole; b"" if none is. Only what is new is
+        """The next head, if all of it is here, else b"". Only new bytes are
         searched: a head may come byte by byte."""
         start = max(0, self.searched - 3)
         end = self.inbox.find(b"\r\n\r\n", start, MAX_HEAD + 4)
@@ -5519,8 +5521,8 @@ class Connection:
         return b""
 
     def refuse(self, head: bytes, refusal: Refusal) -> None:
-        """Answer a request that is not admitted; wrong credentials slowly,
-        but nobody is locked out: an agent could lock the reviewer out."""
+        """Answer a request that is not admitted, slowly if its credentials are
+        wrong. Nobody is locked out: an agent could lock out the reviewer."""
         self.reading, self.answering, self.close_connection = False, True, True
         self.inbox.clear()
         http, seconds = HttpRequest(), 0.0
@@ -5532,7 +5534,7 @@ class Connection:
             seconds, self.send, self.loop.desk.problem(http, refusal))
 
     def take(self) -> tuple[HttpRequest, bytes] | None:
-        """The request that is here whole; None once the client is gone."""
+        """The queued request and its body; None if the client is gone."""
         http, self.http = self.http, None
         if http is None:
             return None
@@ -5553,7 +5555,7 @@ class Connection:
         self.loop.waiters.setdefault(answer.http.request_id, {})[self] = None
 
     def unpark(self) -> Poll | None:
-        """Out of the table of polls -> its poll, if it had one."""
+        """Take it out of the table of polls -> its poll, if it had one."""
         poll, self.poll = self.poll, None
         if poll:
             self.timer.cancel()
@@ -5569,7 +5571,7 @@ class Connection:
             self.give(self.loop.desk.answer(poll.http, b""))
 
     def send(self, answer: bytes) -> None:
-        """Give the answer; then the next request, or the end."""
+        """Write the answer; then comes the next request, or the end."""
         connections, limits = self.loop.connections, self.loop.limits
         self.transport.write(answer)
         self.answering = False
@@ -5580,16 +5582,16 @@ class Connection:
             if self.inbox:
                 self.loop.asyncio_loop.call_soon(self.advance)
         elif not self.reading and self.transport.can_write_eof():
-            # more may be on its way: a close now would reset the connection,
-            # and the answer with it
+            # more may be on its way: to close now would reset the connection,
+            # and the answer would be lost
             self.lasts(limits.linger_seconds)
-            with contextlib.suppress(OSError):      # they have gone already
+            with contextlib.suppress(OSError):      # the client has gone already
                 self.transport.write_eof()
         else:
             self.transport.close()
 
     def drop(self) -> None:
-        """Let it go at once; only a parked poll is answered first."""
+        """Close it at once; only a parked poll is answered first."""
         if self.poll:
             self.close_connection = True
             self.release()
@@ -5610,7 +5612,7 @@ class Loop:
         self.limits, self.say = limits, say
         self.tls = tls                  # an ssl.SSLContext, or None
         self.notices: Notices | None = None
-        self.reports: deque[tuple[str, str, Answer]] = deque()  # what became of them
+        self.reports: deque[tuple[str, str, Answer]] = deque()  # of sent notices
         self.asyncio_loop = asyncio.new_event_loop()
         self.asyncio_loop.set_exception_handler(self.unexpected)
         self.clock = self.asyncio_loop.time
@@ -5621,7 +5623,7 @@ class Loop:
         desk.parked = self.waiters
         self.queues: tuple[deque[Connection], deque[Connection]] = (
             deque(), deque())           # whole requests: reviewers', agents'
-        self.unread_bytes = 0           # at most so many, see count_unread()
+        self.unread_bytes = 0           # an upper bound, see count_unread()
         self.turn_is_due = self.failing = False
 
     def serve_forever(self) -> None:
@@ -5643,7 +5645,7 @@ class Loop:
         self.asyncio_loop.call_soon_threadsafe(self.stopped.set)
 
     async def drain(self) -> None:
-        """Give the last answers, for a bounded time; then nobody is left."""
+        """Give the last answers, in a bounded time, and close everything."""
         import asyncio
         end = self.clock() + self.limits.drain_seconds
         while any(self.queues) and not self.fault and self.clock() < end:
@@ -5671,32 +5673,32 @@ class Loop:
     # ---- a turn ----
 
     def turn_soon(self) -> None:
-        """A turn, once all that is readable now has been read: two rounds of
-        asyncio, one to accept and one to read."""
+        """Take a turn once all that is readable now has been read: two rounds
+        of asyncio, one to accept and one to read."""
         if not self.turn_is_due:
             self.turn_is_due = True
             self.asyncio_loop.call_soon(self.asyncio_loop.call_soon, self.turn)
 
     def turn(self) -> None:
-        """Answer what is whole, in one transaction (promise 6)."""
+        """Answer the whole requests, in one transaction (promise 6)."""
         self.turn_is_due = False
         end = self.clock() + TURN_SECONDS
         self.desk.store.tick()
         answers: list[tuple[Connection, HttpRequest, bytes | Poll]] = []
-        # 1. run it, reviewers' first; nothing more once the turn is 30 ms old
+        # 1. run them, reviewers' first; no more once the turn is 30 ms old
         while any(self.queues) and self.clock() < end:
             connection = (self.queues[0] or self.queues[1]).popleft()
             if taken := connection.take():
                 answers.append((connection, taken[0], self.desk.answer(*taken)))
         self.record_notices()
-        # 2. commit; if it is not on disk, every answer becomes a 503
+        # 2. commit; if that fails, every answer becomes a 503
         changes = self.desk.store.commit()
         # 3. answer
         for connection, http, answer in answers:
             if changes is None:
                 answer = self.desk.problem(http, STORAGE_FAILED)
             connection.give(answer)
-        # 4. tell whoever waits for what changed; the rest, in another turn
+        # 4. wake whoever waits for what changed; the rest is for another turn
         self.tell(changes)
         if any(self.queues) or self.reports:
             self.turn_is_due = True
@@ -5723,19 +5725,19 @@ class Loop:
             self.say(text)
 
     def sweep(self) -> None:
-        """Four times a second: what is past its time ends."""
+        """Four times a second: end what is past its time."""
         now, more = self.clock(), False
         for connection in list(self.connections):
             if connection.until <= now and not connection.poll:
                 connection.drop()
         if self.desk.rules_edited():
             self.print_lines(["the configuration was edited since this desk "
-                              "started: start it again to use it"])
+                              "started: restart the desk to use it"])
         if not self.desk.store.still_there():
             self.fault = HitlError(
                 f"{self.desk.store.path} was deleted or replaced",
                 "what is written to it would be lost: put it back, or start "
-                "again with a new one")
+                "again with a new database")
             self.stop()
         self.desk.store.tick()
         try:
@@ -5752,7 +5754,7 @@ class Loop:
     # ---- notices ----
 
     def start_notices(self, channels: list[Channel], rules: Rules) -> None:
-        """Tell reviewers of what waits, and of what begins to."""
+        """Tell reviewers of what waits, and from now on of what begins to."""
         if not channels:
             return
         self.notices = Notices(channels, rules, self.url, self.report)
@@ -5762,11 +5764,11 @@ class Loop:
     def report(self, name: str, request_ids: list[str], answer: Answer) -> None:
         """What became of a notice, from any thread: a turn records it."""
         self.reports.extend((name, each, answer) for each in request_ids)
-        with contextlib.suppress(RuntimeError):     # it has ended: still owed
+        with contextlib.suppress(RuntimeError):     # the loop has ended: still owed
             self.asyncio_loop.call_soon_threadsafe(self.turn_soon)
 
     def record_notices(self) -> None:
-        """The rows of what became of notices, for a fifth of a turn."""
+        """Log what became of notices, for at most a fifth of a turn's time."""
         store, end = self.desk.store, self.clock() + TURN_SECONDS / 5
         while self.reports and self.clock() < end:
             name, request_id, answer = self.reports.popleft()
@@ -5779,11 +5781,11 @@ class Loop:
             except (Refusal, sqlite3.Error) as error:   # told again after a restart
                 log.error("a notice cannot be recorded: %s", error)
 
-    # ---- when there is too much of it ----
+    # ---- when there is too much ----
 
     def make_room(self) -> None:
-        """Where there are too many connections, let the oldest of the larger
-        group go, parked or not; a signed-in reviewer's is never pushed out."""
+        """If there are too many connections, drop the oldest of the larger
+        group, the parked or the others; never a signed-in reviewer's."""
         most = self.limits.connections
         if len(self.connections) <= most:
             return
@@ -5794,8 +5796,8 @@ class Loop:
             oldest.drop()
 
     def count_unread(self, size: int) -> None:
-        """Count what came in. What is not answered shares a limit: above it
-        the oldest go until half is left, but no reviewer."""
+        """Count what came in. All unanswered requests share one limit: above
+        it the oldest are dropped until half is left, never a reviewer's."""
         self.unread_bytes += size
         if self.unread_bytes <= self.limits.unread_bytes:
             return
@@ -5814,8 +5816,8 @@ def open_desk(host: str, port: int, store: Store, tokens: Tokens,
               *, rules: Rules | None = None, tls: Any = None,
               limits: Limits = LIMITS) -> Loop:
     """A desk that listens; OSError if the port is taken. http.server is
-    imported here, because a gate does not need it: HTTPServer owns the
-    socket, BaseHTTPRequestHandler's class is the handler of a connection."""
+    imported here, because a gate does not need it: HTTPServer makes the
+    socket; the handler is a formality, as asyncio serves the connections."""
     import socket
     from http.server import BaseHTTPRequestHandler, HTTPServer
     from socketserver import TCPServer
@@ -5823,7 +5825,7 @@ def open_desk(host: str, port: int, store: Store, tokens: Tokens,
         "address_family": socket.AF_INET6 if ":" in host else socket.AF_INET,
         "allow_reuse_address": os.name == "posix",
         # HTTPServer's own asks DNS for our name: half a minute where DNS is dead,
-        # and air-gapped is where this runs
+        # as on the air-gapped hosts that this runs on
         "server_bind": TCPServer.server_bind})
     own = server((host, port), BaseHTTPRequestHandler).socket
     own.setblocking(False)

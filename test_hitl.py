@@ -2041,8 +2041,8 @@ def test_a_decision_is_recorded_with_its_reviewer(store):
     there = store.request("r-1")
     assert (there.decided_by, there.decided_at, there.reason, there.signed_in
             ) == ("reviewer:ana", store.now, "no", "token")
-    with pytest.raises(hitl.Refusal, match="this request is rejected by ana "
-                       f"since {there.decided_at}"):
+    with pytest.raises(hitl.Refusal, match="this request was rejected by ana "
+                       f"at {there.decided_at}"):
         store.decide("r-1", hitl.Status.APPROVED, "reviewer:bob")
     play(store, "ask:9 +9 sweep", "r-2")
     assert store.db.execute("SELECT event, actor FROM audit_log").fetchall(
@@ -2661,12 +2661,12 @@ def test_one_server_a_database(every):
     every.chmod(0o600)                  # the others have its mode
     first = hitl.open_store(every, Clock())
     assert first.db.execute("PRAGMA synchronous").fetchone() == (2,)     # FULL
-    with pytest.raises(hitl.ConfigError, match="another server runs"):
+    with pytest.raises(hitl.ConfigError, match="another server uses"):
         hitl.open_store(every)               # must not drop the first one's lock
     other = command("serve", "--port", "0", "--database", str(every),
                     seconds=20, HITL_REVIEWER_TOKEN=REVIEWER_TOKEN)
     assert other.returncode == 2, other.stderr
-    assert f"{every}: another server runs on this database" in other.stderr
+    assert f"{every}: another server uses this database" in other.stderr
     assert act(first, "ask") == "waiting"
     modes = {path.name: path.stat().st_mode & 0o777
              for path in every.parent.glob("hitl.db*")}
@@ -2689,7 +2689,7 @@ def test_one_lock_whatever_name_leads_to_the_database(tmp_path, every):
         it = hitl.open_store(first)
         assert it.path == names[0] and names[0].is_file()
         for second in names:
-            with pytest.raises(hitl.ConfigError, match="another server runs"):
+            with pytest.raises(hitl.ConfigError, match="another server uses"):
                 hitl.open_store(second)
         it.close()
 
@@ -3736,7 +3736,7 @@ def test_every_refusal_says_the_cure(desk, monkeypatch):
     for name in four():
         refused("missing-field", "/pending", "", {
             k: v for k, v in four().items() if k != name}, (),
-            "required are " + ", ".join(four()))
+            "required fields: " + ", ".join(four()))
     for case in (
             ("bad-request", "/approve/no", r, b"a=\xff", form),
             ("bad-json", "/pending", "", b"[1]"),
@@ -4034,7 +4034,7 @@ def test_what_serve_prints(serve, tmp_path):
                     SSH_CONNECTION="198.51.100.1 5000 192.0.2.7 22")
     token = re.fullmatch(r"http://reviewer:([\w-]{43})@127\.0\.0\.1:"
                          f"{served.port}/", served.link)[1]
-    assert "another server runs" in serve(HITL_REVIEWER_TOKEN=R)[1]
+    assert "another server uses" in serve(HITL_REVIEWER_TOKEN=R)[1]
     rules.write_text(RULES + "\n")
     assert served.said(".* the configuration was edited since .*")
     served.agent().exchange("POST", "/pending", four(), seconds=10)
