@@ -2356,7 +2356,7 @@ class Store:
             self.db.execute("RELEASE request")
             return result
         except BaseException as error:
-            self.spoilt = True          # unless this request can be undone
+            self.spoilt = True          # unless its changes can be undone
             if self.db.in_transaction and not isinstance(
                     error, sqlite3.OperationalError):
                 self.db.execute("ROLLBACK TO request")
@@ -2376,7 +2376,7 @@ class Store:
                     self.db.execute("COMMIT")
                 return news
         self.spoilt = True
-        with contextlib.suppress(sqlite3.Error):    # then in a later turn
+        with contextlib.suppress(sqlite3.Error):    # or a later turn does it
             if self.db.in_transaction:
                 self.db.execute("ROLLBACK")
             self.reread()
@@ -2581,8 +2581,7 @@ class Store:
 
     def overdue(self) -> list[ReviewRequest]:
         """What close_overdue() should close: requests past their deadline (all
-        that wait, during a stop), and approvals that nobody claimed in
-        time."""
+        that wait, during a stop), and approvals not claimed in time."""
         waiting = ["WHERE status = 'waiting' AND deadline <= ? LIMIT ?", self.now]
         if self.stop_in_force:
             waiting = ["WHERE status = 'waiting' LIMIT ?"]
@@ -2997,7 +2996,7 @@ def check_ours(db: sqlite3.Connection, path: Path) -> None:
 
 
 def settings(db: sqlite3.Connection, path: Path) -> None:
-    """Have commits on disk when they return, and readers never wait."""
+    """Each commit is on disk when it returns, and readers never wait."""
     if db.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
         raise bad_database(path, "this file system cannot hold it (no WAL)",
                            "put the database on a local disk")
@@ -3180,7 +3179,7 @@ class Job(NamedTuple):
 
 def notice_fields(requests: list[ReviewRequest], desk_url: str, waiting: int
                   ) -> dict[str, Any]:
-    """All that a message can say about requests that come newest last."""
+    """All that a message can say about these requests; the newest is last."""
     names = {}
     for column in ("tool", "agent", "checkpoint_id", "category"):
         values = {getattr(request, column) or "" for request in requests}
@@ -4211,7 +4210,7 @@ def desk_page(view: View, waiting: list[ReviewRequest], count: int,
 
 
 def fitting(waiting: list[ReviewRequest]) -> list[ReviewRequest]:
-    """The first of these, up to PAGE_BYTES; large ones are links, and free."""
+    """The first ones, up to PAGE_BYTES; large ones (links) do not count."""
     room, fit = PAGE_BYTES, []
     for request in waiting:
         if request.size <= LARGE_BYTES:
@@ -5516,7 +5515,7 @@ class Connection:
                           "bytes", "send fewer or shorter headers")
         if NOT_HTTP.search(self.inbox, start):
             raise bad_head("this is not HTTP, or its lines do not end in "
-                           "CR LF (https is for a proxy in front)")
+                           "CR LF (https needs tls_certificate, or a proxy)")
         self.searched = len(self.inbox)
         return b""
 
