@@ -2946,7 +2946,7 @@ def test_log_verify_says_whole_or_where(every, unlocked):
     assert status == 1 and "is not in the log: its end was cut" in out
     unlocked.execute("UPDATE audit_log SET at = at || '0' WHERE sequence = 3")
     status, out = log_of(every, "--verify")
-    assert status == 1 and out.startswith("FAULT audit row 3 was changed")
+    assert status == 1 and out.startswith("FAULT audit row 3, about \"edited\", was changed")
     assert "damaged or edited" in out and "--head" in out
     assert log_of(every.with_name("none")) == log_of(every.parent) == (2, "")
     unlocked.execute("PRAGMA user_version = 1")
@@ -7632,7 +7632,7 @@ def test_a_typed_reason_is_never_lost(make_desk, look):
     desk.decide("r-1", "rejected")
     page.click("#decide-r-1 .approve")
     assert said(1, "rejected by ana", "You had typed: because 1",
-                "Not decided: this request is rejected by ana")
+                "Not decided: this request was rejected by ana")
     page.run("refresh = real")
     desk.stop()
     page.click("#decide-r-2 .reject")
@@ -7888,7 +7888,7 @@ def test_list_show_approve_reject(desk):
     assert [row["request_id"] for row in rows] == [long_id, "abc-1", "abc"]
     done = typed(desk, "approve", long_id)
     assert done.status == 1 and done.err.startswith(
-        "hitl: error: this request is rejected by ana since ")
+        "hitl: error: this request was rejected by ana at ")
 
 
 def test_what_is_alike_is_told_apart(desk):
