@@ -2946,7 +2946,8 @@ def test_log_verify_says_whole_or_where(every, unlocked):
     assert status == 1 and "is not in the log: its end was cut" in out
     unlocked.execute("UPDATE audit_log SET at = at || '0' WHERE sequence = 3")
     status, out = log_of(every, "--verify")
-    assert status == 1 and out.startswith("FAULT audit row 3, about \"edited\", was changed")
+    assert status == 1 and out.startswith(
+        'FAULT audit row 3, about "edited", was changed')
     assert "damaged or edited" in out and "--head" in out
     assert log_of(every.with_name("none")) == log_of(every.parent) == (2, "")
     unlocked.execute("PRAGMA user_version = 1")
