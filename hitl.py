@@ -5994,7 +5994,7 @@ def answer_until(end: float, sock: Any, **how: Any) -> Any:
 CONTEXT_NODES = 200_000         # values in a context; the rest are left out
 KEPT = 64 * 1024                # characters sent of each end, if it is too large
 EDGE = 4096                     # characters beyond, so that no secret is cut in two
-BETWEEN = "\n\x1f"              # joins the texts of a list, masked as one text
+BETWEEN = "\n\x1f"              # joins the texts of a list, to mask them as one
 
 
 def cut(text: str, size: int) -> str:
@@ -6605,9 +6605,9 @@ class Held:
     # ---- 3 wait ----
 
     def wait(self) -> None:
-        """Return once the request no longer waits, after long polls, which the
-        server answers the moment a person decides. While the server is away,
-        keep trying until the deadline."""
+        """Long-poll until the request no longer waits; the server answers the
+        moment a person decides. While it is away, keep trying until the
+        deadline."""
         if self.state.status != Status.WAITING:
             return
         said = time.monotonic()
@@ -7013,7 +7013,7 @@ class Gate:
             return error.told
         answer = self.on_reject(error.told)
         if isinstance(answer, Exception):
-            raise answer from None      # its cause would show more than that
+            raise answer from None      # the cause would show the hint too
         return answer
 
     @overload
@@ -7117,7 +7117,7 @@ class Dialect(NamedTuple):
     approved: Json              # what to answer, exactly
     rejected: Json
     seconds: float              # the deadline without --deadline
-    shows_errors: bool = False  # if printed as `rejected`; if not, exit with 2
+    shows_errors: bool = False  # errors are printed as `rejected`; else exit with 2
     longest: float = DAY - 5    # how long its agent waits at most
 
 
@@ -7587,7 +7587,7 @@ class Proxy:
 
     async def run_held(self, message: Json, held: Held, call: str) -> None:
         """1 send what was approved (promise 2), 2 pass the answer on, with what
-        a reviewer changed as its first content, 3 report it."""
+        a reviewer changed as its first content, 3 report how it ended."""
         reply = self.replies[json.dumps(message["id"])] = self.loop.create_future()
         params = {name: value for name, value in message["params"].items()
                   if name in PARAMS} | {"arguments": held.arguments}
@@ -8463,8 +8463,8 @@ def rule_doubts(rules: Rules) -> Iterator[str]:
 
 
 def covers(above: Checkpoint, rule: Checkpoint) -> bool:
-    """Whether one checkpoint plainly matches all that another does: they have
-    the same pattern, or the other's is a name that a simple pattern finds."""
+    """Whether one checkpoint plainly matches all that another does: both have
+    the same pattern, or a simple one finds the other, which is a name."""
     if above.effect == "allow" or above.arguments or above.kind != rule.kind:
         return False
     wide, narrow = above.action_pattern, rule.action_pattern
@@ -8512,8 +8512,8 @@ def cmd_check(args: Any) -> int:
 
 
 def replay(args: Any, configuration: Configuration) -> int:
-    """Try today's rules on the stored requests: which would end differently?
-    Paths in them are relative to this folder."""
+    """Try today's rules on the stored requests, to see which would end
+    differently. Paths in them are relative to this folder."""
     path = server_settings(args, configuration)["database"]
     changed, counts = [], Counter(dict.fromkeys(
         ("as before", "would no longer wait", "denied", "by another checkpoint"), 0))
