@@ -2291,7 +2291,7 @@ class Store:
         self.lock.close()
 
     def identities(self) -> list[tuple[int, int]]:
-        """(device, inode) of the files that now are the database and -wal."""
+        """(device, inode) of the files now named as the database and its -wal."""
         found = os.stat(self.path), os.stat(f"{self.path}-wal")
         return [(file.st_dev, file.st_ino) for file in found]
 
@@ -2567,7 +2567,7 @@ class Store:
 
     def finish(self, request_id: str, claim: str, outcome: Outcome,
                text: str, by: str) -> ReviewRequest:
-        """Record what became of a claimed call; to repeat it is no error."""
+        """Record what became of a claimed call; this may be repeated."""
         request = self.request(request_id, by)
         if request.claim is None or request.claim != claim:
             raise refused("not-claimed", request)
@@ -4874,7 +4874,7 @@ def asked_from(body: dict[str, Any], by: Principal, at: float,
     try:
         timestamp = parse_timestamp(body["timestamp"])
     except ValueError as error:
-        raise Refusal("bad-field", str(error), f'for example "{now}"') from None
+        raise Refusal("bad-field", str(error), f'write it as "{now}"') from None
     if timeout is not None and (type(timeout) not in (int, float)
                                 or not 0 < timeout < MAX_YEARS * 31_557_600):
         raise bad_field(
@@ -4991,7 +4991,7 @@ class Desk:
         return {*self.parked, *self.polled_until}
 
     def rules_edited(self) -> bool:
-        """Whether the file has just changed, and is not the one in use."""
+        """Whether the file has just changed, and differs from the one in use."""
         before = self.rules_seen
         if self.rules.path:
             with contextlib.suppress(OSError):
