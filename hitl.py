@@ -2291,7 +2291,7 @@ class Store:
         self.lock.close()
 
     def identities(self) -> list[tuple[int, int]]:
-        """(device, inode) of the files now named as the database and its -wal."""
+        """(device, inode) of the files that have these two names now."""
         found = os.stat(self.path), os.stat(f"{self.path}-wal")
         return [(file.st_dev, file.st_ino) for file in found]
 
@@ -2656,7 +2656,7 @@ class Store:
 
     def stop(self, by: str, reason: str | None,
              signed_in: str | None = None) -> Standing:
-        """Refuse everything until this is lifted; there is one stop at most."""
+        """Refuse everything until this is lifted; only one stop at a time."""
         return self.stop_in_force or self.keep("stopped", Standing(
             0, "stopped", by, self.now, reason=reason, signed_in=signed_in))
 
@@ -3568,11 +3568,11 @@ class Notices:
 
 # ================================== Pages ==================================
 # What the reviewer sees: the only HTML, made by pure functions from rows.
-# Templates are HTML that a designer could read. fill() escapes every value that
-# is not Html already, after visible() has shown what cannot be seen (promise 7).
-# A request is one line that opens to everything about it: what will run, who
-# asks, what the agent says about it, and the buttons. Where there are buttons,
-# nothing of what will run is cut. The page works without its script.
+# Templates are HTML that a designer could read. fill() escapes every value
+# that is not Html yet, after visible() has shown what cannot be seen (promise
+# 7). A request is one line that opens to everything about it: what will run,
+# who asks, what the agent says about it, and the buttons. Where there are
+# buttons, nothing of what will run is cut. The page works without its script.
 
 HISTORY_ROWS = 100              # on one page of the history
 PAGE_CARDS = 100                # waiting requests on the page at once
@@ -4991,7 +4991,7 @@ class Desk:
         return {*self.parked, *self.polled_until}
 
     def rules_edited(self) -> bool:
-        """Whether the file has just changed, and differs from the one in use."""
+        """Whether the file has just changed, and is not what is in use now."""
         before = self.rules_seen
         if self.rules.path:
             with contextlib.suppress(OSError):
@@ -5446,7 +5446,7 @@ class Connection:
         self.unpark()
 
     def pause_writing(self) -> None:
-        """An answer is written whole; sweep() drops a client that does not take it."""
+        """Answers are written whole; sweep() drops whoever does not take one."""
 
     resume_writing = pause_writing
 
@@ -5823,7 +5823,7 @@ def open_desk(host: str, port: int, store: Store, tokens: Tokens,
     server: Any = type("Server", (HTTPServer,), {
         "address_family": socket.AF_INET6 if ":" in host else socket.AF_INET,
         "allow_reuse_address": os.name == "posix",
-        # HTTPServer's own asks DNS for our name: half a minute where DNS is dead,
+        # HTTPServer's own asks DNS for our name: half a minute if DNS is dead,
         # as on the air-gapped hosts that this runs on
         "server_bind": TCPServer.server_bind})
     own = server((host, port), BaseHTTPRequestHandler).socket
