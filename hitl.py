@@ -2291,7 +2291,7 @@ class Store:
         self.lock.close()
 
     def identities(self) -> list[tuple[int, int]]:
-        """(device, inode) of the files that have these two names now."""
+        """(device, inode) of the database and its -wal, as they are now."""
         found = os.stat(self.path), os.stat(f"{self.path}-wal")
         return [(file.st_dev, file.st_ino) for file in found]
 
@@ -5446,7 +5446,7 @@ class Connection:
         self.unpark()
 
     def pause_writing(self) -> None:
-        """Answers are written whole; sweep() drops whoever does not take one."""
+        """Answers are written whole; sweep() drops whoever takes none."""
 
     resume_writing = pause_writing
 
