@@ -2703,7 +2703,7 @@ class Store:
             return
         why = f": {stop.reason}" if stop.reason else ""
         raise Refusal(
-            "stopped", f"{stop.made_by.partition(':')[2]} stopped everything "
+            "stopped", f"{person(stop.made_by)} stopped everything "
             f"at {stop.made_at}{why}", "nothing is asked, approved or run "
             f"until a reviewer lifts it: python3 hitl.py lift {stop.number}")
 
@@ -8166,8 +8166,8 @@ def request_lines(request: dict[str, Any]) -> Iterator[str]:
             label = f'"{label}"'        # or it could look like a bar or an end
         yield labelled(label, text, size)
     if approved:
-        who = request["decided_by"].partition(":")[2]
-        changes = changes_in_words(who, canonical(asked), approved)
+        changes = changes_in_words(person(request["decided_by"]),
+                                   canonical(asked), approved)
         yield labelled("(edited)", visible(changes))
     yield "  who asks, and what is known:"
     for name in ("agent", "asked_by", "checkpoint_id", "why", "received_at",
@@ -8783,7 +8783,7 @@ def standing_line(row: dict[str, Any]) -> str:
     if row["request_id"] is None:
         what = "everything"
     words = (f"{row['number']} {row['decision']}: {what}, by "
-             f"{row['made_by'].partition(':')[2]} since {row['made_at']}")
+             f"{person(row['made_by'])} since {row['made_at']}")
     if row["until"]:
         words += f" until {row['until']}"
     if row["uses"]:
@@ -8832,7 +8832,8 @@ def cmd_log(args: Any) -> int:
                     line = json.dumps(row._asdict())
                 say(line)
     except (sqlite3.DatabaseError, ValueError, LookupError, TypeError) as error:
-        say(f"FAULT {path}: {visible(str(error))}")
+        fault = f"{path}: {visible(str(error))}"
+        answer(args, {"faults": [fault]}, [f"FAULT {fault}"])
         return 1
     return 0
 

@@ -2950,6 +2950,11 @@ def test_log_verify_says_whole_or_where(every, unlocked):
         'FAULT audit row 3, about "edited", was changed')
     assert "damaged or edited" in out and "--head" in out
     assert log_of(every.with_name("none")) == log_of(every.parent) == (2, "")
+    other = every.with_name("other")
+    other.write_text("not a database, but as long as the header of one" * 50)
+    status, out = log_of(other, "--verify")
+    assert status == 1 and out == f"FAULT {other}: file is not a database\n"
+    assert json.loads(log_of(other, "--json")[1]) == {"faults": [out[6:-1]]}
     unlocked.execute("PRAGMA user_version = 1")
     assert log_of(every, "--verify") == (2, "")     # 1.0 reads its own
 
