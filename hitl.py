@@ -562,14 +562,17 @@ LENIENT = json.JSONDecoder(object_pairs_hook=both_members, strict=False)
 
 
 def read_json(text: str) -> Any:
-    """The value of a text that some reader could take for JSON; None for
-    other text; ValueError if it is nested too deep."""
+    """What a text says if some reader could take it for JSON, or for JSON
+    inside JSON; other text as it is; ValueError if it is nested too deep."""
+    value: Any = text
     try:
-        return LENIENT.decode(text)
+        while isinstance(value, str):
+            value = LENIENT.decode(value)
     except RecursionError:
         raise ValueError(TOO_DEEP) from None
     except ValueError:
-        return None
+        pass                            # plain text
+    return value
 
 
 PLAIN_TYPES = frozenset((str, int, float, bool, type(None)))
@@ -684,7 +687,6 @@ def kind_of(c: str) -> str:
     return "m" if upon else "c"         # combining class 1 strikes a letter out
 
 
-@functools.lru_cache(maxsize=256)       # words recur
 def shown(text: str) -> str:
     """A run of characters that are not plain, as visible() shows it."""
     told = ""
@@ -703,10 +705,15 @@ def shown(text: str) -> str:
     return told
 
 
+shown_word = functools.lru_cache(maxsize=256)(shown)     # words recur
+
+
 def visible(text: str, unclear: re.Pattern[str] = NOT_PLAIN) -> str:
     """The text in a form that can be trusted: printable, on one line, and
     different for every different text."""
-    return unclear.sub(lambda word: shown(word[0]), text)
+    def show(run: re.Match[str]) -> str:
+        return shown_word(run[0]) if len(run[0]) <= 40 else shown(run[0])
+    return unclear.sub(show, text)
 
 
 def visible_lines(text: str) -> str:
@@ -956,7 +963,7 @@ def command_of(value: Any) -> str | None:
     """A command as one text: a list of words (an argv, some commands) is
     joined, even if it comes as JSON; None for anything else."""
     if isinstance(value, str) and value.lstrip().startswith("["):
-        value = read_json(value) or value
+        value = read_json(value)
     if isinstance(value, (list, tuple)) and all(
             isinstance(item, str) for item in value):
         return " ".join(value)
@@ -1105,7 +1112,7 @@ class Call:
                      if key in known and isinstance(value, str) and value]
             for tool, value in itertools.product(tools, given or [members]):
                 if isinstance(value, str):
-                    value = read_json(value) or value
+                    value = read_json(value)
                 if not isinstance(value, Mapping):
                     value = {"input": value}
                 yield Call(tool, value, self.cwd)
@@ -1224,9 +1231,15 @@ class Call:
 
 def arguments_limit(tool: str | None, arguments: Mapping[str, Any]) -> int:
     """How many bytes of arguments a call may have: more for an edit, which
-    holds a file's new text."""
-    edits = Call(tool or "", arguments).texts("edit")
-    return MAX_EDITED if edits else MAX_ARGUMENTS
+    holds a file's new text. Told from names alone: the desk asks this too, and
+    looks up no path that an agent names."""
+    with contextlib.suppress(ValueError):       # too much to look through
+        if has_word("edit", tool or "") and any(
+                texts_of(arguments, PATHS | PATCHES)):
+            return MAX_EDITED
+        if any("apply_patch" in text for text in texts_of(arguments, COMMANDS)):
+            return MAX_EDITED
+    return MAX_ARGUMENTS
 
 
 # ---- the decision ----
@@ -2617,12 +2630,14 @@ class Store:
         under a checkpoint that neither side has edited since."""
         if self.stands_until <= self.now:       # the usual case costs nothing
             return None
-        return next(standing_rows(
+        rows = standing_rows(
             self.db, f"WHERE {IN_FORCE} AND digest = ? AND checkpoint_id IS ? "
-            "AND checkpoint_digest IS ? AND session = ? AND principal = ? AND "
-            "desk_digest IS ? ORDER BY decision = 'approved', number", self.now,
-            asked.digest, asked.checkpoint_id, asked.checkpoint_digest,
-            asked.session, asked.asked_by, self.desk_digest(asked)), None)
+            "AND checkpoint_digest IS ? AND session = ? AND principal = ? "
+            "ORDER BY decision = 'approved', number", self.now, asked.digest,
+            asked.checkpoint_id, asked.checkpoint_digest, asked.session,
+            asked.asked_by)
+        return next((row for row in rows        # the digest costs: last
+                     if row.desk_digest == self.desk_digest(asked)), None)
 
     def used(self, standing: Standing) -> int:
         """How many requests a standing decision has answered."""
@@ -2745,12 +2760,13 @@ class Store:
         turn: Counter[Any] = Counter()
         by_agent, by_credential = [], []
         for due, number, request_id, asked_by, agent in sorted(rows):
-            turn[asked_by, agent] += 1
-            by_agent.append((turn[asked_by, agent], due, number, request_id, asked_by))
-        for _, due, number, request_id, asked_by in sorted(by_agent):
-            turn[asked_by] += 1
-            by_credential.append((request_id not in attended, turn[asked_by], due,
-                                  number))
+            alone = request_id not in attended
+            turn[alone, asked_by, agent] += 1
+            by_agent.append((turn[alone, asked_by, agent], due, number, alone,
+                             asked_by))
+        for _, due, number, alone, asked_by in sorted(by_agent):
+            turn[alone, asked_by] += 1
+            by_credential.append((alone, turn[alone, asked_by], due, number))
         by_credential.sort()
         return self.by_number([number for *_, number in
                                by_credential[skip:skip + limit]])
@@ -3331,8 +3347,9 @@ class Channel:
         self.hanging = [each for each in self.hanging if each.is_alive()]
         if len(self.hanging) < MAX_HANGING:
             self.hanging.append(thread)
-            thread.start()
-            thread.join(self.pace.patience)
+            with contextlib.suppress(RuntimeError):     # no thread is to be had
+                thread.start()
+                thread.join(self.pace.patience)
         answer = answers[-1]        # a program is never started again
         return answer._replace(again=answer.again and not self.entry["command"])
 
@@ -4981,6 +4998,8 @@ class Desk:
         self.rules, self.rules_seen = rules, rules.digest       # serve's own
         self.admit = functools.lru_cache(maxsize=512)(self.judge)
         self.ruling = functools.lru_cache(maxsize=MAX_RULINGS)(self.find_ruling)
+        self.has_limits = any(c.reviewers or c.editable or not c.remember
+                              for c in rules.checkpoints)
         self.parked: Iterable[str] = ()       # request_ids that polls wait for
         self.polled_until: dict[str, float] = {}    # request_id -> monotonic
         store.desk_digest = self.ruling_digest
@@ -5060,14 +5079,16 @@ class Desk:
 
     def find_ruling(self, named: str | None, tool: str | None, text: str | None
                     ) -> tuple[list[Checkpoint], bool]:
-        """The desk's own checkpoints for a call (the one that the agent names,
-        and all that match), and whether the call is a shell command. The
-        strictest counts: an agent does not choose its rules by naming them."""
+        """The desk's own checkpoints for a call (the one that the agent names
+        and, if any of them limits decisions, all that match), and whether the
+        call is a shell command. The strictest counts: an agent does not choose
+        its rules by naming them."""
         call = tool or "", stored_json(text) or {}
         found = [each for each in self.rules.checkpoints
                  if each.checkpoint_id == named]
-        return [*found, *self.rules.all_holding(*call)], bool(
-            Call(*call).texts("shell"))
+        if self.has_limits:             # matching costs, and an agent writes
+            found += self.rules.all_holding(*call)      # what is matched
+        return found, bool(Call(*call).texts("shell"))
 
     def ruling_digest(self, request: ReviewRequest) -> str | None:
         """The digest of the desk's own checkpoints for a call: a standing
@@ -5289,7 +5310,7 @@ class Desk:
     def get_standing(self, http: HttpRequest, asks: Missing) -> bytes:
         rows = self.store.standing()
         if not http.wants(JSON):
-            calls = {row.request_id: self.store.request(row.request_id)
+            calls = {row.request_id: self.store.request(row.request_id, columns=BRIEF)
                      for row, _ in rows if row.request_id}
             return self.reply(http, standing_page(self.view(http), rows, calls))
         return self.reply(http, {
@@ -5943,7 +5964,7 @@ class Client:
         """The server's reply, a JSON object; UnreachableError for any other
         answer."""
         data = None if body is None else READABLE.encode(body).encode(
-            errors="replace")
+            errors="backslashreplace")  # a lone surrogate, which is refused
         status, headers, text = self.fetch(
             method, path, data, seconds=seconds, Accept="application/json",
             Content_Type="application/json")
@@ -6061,8 +6082,8 @@ SHAPES = r"""
 ((?:authorization|cookie|x-[a-z-]{0,20}(?:key|token)): {0,4})[^\s"'\\][^\n"'\\]*+
 ({START}{LEAD}{NAMED}(?:[:\t][ \t]{0,40}+(?:\r?\n(?!\x1f))?|[ \t]{1,40}+[=|])
     [ \t]{0,40}+)(?:[|>][+-]?\r?\n(?:[ \t]+[^\n]*\n?)++|(?!["'\\{\[\x1f])[^\r\n]++)
-(^\x1f?(?:--?{LEAD}{NAMED}|{LEAD}{NAMED}:?(?=\n\x1f[^\n]{0,400}(?:\d|\Z)))\n\x1f)
-    [^\n]++
+(^\x1f?(?:--?{LEAD}{NAMED}|{LEAD}{NAMED}:?
+    (?=\n\x1f(?:[^\n]|\n(?!\x1f)){0,400}(?:\d|\Z)))\n\x1f)(?:[^\n]|\n(?!\x1f))++
 
 # a call, a pair; an assignment, JSON, a repr(), a query
 ((?:auth\s{0,4}\({GAP}["'][^"'\n]{0,80}["'],|(?:set_?|[\[(]{GAP}["']{LEAD}){NAMED}[(,])
@@ -6087,7 +6108,7 @@ SHAPES = r"""
 ((?<!\S)(?:-[uab]|--(?:proxy-)?user|--auth|--cookie)[\s=]{0,2}["']?
     (?!\d{1,9}:\d)[^\s:="'/]{1,80}[:=])[^\s"']++(?:;[^"'\n]*+)?
 ((?:mysql|mariadb|sshpass|mongo|redis-cli|psql|ldap|zip|7z| login )
-    (?:[^\n|;&]|\n(?=\x1f)){0,160}?\s(?-i:-[pPaw])\s?)[^\s-]\S*+
+    (?:[^\n|;&]|\n(?=\x1f)){0,160}?\s(?-i:-[pPaw])\s{0,2})[^\s-]\S*+
 (^[\w.*-]{1,80}:(?:\d{1,5}|\*):[^:\s]{1,60}:[^:\s]{1,60}:)\S++
 ()\$(?:apr1|2[abxy]|[156y]|argon2\w{1,2})\$[^\s:]{8}[^\s:]*+
 
@@ -7404,7 +7425,7 @@ def read_message(line: bytes) -> Json:
         return message
     if not (method == CALL and type(message.get("id")) in (str, int)
             and isinstance(params, dict) and isinstance(params.get("name"), str)
-            and isinstance(params.get("arguments") or {}, dict)):
+            and isinstance(params.get("arguments"), (dict, type(None)))):
         raise ValueError(f"{CALL} needs an id, a name and an object of arguments")
     check_names(params, PARAMS)
     if Call("", {"": params.get("arguments")}).ambiguous:
@@ -7519,8 +7540,12 @@ class Proxy:
                 self.answer(id=key, error={"code": -32600, "message": why})
             return
         if message.get("method") == CALL:
-            self.waits[json.dumps(message["id"])] = self.loop.create_task(
-                self.call(message, line))
+            key = json.dumps(message["id"])
+            if key in self.waits or key in self.replies:
+                self.answer(id=message["id"], error={
+                    "code": -32600, "message": "hitl: refused: this id is in use"})
+            else:
+                self.waits[key] = self.loop.create_task(self.call(message, line))
             return
         if message.get("method") == "notifications/cancelled":
             wait = self.waits.get(json.dumps(at_path(message, "params.requestId")))

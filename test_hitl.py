@@ -990,6 +990,8 @@ def test_names_that_count_as_one_are_ambiguous(make_rules, arguments):
     ("call", {"a": '{"tool_name": "ls", "tool_name": "delete_file"}'}),
     ("call", {"a": '{"tool_name": "delete_file", "tool_name": "ls"}'}),
     ("call", {"a": '["{\\u0022tool_name\\u0022: \\u0022delete_file\\u0022}"]'}),
+    ("call", {"a": json.dumps(json.dumps(json.dumps({"toolName": "delete_file"})))}),
+    ("call", {"tool": "delete_file", "args": json.dumps(json.dumps({"path": "x"}))}),
     ("call", {"calls": [{"name": "x", "input": 1}] * 101}),
     ("call", {"a": "[" * 99_999})], ids=rules_id)
 def test_a_dispatcher_is_looked_through(make_rules, tool, inner):
@@ -1012,6 +1014,10 @@ def test_a_dispatcher_is_looked_through(make_rules, tool, inner):
     for table, effect in (("users", "review"), ("logs", "allow")):
         call = {"tool_name": "delete_x", "arguments": json.dumps({"table": table})}
         assert users.first_match("call", call).effect == effect
+    given = make_rules(rule(arguments='{ input = "users" }'))
+    for quoted in ("{}", "[]", "0", "null", '"{}"'):   # no text: then in doubt
+        call = {"tool_name": "delete_x", "arguments": quoted}
+        assert given.first_match("call", call).effect == "review", quoted
 
 
 def test_large_arguments_are_looked_through_in_time(make_rules):
@@ -2120,6 +2126,9 @@ def test_whoever_floods_the_desk_pushes_nobody_off(store):
     assert names(store) == order
     assert [request.request_id for request in store.waiting(
         3, skip=1, attended={"xa1", "ya1"})] == ["xa1", "xa3", "ya2"]
+    # what nobody waits for any more takes no turn from what is attended
+    assert [request.request_id for request in store.waiting(
+        3, attended={"xb2", "ya1", "ya2"})] == ["ya2", "xb2", "ya1"]
 
 
 def test_a_large_desk_is_listed_and_searched_at_once(store, monkeypatch):
@@ -3422,6 +3431,18 @@ def test_tries_that_hang_are_few(make_rules, monkeypatch):
     found.set()
 
 
+def test_a_try_without_a_thread_is_a_failed_try(make_rules, monkeypatch):
+    """Where the system has no thread left, the try has failed and is repeated."""
+    channel, = channels(make_rules, notify(command=["true"]), SOON)
+
+    def start(thread) -> None:
+        raise RuntimeError("can't start new thread")
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start)
+        assert not channel.tell([a_request()], "", 1).told
+    assert channel.tell([a_request()], "", 1).told
+
+
 def test_what_was_decided_is_not_told(desk, start_notices):
     """A reminder is for what still waits: what was decided, also in its own
     submit, is not told."""
@@ -4259,6 +4280,27 @@ CALLS = {       # what a call names, and whom the desk lets decide it
     "a large one": ("free", "bash", {"command": "rm " + "a" * 9000}, "bo"),
     "one that the desk does not know": ("new", "grow", {"a": 1}, "ana bo eve"),
     "one without reviewers": ("free", "send", {"table": "x"}, "ana bo eve")}
+
+
+def test_the_desk_matches_no_more_than_it_must(desk, ruled, monkeypatch):
+    """An agent writes what is matched. The desk looks up no path of a call, and
+    matches a call only if a rule of its own limits decisions, and then, when the
+    call is asked, only if a standing decision could answer it."""
+    limited, decide = ruled
+    limited.post("r-1", tool="delete_it", arguments={"a": 1}, session="s")
+    assert decide("bo", decision="rejected")[0] == 200      # and it stands
+    looked_up, matched = [], []
+    monkeypatch.setattr(hitl.Call, "resolved", lambda *asked: looked_up.append(asked))
+    monkeypatch.setattr(hitl.Rules, "all_holding", lambda *asked: matched.append(
+        asked) or [])
+    for one in (desk, limited):
+        file = {"path": "/net/x", "content": "x" * hitl.MAX_ARGUMENTS}
+        assert one.post("r-2", tool="write_file", arguments=file, session="s"
+                        ).status == 201
+        one.post("r-3", tool="delete_it", arguments={"a": 2}, session="s")
+    desk.decide("r-3", "rejected")
+    desk.page()
+    assert looked_up == matched == []
 
 
 @pytest.mark.parametrize("what", CALLS)
@@ -6006,7 +6048,8 @@ def test_arguments_that_are_no_json(make_gate, desk):
             {"tool": None}, {"tool": "delete_\udc80"}, {"arguments": None},
             {"arguments": [1]}, {"arguments": {1: 2, "1": 3}},
             {"timeout_seconds": float("nan")}, {"timeout_seconds": "30"},
-            {"request_id": 7}, {"request_id": "\ud800"}, {"request_id": "a b"}):
+            {"request_id": 7}, {"request_id": "\ud800"}, {"request_id": "a b"},
+            {"session": "user \udce8"}, {"session": 7}):
         with pytest.raises(hitl.HitlError):
             gate.call(**{"tool": "delete_records", "arguments": CALL,
                          "execute": ran.append} | what)
@@ -6139,6 +6182,8 @@ SECRETS = [{name: PASSWORD} for name in NAMES] + [
     ["curl", "-u", f"ana:{PASSWORD}"], ["tool", "--password", PASSWORD],
     ["mysql", "-u", "root", f"-p{PASSWORD}"], ["dbPass", PASSWORD],
     [1, "--dbPass", f"two {PASSWORD} words"], ["x", f"password: two {PASSWORD}"],
+    ["sshpass", "-p", PASSWORD, "ssh", "h"], ["redis-cli", "-a", PASSWORD],
+    ["gpg", "--passphrase", f"two\n{PASSWORD}"], ["db_password", f"a\n{PASSWORD}"],
     ["-----BEGIN PRIVATE KEY-----", PASSWORD, PASSWORD, "-----END PRIVATE KEY-----"]]
 PROSE = """\
 The password is wrong, so the token is expired, the secret is to be rotated.
@@ -6762,6 +6807,8 @@ def test_proxy_gates(mcp):
     mcp.call(7, "delete_gone", {"path": "f"})
     mcp.answer(5)                                   # meanwhile
     ids = {r["arguments"]["path"]: r["request_id"] for r in desk.waiting(6)}
+    mcp.call(6, "delete_file", {"path": "g"})       # an id that is in use
+    assert mcp.answer(6)["error"]["message"] == "hitl: refused: this id is in use"
     whole = desk.reviewer().exchange("GET", f"/review/{ids['a']}", seconds=5)
     assert whole.body["tool"] == "mcp__fs__delete_file"
     assert "destructiveHint" in json.dumps(whole.body["agent_context"])
@@ -6786,7 +6833,7 @@ def test_proxy_gates(mcp):
     steps = [note["params"] for note in notes if "progress" in note["method"]]
     assert {step["progressToken"] for step in steps} == {7}
     assert all(0 < step["progress"] < 0.5 for step in steps)
-    assert 6 not in [message.get("id") for message in mcp.messages]
+    assert [message.get("id") for message in mcp.messages].count(6) == 1
 
 
 def test_proxy_request_state(mcp):
@@ -6830,6 +6877,8 @@ WAYS_ROUND = (                      # a line -> the id it is refused under
     (HELD | {"params": {"name": "read_file", "arguments": {
         "x": [{"path": "a", "Path": "b"}]}}}, 1),
     (HELD | {"params": {"name": "read_file", "arguments": {"x": "\ud800"}}}, 1),
+    *((HELD | {"params": {"name": "read_file", "arguments": value}}, 1)
+      for value in ([], "", 0, False)),
     (json.dumps(HELD).replace("{}", '{"x":' * 33 + "1" + "}" * 33).encode(), 1),
     (b'{"method": "x", "method": "tools/call", "id": 2, "params": '
      b'{"name": "delete_file"}}', 2),
