@@ -65,23 +65,23 @@ acall, and by what is given an approval: the MCP server, coding agent or `run`.
 `grep -n '^# ====' hitl.py` prints this map with line numbers.
 
   * Errors             102  the ways it can go wrong, each with its hint
-  * Vocabulary         302  statuses, canonical JSON, the digest
-    Text               154  text shown so that a person can trust it
-  * Matching           653  does a checkpoint match this call?
+  * Vocabulary         305  statuses, canonical JSON, the digest
+    Text               158  text shown so that a person can trust it
+  * Matching           659  does a checkpoint match this call?
     Configuration      461  reads and checks checkpoints.toml
-  * Store              985  the only SQL: requests, decisions, the audit log
+  * Store              989  the only SQL: requests, decisions, the audit log
     Database file      234  opens, locks and verifies it
-    Notices            434  tells a reviewer; the only outgoing messages
+    Notices            435  tells a reviewer; the only outgoing messages
     Pages              940  the only HTML; pure functions
-  * Rights and routes  850  who may do what, and the replies
+  * Rights and routes  854  who may do what, and the replies
     Loop               478  the only listening socket; one transaction a turn
-  * Client             147  the only outgoing requests to the server
+  * Client             146  the only outgoing requests to the server
     Context            226  what the card says about the agent, secrets masked
     Guard              151  the decorator
   * Gate               701  match, ask, wait, claim, run, report: runs a tool
-    Adapters           590  coding-agent hooks, MCP proxy, command prefix
-    Evidence           244  `verify` and `demo`: the whole path, for real
-    Command line      1171  argv, environment, stdout
+    Adapters           598  coding-agent hooks, MCP proxy, command prefix
+    Evidence           245  `verify` and `demo`: the whole path, for real
+    Command line      1174  argv, environment, stdout
 
 Files: checkpoints.toml (rules); hitl.db, -wal, -shm (requests and audit log);
 hitl.db.lock (one server per database); ~/.cache/hitl (this file's bytecode).
@@ -3585,11 +3585,11 @@ class Notices:
 
 # ================================== Pages ==================================
 # What the reviewer sees: the only HTML, made by pure functions from rows.
-# Templates are HTML that a designer could read. fill() escapes every value
-# that is not Html yet, after visible() has shown what cannot be seen (promise
-# 7). A request is one line that opens to everything about it: what will run,
-# who asks, what the agent says about it, and the buttons. Where there are
-# buttons, nothing of what will run is cut. The page works without its script.
+# Templates are HTML that a designer could read. fill() escapes every value that
+# is not Html yet, after visible() has shown what cannot be seen (promise 7). A
+# request is one line that opens to everything about it: what will run, who
+# asks, what the agent says about it, and the buttons. Where there are buttons,
+# nothing of what will run is cut. The page works without its script.
 
 HISTORY_ROWS = 100              # on one page of the history
 PAGE_CARDS = 100                # waiting requests on the page at once
