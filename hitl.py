@@ -4844,7 +4844,9 @@ def reason_in(asks: Mapping[str, Any]) -> str | None:
 
 def number_in(query: Missing, name: str) -> float:
     """A number in a query; 0 if it is left out."""
-    text = query.get(name, "0")
+    if name not in query:
+        return 0.0
+    text = query[name]
     if not re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,9})?", text, re.ASCII):
         raise bad_field(name, "a number", f"ask for ?{name}=5")
     return float(text)
@@ -4884,7 +4886,9 @@ def asked_from(body: dict[str, Any], by: Principal, at: float,
     if not isinstance(request_id, str) or not REQUEST_ID.fullmatch(request_id):
         raise bad_field("request_id", "1 to 128 of A-Z a-z 0-9 . _ : -, not . or "
                         ".., and not begin with standing:", "a UUID is fine")
-    texts: dict[str, Any] = {name: field(body, name) for name in OPTIONAL_FIELDS}
+    texts: dict[str, Any] = {
+        name: field(body, name) for name in OPTIONAL_FIELDS if name in body}
+    tool = texts.get("tool")
     description = field(body, "action_description", True)
     arguments = field(body, "arguments")
     context = READABLE.encode(body["agent_context"])
@@ -4900,11 +4904,11 @@ def asked_from(body: dict[str, Any], by: Principal, at: float,
     # 3. the call: its size, and the digest that names it
     text = arguments if arguments is None else canonical(arguments)
     if text and len(text) > MAX_ARGUMENTS:
-        limit = arguments_limit(texts["tool"], arguments)
+        limit = arguments_limit(tool, arguments)
         if len(text) > limit:
             raise Refusal("too-large", f"arguments over {limit} bytes",
                           "pass a reference, such as a file's name and SHA-256")
-    digest = digest_of(description, text, texts["tool"])
+    digest = digest_of(description, text, tool)
     if body.get("digest") not in (None, digest):
         raise Refusal("bad-digest", "the digest sent is not that of the "
                       "action_description, arguments and tool sent",
@@ -4916,7 +4920,7 @@ def asked_from(body: dict[str, Any], by: Principal, at: float,
         arguments=text and as_sent(arguments), agent_context=context,
         edits=1 if field(body, "edits") else None,
         size=sum(len((part or "").encode()) for part in (
-            description, text, context, texts["why"])))
+            description, text, context, texts.get("why"))))
 
 
 def as_json_says(form: Mapping[str, str], arguments: str | None) -> dict[str, Any]:
