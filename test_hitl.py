@@ -2024,6 +2024,10 @@ STORIES = {
         "claim=running",
     "what waited at a stop is rejected and stays so":
         "ask stop approve=stopped sweep=rejected lift approve=already-decided",
+    "an approval lapses during a stop too":
+        "ask:30 approve stop +100 sweep=lapsed lift",
+    "a deadline that passes during a stop is a deadline":
+        "ask:30 stop +31 sweep=expired",
     "a stop that is lifted in time rejects nothing":
         "ask stop lift sweep=waiting approve=approved",
     "what there is not is unknown": "approve=unknown claim=unknown"}
@@ -4698,6 +4702,10 @@ def test_every_field_over_its_limit(desk):
         file = {"path": "a", "content": "b" * (hitl.MAX_EDITED + size)}
         assert desk.post(request_id, tool="write_file", arguments=file
                          ).status == status
+    patch = {"command": "apply_patch <<E\n" + "+b\n" * 30_000}    # a file, too
+    assert desk.post("ok-patch", tool="shell", arguments=patch).status == 201
+    assert desk.post("r-1", tool="shell", arguments={"command": "b" * 70_000}
+                     ).status == 413
     long_text, claim = "a" * (hitl.MAX_WHY + 1), {"digest": "a", "claim": "a"}
     for path, body in (("approve", YES | {"reason": long_text}),
                        ("withdraw", {"why": long_text}),
@@ -4705,7 +4713,7 @@ def test_every_field_over_its_limit(desk):
                        ("claim", claim | {"claim": "a" * 257})):
         assert desk_ask(desk, "POST", f"/{path}/ok-tool", REVIEWER if path
                         == "approve" else "", body)[0] == 413
-    assert len(desk.waiting()) == len(hitl.OPTIONAL_FIELDS) + 1
+    assert len(desk.waiting()) == len(hitl.OPTIONAL_FIELDS) + 2
     assert not desk.rows("SELECT 1 FROM audit_log WHERE event <> 'submitted'")
 
 
