@@ -2027,7 +2027,7 @@ STORIES = {
     "an approval lapses during a stop too":
         "ask:30 approve stop +100 sweep=lapsed lift",
     "a deadline that passes during a stop is a deadline":
-        "ask:30 stop +31 sweep=expired",
+        "ask:30 stop +31 sweep=expired lift",
     "a stop that is lifted in time rejects nothing":
         "ask stop lift sweep=waiting approve=approved",
     "what there is not is unknown": "approve=unknown claim=unknown"}
