@@ -71,9 +71,9 @@ acall, and by what is given an approval: the MCP server, coding agent or `run`.
     Configuration      461  reads and checks checkpoints.toml
   * Store              989  the only SQL: requests, decisions, the audit log
     Database file      234  opens, locks and verifies it
-    Notices            435  tells a reviewer; the only outgoing messages
-    Pages              940  the only HTML; pure functions
-  * Rights and routes  854  who may do what, and the replies
+    Notices            447  tells a reviewer; the only outgoing messages
+    Pages              946  the only HTML; pure functions
+  * Rights and routes  867  who may do what, and the replies
     Loop               478  the only listening socket; one transaction a turn
   * Client             146  the only outgoing requests to the server
     Context            226  what the card says about the agent, secrets masked
@@ -81,7 +81,7 @@ acall, and by what is given an approval: the MCP server, coding agent or `run`.
   * Gate               701  match, ask, wait, claim, run, report: runs a tool
     Adapters           598  coding-agent hooks, MCP proxy, command prefix
     Evidence           245  `verify` and `demo`: the whole path, for real
-    Command line      1174  argv, environment, stdout
+    Command line      1177  argv, environment, stdout
 
 Files: checkpoints.toml (rules); hitl.db, -wal, -shm (requests and audit log);
 hitl.db.lock (one server per database); ~/.cache/hitl (this file's bytecode).
@@ -2990,13 +2990,13 @@ def lock_database(path: Path) -> sqlite3.Connection:
     return lock
 
 
-def check_ours(db: sqlite3.Connection, path: Path) -> None:
+def check_ours(db: sqlite3.Connection, path: Path, reading: bool = False) -> None:
     """ConfigError unless hitl.py wrote the database, with this schema, and it
     is not plainly cut short: SQLite would take an empty file for a new one."""
     ours, = db.execute("PRAGMA application_id").fetchone()
     version, = db.execute("PRAGMA user_version").fetchone()
     size = path.stat().st_size
-    if not size or size % 512:
+    if not size or size % 512 and not reading:
         raise bad_database(path, "is empty or was cut short",
                            "move it away, or restore a backup")
     if ours != APPLICATION_ID:
@@ -3106,7 +3106,7 @@ def open_for_reading(path: Path) -> Iterator[sqlite3.Connection]:
     if not path.with_name(path.name + "-wal").exists():
         uri += "&immutable=1"       # nobody writes, and no file is left behind
     with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
-        check_ours(db, path)
+        check_ours(db, path, reading=True)
         yield db
 
 
@@ -3252,6 +3252,18 @@ def failure(error: BaseException) -> Answer:
         return Answer(False, f"{code} {name}", again=code < 500)
     return Answer(False, name, again=isinstance(
         error, (OSError, http.client.HTTPException)))
+
+
+def retry_after(text: str) -> float:
+    """A Retry-After, seconds or a date, in seconds from now; 0 if it is junk."""
+    from email.utils import parsedate_to_datetime
+    seconds = 0.0
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        if re.fullmatch("[0-9]{1,9}", text):
+            seconds = float(text)
+        else:
+            seconds = parsedate_to_datetime(text).timestamp() - time.time()
+    return min(max(seconds, 0.0), MAX_RETRY_AFTER)
 
 
 def percent_encoded(text: str) -> str:
@@ -3408,9 +3420,9 @@ class Channel:
             status = reply.status
             answer = Answer(200 <= status < 300, str(status),
                             again=status in (408, 425, 429) or status >= 500)
-            after = reply.headers["Retry-After"] or ""
-            if answer.again and re.fullmatch("[0-9]{1,9}", after):
-                self.quiet_until = time.monotonic() + min(int(after), MAX_RETRY_AFTER)
+            if answer.again:
+                self.quiet_until = time.monotonic() + retry_after(
+                    reply.headers["Retry-After"] or "")
             yield answer
             yield answer._replace(text=self.shown(reply.read(4096)))
 
@@ -3596,7 +3608,7 @@ PAGE_CARDS = 100                # waiting requests on the page at once
 PAGE_BYTES = 256 * 1024         # of them together: more is slow to make and load
 REVIEWED_CARDS = 20             # reviewed ones below them
 WIDE = 76                       # characters of JSON that stay on one line
-CONTEXT_SHOWN = 32 * 1024       # characters; of a longer context, the beginning
+CONTEXT_SHOWN = 32 * 1024       # characters; of a longer context, both ends
 DOT = " \u00b7 "                 # between the parts of a line
 FACTS = ("why", "category", "timestamp", "received_at", "asked_by", "request_id",
          "digest", "config_digest")             # behind "More"
@@ -4241,7 +4253,7 @@ def fitting(waiting: list[ReviewRequest]) -> list[ReviewRequest]:
 def review_page(view: View, request: ReviewRequest) -> Html:
     """One request with everything about it, and then the buttons."""
     return page(view, f"{request.status}: {request.request_id}",
-                safely(card, request, view), request.status == Status.WAITING)
+                safely(card, request, view), int(request.status == Status.WAITING))
 
 
 def problem_page(status: int, refusal: Refusal,
@@ -4385,8 +4397,11 @@ def who_line(view: View, request: ReviewRequest) -> Html:
     waits, attended = request.status == Status.WAITING, "an agent waits for it"
     if request.request_id not in view.attended:
         attended = "nobody waits for it now: an approval runs nothing by itself"
+    asked_by = person(request.asked_by)
+    if asked_by == "unauthenticated":
+        asked_by = "unauthenticated agent"
     return as_html([
-        f"{request.agent or 'an agent'} ({person(request.asked_by)})",
+        f"{request.agent or 'an agent'} ({asked_by})",
         request.checkpoint_id and f"under {request.checkpoint_id}",
         fill("asked {ago}, {at}", at=moment(request.received_at),
              ago=moment(request.received_at, "ago", view.at)),
@@ -4420,7 +4435,8 @@ def what_was_asked(request: ReviewRequest) -> tuple[Html, Html]:
     context, left_out = request.agent_context, ""
     size = readable_size(len(context.encode()))
     if len(context) > CONTEXT_SHOWN:
-        context = context[:CONTEXT_SHOWN]
+        half = CONTEXT_SHOWN // 2
+        context = f"{context[:half]}\n... left out ...\n{context[-half:]}"
         left_out = f"All of it: python3 hitl.py show {request.request_id} --json"
     else:
         context = layout(stored_json(context))
@@ -4447,7 +4463,7 @@ def decision_forms(view: View, request: ReviewRequest, typed: str) -> Html:
         files = ", whatever its files contain by then" if offers.files else ""
         label = "Approve, and the same call for 1 hour, at most 10 times" + files
         ways = [fill(ASK_AGAIN, request), form("remember", label, REMEMBER)]
-    if offers.editable:
+    if offers.editable and request.arguments is not None:
         ways.append(form("edit", "Approve as changed", [
             *edit_fields(stored_json(request.arguments))]))
     return as_html([
@@ -4496,7 +4512,9 @@ def moment(text: str | None, kind: str = "", now: float = 0.0) -> Html:
         return Html('<span class="left">no deadline</span>' if kind else "")
     words = datetime.fromisoformat(text).strftime("%d %b %Y, %H:%M:%S UTC")
     if kind:
-        words = f"{readable_seconds(abs(unix_time(text) - now))} {kind}"
+        seconds = unix_time(text) - now
+        seconds = max(0, seconds if kind == "left" else -seconds)
+        words = f"{readable_seconds(seconds)} {kind}"
     return fill('<time class="{kind}" datetime="{text}">{words}</time>', kind=kind,
                 text=text, words=words)
 
@@ -4842,14 +4860,20 @@ def reason_in(asks: Mapping[str, Any]) -> str | None:
     return (field(asks, "reason") or "").strip() or None
 
 
-def number_in(query: Missing, name: str) -> float:
-    """A number in a query; 0 if it is left out."""
+def number_in(query: Missing, name: str, pattern: str = "[0-9]{1,15}") -> float:
+    """A number in a query, a whole one; 0 if it is left out."""
     if name not in query:
         return 0.0
     text = query[name]
-    if not re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,9})?", text, re.ASCII):
+    if not re.fullmatch(pattern, text, re.ASCII):
         raise bad_field(name, "a number", f"ask for ?{name}=5")
     return float(text)
+
+
+def wait_in(query: Missing) -> float:
+    """For how many seconds a poll may be held."""
+    seconds = number_in(query, "wait", r"[0-9]{1,9}(\.[0-9]{1,9})?")
+    return min(seconds, MAX_POLL_SECONDS)
 
 
 def parse_body(http: HttpRequest, body: bytes) -> dict[str, Any]:
@@ -5201,7 +5225,7 @@ class Desk:
     def get_pending(self, http: HttpRequest, asks: Missing) -> bytes | Poll:
         summary = self.store.request(
             http.request_id, str(http.who), columns=POLLED)
-        wait = min(number_in(asks, "wait"), MAX_POLL_SECONDS)
+        wait = wait_in(asks)
         if summary.status == Status.WAITING:
             if wait:
                 return Poll(http._replace(query=Missing()), wait)
@@ -5287,10 +5311,13 @@ class Desk:
 
     def post_stop(self, http: HttpRequest, asks: dict[str, Any]) -> bytes:
         row = self.store.stop(str(http.who), reason_in(asks), http.who.signed_in)
-        return self.settled(http, "/", self.standing_shape(row, 0))
+        return self.settled(http, "/", self.standing_shape(row, self.store.used(row)))
 
     def post_lift(self, http: HttpRequest, asks: dict[str, Any]) -> bytes:
-        row = self.store.lift(http.request_id, str(http.who))
+        if not re.fullmatch("[0-9]{1,15}", http.request_id, re.ASCII):
+            raise Refusal("unknown", "this is not a number",
+                          "`python3 hitl.py standing` lists them")
+        row = self.store.lift(int(http.request_id), str(http.who))
         return self.settled(http, "/standing", self.standing_shape(
             row, self.store.used(row)))
 
@@ -5306,7 +5333,7 @@ class Desk:
 
     def get_changes(self, http: HttpRequest, asks: Missing) -> bytes | Poll:
         """A page's poll: answered as soon as anything has changed."""
-        wait = min(number_in(asks, "wait"), MAX_POLL_SECONDS)
+        wait = wait_in(asks)
         if number_in(asks, "after") == self.store.head.sequence and wait:
             return Poll(http._replace(query=Missing()), wait)
         return self.reply(http, {"change": self.store.head.sequence})
@@ -8464,10 +8491,13 @@ def writes_secret(value: Any, name: str = "") -> bool:
     if isinstance(value, dict):
         return any(writes_secret(item, key) for key, item in value.items())
     if isinstance(value, list):
-        return any(map(writes_secret, value))
+        return any(writes_secret(item, name) for item in value)
     if not isinstance(value, str) or "${" in value:
         return False
-    line = f"{name}: {PLACEHOLDER.sub('', value)}"
+    text = PLACEHOLDER.sub("", value)
+    line = f"{name}: {text}"
+    if text.strip() and re.search("^sign$|(?i:key)$", name):
+        return True
     strewn = r"(?=[\w-]*[0-9])(?=[\w-]*[A-Za-z])[\w-]{20,}"
     return masked_text(line, "") != line or bool(re.search(strewn, line))
 

@@ -43,7 +43,9 @@ import unicodedata
 import urllib.request
 from concurrent import futures
 from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
 from email import message_from_bytes
+from email.utils import format_datetime
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import cache_from_source
@@ -3219,6 +3221,8 @@ def test_retry_after_is_minded(tell):
                     a_request("r-1"), a_request("r-2"), count=7)
         assert all(answer.told for _, _, answer in done)
         assert min(tell.at["phone"], tell.at["siem"]) - start >= 1
+    date = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=100), True)
+    assert 95 < hitl.retry_after(date) < 101 and hitl.retry_after("9" * 9) == 600
 
 
 def test_the_event_is_signed(tell):
@@ -3554,7 +3558,9 @@ def test_check_warns_of_a_doubtful_notify(tmp_path):
     assert "warning" not in warnings(command=["notify-send", "{title}"])
     for keys in ({"url": "https://x/T0123ABCD/0123456789abcdefABCDEF"},
                  HTTPS | {"headers": {"Authorization": "Bearer x"}},
-                 HTTPS | {"body": {"token": "abc"}}, HTTPS | {"sign": WHSEC}):
+                 HTTPS | {"body": {"token": "abc"}}, HTTPS | {"sign": WHSEC},
+                 HTTPS | {"body": {"routing_key": "a"}},
+                 HTTPS | {"body": {"tokens": ["abc"]}}):
         assert "a secret is written out" in warnings(**keys)
     assert "did you mean delete-records?" in warnings(
         **HTTPS, checkpoint=["delete-record"])
@@ -3836,7 +3842,8 @@ def test_lists_come_in_pages(desk, monkeypatch):
             for n in (0, 2, 3, 4, 9)] == [2, 4, None, None, None]
     listed = json.loads(typed(desk, "list", "--json").out)
     assert [row["request_id"] for row in listed] == [f"r-{n}" for n in range(5)]
-    assert desk_ask(desk, "GET", "/pending?from=x", REVIEWER)[0] == 400
+    for nonsense in ("x", "1.5"):
+        assert desk_ask(desk, "GET", f"/pending?from={nonsense}", REVIEWER)[0] == 400
 
 
 def test_changes(desk):
@@ -3849,7 +3856,7 @@ def test_changes(desk):
     now = change("")
     assert now == 1 == change("after=0&wait=25") == change("after=9&wait=25")
     assert now == change(f"after={now}&wait=0.1") == change(f"after={now}")
-    for query in ("after=x", "after=-1", "after=1&wait=x", "after=1e3"):
+    for query in ("after=x", "after=-1", "after=1&wait=x", "after=1e3", "after=1.5"):
         assert desk_ask(desk, "GET", f"/changes?{query}", REVIEWER)[0] == 400
     poll = in_background(change, f"after={now}&wait=25")
     assert until(lambda: desk.server.waiters)
@@ -4307,6 +4314,15 @@ def test_the_desk_matches_no_more_than_it_must(desk, ruled, monkeypatch):
     assert looked_up == matched == []
 
 
+def test_a_call_without_arguments_has_none_to_change(ruled):
+    """Nobody hides a card by offering changes of arguments that are not there."""
+    desk, _ = ruled
+    desk.post(tool="send", checkpoint_id="free", edits=True)
+    page = hitl.Client(desk.url, hitl.basic("bo", NAMED["bo"])).fetch(
+        "GET", "/review/r-1", seconds=10, Accept="text/html")[2].decode()
+    assert Page(page).cards["r-1"]["buttons"] == BOTH
+
+
 @pytest.mark.parametrize("what", CALLS)
 def test_who_may_decide_which_checkpoint(ruled, what):
     """Only the reviewers of the checkpoint that the agent names, and of those
@@ -4354,7 +4370,7 @@ def test_a_decision_that_stands(ruled):
     lifted = desk_ask(desk, "POST", f"/lift/{row['number']}", bo, {})
     assert (lifted[0], lifted[2]["decision"]) == (200, "rejected")
     assert desk.post("no-3", **other).body["status"] == "waiting"
-    for path in ("/lift/99", "/lift/x", "/lift/-1"):
+    for path in ("/lift/99", "/lift/x", "/lift/-1", "/lift/1.0"):
         assert desk_ask(desk, "POST", path, bo, {})[0] == 404
     for n, fields in enumerate(({"session": None}, {"tool": "mail"})):
         desk.post(f"not-{n}", **call | fields)
@@ -7185,6 +7201,7 @@ def test_a_large_request_is_decided_on_its_own_page(desk, part):
         assert review.cards[name]["buttons"] == BOTH
         before = review.cards[name]["before"]
         assert (text in before, "hitl.py show" in before) == (whole, not whole)
+        assert "1 waiting" in re.sub(r"\s+", " ", review.text), review.text[:200]
         clicked(desk, name, "rejected")
 
 
@@ -7238,9 +7255,12 @@ def test_the_card_says_what_it_knows(desk):
                          f'<span class="status">{status}</span>', home), status
     for words in ("reason: because I say so", "by ana (shared token)",
                   "5 min left", "nobody decided in time",
-                  "nobody waited any more", "billing (unauthenticated)",
+                  "nobody waited any more", "billing (unauthenticated agent)",
                   "nobody waits for it now: an approval runs nothing"):
         assert words in home
+    view = hitl.View(at=desk.store.time + 999)          # the clock has run on
+    late = hitl.review_page(view, desk.store.request("w-1", columns=hitl.WHOLE))
+    assert ">0 s left<" in late
     desk.state("w-1")
     desk.post("b-2", agent="b")                 # as b-1 was, which is rejected
     desk.post("o-1", tool="other")
