@@ -6046,12 +6046,15 @@ def answer_until(end: float, sock: Any, **how: Any) -> Any:
 CONTEXT_NODES = 200_000         # values in a context; the rest are left out
 KEPT = 64 * 1024                # characters sent of each end, if it is too large
 EDGE = 4096                     # characters beyond, so that no secret is cut in two
+END_BYTES = 160 * 1024          # of each end, once it is masked
 BETWEEN = "\n\x1f"              # joins the texts of a list, to mask them as one
 
 
 def cut(text: str, size: int) -> str:
-    """The text, cut to this size in bytes of UTF-8."""
-    return text.encode("utf-8", "replace")[:size].decode(errors="ignore")
+    """The beginning of a text, in at most `size` bytes of UTF-8; its end, if
+    that is negative."""
+    data = text.encode("utf-8", "replace")
+    return (data[:size] if size > 0 else data[size:]).decode(errors="ignore")
 
 
 def agent_name() -> str:
@@ -6078,8 +6081,8 @@ def snapshot(value: Any, own: str) -> Any:
         "note": f"This context is {len(data)} bytes, too many to send. Its "
                 "beginning and its end follow; the rest is left out.",
         "sha256": hashlib.sha256(data).hexdigest(),
-        "beginning": masked_text(text[:KEPT + EDGE], own)[:-EDGE],
-        "end": masked_text(text[-KEPT - EDGE:], own)[EDGE:]}
+        "beginning": cut(masked_text(text[:KEPT + EDGE], own)[:-EDGE], END_BYTES),
+        "end": cut(masked_text(text[-KEPT - EDGE:], own)[EDGE:], -END_BYTES)}
 
 
 # The name of a secret, however its words are joined (DB_PASS, dbPass,
@@ -6089,7 +6092,8 @@ SHORT_NAME = (r"(?:(?<![a-z])|(?-i:(?<=[a-z])(?=[A-Z])))"
 NAME = (
     r"(?:passw|pass[ _-]?phrase|passcode|(?:key|store)pass|secret(?!ar)"
     r"|credential|cookie|jwt"
-    r"|token(?!\w{0,20}\W{1,4}\d{1,9}(?![\w.-]))|mnemonic|seed[ _-]?phrase"
+    r"""|token(?!\w{0,20}[\\"']{0,2}[^\w"'\x1f]{1,4}\d{1,9}(?![\w.-]))|mnemonic"""
+    r"|seed[ _-]?phrase"
     r"|authorization|bearer|session[_-]?id"
     r"|(?:verification|security|access|recovery|backup)[ _-]?code"
     r"|(?:api|access|private|sign|signing|encrypt|encryption|master|account|shared"
@@ -6113,8 +6117,11 @@ SHAPES = r"""
 ((?:authorization|cookie|x-[a-z-]{0,20}(?:key|token)): {0,4})[^\s"'\\][^\n"'\\]*+
 ({START}{LEAD}{NAMED}(?:[:\t][ \t]{0,40}+(?:\r?\n(?!\x1f))?|[ \t]{1,40}+[=|])
     [ \t]{0,40}+)(?:[|>][+-]?\r?\n(?:[ \t]+[^\n]*\n?)++|(?!["'\\{\[\x1f])[^\r\n]++)
-(^\x1f?(?:--?{LEAD}{NAMED}|{LEAD}{NAMED}:?
-    (?=\n\x1f(?:[^\n]|\n(?!\x1f)){0,400}(?:\d|\Z)))\n\x1f)(?:[^\n]|\n(?!\x1f))++
+(^\x1f?(?:--?{LEAD}(?:{NAMED}|\w{0,40}?(?:pwd|pass)(?=\n))
+    |{LEAD}(?:{NAMED}|\w{0,40}?(?:pwd|pass)(?=:?\n)):?
+    (?=\n\x1f(?:[^\n]|\n(?!\x1f)){0,400}(?:\d|\Z)))\n\x1f)
+    (?!--?(?:{LEAD}{NAMED}|[a-z]|(?:proxy-)?user)\n\x1f)(?:[^\n]|\n(?!\x1f))++
+(^\|[^|\n]{0,60}?{NAMED}[^|\n]{0,20}\|[ ]{0,40})[^|\n]++
 
 # a call, a pair; an assignment, JSON, a repr(), a query
 ((?:auth\s{0,4}\({GAP}["'][^"'\n]{0,80}["'],|(?:set_?|[\[(]{GAP}["']{LEAD}){NAMED}[(,])
@@ -6237,9 +6244,11 @@ def is_secret(name: Any, value: Any = "?") -> bool:
     return bool(re.search(SECRET_NAME, re.sub("(?<=[a-z])(?=[A-Z])", "_", name)))
 
 
-def plain_json(value: Any, depth: int = 0, left: list[int] | None = None) -> Any:
+def plain_json(value: Any, path: tuple[int, ...] = (),
+               left: list[int] | None = None) -> Any:
     """A value as plain JSON: a dataclass as its fields, any other object as
-    its repr(), "[more]" in place of what is too deep or too much."""
+    its repr(), "[more]" in place of what is too deep or too much. `path` holds
+    the ids of what the value is in."""
     left = left or [CONTEXT_NODES]
     left[0] -= 1
     if value is None or type(value) in (bool, str):
@@ -6248,6 +6257,9 @@ def plain_json(value: Any, depth: int = 0, left: list[int] | None = None) -> Any
         return value
     if isinstance(value, (bytes, bytearray)):
         return value.decode("utf-8", "backslashreplace")
+    if id(value) in path:
+        return "[contains itself]"
+    path = (*path, id(value))
     if hasattr(type(value), "__dataclass_fields__"):
         value = {name: getattr(value, name, None)
                  for name in type(value).__dataclass_fields__}
@@ -6256,11 +6268,11 @@ def plain_json(value: Any, depth: int = 0, left: list[int] | None = None) -> Any
             return repr(value)
         except Exception:
             return f"[a {type(value).__name__}]"
-    if depth > MAX_DEPTH - 4 or left[0] < 0:
+    if len(path) > MAX_DEPTH - 3 or left[0] < 0:
         return "[more]"
     if isinstance(value, Mapping):
-        return {str(k): plain_json(v, depth + 1, left) for k, v in value.items()}
-    return [plain_json(v, depth + 1, left) for v in value]
+        return {str(k): plain_json(v, path, left) for k, v in value.items()}
+    return [plain_json(v, path, left) for v in value]
 
 
 # ================================== Guard ==================================
@@ -6324,10 +6336,12 @@ class Binder:
     """
 
     def __init__(self, function: Any, hide: Iterable[str]) -> None:
-        self.function, self.args, self.kwargs = function, (), {}
-        if isinstance(function, functools.partial):
-            self.function, self.args = function.func, function.args
-            self.kwargs = function.keywords
+        self.function, self.args = function, ()
+        self.kwargs: dict[str, Any] = {}
+        while isinstance(self.function, functools.partial):     # or one of one
+            part = self.function
+            self.function, self.args = part.func, (*part.args, *self.args)
+            self.kwargs = {**part.keywords, **self.kwargs}
         check_guardable(self.function)
         self.signature = signature_of(self.function)
         names = list(self.signature.parameters)
@@ -6614,6 +6628,8 @@ class Held:
                 raise error
             if pause == 0.4:            # longer than a restart takes
                 log.warning("%s; trying again", error.message)
+            if body is None:
+                self.tick()             # is anybody still there?
             time.sleep(pause)
             pause = min(2 * pause, 1.0)
 
@@ -6689,8 +6705,8 @@ class Held:
         try:
             self.learn(self.insist(
                 f"/pending/{self.request_id}?wait={held:.3f}", None, left, held))
-        except UnreachableError:
-            if time.monotonic() < self.deadline - 1:
+        except UnreachableError as error:
+            if error.reason in FINAL or time.monotonic() < self.deadline - 1:
                 raise                   # final: nothing else ends so early
 
     def nobody(self, hint: str = "", reason: str = "") -> HitlError:
@@ -7040,6 +7056,11 @@ class Gate:
                             "a mapping of names to values; nothing ran",
                             "call(tool, arguments, execute)",
                             reason="bad-arguments")
+        own_id = how.get("request_id")
+        if own_id is not None and not (
+                isinstance(own_id, str) and REQUEST_ID.fullmatch(own_id)):
+            raise HitlError("request_id must be 1 to 128 of A-Z a-z 0-9 . _ : -; "
+                            "nothing ran", reason="bad-arguments")
         named = how.get("checkpoint")
         if named is None:
             match = self.rules.first_match(tool, arguments, how.get("cwd"))

@@ -5935,6 +5935,8 @@ def test_guarded_things(make_gate, desk):
     def no_method(self, cls=Colour.RED):
         return self, cls
     partial = functools.partial(lambda a, b, c, d: (a, b, c, d), 1, d=4)
+    partial.__doc__ = "then a partial of it has it inside"
+    inside = functools.partial(partial, 2)
     for call, arguments, value, has_session in (
             (lambda: Things().method("t"), {"table": "t", "limit": 10},
              ("t", 10), False),
@@ -5947,6 +5949,8 @@ def test_guarded_things(make_gate, desk):
             (lambda: hides(lambda ctx, table: (ctx, table))(ctx, "t"),
              {"table": "t"}, (ctx, "t"), False),
             (lambda: guard(partial)(2, c=3), {"a": 1, "b": 2, "c": 3, "d": 4},
+             (1, 2, 3, 4), True),
+            (lambda: guard(inside)(c=3), {"a": 1, "b": 2, "c": 3, "d": 4},
              (1, 2, 3, 4), True),
             (lambda: guard(lambda at, by: (at, by))((1, 2), by=Colour.RED),
              {"at": [1, 2], "by": "red"}, ((1, 2), Colour.RED), True),
@@ -6073,7 +6077,8 @@ def test_arguments_that_are_no_json(make_gate, desk):
             {"arguments": [1]}, {"arguments": {1: 2, "1": 3}},
             {"timeout_seconds": float("nan")}, {"timeout_seconds": "30"},
             {"request_id": 7}, {"request_id": "\ud800"}, {"request_id": "a b"},
-            {"session": "user \udce8"}, {"session": 7}):
+            {"session": "user \udce8"}, {"session": 7}, {"request_id": ""},
+            {"request_id": 0}, {"request_id": b"x"}):
         with pytest.raises(hitl.HitlError):
             gate.call(**{"tool": "delete_records", "arguments": CALL,
                          "execute": ran.append} | what)
@@ -6134,6 +6139,12 @@ def test_a_large_context(monkeypatch):
         text = "x " * 30_000
         text = f"{text[:at]} ghp_{CANARY} {text[at:]}"
         assert not leaks(hitl.snapshot(text, ""))
+    for part in ("pw=a ", "\N{CAT}", "\ud800"):      # masking makes some longer
+        assert len(hitl.READABLE.encode(hitl.snapshot(part * 40_000, "")).encode(
+            )) < 2 * hitl.END_BYTES + 1000
+    me: dict = {"name": "me"}
+    me["children"] = [{"parent": me}] * 8
+    assert hitl.plain_json(me)["children"] == [{"parent": "[contains itself]"}] * 8
     value = ["x"]
     for _ in range(20):
         value = [value, value]
@@ -6207,6 +6218,10 @@ SECRETS = [{name: PASSWORD} for name in NAMES] + [
     ["mysql", "-u", "root", f"-p{PASSWORD}"], ["dbPass", PASSWORD],
     [1, "--dbPass", f"two {PASSWORD} words"], ["x", f"password: two {PASSWORD}"],
     ["sshpass", "-p", PASSWORD, "ssh", "h"], ["redis-cli", "-a", PASSWORD],
+    f"|password|{PASSWORD}|", f"| Database password (prod) | {PASSWORD} |",
+    ["--dbpass", PASSWORD], ["mysqlpwd", PASSWORD], f"--token '{PASSWORD}'",
+    ["mongod", "--auth", "--password", PASSWORD],
+    ["docker", "login", "--password-stdin", "--token", PASSWORD],
     ["gpg", "--passphrase", f"two\n{PASSWORD}"], ["db_password", f"a\n{PASSWORD}"],
     ["-----BEGIN PRIVATE KEY-----", PASSWORD, PASSWORD, "-----END PRIVATE KEY-----"]]
 PROSE = """\
