@@ -76,9 +76,9 @@ acall, and by what is given an approval: the MCP server, coding agent or `run`.
   * Rights and routes  867  who may do what, and the replies
     Loop               478  the only listening socket; one transaction a turn
   * Client             146  the only outgoing requests to the server
-    Context            226  what the card says about the agent, secrets masked
-    Guard              151  the decorator
-  * Gate               701  match, ask, wait, claim, run, report: runs a tool
+    Context            238  what the card says about the agent, secrets masked
+    Guard              153  the decorator
+  * Gate               708  match, ask, wait, claim, run, report: runs a tool
     Adapters           598  coding-agent hooks, MCP proxy, command prefix
     Evidence           245  `verify` and `demo`: the whole path, for real
     Command line      1177  argv, environment, stdout
