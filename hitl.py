@@ -65,20 +65,20 @@ acall, and by what is given an approval: the MCP server, coding agent or `run`.
 `grep -n '^# ====' hitl.py` prints this map with line numbers.
 
   * Errors             102  the ways it can go wrong, each with its hint
-  * Vocabulary         305  statuses, canonical JSON, the digest
+  * Vocabulary         310  statuses, canonical JSON, the digest
     Text               158  text shown so that a person can trust it
   * Matching           659  does a checkpoint match this call?
     Configuration      461  reads and checks checkpoints.toml
   * Store              989  the only SQL: requests, decisions, the audit log
-    Database file      234  opens, locks and verifies it
+    Database file      235  opens, locks and verifies it
     Notices            447  tells a reviewer; the only outgoing messages
-    Pages              946  the only HTML; pure functions
+    Pages              942  the only HTML; pure functions
   * Rights and routes  867  who may do what, and the replies
     Loop               478  the only listening socket; one transaction a turn
   * Client             146  the only outgoing requests to the server
-    Context            238  what the card says about the agent, secrets masked
+    Context            237  what the card says about the agent, secrets masked
     Guard              153  the decorator
-  * Gate               708  match, ask, wait, claim, run, report: runs a tool
+  * Gate               707  match, ask, wait, claim, run, report: runs a tool
     Adapters           598  coding-agent hooks, MCP proxy, command prefix
     Evidence           245  `verify` and `demo`: the whole path, for real
     Command line      1177  argv, environment, stdout
@@ -624,6 +624,11 @@ def instant(seconds: float) -> str:
     """Unix seconds as ISO 8601 UTC with milliseconds; as text they sort."""
     moment = datetime.fromtimestamp(seconds, timezone.utc)
     return moment.isoformat(timespec="milliseconds")[:-6] + "Z"
+
+
+def unix_time(text: str) -> float:
+    """An instant as Unix seconds."""
+    return datetime.fromisoformat(text).timestamp()
 
 
 def parse_timestamp(value: Any) -> str:
@@ -2684,7 +2689,7 @@ class Store:
                         f"({', '.join('?' * len(standing))})", standing)
         return self.said(standing, event, standing.made_by)
 
-    def lift(self, number: int | str, by: str) -> Standing:
+    def lift(self, number: int, by: str) -> Standing:
         """End a standing decision; one already lifted stays as it is."""
         standing = next(standing_rows(self.db, "WHERE number = ?", number), None)
         if standing is None:
@@ -2992,7 +2997,8 @@ def lock_database(path: Path) -> sqlite3.Connection:
 
 def check_ours(db: sqlite3.Connection, path: Path, reading: bool = False) -> None:
     """ConfigError unless hitl.py wrote the database, with this schema, and it
-    is not plainly cut short: SQLite would take an empty file for a new one."""
+    is not plainly cut short: SQLite would take an empty file for a new one.
+    For `reading`, what is left of a cut one is good enough."""
     ours, = db.execute("PRAGMA application_id").fetchone()
     version, = db.execute("PRAGMA user_version").fetchone()
     size = path.stat().st_size
@@ -3208,7 +3214,7 @@ def notice_fields(requests: list[ReviewRequest], desk_url: str, waiting: int
     deadline = min((request.deadline for request in requests if request.deadline),
                    default=None)
     if deadline:
-        left = datetime.fromisoformat(deadline).timestamp() - time.time()
+        left = unix_time(deadline) - time.time()
         text.append(f"expires in {readable_seconds(max(0, left))}, at "
                     f"{deadline[11:19]} UTC")
     else:
@@ -3359,7 +3365,7 @@ class Channel:
         self.hanging = [each for each in self.hanging if each.is_alive()]
         if len(self.hanging) < MAX_HANGING:
             self.hanging.append(thread)
-            with contextlib.suppress(RuntimeError):     # no thread is to be had
+            with contextlib.suppress(RuntimeError):     # none is left
                 thread.start()
                 thread.join(self.pace.patience)
         answer = answers[-1]        # a program is never started again
@@ -3574,7 +3580,7 @@ class Notices:
         request = request._replace(     # without what is large and never sent
             category=category if category in CATEGORIES else "", arguments=None,
             action_description=request.action_description[:MAX_DETAILS])
-        waited = time.time() - datetime.fromisoformat(request.received_at).timestamp()
+        waited = time.time() - unix_time(request.received_at)
         for channel in self.channels:
             if channel.wants(request) and channel.name not in told:
                 delay = max(0, channel.entry["after_seconds"] - waited)
@@ -4421,7 +4427,7 @@ def full_description(request: ReviewRequest) -> str:
 
 def what_was_asked(request: ReviewRequest) -> tuple[Html, Html]:
     """What does not change on a card that waits: the exact call, and what is
-    folded away (the context, or a large one's beginning, and other facts)."""
+    folded away (the context, or both ends of a large one, and other facts)."""
     title = "Exactly this:"
     if request.status == Status.WAITING:
         title = "Runs exactly this:"
@@ -4517,10 +4523,6 @@ def moment(text: str | None, kind: str = "", now: float = 0.0) -> Html:
         words = f"{readable_seconds(seconds)} {kind}"
     return fill('<time class="{kind}" datetime="{text}">{words}</time>', kind=kind,
                 text=text, words=words)
-
-
-def unix_time(text: str) -> float:
-    return datetime.fromisoformat(text).timestamp()
 
 
 def decider(request: ReviewRequest) -> str:
@@ -6051,10 +6053,8 @@ BETWEEN = "\n\x1f"              # joins the texts of a list, to mask them as one
 
 
 def cut(text: str, size: int) -> str:
-    """The beginning of a text, in at most `size` bytes of UTF-8; its end, if
-    that is negative."""
-    data = text.encode("utf-8", "replace")
-    return (data[:size] if size > 0 else data[size:]).decode(errors="ignore")
+    """The beginning of a text, in at most `size` bytes of UTF-8."""
+    return text.encode("utf-8", "replace")[:size].decode(errors="ignore")
 
 
 def agent_name() -> str:
@@ -6077,12 +6077,13 @@ def snapshot(value: Any, own: str) -> Any:
     data = text.encode("utf-8", "backslashreplace")
     if len(data) <= MAX_CONTEXT:
         return masked_json(value, own)
+    end = masked_text(text[-KEPT - EDGE:], own)[EDGE:].encode("utf-8", "replace")
     return {
         "note": f"This context is {len(data)} bytes, too many to send. Its "
                 "beginning and its end follow; the rest is left out.",
         "sha256": hashlib.sha256(data).hexdigest(),
         "beginning": cut(masked_text(text[:KEPT + EDGE], own)[:-EDGE], END_BYTES),
-        "end": cut(masked_text(text[-KEPT - EDGE:], own)[EDGE:], -END_BYTES)}
+        "end": end[-END_BYTES:].decode(errors="ignore")}
 
 
 # The name of a secret, however its words are joined (DB_PASS, dbPass,
@@ -6338,7 +6339,7 @@ class Binder:
     def __init__(self, function: Any, hide: Iterable[str]) -> None:
         self.function, self.args = function, ()
         self.kwargs: dict[str, Any] = {}
-        while isinstance(self.function, functools.partial):     # or one of one
+        while isinstance(self.function, functools.partial):     # or nested ones
             part = self.function
             self.function, self.args = part.func, (*part.args, *self.args)
             self.kwargs = {**part.keywords, **self.kwargs}
@@ -6843,8 +6844,7 @@ def ago(state: ReviewRequest) -> str:
     server's clock alone; "" for a decision about this request."""
     if not state.said_at or not state.decided_at:
         return ""
-    seconds = (datetime.fromisoformat(state.decided_at)
-               - datetime.fromisoformat(state.said_at)).total_seconds()
+    seconds = unix_time(state.decided_at) - unix_time(state.said_at)
     return f" {readable_seconds(max(0.0, seconds))} ago"
 
 

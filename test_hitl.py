@@ -7204,7 +7204,7 @@ def test_arguments_are_rows_and_blocks(desk):
                                   "agent_context"))
 def test_a_large_request_is_decided_on_its_own_page(desk, part):
     """A row above 8 KiB gets a link to its own page and no buttons; there
-    everything is, before the buttons, but the end of a large context."""
+    everything is, before the buttons, but the middle of a large context."""
     for name, text in (("1", "a" * 7500), ("2", "\u5b57" * 1200),
                        ("large-1", "a" * 60_000), ("large-2", "\u5b57" * 4000)):
         large, whole = "large" in name, name != "large-1" or part != "agent_context"
@@ -7216,6 +7216,7 @@ def test_a_large_request_is_decided_on_its_own_page(desk, part):
         assert review.cards[name]["buttons"] == BOTH
         before = review.cards[name]["before"]
         assert (text in before, "hitl.py show" in before) == (whole, not whole)
+        assert whole or re.search(r'a"\}\s+All of it: ', before)      # its end
         assert "1 waiting" in re.sub(r"\s+", " ", review.text), review.text[:200]
         clicked(desk, name, "rejected")
 
