@@ -5161,7 +5161,9 @@ def test_a_poll_that_is_refused_ends_the_wait(make_gate):
     with Impostor() as impostor:
         impostor.lies["r-1"] = "poll", lambda good: [http_reply({}, 404)]
         impostor.lies["r-2"] = "poll", WIRES["resets"]
+        impostor.lies["r-3"] = "poll", WIRES["by type HTML"]    # in its last second
         for request_id, seconds, kind in (("r-1", 30, hitl.UnreachableError),
+                                          ("r-3", 0.6, hitl.UnreachableError),
                                           ("r-2", 0.3, hitl.ReviewTimeoutError)):
             with pytest.raises(kind):
                 make_gate(impostor).call("delete_records", CALL, dict, timeout_seconds=
