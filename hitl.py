@@ -4465,13 +4465,17 @@ def decision_forms(view: View, request: ReviewRequest, typed: str) -> Html:
     def form(kind: str, label: str, fields: Any, reject: Any = None) -> Html:
         return fill(DECISION_FORM, request, kind=kind, label=label, fields=fields,
                     reject=reject, shown_at=instant(view.at))
+    # a form sends its own fields; the script sends the reason with each of them
+    unscripted = fill("<noscript>{reason}</noscript>", reason=fill(
+        REASON, request, typed=""))
     if offers.remember:
         files = ", whatever its files contain by then" if offers.files else ""
         label = "Approve, and the same call for 1 hour, at most 10 times" + files
-        ways = [fill(ASK_AGAIN, request), form("remember", label, REMEMBER)]
+        ways = [fill(ASK_AGAIN, request), form("remember", label, [
+            REMEMBER, unscripted])]
     if offers.editable and request.arguments is not None:
         ways.append(form("edit", "Approve as changed", [
-            *edit_fields(stored_json(request.arguments))]))
+            *edit_fields(stored_json(request.arguments)), unscripted]))
     return as_html([
         form("decide", "Approve", fill(REASON, request, typed=escaped(typed)),
              fill(REJECT, request)),

@@ -4314,6 +4314,16 @@ def test_the_desk_matches_no_more_than_it_must(desk, ruled, monkeypatch):
     assert looked_up == matched == []
 
 
+def test_each_way_to_decide_takes_a_reason(make_desk, make_gate):
+    """Also without its script a card sends a reason with each way to decide."""
+    desk = make_desk(rules=make_gate(rules=EDITABLE).rules)
+    desk.post(tool="delete_records", arguments=CALL, session="s", edits=True,
+              checkpoint_id="delete-records")
+    forms = re.findall('(?s)<form id="([a-z]+)-r-1"(.*?)</form>', desk.page())
+    assert [name for name, _ in forms] == ["decide", "remember", "edit"]
+    assert all('name="reason"' in fields for _, fields in forms)
+
+
 def test_a_call_without_arguments_has_none_to_change(ruled):
     """Nobody hides a card by offering changes of arguments that are not there."""
     desk, _ = ruled
