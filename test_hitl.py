@@ -1789,6 +1789,9 @@ def act(store, step, name="r-1"):
     def change():
         changes[verb]()
         request = store.request(name)
+        # what a poll is told out of memory is what is stored
+        polled = store.summary(name, request.asked_by)
+        assert polled[:len(hitl.SUMMARY)] == request[:len(hitl.SUMMARY)]
         return str(request.outcome or request.status)
     return turn(store, change)
 
@@ -2501,6 +2504,30 @@ def test_one_that_fails_leaves_its_neighbours(store):
     assert store.commit() is None
     assert names(store) == ["r-1", "r-3"] and store.waiting_count == 2
     assert chain_faults(store.path) == []
+
+
+def test_a_poll_is_told_only_what_is_stored(store):
+    """A request is kept in memory for polls until it changes, and what was
+    kept during a turn that is undone is forgotten with it. Another agent's
+    poll is refused, also when it is kept."""
+    def told():
+        return store.summary("r-1", "agent:a").status
+    act(store, "ask")
+    assert told() == "waiting" and store.polled
+    def approve():
+        store.decide("r-1", hitl.Status.APPROVED, "reviewer:ana")
+        return told()
+    with pytest.raises(ZeroDivisionError):
+        store.attempt(lambda: approve() == "approved" and 1 / 0)
+    assert told() == "waiting"
+    for failing in True, False:
+        assert store.attempt(approve) == "approved"
+        store.spoilt = failing
+        assert (store.commit() is None) == failing
+        assert told() == ("waiting" if failing else "approved")
+    with pytest.raises(hitl.Refusal) as refusal:
+        store.summary("r-1", "agent:b")
+    assert refusal.value.reason == "not-your-request"
 
 
 def test_a_turn_that_fails_stores_nothing(store):
