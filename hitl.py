@@ -69,17 +69,17 @@ acall, and by what is given an approval: the MCP server, coding agent or `run`.
     Text               158  text shown so that a person can trust it
   * Matching           659  does a checkpoint match this call?
     Configuration      461  reads and checks checkpoints.toml
-  * Store              989  the only SQL: requests, decisions, the audit log
-    Database file      235  opens, locks and verifies it
+  * Store             1003  the only SQL: requests, decisions, the audit log
+    Database file      238  opens, locks and verifies it
     Notices            447  tells a reviewer; the only outgoing messages
-    Pages              942  the only HTML; pure functions
-  * Rights and routes  867  who may do what, and the replies
+    Pages              946  the only HTML; pure functions
+  * Rights and routes  866  who may do what, and the replies
     Loop               478  the only listening socket; one transaction a turn
   * Client             146  the only outgoing requests to the server
     Context            237  what the card says about the agent, secrets masked
     Guard              153  the decorator
   * Gate               707  match, ask, wait, claim, run, report: runs a tool
-    Adapters           598  coding-agent hooks, MCP proxy, command prefix
+    Adapters           620  coding-agent hooks, MCP proxy, command prefix
     Evidence           245  `verify` and `demo`: the whole path, for real
     Command line      1177  argv, environment, stdout
 
@@ -7448,7 +7448,27 @@ SNIPPETS: dict[str, tuple[str, Json]] = {       # agent -> its file, what goes i
         event: [{"command": "{command}", "timeout": DAY, "failClosed": True}]
         for event in ("beforeShellExecution", "beforeMCPExecution")}}),
     "cline": (".clinerules/hooks/PreToolUse (make it executable)", {}),  # a script
+    "opencode": (".opencode/plugin/hitl.js", {}),       # a plugin
 }
+OPENCODE = """\
+export const Hitl = async () => ({
+  "tool.execute.before": async (input, output) => {
+    const call = {hook_event_name: "PreToolUse", hook_source: "opencode-plugin",
+                  session_id: input.sessionID, cwd: process.cwd(),
+                  tool_name: input.tool, tool_input: output.args}
+    const run = Bun.spawn(["/bin/sh", "-c", COMMAND],
+      {stdin: new Blob([JSON.stringify(call)]), stdout: "pipe", stderr: "pipe"})
+    const text = await new Response(run.stdout).text()
+    if ((await run.exited) !== 0) throw new Error("hitl: refused")
+    const answer = JSON.parse(text)
+    if (Object.prototype.toString.call(answer) !== "[object Object]")
+      throw new Error("hitl: refused")
+    const said = answer.hookSpecificOutput
+    if (said && said.permissionDecision !== "allow")
+      throw new Error(said.permissionDecisionReason)
+  },
+})
+"""
 
 
 def snippet(agent: str, config: str | None) -> str:
@@ -7471,8 +7491,10 @@ def snippet(agent: str, config: str | None) -> str:
     with contextlib.suppress(ConfigError):      # there may be no rules yet
         gate = Gate(find_configuration(config, local=False))
         waiting = f"hitl: review at {gate.server_url}"
-    return filled(SNIPPETS[agent][1], waiting=waiting,
-                  command=f"{line} --deadline 86000 || exit 2") + "\n"
+    line += " --deadline 86000 || exit 2"
+    if agent == "opencode":
+        return OPENCODE.replace("COMMAND", json.dumps(line))
+    return filled(SNIPPETS[agent][1], waiting=waiting, command=line) + "\n"
 
 
 # ---- MCP: a proxy between a client and a server on stdio ----
