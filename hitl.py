@@ -4148,12 +4148,14 @@ BLOCK = """<div class="block"><dt>{name}: {size}</dt>
 {text}</pre><span class="end">end of {name}</span></dd></div>
     """
 
-FOLDS = """<details><summary>Context, {size}: {first}</summary>
+CONTEXT = """<details><summary>Context, {size}: {first}</summary>
     <pre>
 {context}</pre>
     <p class="soft">{left_out}</p>
   </details>
-  <details><summary>More</summary>
+  """
+
+MORE = """<details><summary>More</summary>
     <dl>{facts}</dl>
     {rule}
   </details>"""
@@ -4444,7 +4446,7 @@ def full_description(request: ReviewRequest) -> str:
 
 def what_was_asked(request: ReviewRequest) -> tuple[Html, Html]:
     """What does not change on a card that waits: the exact call, and what is
-    folded away (the context, or both ends of a large one, and other facts)."""
+    folded away (the context, if the agent sent one, and other facts)."""
     title = "Exactly this:"
     if request.status == Status.WAITING:
         title = "Runs exactly this:"
@@ -4455,6 +4457,15 @@ def what_was_asked(request: ReviewRequest) -> tuple[Html, Html]:
                 for name, size, text in argument_rows(stored_json(request.runs))]
     exact = fill(EXACT, title=title, rows=rows or "no arguments: {}",
                  tool=request.tool or Html("<em>no tool</em>"))
+    facts = [fill(ARGUMENT, name=name, text=getattr(request, name))
+             for name in FACTS if getattr(request, name)]
+    return exact, as_html([
+        request.agent_context != "null" and folded_context(request),
+        fill(MORE, facts=facts, rule=allow_rule(request))])
+
+
+def folded_context(request: ReviewRequest) -> Html:
+    """What the agent says about itself, or both ends of it if it is large."""
     context, left_out = request.agent_context, ""
     size = readable_size(len(context.encode()))
     if len(context) > CONTEXT_SHOWN:
@@ -4464,11 +4475,8 @@ def what_was_asked(request: ReviewRequest) -> tuple[Html, Html]:
     else:
         context = layout(stored_json(context))
     first = re.sub(r"^[\[{]\n *", "", context).partition("\n")[0][:WIDE]
-    facts = [fill(ARGUMENT, name=name, text=getattr(request, name))
-             for name in FACTS if getattr(request, name)]
-    return exact, fill(FOLDS, size=size, first=first, left_out=left_out,
-                       context=marked(visible_lines(context)), facts=facts,
-                       rule=allow_rule(request))
+    return fill(CONTEXT, size=size, first=first, left_out=left_out,
+                context=marked(visible_lines(context)))
 
 
 # An open page is made again at each change, and this is most of the work.

@@ -7318,8 +7318,9 @@ def test_the_card_says_what_it_knows(desk):
     assert ">0 s left<" in late
     desk.state("w-1")
     desk.post("b-2", agent="b")                 # as b-1 was, which is rejected
-    desk.post("o-1", tool="other")
+    desk.post("o-1", tool="other", agent_context=None)
     page = Page(desk.page()).text
+    assert page.count("Context, ") == len(desk.waiting()) - 2   # large, and none
     assert "an agent waits for it" in page
     assert len(re.findall(r"the same call was rejected by ana \(shared token\) "
                           r"[0-9]+ s ago: because I say so", page)) == 1
