@@ -72,10 +72,10 @@ acall, and by what is given an approval: the MCP server, coding agent or `run`.
   * Store             1003  the only SQL: requests, decisions, the audit log
     Database file      238  opens, locks and verifies it
     Notices            447  tells a reviewer; the only outgoing messages
-    Pages              946  the only HTML; pure functions
-  * Rights and routes  866  who may do what, and the replies
+    Pages              954  the only HTML; pure functions
+  * Rights and routes  868  who may do what, and the replies
     Loop               478  the only listening socket; one transaction a turn
-  * Client             146  the only outgoing requests to the server
+  * Client             147  the only outgoing requests to the server
     Context            237  what the card says about the agent, secrets masked
     Guard              153  the decorator
   * Gate               707  match, ask, wait, claim, run, report: runs a tool
@@ -4992,9 +4992,10 @@ def as_json_says(form: Mapping[str, str], arguments: str | None) -> dict[str, An
         for key, text in form.items():
             if key.startswith("argument:"):
                 name = key.removeprefix("argument:")
-                is_text = isinstance(changed.get(name), str)
-                changed[name] = (text.replace("\r\n", "\n") if is_text
-                                 else parse_json(text))
+                if isinstance(changed.get(name), str):
+                    changed[name] = text.replace("\r\n", "\n")
+                else:
+                    changed[name] = parse_json(text)
                 asks["arguments"] = changed
     except ValueError as error:
         raise bad_field(name, f"JSON: {error}", "change only its values") from None
@@ -5189,8 +5190,9 @@ class Desk:
         """A route's answer; a refusal is one, too, and undoes no change."""
         route: Callable[..., bytes | Poll] = getattr(self, http.route.answer)
         try:
-            return route(http, parse_body(http, body) if http.method == "POST"
-                         else http.query)
+            if http.method == "POST":
+                return route(http, parse_body(http, body))
+            return route(http, http.query)
         except Refusal as refusal:
             return self.problem(http, refusal)
 
@@ -6024,8 +6026,9 @@ class Client:
                  seconds: float) -> Reply:
         """The server's reply, a JSON object; UnreachableError for any other
         answer."""
-        data = None if body is None else READABLE.encode(body).encode(
-            errors="backslashreplace")  # a lone surrogate, which is refused
+        data = None
+        if body is not None:            # a lone surrogate is sent, and refused
+            data = READABLE.encode(body).encode(errors="backslashreplace")
         status, headers, text = self.fetch(
             method, path, data, seconds=seconds, Accept="application/json",
             Content_Type="application/json")
