@@ -3766,7 +3766,7 @@ def attended(desk, request_id: str = "r-1") -> bool:
 
 def test_the_story_by_curl(desk):
     """The four fields are 201 with a Location, the same again 200, other
-    content 409; approved is 200 once."""
+    content 409; approved is 200 once. Arguments are stored as they were sent."""
     status, headers, said = desk_ask(desk, "POST", "/pending", "", four())
     assert (status, headers["Location"]) == (201, "/review/r-1")
     assert (said["status"], said["deadline"]) == ("waiting", None)
@@ -3778,6 +3778,22 @@ def test_the_story_by_curl(desk):
     assert (done.status, again.status) == (200, 409)
     assert again.body["request"] == done.body
     assert done.body["decided_by"] == "reviewer:ana"
+    desk.post("r-2", tool="send", arguments={"z": 1, "a": 2})
+    assert desk.rows("SELECT arguments FROM pending_reviews ORDER BY id") == [
+        (None,), ('{"z":1,"a":2}',)]
+
+
+def test_what_is_overdue_is_closed_in_turns(store):
+    """The clock closes 200 requests a turn, and the desk then knows that there
+    may be more."""
+    desk = hitl.Desk(store, hitl.Tokens({}, {}, None), "", hitl.Rules(()))
+    for n in range(250):
+        store.attempt(put, store, f"r-{n}", "10")
+    assert desk.close_overdue() is False
+    store.clock.time += 11
+    store.tick()
+    assert [desk.close_overdue(), store.waiting_count] == [True, 50]
+    assert [desk.close_overdue(), store.waiting_count] == [False, 0]
 
 
 def test_every_refusal_says_the_cure(desk, monkeypatch):
