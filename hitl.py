@@ -73,7 +73,7 @@ acall, and by what is given an approval: the MCP server, coding agent or `run`.
     Database file      238  opens, locks and verifies it
     Notices            447  tells a reviewer; the only outgoing messages
     Pages              954  the only HTML; pure functions
-  * Rights and routes  868  who may do what, and the replies
+  * Rights and routes  871  who may do what, and the replies
     Loop               478  the only listening socket; one transaction a turn
   * Client             147  the only outgoing requests to the server
     Context            237  what the card says about the agent, secrets masked
@@ -4394,8 +4394,8 @@ def card(request: ReviewRequest, view: View, opened: bool = True,
 def warnings(view: View, request: ReviewRequest,
              cut: bool) -> Iterator[tuple[str, str]]:
     """What a reviewer must not miss, each with the status that colours it."""
-    bad = Status.REJECTED
-    if not cut and not request.intact:      # a cut request has no digest to check
+    bad = Status.REJECTED           # a cut request has no arguments to check
+    if not cut and not request.intact:
         yield bad, "DAMAGED: what is stored is not what was asked"
     if request.status != Status.WAITING:
         return
@@ -4406,7 +4406,7 @@ def warnings(view: View, request: ReviewRequest,
             ago=moment(before.decided_at, "ago", view.at),
             why=before.reason and f": {before.reason}")
     yield bad, view.told(request.request_id)
-    if not view.offers(request).decidable:
+    if not cut and not view.offers(request).decidable:
         yield bad, "only the reviewers that its checkpoint names can decide this"
     name = request.checkpoint_id
     if view.rules.path and name not in (None, "unmatched", "odd-name"):
@@ -4588,7 +4588,7 @@ MAX_POLL_SECONDS = 60           # one long poll; proxies cut longer ones
 RECENT_SECONDS = 10             # after a poll this recent somebody still waits
 LISTED = 500                    # waiting requests in one JSON answer
 SEEN_SECONDS = 0.6              # a card is seen first: a double click is shorter
-MAX_RULINGS = 256               # calls whose checkpoints are remembered
+MAX_RULINGS = 1_000             # calls whose checkpoints are remembered
 MAX_FORM_FIELDS = 256           # the arguments of a call, and a few more
 SELDOM = ("said_at", "approved_digest")     # left out of a reply if empty
 
@@ -5252,6 +5252,9 @@ class Desk:
         summary, new = self.store.submit(asked, bool(field(asks, "attach")))
         if not new:
             return self.reply(http, summary)
+        if self.has_limits and asked.size <= LARGE_BYTES:
+            # matched now, at the agent's cost: a page may list a hundred
+            self.ruling(asked.checkpoint_id, asked.tool, asked.arguments)
         return self.reply(http, summary, 201,
                           f"Location: /review/{asked.request_id}\r\n")
 

@@ -4338,8 +4338,9 @@ CALLS = {       # what a call names, and whom the desk lets decide it
 
 def test_the_desk_matches_no_more_than_it_must(desk, ruled, monkeypatch):
     """An agent writes what is matched. The desk looks up no path of a call, and
-    matches a call only if a rule of its own limits decisions, and then, when the
-    call is asked, only if a standing decision could answer it."""
+    matches a call only if a rule of its own limits decisions: a small one once,
+    as it is asked, so that a page of many matches none; a large one when it is
+    shown alone or decided, or if a standing decision could answer it."""
     limited, decide = ruled
     limited.post("r-1", tool="delete_it", arguments={"a": 1}, session="s")
     assert decide("bo", decision="rejected")[0] == 200      # and it stands
@@ -4354,7 +4355,10 @@ def test_the_desk_matches_no_more_than_it_must(desk, ruled, monkeypatch):
         one.post("r-3", tool="delete_it", arguments={"a": 2}, session="s")
     desk.decide("r-3", "rejected")
     desk.page()
-    assert looked_up == matched == []
+    hitl.Client(limited.url, hitl.basic("bo", NAMED["bo"])).fetch(
+        "GET", "/", seconds=10, Accept="text/html")
+    assert looked_up == []
+    assert [arguments for _, _, arguments in matched] == [{"a": 2}]
 
 
 def test_each_way_to_decide_takes_a_reason(make_desk, make_gate):
