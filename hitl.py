@@ -23,7 +23,7 @@ Five words
 tool call       one action the agent proposes: a tool's name and its arguments
 checkpoint      a rule in checkpoints.toml that says which calls need review
                 (in LangGraph the word means saved state)
-review request  a held tool call, waiting for a decision or with one
+review request  a held tool call, waiting for a decision or decided
 reviewer        the person at the desk, which is the server with its page
 decision        what the reviewer said: approved or rejected, with a reason
 
@@ -84,7 +84,8 @@ acall, and by what is given an approval: the MCP server, coding agent or `run`.
     Command line      1177  argv, environment, stdout
 
 Files: checkpoints.toml (rules); hitl.db, -wal, -shm (requests and audit log);
-hitl.db.lock (one server per database); ~/.cache/hitl (this file's bytecode).
+hitl.db.lock (one server per database); ~/.cache/hitl (this file's bytecode);
+hitl-evidence.json (what `verify` saw).
 Environment: HITL_SERVER_URL, HITL_CONFIG, HITL_DATABASE, HITL_AGENT_TOKEN,
 HITL_AGENT, HITL_REVIEWER, HITL_REVIEWER_TOKEN. A flag wins over the
 environment, and the environment over the file.
@@ -125,7 +126,7 @@ if sys.version_info < (3, 11):  # in a syntax that Python 3.8 can still parse
         raise ImportError(OLD)
     sys.stderr.write("hitl: error: " + OLD + "\nhitl: hint: use python3.11, or "
                      "`uv run hitl.py`, which fetches one\n")
-    sys.exit(2)                         # a coding agent takes it as: refused
+    sys.exit(2)                         # a coding agent takes this as a refusal
 
 # The code for `python -I -c`, on one line. It runs this file, and imports
 # nothing from beside it or from PYTHONPATH; bytecode comes only from the
@@ -172,8 +173,8 @@ if __name__ == "__main__" and not sys.flags.isolated:
                 sys.executable, "-I", *(f"-W{w}" for w in sys.warnoptions), "-c",
                 LOADER, cache, os.path.abspath(__file__), *sys.argv[1:]])
         except (OSError, ValueError, TypeError):
-            os._exit(2)                 # a coding agent takes it as: refused
-    # elsewhere, exec would not wait for the new process
+            os._exit(2)                 # a coding agent takes this as a refusal
+    # elsewhere, whoever started us would not wait for what exec starts
     sys.path[:] = [folder for folder in sys.path[1:] if folder.startswith(
         (sys.prefix, sys.base_prefix))]
 
@@ -218,7 +219,7 @@ if TYPE_CHECKING:
     import inspect
     import logging
     import sqlite3
-else:                           # imported now, they would add half to the start
+else:                           # importing these now would add half to the start
     html = Later(lambda: __import__("html"))
     inspect = Later(lambda: __import__("inspect"))
     logging = Later(lambda: __import__("logging"))
@@ -376,8 +377,9 @@ REQUEST_ID = regex(
 #
 # Each move (an arrow or an indent) is one guarded UPDATE in the Store, and a
 # trigger in the database refuses every other. A new status would be added
-# here, in SCHEMA and database_fault, as a method of Store, in REFUSALS, in the
-# page's STYLE and endings, and in Held.wait and check_approved, which read it.
+# here, in SCHEMA and database_fault, as a method of Store, in SAID_OF and
+# REFUSALS, in the page's STYLE and endings, and in Held.wait and
+# check_approved, which read it.
 # The deadline is watched in four places: Loop.sweep and Store.expire (the
 # server's clock), Held.wait and give_up (the gate's own).
 
@@ -466,7 +468,7 @@ class ReviewRequest(NamedTuple):
         return digest_of(self.action_description, arguments, self.tool)
 
 
-SUMMARY = ReviewRequest._fields[:10]    # what a reply about a request has, and a url
+SUMMARY = ReviewRequest._fields[:10]    # the fields of a reply, besides its url
 
 
 class Standing(NamedTuple):
@@ -539,7 +541,7 @@ def parse_json(data: bytes | str) -> Any:
     except RecursionError:
         raise ValueError(TOO_DEEP) from None
     if parts > MAX_DEPTH:
-        for _ in objects_in(value):     # raises if it is nested too deep
+        for _ in objects_in(value):     # raises if it is nested too deeply
             pass
     if "\\ud" in text.lower() or not text.isascii():
         try:
@@ -563,7 +565,7 @@ LENIENT = json.JSONDecoder(object_pairs_hook=both_members, strict=False)
 
 def read_json(text: str) -> Any:
     """What a text says if some reader could take it for JSON, or for JSON
-    inside JSON; other text as it is; ValueError if it is nested too deep."""
+    inside JSON; other text as it is; ValueError if it is nested too deeply."""
     value: Any = text
     try:
         while isinstance(value, str):
@@ -582,8 +584,8 @@ JSON_STARTS = ("{", "[", '"', " ", "\t", "\r", "\n")
 def objects_in(value: Any, quoted: bool = False, depth: int = 0,
                left: Iterator[int] | None = None) -> Iterator[Mapping[str, Any]]:
     """Every object in a JSON value: inside objects and lists and, if `quoted`,
-    inside texts that are JSON. ValueError if they are nested too deep, or if
-    there are too many to look through: `left` counts them down."""
+    inside texts that are JSON. ValueError if they are nested too deeply, or
+    if there are too many to look through: `left` counts them down."""
     left = left or iter(range(MAX_PARTS))
     if depth == MAX_DEPTH:
         raise ValueError(TOO_DEEP)
@@ -621,7 +623,8 @@ def sha256_of(value: Any) -> str:
 
 
 def instant(seconds: float) -> str:
-    """Unix seconds as ISO 8601 UTC with milliseconds; as text they sort."""
+    """Unix seconds as ISO 8601 UTC with milliseconds, a text that sorts by
+    time."""
     moment = datetime.fromtimestamp(seconds, timezone.utc)
     return moment.isoformat(timespec="milliseconds")[:-6] + "Z"
 
@@ -632,7 +635,8 @@ def unix_time(text: str) -> float:
 
 
 def parse_timestamp(value: Any) -> str:
-    """ISO 8601 (no offset means UTC) or Unix seconds, as instant() has it."""
+    """ISO 8601 (no offset means UTC) or Unix seconds, as instant() writes
+    it."""
     try:
         if isinstance(value, str):
             moment = datetime.fromisoformat(value)
@@ -820,7 +824,7 @@ MAX_MATCHED = 64 * 1024         # characters that any pattern looks at
 MAX_STEPS = 10_000_000          # of `re` for one pattern: a third of a second
 ENDLESS = MAX_STEPS ** 2
 MAX_PATH = 4096                 # characters of a path that is looked up
-MAX_FILES = 1000                # in one edit; one of more is in doubt
+MAX_FILES = 1000                # in one edit; an edit of more is in doubt
 MAX_INNER = 100                 # calls inside one call; with more it waits
 
 
@@ -870,7 +874,7 @@ def bare_name(name: str) -> str:
 
 
 # ---- how long a pattern may take ----
-# `re` cannot be interrupted and blocks every thread, so what a pattern sees is
+# `re` blocks every thread and heeds only signals, so what a pattern sees is
 # bounded: about 4,400 characters for one open repeat (`.*`), 390 for two.
 # The parser of `re` is private to Python but unchanged since 3.11; it returns
 # a list of (operation, argument).
@@ -889,7 +893,8 @@ def reach(pattern: str) -> int:
 def cost(tree: Any, repeated: bool) -> tuple[int, int]:
     """How many open repeats of a parsed pattern can meet, and the product of
     its bounded choices, ENDLESS if it repeats a repeat. A repeat of single
-    characters ends, and meets no later one, at a letter it does not match."""
+    characters ends at a letter that it does not match, and so meets no repeat
+    after that."""
     most = loops = 0            # open repeats: the most, and those not ended
     ways, last = 1, None
     for kind, value in tree:
@@ -965,8 +970,8 @@ def texts_of(arguments: Any, names: Container[str]) -> Iterator[str]:
 
 
 def command_of(value: Any) -> str | None:
-    """A command as one text: a list of words (an argv, some commands) is
-    joined, even if it comes as JSON; None for anything else."""
+    """A command as one text: a list of words (an argv or several commands)
+    is joined, even if it comes as JSON; None for anything else."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = read_json(value)
     if isinstance(value, (list, tuple)) and all(
@@ -1364,7 +1369,7 @@ class Rules(NamedTuple):
     def decision(self, call: Call) -> Match:
         """The first checkpoint that matches this call, whatever is inside it.
         The allow rules for commands make one list, those for edits another:
-        the rule that opens the last thing the call would do decides."""
+        the rule that opens the last text still shut decides."""
         shut: dict[str, list[str]] = {}
         for match in self.candidates(call.tool):
             rule = match.checkpoint
@@ -1444,7 +1449,7 @@ def describe(checkpoint: Checkpoint, tool: str,
             "edit": ("file_path", texts_of(arguments, PATHS))}
     if checkpoint.kind in told:
         name, texts = told[checkpoint.kind]
-        with contextlib.suppress(ValueError):           # nested too deep
+        with contextlib.suppress(ValueError):           # nested too deeply
             if text := "\n".join(filter(None, texts)):
                 known[name] = text
     values = {name: argument(known, name)
@@ -2165,7 +2170,7 @@ POLLED = columns_of((*SUMMARY, "asked_by"))      # the rest keep their defaults
 # a list cuts large requests: a desk full of them must fit into memory
 CUT = {name: f"CASE WHEN size > {LARGE_BYTES} {then} ELSE {name} END"
        for name, then in {
-    "agent_context": "THEN 'null'",     # even to measure it takes a millisecond
+    "agent_context": "THEN 'null'",     # even measuring it takes a millisecond
     "arguments": "AND length(arguments) > 200 THEN NULL",
     "approved_arguments": "AND length(approved_arguments) > 200 THEN NULL",
     "action_description": "AND length(action_description) > 200 THEN "
@@ -2183,7 +2188,8 @@ IN_FORCE = ("lifted_at IS NULL AND (decision = 'stopped' OR until > ?) AND "
 
 class AuditRow(NamedTuple):
     """A row of audit_log; AuditRow() stands for the row before the first. The
-    newest is the log's head: its hash, noted elsewhere, reveals a cut."""
+    newest is the log's head: whoever has noted its hash elsewhere can tell
+    later if the log was cut short."""
 
     sequence: int = 0
     at: str = ""
@@ -2234,8 +2240,8 @@ def bounds_from(value: Any, decision: Status) -> Bounds:
 
 
 class Found(NamedTuple):
-    """A part of the history, and the position to go on from, to which the
-    search has reached back; None at the end."""
+    """A part of the history, and how far back the search has reached, which is
+    where the `next` one begins; None at the end."""
 
     rows: list[ReviewRequest]
     next: tuple[str, int] | None
@@ -2935,7 +2941,7 @@ def changed_value(old: Any, new: Any, name: str) -> Any:
 # Opens, locks and verifies the file. A start checks the schema and what is
 # still open, so that a long history does not slow it down; `log --verify`
 # checks everything. Nothing is ever repaired: a file that was damaged or
-# edited is refused, and the message says what shows it.
+# edited is refused, and the message says what gave it away.
 
 # SQLITE_BUSY, LOCKED, READONLY, IOERR, FULL, CANTOPEN
 NOT_DAMAGE = (5, 6, 8, 10, 13, 14)
@@ -3012,7 +3018,7 @@ def lock_database(path: Path) -> sqlite3.Connection:
 def check_ours(db: sqlite3.Connection, path: Path, reading: bool = False) -> None:
     """ConfigError unless hitl.py wrote the database, with this schema, and it
     is not plainly cut short: SQLite would take an empty file for a new one.
-    For `reading`, what is left of a cut one is good enough."""
+    For `reading`, what is left of one cut short will do."""
     ours, = db.execute("PRAGMA application_id").fetchone()
     version, = db.execute("PRAGMA user_version").fetchone()
     size = path.stat().st_size
@@ -3382,7 +3388,7 @@ class Channel:
         self.hanging = [each for each in self.hanging if each.is_alive()]
         if len(self.hanging) < MAX_HANGING:
             self.hanging.append(thread)
-            with contextlib.suppress(RuntimeError):     # none is left
+            with contextlib.suppress(RuntimeError):     # no more threads
                 thread.start()
                 thread.join(self.pace.patience)
         answer = answers[-1]        # a program is never started again
@@ -3542,8 +3548,8 @@ class Channel:
                 self.try_due(notices)
 
     def hear(self, news: Job | str, notices: Notices) -> None:
-        """Take in a job, or the id of a request that no longer waits, which
-        gets no further try, and a row in the log if its notice was due."""
+        """Take in a job, or the id of a request that no longer waits: it gets
+        no further try and, if its notice was due, a row in the log."""
         if isinstance(news, Job):
             self.jobs[news.request.request_id] = news
             return
@@ -4587,7 +4593,7 @@ MAX_LINE = 120                  # characters of a description in a printed line
 MAX_POLL_SECONDS = 60           # one long poll; proxies cut longer ones
 RECENT_SECONDS = 10             # after a poll this recent somebody still waits
 LISTED = 500                    # waiting requests in one JSON answer
-SEEN_SECONDS = 0.6              # a card is seen first: a double click is shorter
+SEEN_SECONDS = 0.6              # a card must be seen: a double click is faster
 MAX_RULINGS = 1_000             # calls whose checkpoints are remembered
 MAX_FORM_FIELDS = 256           # the arguments of a call, and a few more
 SELDOM = ("said_at", "approved_digest")     # left out of a reply if empty
@@ -4892,7 +4898,8 @@ def reason_in(asks: Mapping[str, Any]) -> str | None:
 
 
 def number_in(query: Missing, name: str, pattern: str = "[0-9]{1,15}") -> float:
-    """A number in a query, a whole one; 0 if it is left out."""
+    """A number in a query, a whole one unless `pattern` allows more; 0 if it
+    is left out."""
     if name not in query:
         return 0.0
     text = query[name]
@@ -5652,7 +5659,7 @@ class Connection:
         return poll
 
     def release(self) -> None:
-        """Answer a parked poll with what its request is now."""
+        """Answer a parked poll with its request as it is now."""
         if poll := self.unpark():
             self.give(self.loop.desk.answer(poll.http, b""))
 
@@ -5668,7 +5675,7 @@ class Connection:
             if self.inbox:
                 self.loop.asyncio_loop.call_soon(self.advance)
         elif not self.reading and self.transport.can_write_eof():
-            # more may be on its way: to close now would reset the connection,
+            # more may be on its way: closing now would reset the connection,
             # and the answer would be lost
             self.lasts(limits.linger_seconds)
             with contextlib.suppress(OSError):      # the client has gone already
@@ -5840,7 +5847,8 @@ class Loop:
     # ---- notices ----
 
     def start_notices(self, channels: list[Channel], rules: Rules) -> None:
-        """Tell reviewers of what waits, and from now on of what begins to."""
+        """Send notices of what waits and, from now on, of what begins to
+        wait."""
         if not channels:
             return
         self.notices = Notices(channels, rules, self.url, self.report)
@@ -6245,7 +6253,8 @@ def masked_text(text: str, own: str) -> str:
 
 
 def masked_json(value: Any, own: str) -> Any:
-    """Plain JSON with its secrets masked, even those known only by a name."""
+    """Plain JSON with its secrets masked, even if only a name gives them
+    away."""
     if isinstance(value, str):
         return masked_text(value, own)
     made: Any = []
@@ -6467,9 +6476,8 @@ def is_async(function: Any) -> bool:
 # =================================== Gate ==================================
 # The agent's side: a tool call that a checkpoint matches waits until a person
 # has decided. Gate.call is the story, in six steps; a Held is one call on its
-# way through them. The first four return only with a claim whose id and digest
-# match, and raise otherwise (promise 1); no option lets a call run when
-# something fails.
+# way through them. The first four steps end with a claim whose id and digest
+# match, or raise (promise 1); no option lets a call run when something fails.
 
 UNREACHABLE_SECONDS = 10        # how long to try a server that does not answer,
 CLAIM_RETRY_SECONDS = 30        # for a claim, whose reply may have been lost,
@@ -6596,7 +6604,7 @@ class Held:
         return value
 
     def obtain(self, handed_over: bool = False) -> None:
-        """The right to run this call, or a HitlError."""
+        """Take the right to run this call; HitlError if there is none."""
         try:
             self.ask()
             self.wait()
@@ -7220,7 +7228,7 @@ class Dialect(NamedTuple):
     """How one coding agent speaks to its hooks."""
 
     name: str
-    signs: tuple[str, ...]      # it is this one if all words of any sign are there
+    signs: tuple[str, ...]      # all words of one of these are there
     approved: Json              # what to answer, exactly
     rejected: Json
     seconds: float              # the deadline without --deadline
@@ -7306,8 +7314,8 @@ class Hook:
     """One tool call of a coding agent: read, held, and answered once.
 
     Most agents run the tool if the answer is late, so an alarm interrupts
-    whatever takes too long, a desk that hangs or a pattern that runs away (`re`
-    checks for signals as it goes), and refuses; a timer in C backs it up.
+    whatever takes too long (a desk that hangs, or a pattern that runs away:
+    `re` checks for signals as it goes) and refuses; a timer in C backs it up.
     """
 
     def __init__(self, config: str | None, deadline: float | None) -> None:
@@ -7782,7 +7790,7 @@ def execute(argv: list[str], cwd: str, executable: str) -> int:
     terminal = sys.stdin and sys.stdin.isatty()
 
     def pass_on(number: int, frame: Any) -> None:
-        if not (terminal and number in (2, 3)):     # a terminal signals both
+        if not (terminal and number in (2, 3)):     # a terminal does so itself
             child.send_signal(number)
     on_signals("SIGTERM SIGHUP SIGUSR1 SIGUSR2 SIGINT SIGQUIT", pass_on)
     return shell_status(child.wait())
@@ -8494,8 +8502,9 @@ def tls_context(certificate: str, key: str) -> Any:
 
 
 def check_exposure(host: str, tokens: Tokens, safe: bool) -> None:
-    """ConfigError if other machines can reach the address and what that needs
-    is missing; `safe`: tokens do not cross the network in clear text."""
+    """For an address that other machines can reach: ConfigError if agents have
+    no token, or if it is not `safe`: tokens would cross
+    the network in clear text."""
     if not tokens.agents:
         raise ConfigError(f"{host} can be reached from other machines, and "
                           "agents have no token",
@@ -8519,8 +8528,9 @@ def warnings_of(configuration: Configuration, public_url: str,
 
 def file_doubts(configuration: Configuration, serves: bool) -> list[str]:
     """A doubt if a group can write the file; ConfigError if everybody can. If
-    it `serves`, also if another user could change who decides, who asks or who
-    is told, or a group could change a command, which runs as this user."""
+    this process `serves`, ConfigError too if another user could change who
+    decides, who asks or who is told, or if a group could change a command,
+    which runs as this user."""
     path, told = configuration.path, configuration.notify
     if path is None or os.name != "posix":
         return []
@@ -8649,7 +8659,7 @@ def cmd_check(args: Any) -> int:
 
 def replay(args: Any, configuration: Configuration) -> int:
     """Try today's rules on the stored requests, to see which would end
-    differently. Paths in them are relative to this folder."""
+    differently. Paths in them are relative to the working directory."""
     path = server_settings(args, configuration)["database"]
     changed, counts = [], Counter(dict.fromkeys(
         ("as before", "would no longer wait", "denied", "by another checkpoint"), 0))
@@ -9043,8 +9053,8 @@ def cmd_run(args: Any) -> int:
 
 def gate_and_command(args: Any) -> tuple[Gate, list[str]]:
     """The gate of `run` and `mcp`, and the command they start, which does not
-    inherit a token that could approve (promise 5). A signal withdraws what
-    waits."""
+    inherit a token that could approve (promise 5). SIGTERM and SIGHUP
+    withdraw what waits."""
     on_signals("SIGTERM SIGHUP", lambda number, _: sys.exit(128 + number))
     command = list(args.command_words)
     if command[:1] == ["--"]:
