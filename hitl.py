@@ -1615,7 +1615,7 @@ def address(value: Any, schemes: str, like: str, rest: str = "/?") -> re.Match[s
 
 
 def url_value(value: Any) -> str:
-    found = address(value, "https?", '"http://127.0.0.1:8765", no path')
+    found = address(value, "https?", '"http://127.0.0.1:8765", without a path')
     return found[0].removesuffix("/")
 
 
@@ -2468,9 +2468,9 @@ class Store:
         request = self.first("WHERE request_id = ?", asked.request_id)
         if request is None:
             raise Refusal(
-                "too-many-waiting", f"{self.waiting_count} requests wait "
-                f"already, {self.counts[asked.asked_by, asked.agent]} from this "
-                "agent", "let a reviewer decide some, or withdraw some")
+                "too-many-waiting", f"{self.waiting_count} requests are waiting "
+                f"already, {self.counts[asked.asked_by, asked.agent]} of them from "
+                "this agent", "let a reviewer decide some, or withdraw some")
         own = request.asked_by == asked.asked_by
         if own and (request.digest, request.checkpoint_id, request.session) == (
                 asked.digest, asked.checkpoint_id, asked.session):
@@ -2928,8 +2928,8 @@ def changed_value(old: Any, new: Any, name: str) -> Any:
         return [changed_value(*values, f"{name}.{n}")
                 for n, values in enumerate(zip(old, new, strict=True))]
     if not same or isinstance(old, (dict, list)):
-        raise Refusal("bad-field", f'"{visible(name[:200])}" has another type, '
-                      "or other parts", "only the values of texts, numbers "
+        raise Refusal("bad-field", f'"{visible(name[:200])}" has a different '
+                      "type or different parts", "only the values of texts, numbers "
                       "and booleans can change")
     if isinstance(old, str) and old != new and not editable_text(old):
         raise Refusal("not-editable", f'"{visible(name[:200])}" has characters '
@@ -3167,7 +3167,8 @@ def audit_faults(db: sqlite3.Connection, noted: str = "") -> Iterator[str]:
         before = row
         seen = seen or row.hash == noted
     if not seen:
-        yield f"the noted head {noted} is not in the log: its end was cut"
+        yield (f"the noted head {noted} is not in the log: its end was cut off, "
+               "or the head is of another log")
     yield from seal_faults(db)
     for subject, in db.execute(
             "SELECT DISTINCT subject FROM audit_log WHERE subject NOT IN "
@@ -4166,8 +4167,8 @@ MORE = """<details><summary>More</summary>
     {rule}
   </details>"""
 
-ALLOW = """<p>To let this call run without being asked, whatever other arguments
-    it has, put this above the other checkpoints:</p>
+ALLOW = """<p>To let this call run unasked, whatever other arguments it has, put
+    this above the other checkpoints:</p>
     <pre>[[checkpoint]]
 checkpoint_id = "allow-{short}"
 action_pattern = '{tool}'
@@ -4946,8 +4947,9 @@ def asked_from(body: dict[str, Any], by: Principal, at: float,
     # 2. each field
     request_id, timeout = body["request_id"], body.get("timeout_seconds")
     if not isinstance(request_id, str) or not REQUEST_ID.fullmatch(request_id):
-        raise bad_field("request_id", "1 to 128 of A-Z a-z 0-9 . _ : -, not . or "
-                        ".., and not begin with standing:", "a UUID is fine")
+        raise bad_field("request_id", "1 to 128 of A-Z a-z 0-9 . _ : -, other "
+                        "than . and .., and not begin with standing:",
+                        "a UUID is fine")
     texts: dict[str, Any] = {
         name: field(body, name) for name in OPTIONAL_FIELDS if name in body}
     tool = texts.get("tool")

@@ -1311,7 +1311,7 @@ WRONG_FILES = [     # text before a rule, place in the message, its cure
     ("[gate]\npoll_seconds = 61\n", "[gate]: poll_seconds", "60"),
     ('[gate]\nunmatched = "Review"\n', "[gate]: unmatched", "mean review?"),
     *((f'[gate]\nserver_url = "{url}"\n', "[gate]: server_url",
-       'must be like "http://127.0.0.1:8765", no path')
+       'must be like "http://127.0.0.1:8765", without a path')
       for url in ("localhost", "http://h:99999", "http://h/x")),
     ("[server]\nport = 70000\n", "[server]: port", "0 to 65535"),
     ("[[reviewer]]\n", 'reviewer 1: "name" is missing', 'add name = "..."'),
@@ -2985,7 +2985,7 @@ def test_log_verify_says_whole_or_where(every, unlocked):
     assert log_of(every, "--verify", "--head", head.hash) == (
         0, f"{every}: {head.sequence} rows, head {head.hash}: whole\n")
     status, out = log_of(every, "--verify", "--head", "f" * 64)
-    assert status == 1 and "is not in the log: its end was cut" in out
+    assert status == 1 and "is not in the log: its end was cut off, " in out
     unlocked.execute("UPDATE audit_log SET at = at || '0' WHERE sequence = 3")
     status, out = log_of(every, "--verify")
     assert status == 1 and out.startswith(
