@@ -698,20 +698,20 @@ def kind_of(c: str) -> str:
 
 def shown(text: str) -> str:
     """A run of characters that are not plain, as visible() shows it."""
-    told = ""
+    result = ""
     for part in PARTS.finditer("".join(map(kind_of, text))):
         own = text[part.start():part.end()]
         if part["plain"]:
-            told += own
+            result += own
         elif part["word"]:
-            told += f"\u27e6{own}\u27e7"
+            result += f"\u27e6{own}\u27e7"
         elif part["breaks"]:
-            told += f"\u27e6line break x{len(own)}\u27e7"
+            result += f"\u27e6line break x{len(own)}\u27e7"
         elif part["spaces"]:
-            told += f"\u27e6space x{len(own)}\u27e7"
+            result += f"\u27e6space x{len(own)}\u27e7"
         else:
-            told += "".join(f"\u27e6U+{ord(c):04X}\u27e7" for c in own)
-    return told
+            result += "".join(f"\u27e6U+{ord(c):04X}\u27e7" for c in own)
+    return result
 
 
 shown_word = functools.lru_cache(maxsize=256)(shown)     # words recur
@@ -1445,10 +1445,10 @@ def describe(checkpoint: Checkpoint, tool: str,
     missing, the call itself is shown. {command} is a shell command's text,
     {file_path} the files of an edit, whatever the arguments are called."""
     known, template = {**arguments}, checkpoint.description_template
-    told = {"shell": ("command", map(command_of, values_of(arguments, COMMANDS))),
+    by_kind = {"shell": ("command", map(command_of, values_of(arguments, COMMANDS))),
             "edit": ("file_path", texts_of(arguments, PATHS))}
-    if checkpoint.kind in told:
-        name, texts = told[checkpoint.kind]
+    if checkpoint.kind in by_kind:
+        name, texts = by_kind[checkpoint.kind]
         with contextlib.suppress(ValueError):           # nested too deeply
             if text := "\n".join(filter(None, texts)):
                 known[name] = text
@@ -1456,8 +1456,8 @@ def describe(checkpoint: Checkpoint, tool: str,
               for name in TEMPLATE_PART.findall(template) if name}
     if "tool" in values:
         values["tool"] = tool
-    nothing = values and all(value is MISSING for value in values.values())
-    if nothing or not checkpoint.action_pattern:
+    all_missing = values and all(value is MISSING for value in values.values())
+    if all_missing or not checkpoint.action_pattern:
         return call_in_words(tool, arguments)
 
     def fill_in(part: re.Match[str]) -> str:
@@ -2438,14 +2438,14 @@ class Store:
         rejected = standing and standing.decision == Status.REJECTED
         if attach and not rejected and (open_one := self.open_like(asked)):
             return open_one, False
-        stored = self.stored(asked)
-        if stored is None:
+        request = self.insert(asked)
+        if request is None:
             return self.asked_again(asked), False
         if standing:
-            stored = self.answer(stored, standing)
-        return stored, True
+            request = self.answer(request, standing)
+        return request, True
 
-    def stored(self, asked: ReviewRequest) -> ReviewRequest | None:
+    def insert(self, asked: ReviewRequest) -> ReviewRequest | None:
         """The request, stored as waiting; None if its id is taken, or if no
         more may wait: from this agent, from this credential, or in all."""
         credential, agent = (asked.asked_by,), (asked.asked_by, asked.agent)
@@ -2696,7 +2696,7 @@ class Store:
         standing = standing._replace(number=number)
         self.db.execute(f"INSERT INTO standing_decisions ({STANDING}) VALUES "
                         f"({', '.join('?' * len(standing))})", standing)
-        return self.said(standing, event, standing.made_by)
+        return self.log_standing(standing, event, standing.made_by)
 
     def lift(self, number: int, by: str) -> Standing:
         """End a standing decision; one already lifted stays as it is."""
@@ -2708,10 +2708,10 @@ class Store:
             return standing
         self.db.execute("UPDATE standing_decisions SET lifted_at = ?, lifted_by "
                         "= ? WHERE number = ?", (self.now, by, number))
-        return self.said(standing._replace(lifted_at=self.now, lifted_by=by),
-                         "lifted", by)
+        lifted = standing._replace(lifted_at=self.now, lifted_by=by)
+        return self.log_standing(lifted, "lifted", by)
 
-    def said(self, standing: Standing, event: str, actor: str) -> Standing:
+    def log_standing(self, standing: Standing, event: str, actor: str) -> Standing:
         """Log that a standing decision was made or lifted."""
         names = ("decision", "until", "uses", "request_id", "reason")
         self.note(standing, event, actor, {
@@ -2981,7 +2981,7 @@ def open_store(path: Path, clock: Callable[[], float] = time.time) -> Store:
                 cached_statements=256)
             opened.callback(db.close)
             check_ours(db, path)
-            settings(db, path)
+            apply_settings(db, path)
             if fault := database_fault(db):
                 raise bad_database(
                     path, f"is damaged or was edited: {fault}",
@@ -3037,7 +3037,7 @@ def check_ours(db: sqlite3.Connection, path: Path, reading: bool = False) -> Non
                            f"{version})", "use that version")
 
 
-def settings(db: sqlite3.Connection, path: Path) -> None:
+def apply_settings(db: sqlite3.Connection, path: Path) -> None:
     """Each commit is on disk when it returns, and readers never wait."""
     if db.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
         raise bad_database(path, "this file system cannot hold it (no WAL)",
@@ -3058,7 +3058,7 @@ def create_database(path: Path) -> None:
     fresh.unlink(missing_ok=True)       # left by a start that was cut off
     os.close(os.open(fresh, os.O_CREAT | os.O_EXCL, 0o600))
     with contextlib.closing(sqlite3.connect(fresh, isolation_level=None)) as db:
-        settings(db, path)
+        apply_settings(db, path)
         db.executescript(
             f"BEGIN; PRAGMA application_id = {APPLICATION_ID}; "
             f"PRAGMA user_version = {SCHEMA_VERSION}; {SCHEMA} COMMIT;")
@@ -4229,7 +4229,7 @@ class View(NamedTuple):
     who: str = ""                       # the reviewer who is signed in
     at: float = 0.0                     # now, in Unix seconds
     attended: Container[str] = ()       # request_ids that somebody waits for
-    told: Callable[[str], str] = lambda request_id: ""      # its failed notices
+    failed_notices: Callable[[str], str] = lambda request_id: ""    # as a mark
     decided: Callable[[ReviewRequest], ReviewRequest | None] = (
         lambda request: None)           # the same call, when last decided
     rules: Rules = Rules(())            # the desk's own
@@ -4381,7 +4381,7 @@ def card(request: ReviewRequest, view: View, opened: bool = True,
     if cut:
         exact = fill(LARGE, request, size=readable_size(request.size))
     else:
-        asked = what_was_asked if whole else what_was_asked_before
+        asked = what_was_asked if whole else what_was_asked_cached
         exact, folds = asked(request)
         if waits and request.intact and view.offers(request).decidable:
             forms = decision_forms(view, request, typed)
@@ -4412,7 +4412,7 @@ def warnings(view: View, request: ReviewRequest,
             how=f"{before.status} by {decider(before)}",
             ago=moment(before.decided_at, "ago", view.at),
             why=before.reason and f": {before.reason}")
-    yield bad, view.told(request.request_id)
+    yield bad, view.failed_notices(request.request_id)
     if not cut and not view.offers(request).decidable:
         yield bad, "only the reviewers that its checkpoint names can decide this"
     name = request.checkpoint_id
@@ -4487,7 +4487,7 @@ def folded_context(request: ReviewRequest) -> Html:
 
 
 # An open page is made again at each change, and this is most of the work.
-what_was_asked_before = functools.lru_cache(maxsize=2 * PAGE_CARDS)(what_was_asked)
+what_was_asked_cached = functools.lru_cache(maxsize=2 * PAGE_CARDS)(what_was_asked)
 
 
 def decision_forms(view: View, request: ReviewRequest, typed: str) -> Html:
@@ -5425,7 +5425,7 @@ class Desk:
             "longer_ids": longer,
             "agent_context": stored_json(request.agent_context), "claim": None,
             "attended": request.request_id in self.attended,
-            "notices": self.told(request.request_id)})
+            "notices": self.failed_notices(request.request_id)})
 
     def get_history(self, http: HttpRequest, asks: Missing) -> bytes:
         """What was reviewed, with all words of `q` and with this `status`."""
@@ -5439,13 +5439,14 @@ class Desk:
             "next": found.next and "_".join(map(str, found.next))})
 
     def view(self, http: HttpRequest) -> View:
-        return View(http.who.name, self.store.time, self.attended, self.told,
+        return View(http.who.name, self.store.time, self.attended,
+                    failed_notices=self.failed_notices,
                     decided=self.store.asked_before,
                     rules=self.rules, change=self.store.head.sequence,
                     offers=lambda request: self.offers(request, http.who.name),
                     stop=self.store.stop_in_force)
 
-    def told(self, request_id: str) -> str:
+    def failed_notices(self, request_id: str) -> str:
         """The mark on a request whose notices failed, else ""."""
         return notice_mark(self.store.notices_of(request_id))
 
@@ -5873,7 +5874,8 @@ class Loop:
                 store.attempt(store.note, store.request(request_id), event, "server",
                               detail)
                 if not answer.told:
-                    self.print_lines([f"{request_id}: {self.desk.told(request_id)}"])
+                    failed = self.desk.failed_notices(request_id)
+                    self.print_lines([f"{request_id}: {failed}"])
             except (Refusal, sqlite3.Error) as error:   # told again after a restart
                 log.error("a notice cannot be recorded: %s", error)
 
@@ -6224,7 +6226,7 @@ def mask(text: str) -> str:
     return f"[masked, {len(text)} characters]"
 
 
-def hidden(found: re.Match[str]) -> str:
+def masked_match(found: re.Match[str]) -> str:
     """What a pattern found, masked after group 1 and an opening quote."""
     kept, secret = found[1], found[0][len(found[1]):]
     if secret.strip("\"'\\ ").startswith("[masked"):
@@ -6250,7 +6252,7 @@ def masked_text(text: str, own: str) -> str:
     for form in (own, binascii.b2a_base64(own.encode()).decode().rstrip("=\n")):
         text = text.replace(form, mask(form)) if form else text
     for pattern in SECRETS:
-        text = re.sub(pattern, hidden, text, flags=re.I | re.M)
+        text = re.sub(pattern, masked_match, text, flags=re.I | re.M)
     return re.sub(r"[\w+/-]{24,}+={0,2}", unless_plain, text)
 
 
@@ -6568,7 +6570,7 @@ class Held:
         self.tick = how.get("tick") or (lambda: None)
         self.arguments = reviewable(tool, arguments)            # promise 2
         self.request_id = how.get("request_id") or os.urandom(16).hex()
-        self.key = os.urandom(16).hex()     # of the claim, which may be retried
+        self.claim_key = os.urandom(16).hex()       # the claim may be retried
         self.timeout_seconds = self.seconds("timeout_seconds")
         self.lifetime_seconds = self.seconds("lifetime_seconds",
                                              self.timeout_seconds)
@@ -6802,7 +6804,8 @@ class Held:
             raise self.nobody()
         self.check_claimed(runs, self.insist(
             f"/claim/{self.request_id}", {
-                "digest": runs, "claim": self.key, "handed_over": handed_over},
+                "digest": runs, "claim": self.claim_key,
+                "handed_over": handed_over},
             CLAIM_RETRY_SECONDS))
         if self.cancelled:
             self.report("cancelled")
@@ -6870,7 +6873,7 @@ class Held:
         outcome = Outcome.EXECUTED if error is None else Outcome.FAILED
         try:
             self.insist(f"/outcome/{self.request_id}", {
-                "claim": self.key, "outcome": outcome, "text": cut(
+                "claim": self.claim_key, "outcome": outcome, "text": cut(
                     masked_text(text[:EDGE], self.gate.token), 500)},
                 LAST_WORD_SECONDS)
         except HitlError as fault:
@@ -7897,7 +7900,7 @@ def file_sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def say(text: str = "") -> None:
+def say(text: str) -> None:
     """Print a line at once: a reader at the end of a pipe may wait for it."""
     print(text, flush=True)
 
@@ -8054,7 +8057,7 @@ def click(shop: Workshop, request_id: str, decision: str) -> int:
 # the parsed arguments and returns the exit status: 0 fine, 1 refused or
 # failed, 2 usage or configuration, 3 no decision in time, 4 unreachable.
 
-HEAD = '''\
+FILE_HEAD = '''\
 # checkpoints.toml: which tool calls of an AI agent wait for a person.
 # `python3 hitl.py check` shows what is wrong or doubtful in this file, and
 # `python3 hitl.py check delete_users` which checkpoint decides that call.
@@ -8072,7 +8075,7 @@ timeout_seconds = 300           # how long a call waits for a decision (default:
 # database = "hitl.db"          # relative to this file
 # public_url = ""               # where reviewers reach it, if elsewhere
 '''
-MISSION = r'''
+THREE_RULES = r'''
 # A checkpoint: if action_pattern is found in the tool's name, the call waits.
 # The pattern is a Python regular expression, found anywhere in the name, in
 # any case. Checkpoints are tried from the top, and the first match decides.
@@ -8103,7 +8106,7 @@ category = "destructive"
 # remember = false              # no standing decisions about its calls
 # editable = true               # the reviewer may change its arguments
 '''
-MONEY = '''
+PAY_RULE = '''
 [[checkpoint]]                  # high impact: money moves
 checkpoint_id = "pay"
 action_pattern = "pay(?!load)|charge|refund|transfer|purchase"
@@ -8433,16 +8436,16 @@ class Printer:
 
     def run(self) -> None:
         # if stdout is closed, its number may be a socket's by now
-        read, told = sys.stdout is not None, 0
+        read, reported = sys.stdout is not None, 0
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        while not self.ended or self.lines or self.lost > told:
+        while not self.ended or self.lines or self.lost > reported:
             self.wake.wait()
             self.wake.clear()
             lines = [self.lines.popleft() for _ in range(len(self.lines))]
             lost = self.lost
-            if lost > told:
-                lines.append(f"{lost - told} lines were lost here\n")
-                told = lost
+            if lost > reported:
+                lines.append(f"{lost - reported} lines were lost here\n")
+                reported = lost
             data = "".join(lines).encode(encoding, "backslashreplace")
             while data and read:
                 try:
@@ -8533,13 +8536,13 @@ def file_doubts(configuration: Configuration, serves: bool) -> list[str]:
     this process `serves`, ConfigError too if another user could change who
     decides, who asks or who is told, or if a group could change a command,
     which runs as this user."""
-    path, told = configuration.path, configuration.notify
+    path, notify = configuration.path, configuration.notify
     if path is None or os.name != "posix":
         return []
     status, cure = path.stat(), f"chmod go-w {path}"
     if status.st_mode & 0o002:
         raise ConfigError(f"{path} can be written by everybody", cure)
-    people = told or configuration.reviewers or configuration.agents
+    people = notify or configuration.reviewers or configuration.agents
     if serves and people and status.st_uid not in (0, os.geteuid()):
         raise ConfigError(
             f"{path} belongs to another user, who could change its [[reviewer]], "
@@ -8549,7 +8552,7 @@ def file_doubts(configuration: Configuration, serves: bool) -> list[str]:
     if not status.st_mode & 0o020:
         return []
     by_group = f"{path} can be written by its group"
-    if serves and any(entry["command"] for entry in told):
+    if serves and any(entry["command"] for entry in notify):
         raise ConfigError(f"{by_group}, and a [[notify]] runs a command from it",
                           cure)
     return [by_group]
@@ -8680,8 +8683,8 @@ def replay(args: Any, configuration: Configuration) -> int:
     except (sqlite3.DatabaseError, ValueError) as error:
         raise HitlError(f"{path}: {error}", "`python3 hitl.py log --verify` shows more"
                         ) from None
-    told = ", ".join(f"{count} {became}" for became, count in counts.items())
-    lines = [f"{counts.total()} calls: {told}"]
+    summary = ", ".join(f"{count} {became}" for became, count in counts.items())
+    lines = [f"{counts.total()} calls: {summary}"]
     for row in changed:
         lines.append(visible(f"  {row['became']}: {row['request_id']} {row['tool']}, "
                              f"{row['was']} -> {row['now']}"))
@@ -8792,7 +8795,7 @@ def commented(rules: str) -> str:
 def first_rules() -> str:
     """The checkpoints.toml of an agent without a shell; tripwires for one with
     a shell are commented out."""
-    text = HEAD + MISSION + MONEY + TRIPWIRES_HEAD
+    text = FILE_HEAD + THREE_RULES + PAY_RULE + TRIPWIRES_HEAD
     for line in TRIPWIRES.strip().splitlines():
         category, name, pattern = line.split(maxsplit=2)
         text += commented(rule_text(name, pattern, category=category))
@@ -8804,7 +8807,7 @@ def first_rules() -> str:
 def coding_rules(path: Path, project: Path) -> str:
     """The checkpoints.toml of a coding agent that works in `project`."""
     return "".join([
-        HEAD, CODING_HEAD.replace("{project}", visible(str(project))),
+        FILE_HEAD, CODING_HEAD.replace("{project}", visible(str(project))),
         rule_text("leash-shell", OWN_PROGRAM,
                   "Touch the reviewer's program: {command}", effect="deny"),
         numbered("leash", leash(path, project),

@@ -1532,7 +1532,7 @@ def test_init_writes_four_rules_and_never_overwrites(tmp_path, monkeypatch):
     assert typed(tmp_path, "init") == (
         0, f"wrote {path}; next: python3 hitl.py serve\n", "")
     shipped = (HERE / "checkpoints.toml").read_text()
-    assert path.read_text().replace(hitl.MONEY, "") == shipped
+    assert path.read_text().replace(hitl.PAY_RULE, "") == shipped
     rules = hitl.load_configuration(path)
     assert [(c.checkpoint_id, c.category) for c in rules.rules.checkpoints] == [
         ("deploy-model", "high-impact"), ("external-request", "data-risk"),
@@ -2768,7 +2768,7 @@ def test_without_wal_no_database_is_opened(tmp_path):
     """Where a file system cannot hold a WAL, the cure is a local disk."""
     with contextlib.closing(sqlite3.connect(":memory:")) as db:
         with pytest.raises(hitl.ConfigError, match="no WAL.*a local disk"):
-            hitl.settings(db, tmp_path)
+            hitl.apply_settings(db, tmp_path)
 
 
 def test_a_database_in_use_is_not_called_damaged(every):
