@@ -351,6 +351,7 @@ MAX_NAME = 256                  # bytes of a tool's or an agent's name
 MAX_SESSION = 128               # bytes of a session's name
 MAX_WHY = 4096                  # bytes of a reason or an explanation
 MAX_YEARS = 100                 # until a deadline: to wait longer, leave it out
+YEAR_SECONDS = 31_557_600       # of 365.25 days
 TOO_DEEP = f"nested deeper than {MAX_DEPTH}"
 TOO_MANY = f"more than {MAX_PARTS} lists and objects"
 
@@ -380,8 +381,8 @@ REQUEST_ID = regex(
 # here, in SCHEMA and database_fault, as a method of Store, in SAID_OF and
 # REFUSALS, in the page's STYLE and endings, and in Held.wait and
 # check_approved, which read it.
-# The deadline is watched in four places: Loop.sweep and Store.expire (the
-# server's clock), Held.wait and give_up (the gate's own).
+# The deadline (promise 4) is watched in four places: Loop.sweep and
+# Store.expire (the server's clock), Held.wait and give_up (the gate's own).
 
 
 class Status(enum.StrEnum):
@@ -1338,6 +1339,7 @@ class Match(NamedTuple):
 
 
 ODD_NAME = Checkpoint("odd-name", "", "")
+NAMED_IN_CODE = "the code names it"     # why a checkpoint that a caller names decides
 
 
 class Rules(NamedTuple):
@@ -2226,7 +2228,7 @@ def bounds_from(value: Any, decision: Status) -> Bounds:
     a rejection; Refusal if it is malformed or over the limits."""
     members: dict[str, Any] = value if isinstance(value, dict) else {}
     seconds, uses = members.get("seconds", 0), members.get("uses", None)
-    longest, uses_fit = MAX_YEARS * 31_557_600, uses is None
+    longest, uses_fit = MAX_YEARS * YEAR_SECONDS, uses is None
     if decision == Status.APPROVED:
         longest = MAX_STANDING_SECONDS
         uses_fit = type(uses) is int and 1 <= uses <= MAX_STANDING_USES
@@ -3230,8 +3232,9 @@ def notice_fields(requests: list[ReviewRequest], desk_url: str, waiting: int
     for column in ("tool", "agent", "checkpoint_id", "category"):
         values = {getattr(request, column) or "" for request in requests}
         name = values.pop() if len(values) == 1 else "several"
-        if column != "category":        # a category is one of ours; agents choose
-            # the others: `https://evil`, `@/etc/passwd` or `-x`
+        # a category is one of ours; agents choose the other names:
+        # `https://evil`, `@/etc/passwd` or `-x`
+        if column != "category":
             name = re.sub("[^A-Za-z0-9]", "_", name[:64])
         names[column.removesuffix("_id")] = name
     text = [f"{name}: {value or 'none'}" for name, value in names.items()]
@@ -3514,8 +3517,9 @@ class Channel:
             words.append(word)
         environ = {name: value for name, value in os.environ.items()
                    if not re.fullmatch("HITL_.*TOKEN", name)}
-        with tempfile.TemporaryFile() as output:    # not a pipe: a program left
-            done = subprocess.run(                  # behind would keep it open
+        # not a pipe, which a program left behind would keep open
+        with tempfile.TemporaryFile() as output:
+            done = subprocess.run(
                 words, input=json.dumps(event).encode(), stdout=output,
                 stderr=output, env=environ, timeout=self.pace.patience)
             output.seek(0)
@@ -3939,7 +3943,8 @@ MARK = regex(f"{BRACKETS[0]}(?:([ -~]+)|([^{BRACKETS[1]}]*)){BRACKETS[1]}")
 
 
 def fill(template: str, row: object = None, /, **values: Any) -> Html:
-    """A template with its {names} filled in, escaped unless Html."""
+    """A template with its {names} filled in; what is not Html is escaped
+    (promise 7)."""
     def value_of(found: re.Match[str]) -> Html:
         name = found[1]
         return as_html(values[name] if name in values else getattr(row, name))
@@ -4366,8 +4371,9 @@ def safely(show: Callable[..., Html], request: ReviewRequest, *more: Any,
 def card(request: ReviewRequest, view: View, opened: bool = True,
          whole: bool = True, typed: str = "") -> Html:
     """A request: its line, what will run, who asks and why, the buttons. A
-    large one has buttons only on its own page, which shows the `whole` of it.
-    Without buttons, a reason that was `typed` is shown as plain text."""
+    large one has buttons only on its own page, which shows the `whole` of it
+    (promise 7). Without buttons, a reason that was `typed` is shown as plain
+    text."""
     headline, full = one_line(request.action_description), Html()
     if headline != visible(request.action_description):
         full = marked(full_description(request))
@@ -4961,7 +4967,7 @@ def asked_from(body: dict[str, Any], by: Principal, at: float,
     except ValueError as error:
         raise Refusal("bad-field", str(error), f'write it as "{now}"') from None
     if timeout is not None and (type(timeout) not in (int, float)
-                                or not 0 < timeout < MAX_YEARS * 31_557_600):
+                                or not 0 < timeout < MAX_YEARS * YEAR_SECONDS):
         raise bad_field(
             "timeout_seconds", f"a number above 0 and below {MAX_YEARS} years",
             "leave it out for no deadline")
@@ -5155,8 +5161,9 @@ class Desk:
         call = tool or "", stored_json(text) or {}
         found = [each for each in self.rules.checkpoints
                  if each.checkpoint_id == named]
-        if self.has_limits:             # matching costs, and an agent writes
-            found += self.rules.all_holding(*call)      # what is matched
+        # only then: matching takes time, and an agent writes what is matched
+        if self.has_limits:
+            found += self.rules.all_holding(*call)
         return found, bool(Call(*call).texts("shell"))
 
     def ruling_digest(self, request: ReviewRequest) -> str | None:
@@ -6339,8 +6346,10 @@ def guarded(gate: Gate, function: Any, *, checkpoint: str | None = None,
     tool = name or str(own_name)
     check_held(gate.rules, tool, checkpoint, optional)
     how: How = {"checkpoint": checkpoint, "context": context}
-    if binder.hidden:           # two calls that look alike may differ, so
-        how["session"] = ""     # no decision stands for the next one
+    # two calls that look alike may differ in what is hidden, so that no
+    # decision may stand for the next one
+    if binder.hidden:
+        how["session"] = ""
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         arguments, run = binder.bind(args, kwargs)
@@ -6483,9 +6492,9 @@ def is_async(function: Any) -> bool:
 # way through them. The first four steps end with a claim whose id and digest
 # match, or raise (promise 1); no option lets a call run when something fails.
 
-UNREACHABLE_SECONDS = 10        # how long to try a server that does not answer,
-CLAIM_RETRY_SECONDS = 30        # for a claim, whose reply may have been lost,
-LAST_WORD_SECONDS = 2           # and for a withdrawal or an outcome
+UNREACHABLE_SECONDS = 10        # how long to try a server that does not answer;
+CLAIM_RETRY_SECONDS = 30        # with a claim, whose reply may have been lost;
+LAST_WORD_SECONDS = 2           # with a withdrawal or an outcome
 PROGRESS_SECONDS = 15           # between two lines that say what is waiting
 MAX_FREE = 10_000               # calls remembered to match nothing
 OTHER_SERVER = "does server_url point to hitl.py's server?"
@@ -6654,8 +6663,8 @@ class Held:
     def insist(self, path: str, body: dict[str, Any] | None, seconds: float,
                poll: float = 0) -> Reply:
         """The reply to a POST or, without a body, to a GET that the server may
-        hold for `poll` seconds; tries again until it succeeds, is refused or
-        runs out of time."""
+        hold for `poll` seconds; tries again until it succeeds, or raises when
+        it is refused or out of time (promise 1)."""
         end, pause = time.monotonic() + seconds, 0.05
         success = (200, 201) if path == "/pending" else (200,)
         error: HitlError
@@ -6799,8 +6808,9 @@ class Held:
         if runs != self.digest and not self.body["edits"]:
             raise self.error(ChangedError, "the arguments were changed, which "
                              "this call did not allow; nothing ran")
-        self.claiming = True            # before reading `cancelled`: one of
-        if self.cancelled:              # two threads sees the other's flag
+        # set before `cancelled` is read: one of two threads sees the other's
+        self.claiming = True
+        if self.cancelled:
             raise self.nobody()
         self.check_claimed(runs, self.insist(
             f"/claim/{self.request_id}", {
@@ -7112,7 +7122,7 @@ class Gate:
         if named is None:
             match = self.rules.first_match(tool, arguments, how.get("cwd"))
         else:
-            match = Match(self.rules.named(named), "the code names it")
+            match = Match(self.rules.named(named), NAMED_IN_CODE)
         if named is None and match.effect == "allow":
             if len(self._free) < MAX_FREE and self.rules.is_free(tool, arguments):
                 self._free.add((tool, *arguments))
@@ -7795,7 +7805,8 @@ def execute(argv: list[str], cwd: str, executable: str) -> int:
     terminal = sys.stdin and sys.stdin.isatty()
 
     def pass_on(number: int, frame: Any) -> None:
-        if not (terminal and number in (2, 3)):     # a terminal does so itself
+        # a terminal's own SIGINT and SIGQUIT reach the child without us
+        if not (terminal and number in (2, 3)):
             child.send_signal(number)
     on_signals("SIGTERM SIGHUP SIGUSR1 SIGUSR2 SIGINT SIGQUIT", pass_on)
     return shell_status(child.wait())
@@ -7810,7 +7821,8 @@ def shell_status(status: int) -> int:
 # The whole path, for real: a desk on a free port, a database, the page, a
 # gate, and a small agent whose tools work on a table of records of its own.
 # `demo` lets a person decide; `verify` presses the page's buttons itself and
-# records what the guide expects, what was observed, and whether they agree.
+# records what was expected (by the guide that README.md names), what was
+# observed, and whether they agree.
 
 SAMPLE_RULES = """\
 [[checkpoint]]
@@ -7950,9 +7962,9 @@ def decide_by_keys(shop: Workshop) -> None:
 # ---- verify ----
 
 def verify(model: str, timeout: float) -> dict[str, Any]:
-    """Run the guide's verification -> the evidence: what the run depends on,
-    so that it can be repeated, and what was expected and observed. Nothing
-    else is left on the disk."""
+    """Run the whole path -> the evidence: what the run depends on, so that it
+    can be repeated, and what was expected and observed. Nothing is left on the
+    disk."""
     import io
     import platform
     import shlex
@@ -7984,7 +7996,7 @@ def verify(model: str, timeout: float) -> dict[str, Any]:
 
 def verification(shop: Workshop, logged: Any, timeout: float
                  ) -> Iterator[tuple[str, str, str]]:
-    """The guide's steps: what is done, what is expected, what was observed."""
+    """The steps: what is done, what is expected, what was observed."""
     # 1. a call waits, and its card is on the page
     began = time.monotonic()
     call, request_id = triggered(shop)
@@ -8351,7 +8363,7 @@ def cmd_serve(args: Any) -> int:
     # 2. the database and the socket
     store = open_store(server["database"])
     try:
-        desk = open_desk(host, port, store, tokens, server["public_url"],
+        loop = open_desk(host, port, store, tokens, server["public_url"],
                          tls=tls, rules=configuration.rules,
                          limits=limits_here())
     except OSError as error:
@@ -8361,16 +8373,16 @@ def cmd_serve(args: Any) -> int:
                           "takes a free one") from None
     # 3. where it is, and everything worth knowing at the start
     printer = Printer(bell="\a" if terminal else "")
-    for line in (*greeting(desk, configuration, made), *warnings):
+    for line in (*greeting(loop, configuration, made), *warnings):
         printer.write(visible(line))
     # 4. serve until a signal
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: desk.stop())
+        signal.signal(number, lambda *_: loop.stop())
     gc.set_threshold(50_000)        # large requests are made of many parts
-    desk.say = printer.write
-    desk.start_notices(channels, configuration.rules)
+    loop.say = printer.write
+    loop.start_notices(channels, configuration.rules)
     try:
-        desk.serve_forever()
+        loop.serve_forever()
     finally:
         head = store.head
         printer.write(f"stopped; audit log: {head.sequence} rows, head {head.hash}")
@@ -8379,17 +8391,17 @@ def cmd_serve(args: Any) -> int:
     return 0
 
 
-def greeting(desk: Loop, configuration: Configuration,
+def greeting(loop: Loop, configuration: Configuration,
              made: str | None) -> Iterator[str]:
     """What serve prints when it starts; `made` is a token made just now."""
-    store, tokens = desk.desk.store, desk.desk.tokens
+    store, tokens = loop.desk.store, loop.desk.tokens
     yield f"hitl.py {__version__}: review what waits at"
     if made:
-        yield link_with(desk.url, made)
+        yield link_with(loop.url, made)
         yield f"name reviewer, token {made}"
         yield "to keep this token: HITL_REVIEWER_TOKEN=TOKEN python3 hitl.py serve"
     else:
-        yield f"{desk.url}/"
+        yield f"{loop.url}/"
         whose = "your name and your own token"
         if not tokens.named:
             whose = "any name and HITL_REVIEWER_TOKEN"
@@ -8400,7 +8412,7 @@ def greeting(desk: Loop, configuration: Configuration,
     connection = os.environ.get("SSH_CONNECTION", "").split()
     if len(connection) == 4:
         import getpass
-        port = desk.server_port
+        port = loop.server_port
         yield (f"from your own machine: ssh -L {port}:127.0.0.1:{port} "
                f"{getpass.getuser()}@{connection[2]}")
     asked = os.environ.get("HITL_SERVER_URL") or configuration.gate["server_url"]
@@ -8698,7 +8710,7 @@ def replayed(rules: Rules, request: ReviewRequest) -> tuple[str, str]:
     was = request.checkpoint_id or ""
     if request.tool is None:
         return "as before", was
-    if request.why == "the code names it" and was in (
+    if request.why == NAMED_IN_CODE and was in (
             "unmatched", *(rule.checkpoint_id for rule in rules.checkpoints)):
         return "as before", was
     match = rules.first_match(request.tool, parse_json(request.arguments or "{}"))
@@ -9078,7 +9090,7 @@ def cmd_demo(args: Any) -> int:
 
 
 def cmd_verify(args: Any) -> int:
-    """run the guide's verification and write the evidence"""
+    """run the whole path for real, check it and write the evidence"""
     output = Path(args.output).absolute()
     try:
         output.write_text("")           # before the work, not after it
@@ -9200,8 +9212,9 @@ EXIT_STATUS = {ConfigError: 2, ReviewTimeoutError: 3, UnreachableError: 4}
 def main(argv: list[str] | None = None) -> int:
     """Run one command -> the exit status. Errors go to stderr, with their
     hint; a traceback means a bug in this file."""
-    for stream in (sys.stdout, sys.stderr):     # a name that a terminal
-        with contextlib.suppress(AttributeError):   # cannot show stops nothing
+    # a name that the terminal cannot show must not stop a command
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore
     words = sys.argv[1:] if argv is None else argv
     run_hook_at_once(words)
