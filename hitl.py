@@ -366,6 +366,8 @@ def regex(text: AnyStr, flags: int = 0) -> re.Pattern[AnyStr]:
 # `standing:7` is what the audit log calls a standing decision
 REQUEST_ID = regex(
     r"(?!\.{1,2}\Z|standing:)[A-Za-z0-9._:-]{1,128}")
+ID_RULE = ("must be 1 to 128 of A-Z a-z 0-9 . _ : -, other than . and .., and not "
+           "begin with standing:")
 
 # A status other than `waiting` is final. Outcome is what became of the call.
 #
@@ -3599,7 +3601,7 @@ class Notices:
         for channel in channels:
             threading.Thread(target=channel.work, args=(self,), daemon=True).start()
 
-    def begins(self, request: ReviewRequest, told: Iterable[str] = ()) -> None:
+    def owe(self, request: ReviewRequest, told: Iterable[str] = ()) -> None:
         """A request waits: each entry that wants it and is not in `told` owes
         a notice. Its category is that of the checkpoint in serve's own file,
         if it is there, and not what the agent says."""
@@ -3622,7 +3624,7 @@ class Notices:
                 with contextlib.suppress(Refusal, sqlite3.Error):   # still owed
                     request = store.request(change.subject)
                     if request.status == Status.WAITING:
-                        self.begins(request)
+                        self.owe(request)
                 continue
             self.waiting.discard(change.subject)
             for channel in self.channels:
@@ -4422,7 +4424,7 @@ def warnings(view: View, request: ReviewRequest,
     if not cut and not view.offers(request).decidable:
         yield bad, "only the reviewers that its checkpoint names can decide this"
     name = request.checkpoint_id
-    if view.rules.path and name not in (None, "unmatched", "odd-name"):
+    if view.rules.path and name not in (None, *OURS):
         own = {c.checkpoint_id: c.digest for c in view.rules.checkpoints}
         if name not in own:
             yield bad, f'this desk does not know the checkpoint "{name}"'
@@ -4953,9 +4955,7 @@ def asked_from(body: dict[str, Any], by: Principal, at: float,
     # 2. each field
     request_id, timeout = body["request_id"], body.get("timeout_seconds")
     if not isinstance(request_id, str) or not REQUEST_ID.fullmatch(request_id):
-        raise bad_field("request_id", "1 to 128 of A-Z a-z 0-9 . _ : -, other "
-                        "than . and .., and not begin with standing:",
-                        "a UUID is fine")
+        raise Refusal("bad-field", f'"request_id" {ID_RULE}', "a UUID is fine")
     texts: dict[str, Any] = {
         name: field(body, name) for name in OPTIONAL_FIELDS if name in body}
     tool = texts.get("tool")
@@ -5498,7 +5498,7 @@ class Connection:
     """
 
     __slots__ = ("loop", "transport", "inbox", "searched", "http", "poll", "timer",
-                 "reading", "answering", "close_connection", "trusted", "until")
+                 "reading", "answering", "close_connection", "trusted", "expires_at")
 
     def __init__(self, loop: Loop) -> None:
         self.loop, self.inbox = loop, bytearray()
@@ -5510,11 +5510,11 @@ class Connection:
         self.answering = False          # it waits for an answer, or for TLS
         self.close_connection = False   # after the next answer
         self.trusted = False            # a reviewer signed in here
-        self.lasts(loop.limits.request_seconds)
+        self.expires_in(loop.limits.request_seconds)
 
-    def lasts(self, seconds: float) -> None:
+    def expires_in(self, seconds: float) -> None:
         """After this time sweep() drops it, unless something comes first."""
-        self.until = self.loop.clock() + seconds
+        self.expires_at = self.loop.clock() + seconds
 
     # ---- what asyncio calls ----
 
@@ -5531,7 +5531,7 @@ class Connection:
         if not self.reading:
             return
         if not (self.inbox or self.http):
-            self.lasts(self.loop.limits.request_seconds)
+            self.expires_in(self.loop.limits.request_seconds)
         self.inbox += data
         self.advance()
         self.loop.count_unread(len(data))
@@ -5582,7 +5582,7 @@ class Connection:
         if self.http and len(self.inbox) >= self.http.length:
             self.answering = True
             self.close_connection = self.close_connection or self.http.close
-            self.lasts(self.loop.limits.idle_seconds)
+            self.expires_in(self.loop.limits.idle_seconds)
             self.loop.queues[0 if self.trusted else 1].append(self)
             self.loop.turn_soon()
 
@@ -5678,7 +5678,7 @@ class Connection:
         connections, limits = self.loop.connections, self.loop.limits
         self.transport.write(answer)
         self.answering = False
-        self.lasts(limits.idle_seconds)
+        self.expires_in(limits.idle_seconds)
         if not self.close_connection:
             if self in connections:         # it is the youngest again
                 connections[self] = connections.pop(self)
@@ -5687,7 +5687,7 @@ class Connection:
         elif not self.reading and self.transport.can_write_eof():
             # more may be on its way: closing now would reset the connection,
             # and the answer would be lost
-            self.lasts(limits.linger_seconds)
+            self.expires_in(limits.linger_seconds)
             with contextlib.suppress(OSError):      # the client has gone already
                 self.transport.write_eof()
         else:
@@ -5831,7 +5831,7 @@ class Loop:
         """Four times a second: end what is past its time."""
         now, more = self.clock(), False
         for connection in list(self.connections):
-            if connection.until <= now and not connection.poll:
+            if connection.expires_at <= now and not connection.poll:
                 connection.drop()
         if self.desk.rules_edited():
             self.print_lines(["the configuration was edited since this desk "
@@ -5863,7 +5863,7 @@ class Loop:
             return
         self.notices = Notices(channels, rules, self.url, self.report)
         for request, told in self.desk.store.owed():
-            self.notices.begins(request, told)
+            self.notices.owe(request, told)
 
     def report(self, name: str, request_ids: list[str], answer: Answer) -> None:
         """What became of a notice, from any thread: a turn records it."""
@@ -6734,15 +6734,15 @@ class Held:
         deadline."""
         if self.state.status != Status.WAITING:
             return
-        said = time.monotonic()
+        logged_at = time.monotonic()
         while self.state.status == Status.WAITING:
             began = time.monotonic()
             left = self.deadline - began
             if left <= 0 or self.cancelled:
                 self.give_up()
                 break
-            if began - said >= PROGRESS_SECONDS:
-                said = began
+            if began - logged_at >= PROGRESS_SECONDS:
+                logged_at = began
                 log.warning("waiting for review of %s at %s, %s left",
                             visible(self.tool), f"{self.gate.server_url}/review/"
                             f"{self.request_id}", limited(left))
@@ -7116,8 +7116,8 @@ class Gate:
         own_id = how.get("request_id")
         if own_id is not None and not (
                 isinstance(own_id, str) and REQUEST_ID.fullmatch(own_id)):
-            raise HitlError("request_id must be 1 to 128 of A-Z a-z 0-9 . _ : -; "
-                            "nothing ran", reason="bad-arguments")
+            raise HitlError(f"request_id {ID_RULE}; nothing ran",
+                            reason="bad-arguments")
         named = how.get("checkpoint")
         if named is None:
             match = self.rules.first_match(tool, arguments, how.get("cwd"))
@@ -7603,20 +7603,20 @@ class Proxy:
         self.child: Any = await asyncio.create_subprocess_exec(
             *self.command, stdin=-1, stdout=-1, limit=1 << 26,
             start_new_session=True)
-        from_client = self.loop.create_task(self.pump_in())
-        from_server = self.loop.create_task(self.pump_out())
+        inward = self.loop.create_task(self.pump_in())
+        outward = self.loop.create_task(self.pump_out())
         ended = self.loop.create_task(self.exited(math.inf))
         try:
-            done, _ = await asyncio.wait([from_client, from_server, ended],
+            done, _ = await asyncio.wait([inward, outward, ended],
                                          return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()           # a fault of ours ends everything
         finally:
-            from_client.cancel()
+            inward.cancel()
             for task in self.waits.values():
                 task.cancel()           # withdraws what is held
             await self.end_server()
-            await asyncio.wait([from_server], timeout=3)    # its last words
+            await asyncio.wait([outward], timeout=3)    # its last words
         return shell_status(self.child.returncode or 0)
 
     async def end_server(self) -> None:

@@ -3116,7 +3116,7 @@ def tell(make_rules):
             channels(make_rules, text, pace, **environ), make_rules(RULES),
             "https://desk.example", report)
         for request in requests or [a_request()]:
-            notices.begins(request)
+            notices.owe(request)
         assert until(lambda: len(done) >= count), done
         run.notices = notices
         return done
@@ -3310,7 +3310,7 @@ def test_no_try_after_it_stopped_waiting(tell):
         phone, later = tell.notices.channels
         assert until(lambda: "r-1" in phone.jobs and phone.jobs["r-1"].tries == 1)
         assert until(lambda: 50 < phone.quiet_until - time.monotonic() < 70)
-        tell.notices.begins(a_request("r-2", action_description="x" * 9999))
+        tell.notices.owe(a_request("r-2", action_description="x" * 9999))
         assert until(lambda: "r-2" in later.jobs)
         assert len(str(later.jobs["r-2"].request)) < 2000
         tell.notices.follow(None, [hitl.Change("rejected", each, "", "")
