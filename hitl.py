@@ -61,7 +61,7 @@ are interfaces, or mechanisms whose failure refuses the call. Each room uses
 only rooms above it, and each effect has one place. The reviewer's half (Store
 to Loop) and the agent's half (Client to Adapters) meet only over HTTP, so each
 can be read alone, after the rooms above both. Tools are run by Gate.call and
-acall, and by what is given an approval: the MCP server, coding agent or `run`.
+acall, and by whatever holds an approval: an MCP server, a coding agent, `run`.
 `grep -n '^# ====' hitl.py` prints this map with line numbers.
 
   * Errors             102  the ways it can go wrong, each with its hint
@@ -69,7 +69,7 @@ acall, and by what is given an approval: the MCP server, coding agent or `run`.
     Text               158  text shown so that a person can trust it
   * Matching           659  does a checkpoint match this call?
     Configuration      461  reads and checks checkpoints.toml
-  * Store             1003  the only SQL: requests, decisions, the audit log
+  * Store             1003  the SQL of requests, decisions and the audit log
     Database file      238  opens, locks and verifies it
     Notices            447  tells a reviewer; the only outgoing messages
     Pages              954  the only HTML; pure functions
@@ -235,8 +235,8 @@ T = TypeVar("T")
 
 # ================================= Errors ==================================
 # The ways it can go wrong. Every error carries a message, a `reason` (one
-# stable word, the same in the log, the JSON, the page and the exception) and,
-# if something can be done about it, a `hint`. The base is a RuntimeError:
+# stable word, the same in the JSON, the page and the exception) and, if
+# something can be done about it, a `hint`. The base is a RuntimeError:
 # LangGraph's default retry repeats a plain Exception, so a person would be
 # asked the same thing again.
 
@@ -1937,12 +1937,14 @@ def checked(path: Path, place: str, kind: str,
 
 
 # ================================== Store ==================================
-# The only SQL. One connection writes, in transactions that the server commits
-# once a turn. The database restates the promises as constraints and triggers,
-# so that a mistake in the code cannot break them. Every change of state is one
-# `move` and one audit row, which holds the seal of the request as it then was
-# and the hash of the row before. So the log proves itself, and each request is
-# proved by its last row (promise 8). SQLite 3.26 (RHEL 8) is new enough.
+# The SQL of requests, decisions and the audit log; the next room has what
+# opens and verifies the file. One connection writes, in transactions that the
+# server commits once a turn. The database restates the promises as
+# constraints and triggers, so that a mistake in the code cannot break them.
+# Every change of state is one `move` and one audit row, which holds the seal
+# of the request as it then was and the hash of the row before. So the log
+# proves itself, and each request is proved by its last row (promise 8).
+# SQLite 3.26 (RHEL 8) is new enough.
 
 APPLICATION_ID = 0x4849544C     # "HITL", in the database file's header
 SCHEMA_VERSION = 2
@@ -6965,7 +6967,9 @@ class Gate:
     on_reject: "raise"; or "return" to give a rejection, a denial or an expiry
     to the model as text; or a callable that is given this text: its result is
     returned, or raised if it is an exception.
-    agent: the name on the card.
+    agent: the name on the card; default: HITL_AGENT, or user@host:folder.
+    server_url: default: HITL_SERVER_URL, then the file's.
+    token: the agent's own; default: HITL_AGENT_TOKEN.
     session: whom a decision may stand for; default: this object.
     Raises ConfigError.
     """
@@ -7160,8 +7164,10 @@ class Gate:
         methods, callables; name, signature and types are kept.
 
         checkpoint: the id of one that always holds it, whatever its name.
+        name: the tool's, if it is not to be the function's.
         hide: parameters that are not part of the action (a framework's ctx):
         passed on but not shown; self and cls are hidden anyway.
+        context: for the reviewer, in place of the gate's.
         optional: no error if no checkpoint can match the name.
         Raises TypeError for what cannot be guarded, ConfigError for a guard
         that would hold nothing and for a checkpoint that does not exist.
