@@ -825,7 +825,7 @@ SEARCH = re.IGNORECASE | re.DOTALL      # flags of a pattern that holds or denie
 MAX_TOOL_NAME = 200             # characters: a longer name always waits
 MAX_MATCHED = 64 * 1024         # characters that any pattern looks at
 MAX_STEPS = 10_000_000          # of `re` for one pattern: a third of a second
-ENDLESS = MAX_STEPS ** 2
+ENDLESS = MAX_STEPS ** 2        # the ways of a pattern that is refused
 MAX_PATH = 4096                 # characters of a path that is looked up
 MAX_FILES = 1000                # in one edit; an edit of more is in doubt
 MAX_INNER = 100                 # calls inside one call; with more it waits
@@ -899,7 +899,7 @@ def cost(tree: Any, repeated: bool) -> tuple[int, int]:
     characters ends at a letter that it does not match, and so meets no repeat
     after that."""
     most = loops = 0            # open repeats: the most, and those not ended
-    ways, last = 1, None
+    ways, last = 1, None        # last: matches a character of the newest repeat
     for kind, value in tree:
         low, high = 1, 1
         if kind in (op.MAX_REPEAT, op.MIN_REPEAT, op.POSSESSIVE_REPEAT):
@@ -1374,7 +1374,7 @@ class Rules(NamedTuple):
         """The first checkpoint that matches this call, whatever is inside it.
         The allow rules for commands make one list, those for edits another:
         the rule that opens the last text still shut decides."""
-        shut: dict[str, list[str]] = {}
+        shut: dict[str, list[str]] = {}     # kind -> texts that no rule has opened
         for match in self.candidates(call.tool):
             rule = match.checkpoint
             if not rule.matches(call):
@@ -2790,14 +2790,17 @@ class Store:
             "pending_reviews WHERE status = 'waiting'")
         turn: Counter[Any] = Counter()
         by_agent, by_credential = [], []
+        # 1. a request's turn among those of its agent, soonest deadline first
         for due, number, request_id, asked_by, agent in sorted(rows):
             alone = request_id not in attended
             turn[alone, asked_by, agent] += 1
             by_agent.append((turn[alone, asked_by, agent], due, number, alone,
                              asked_by))
+        # 2. its turn among those of its credential, whose agents take turns
         for _, due, number, alone, asked_by in sorted(by_agent):
             turn[alone, asked_by] += 1
             by_credential.append((alone, turn[alone, asked_by], due, number))
+        # 3. credentials take turns; what somebody waits for comes first
         by_credential.sort()
         return self.by_number([number for *_, number in
                                by_credential[skip:skip + limit]])
