@@ -4485,7 +4485,7 @@ def what_was_asked(request: ReviewRequest) -> tuple[Html, Html]:
 
 
 def folded_context(request: ReviewRequest) -> Html:
-    """What the agent says about itself, or both ends of it if it is large."""
+    """The agent's context, folded away; of a large one, both ends."""
     context, left_out = request.agent_context, ""
     size = readable_size(len(context.encode()))
     if len(context) > CONTEXT_SHOWN:
@@ -4835,16 +4835,16 @@ def check_origin(headers: Missing, url: str) -> None:
     """Refusal if another site's page sent this (CSRF). Browsers say so in
     Sec-Fetch-Site, older ones in Origin; a request with neither is not from a
     browser. Behind a proxy the scheme that we see is not the page's."""
-    own, origin = True, headers["origin"]
+    ours, origin = True, headers["origin"]
     if "sec-fetch-site" in headers:
-        own = headers["sec-fetch-site"] == "same-origin" and origin != "null"
+        ours = headers["sec-fetch-site"] == "same-origin" and origin != "null"
     elif "origin" in headers:
         scheme, _, place = origin.partition("://")
         its = authority(place, scheme)
-        own = its[0] != "" and its in (
+        ours = its[0] != "" and its in (
             authority(headers["host"], scheme),
             authority(url.partition("://")[2], scheme))
-    if not own:
+    if not ours:
         raise Refusal("cross-site", "another site's page sent this",
                       "decide on the page itself, opened at its own address; "
                       "if you did, put that address under [server] in "
@@ -6054,7 +6054,7 @@ class Client:
         """The server's reply, a JSON object; UnreachableError for any other
         answer."""
         data = None
-        if body is not None:            # a lone surrogate is sent, and refused
+        if body is not None:    # a lone surrogate goes as an escape, and is refused
             data = READABLE.encode(body).encode(errors="backslashreplace")
         status, headers, text = self.fetch(
             method, path, data, seconds=seconds, Accept="application/json",
