@@ -65,27 +65,28 @@ acall, and by whatever holds an approval: an MCP server, a coding agent, `run`.
 `grep -n '^# ====' hitl.py` prints this map with line numbers.
 
   * Errors             102  the ways it can go wrong, each with its hint
-  * Vocabulary         310  statuses, canonical JSON, the digest
+  * Vocabulary         316  statuses, canonical JSON, the digest
     Text               158  text shown so that a person can trust it
-  * Matching           659  does a checkpoint match this call?
+  * Matching           661  does a checkpoint match this call?
     Configuration      461  reads and checks checkpoints.toml
-  * Store             1003  the SQL of requests, decisions and the audit log
-    Database file      238  opens, locks and verifies it
-    Notices            447  tells a reviewer; the only outgoing messages
-    Pages              954  the only HTML; pure functions
-  * Rights and routes  871  who may do what, and the replies
-    Loop               478  the only listening socket; one transaction a turn
+  * Store             1009  the SQL of requests, decisions and the audit log
+    Database file      239  opens, locks and verifies it
+    Notices            449  tells a reviewer; the only outgoing messages
+    Pages              956  the only HTML; pure functions
+  * Rights and routes  873  who may do what, and the replies
+    Loop               480  the only listening socket; one transaction a turn
   * Client             147  the only outgoing requests to the server
-    Context            237  what the card says about the agent, secrets masked
-    Guard              153  the decorator
-  * Gate               707  match, ask, wait, claim, run, report: runs a tool
-    Adapters           620  coding-agent hooks, MCP proxy, command prefix
-    Evidence           245  `verify` and `demo`: the whole path, for real
-    Command line      1177  argv, environment, stdout
+    Context            238  what the card says about the agent, secrets masked
+    Guard              155  the decorator
+  * Gate               712  match, ask, wait, claim, run, report: runs a tool
+    Adapters           621  coding-agent hooks, MCP proxy, command prefix
+    Evidence           246  `verify` and `demo`: the whole path, for real
+    Command line      1180  argv, environment, stdout
 
-Files: checkpoints.toml (rules); hitl.db, -wal, -shm (requests and audit log);
-hitl.db.lock (one server per database); ~/.cache/hitl (this file's bytecode);
-hitl-evidence.json (what `verify` saw).
+It reads checkpoints.toml (the rules), and writes no files but: hitl.db, -wal,
+-shm (requests and audit log), hitl.db.lock (one server per database), by
+`serve`; ~/.cache/hitl (this file's bytecode); checkpoints.toml, by `init`;
+hitl-evidence.json, by `verify`.
 Environment: HITL_SERVER_URL, HITL_CONFIG, HITL_DATABASE, HITL_AGENT_TOKEN,
 HITL_AGENT, HITL_REVIEWER, HITL_REVIEWER_TOKEN. A flag wins over the
 environment, and the environment over the file.
@@ -2085,7 +2086,7 @@ CREATE TABLE standing_decisions (
   made_by           TEXT NOT NULL CHECK (made_by LIKE 'reviewer:_%'),
   made_at           TEXT NOT NULL,
   until             TEXT,
-  uses              INTEGER,      -- its use is counted, never stored
+  uses              INTEGER,      -- at most; how many there were is counted
   request_id        TEXT,         -- the one that was decided
   reason            TEXT,
   signed_in         TEXT,
@@ -8446,7 +8447,7 @@ class Printer:
         logging.basicConfig(stream=self, format="%(message)s")
 
     def write(self, text: str) -> None:
-        if " submitted " in text:
+        if re.search("^[0-9:]{8} submitted", text, re.MULTILINE):
             text += self.bell
         for line in text.removesuffix("\n").split("\n"):
             if len(self.lines) < MAX_UNREAD_LINES:
@@ -8529,8 +8530,8 @@ def tls_context(certificate: str, key: str) -> Any:
 
 def check_exposure(host: str, tokens: Tokens, safe: bool) -> None:
     """For an address that other machines can reach: ConfigError if agents have
-    no token, or if it is not `safe`: tokens would cross
-    the network in clear text."""
+    no token, or if it is not `safe`, so that tokens would cross the network in
+    clear text."""
     if not tokens.agents:
         raise ConfigError(f"{host} can be reached from other machines, and "
                           "agents have no token",

@@ -4143,6 +4143,18 @@ def test_what_serve_prints(serve, tmp_path):
         "(server_url)"}
 
 
+def test_a_bell_for_each_new_request(capfd):
+    """On a terminal serve rings for what begins to wait, whatever words a
+    description has."""
+    printer = hitl.Printer("\a")
+    printer.write("12:00:00 submitted Delete users [r-1] by agent:a")
+    printer.write("12:00:01 approved  Say it was submitted [r-1] by reviewer:ana")
+    printer.close()
+    assert capfd.readouterr().out.split("\n") == [
+        "12:00:00 submitted Delete users [r-1] by agent:a\a",
+        "12:00:01 approved  Say it was submitted [r-1] by reviewer:ana", ""]
+
+
 @pytest.mark.parametrize("closed", [True, False])
 def test_lines_that_nobody_reads(tmp_path, closed):
     """A stdout that is closed (`serve | head`), or that nobody drains, costs
