@@ -66,22 +66,22 @@ acall, and by whatever holds an approval: an MCP server, a coding agent, `run`.
 
   * Errors             102  the ways it can go wrong, each with its hint
   * Vocabulary         316  statuses, canonical JSON, the digest
-    Text               158  text shown so that a person can trust it
+    Text               159  text shown so that a person can trust it
   * Matching           661  does a checkpoint match this call?
     Configuration      461  reads and checks checkpoints.toml
   * Store             1009  the SQL of requests, decisions and the audit log
     Database file      239  opens, locks and verifies it
-    Notices            449  tells a reviewer; the only outgoing messages
-    Pages              956  the only HTML; pure functions
+    Notices            450  tells a reviewer; the only outgoing messages
+    Pages              969  the only HTML; pure functions
   * Rights and routes  873  who may do what, and the replies
     Loop               480  the only listening socket; one transaction a turn
   * Client             147  the only outgoing requests to the server
     Context            238  what the card says about the agent, secrets masked
     Guard              155  the decorator
   * Gate               712  match, ask, wait, claim, run, report: runs a tool
-    Adapters           621  coding-agent hooks, MCP proxy, command prefix
+    Adapters           632  coding-agent hooks, MCP proxy, command prefix
     Evidence           246  `verify` and `demo`: the whole path, for real
-    Command line      1180  argv, environment, stdout
+    Command line      1209  argv, environment, stdout
 
 It reads checkpoints.toml (the rules), and writes no files but: hitl.db, -wal,
 -shm (requests and audit log), hitl.db.lock (one server per database), by
@@ -797,9 +797,10 @@ def value_in_words(value: Any) -> str:
 
 
 def one_line(text: str, limit: int = 120) -> str:
-    """The visible text on one line of at most `limit` characters, cut with an
-    ellipsis, which visible() itself never shows."""
-    line = visible(" ".join(text.split()))
+    """The visible text on one line of at most `limit` characters, with an arrow
+    for line breaks and cut with an ellipsis, which visible() never shows."""
+    lines = [" ".join(part.split()) for part in text.splitlines()]
+    line = " \u21b5 ".join(visible(part) for part in lines if part)
     if len(line) > limit:
         whole = re.sub("\u27e6[^\u27e7]*$", "", line[:limit - 1])
         line = whole.rstrip() + "\u2026"
@@ -3274,7 +3275,8 @@ def notice_mark(outcomes: list[tuple[str, str, str]]) -> str:
     failed = [f"{name}: {status}" for event, name, status in outcomes
               if event != "notified"]
     if failed:
-        failed.append(f"{' and '.join(told) or 'nobody'} was told")
+        verb = "were" if len(told) > 1 else "was"
+        failed.append(f"{' and '.join(told) or 'nobody'} {verb} told")
     return ", ".join(failed)
 
 
@@ -3807,6 +3809,14 @@ document.addEventListener("submit", async event => {
   if (performance.now() - (card.since || 0) < DEAD) return;
   card.since = Infinity;                            // one decision at a time
   first(".said", card).textContent = "";
+  const fields = every("[name^='argument:']", card);
+  if (event.submitter?.value === "approved" && !fields.some(f => f.form === form)
+      && fields.some(f => f.value !== f.defaultValue)) {
+    card.since = 0;
+    tell(card, "Not decided: you changed arguments. Press \u201cApprove as " +
+               "changed\u201d, or undo your changes.");
+    return;
+  }
   const body = new URLSearchParams(new FormData(form, event.submitter));
   body.set("reason", reason(card));
   try {
@@ -3896,7 +3906,8 @@ function reach(css) {
 const KEYS = {
   j: () => go(1), k: () => go(-1),
   a: () => reach(".approve"), r: () => reach("[name=reason]"),
-  "/": () => first("#q").focus(), "?": () => { first("#keys").open = true; },
+  "/": () => first("#q").focus(),
+  "?": () => { first("#keys").open = true; first("#keys").scrollIntoView(); },
 };
 document.addEventListener("keydown", event => {
   if (event.ctrlKey || event.altKey || event.metaKey || event.isComposing) return;
@@ -4217,6 +4228,10 @@ ASK_AGAIN = """<label><input form="decide-{request_id}" type="checkbox"
 REMEMBER = Html("""<input type="hidden" name="remember_seconds" value="3600">
     <input type="hidden" name="remember_uses" value="10">""")
 
+EDIT_HINT = Html("""<p class="soft">Change what is to run, then approve it here: the
+      other buttons are for the call as it was asked.</p>
+    """)
+
 # `argument:NAME` holds a text as it is, any other argument as JSON. Arguments
 # without a field stay as they are. Browsers send line breaks as CR LF.
 EDIT_FIELD = """<label>{name}
@@ -4521,7 +4536,7 @@ def decision_forms(view: View, request: ReviewRequest, typed: str) -> Html:
             REMEMBER, unscripted])]
     if offers.editable and request.arguments is not None:
         ways.append(form("edit", "Approve as changed", [
-            *edit_fields(stored_json(request.arguments)), unscripted]))
+            EDIT_HINT, *edit_fields(stored_json(request.arguments)), unscripted]))
     return as_html([
         form("decide", "Approve", fill(REASON, request, typed=escaped(typed)),
              fill(REJECT, request)),
@@ -6899,7 +6914,7 @@ class Held:
 
 def limited(seconds: float) -> str:
     """How long a wait may last, in words."""
-    return "unlimited time" if seconds == math.inf else f"{seconds:.3g} s"
+    return "unlimited time" if seconds == math.inf else readable_seconds(seconds)
 
 
 def ago(state: ReviewRequest) -> str:
@@ -7387,7 +7402,8 @@ class Hook:
                     session=key, agent=f"{own} {cwd} session {key[:8]}")
         text = canonical(arguments).replace("\\", "")       # JSON inside JSON
         if re.search('"echo(","| )hitl-selftest"', text):
-            raise CollaborationError("the hook works: this call was refused as a test")
+            works = "the hook works: this call was refused as a test"
+            raise CollaborationError(works + unlisted_runs(gate.rules))
         held = self.hold(gate, tool, arguments, cwd)                # 2 hold
         if held is None:
             return {}                   # no opinion: its own flow goes on
@@ -7476,6 +7492,14 @@ class Hook:
         os._exit(status)
 
 
+def unlisted_runs(rules: Rules) -> str:
+    """What to say if the rules hold no command that they do not name."""
+    if rules.first_match("Bash", {"command": "hitl-unlisted"}).effect != "allow":
+        return ""
+    return ("; but a command that no checkpoint names runs unasked (`python3 "
+            "hitl.py init --coding-agent` writes a list of those that may)")
+
+
 # ---- the hook: what to install, and where ----
 
 RUN = {"type": "command", "command": "{command}"}
@@ -7527,7 +7551,9 @@ def snippet(agent: str, config: str | None) -> str:
     except OSError as error:
         raise ConfigError(f"{error.filename} {error.strerror}", "chmod 700 it, or "
                           "set XDG_CACHE_HOME to another folder") from None
-    line = shlex.join([sys.executable, "-I", "-c", LOADER, cache,
+    # not a venv's Python, and no site-packages: an agent can write into a project's
+    python = getattr(sys, "_base_executable", sys.executable)
+    line = shlex.join([python, "-I", "-S", "-c", LOADER, cache,
                        str(Path(__file__).absolute()), "hook"])
     if config:
         line += f" --config {shlex.quote(str(Path(config).absolute()))}"
@@ -8186,8 +8212,9 @@ CODING_HEAD = """
 # A coding agent's shell: the commands listed here run unasked, and every other
 # one waits. An allow rule looks at each simple command as it is written, and
 # applies only if the whole text is plain: words, quotes without escapes,
-# && || | ; and line ends. Files can be read and edited without review, but
-# edits of the files that restrain the agent (its leash) are denied.
+# && || | ; and line ends. Files can be read without review, and edited in the
+# project and in /tmp. Edits of other files wait, and edits of the files that
+# restrain the agent (its leash) are denied.
 # Written for the project {project}.
 """
 
@@ -8427,6 +8454,9 @@ def greeting(loop: Loop, configuration: Configuration,
                f"{getpass.getuser()}@{connection[2]}")
     asked = os.environ.get("HITL_SERVER_URL") or configuration.gate["server_url"]
     yield f"agents that read this configuration ask at {asked} (server_url)"
+    if asked.rstrip("/") != loop.url and asked.startswith("http://127.0.0.1:"):
+        yield (f"warning: this desk is at {loop.url}: put that under [gate] as "
+               "server_url")
     if not tokens.agents:
         yield "any program on this machine can ask; HITL_AGENT_TOKEN changes that"
 
@@ -8758,6 +8788,11 @@ def explained(configuration: Configuration, match: Match, tool: str,
     words = {"review": "waits for a person", "allow": "runs without review",
              "deny": "is denied"}[match.effect]
     named, more = rule in rules.checkpoints, ""
+    if " " in tool:
+        import shlex
+        command = shlex.quote(json.dumps({"command": tool}))
+        yield visible("no tool's name has a blank in it; to ask about a command: "
+                      f"check Bash {command}")
     source = f'checkpoint "{rule.checkpoint_id}" in' if named else "by"
     yield f"{visible(tool)} {words}: {source} {rules.path}"
     if rule.checkpoint_id == "unmatched":
@@ -8834,6 +8869,9 @@ def coding_rules(path: Path, project: Path) -> str:
                   "Touch the reviewer's program: {command}", effect="deny"),
         numbered("leash", leash(path, project),
                  "Edit what restrains this agent: {file_path}", "edit", effect="deny"),
+        rule_text("edit-elsewhere", outside(project),
+                  "Edit outside the project: {file_path}", "edit",
+                  category="high-impact"),
         numbered("read", READ_ONLY, effect="allow"),
         BUILDS_HEAD, commented(numbered("build", BUILDS, effect="allow")),
         rule_text("shell", ".*", category="high-impact"),
@@ -8863,8 +8901,19 @@ def leash(path: Path, project: Path) -> list[str]:
         f"^{any_of(re.escape(os.path.realpath(file)) for file in whole)}(/|$|-)",
         r"(^|/)\.git(/|$)|(^|/)HEAD$|(^|/)\.gitconfig$|/\.config/git/",
         r"(^|/)\.(bash_?(rc|profile|login|aliases)|profile|zsh(rc|env)|zprofile)$"]
-    return [pattern.replace("/", "[/\\\\]") if os.name == "nt" else pattern
-            for pattern in patterns]
+    return [on_this_system(pattern) for pattern in patterns]
+
+
+def outside(project: Path) -> str:
+    """A pattern for where a path leads, if not into the project or /tmp: a new
+    ~/.local/bin/ls would run as a listed command."""
+    inside = any_of({re.escape(str(project)), re.escape(str(project.resolve())),
+                     "/tmp", "/private/tmp"})
+    return on_this_system(f"^(?!(?-i:{inside})(/|$))([A-Za-z]:)?/")
+
+
+def on_this_system(pattern: str) -> str:
+    return pattern.replace("/", "[/\\\\]") if os.name == "nt" else pattern
 
 
 def any_of(patterns: Iterable[str]) -> str:
@@ -9042,7 +9091,13 @@ def cmd_hook(args: Any) -> int:
     """answer a coding agent's hook: its JSON on stdin, ours on stdout"""
     if not args.snippet:
         Hook(args.config, args.deadline).run()
-    print(f"put this into {SNIPPETS[args.snippet][0]}", file=sys.stderr)
+    note = f"put this into {SNIPPETS[args.snippet][0]}"
+    try:
+        rules = load_configuration(find_configuration(args.config, local=False)).rules
+        note += unlisted_runs(rules)
+    except ConfigError as error:
+        note += f"; until this is mended, the hook refuses every call: {error}"
+    print(note, file=sys.stderr)
     sys.stdout.write(snippet(args.snippet, args.config))
     return 0
 

@@ -768,7 +768,7 @@ def test_a_call_and_its_figures_are_put_into_words():
     assert hitl.visible("\n" * 2000 + " " * 10_000 + "x\n" + " " * 8) == (
         "\u27e6line break x2000\u27e7\u27e6space x10000\u27e7x"
         "\u27e6U+000A\u27e7" + " " * 8)        # padding pushes nothing away
-    for text, line in (("a\n b", "a b"), ("z" * 121, "z" * 119 + "\u2026"),
+    for text, line in (("a\n b", "a \u21b5 b"), ("z" * 121, "z" * 119 + "\u2026"),
                        ("z" * 115 + "\u202e" * 9, "z" * 115 + "\u2026")):
         assert hitl.one_line(text) == line
 
@@ -1676,9 +1676,10 @@ def test_a_coding_agents_commands_wait_unless_listed(coding):
 
 
 def test_a_coding_agent_cannot_edit_its_leash(coding):
-    """Edits run but for the files that hold the agent: what `hook --snippet`
-    names and its local twins, the rules, hitl.py, its database and folder,
-    .git; by the resolved path as well. Reads run."""
+    """Edits in the project and in /tmp run but for the files that hold the
+    agent; those elsewhere wait. What holds it: what `hook --snippet` names
+    and its local twins, the rules, hitl.py, its database and folder, .git; by
+    the resolved path as well. Reads run."""
     rules, project = coding
     (project / "notes.md").symlink_to(project.parent / "tool/checkpoints.toml")
     (project / "lib").symlink_to(project.parent / "tool")
@@ -1698,7 +1699,12 @@ def test_a_coding_agent_cannot_edit_its_leash(coding):
             """.split():
         assert effect(path) == "deny", path
         assert effect(path, "delete_file") == "deny", path
-    for path in """src/a.py README.md .gitignore .github/workflows/ci.yml
+    for path in """/etc/profile /usr/local/bin/ls ~/.local/bin/ls
+            ~/.ssh/authorized_keys ~/.cache/hitl/x.pyc file:///etc/hosts /TMP/x
+            ../../../../../../../../../../etc/cron.d/x""".split():
+        assert effect(path) == "review", path
+    for path in f"""src/a.py README.md .gitignore .github/workflows/ci.yml
+            /tmp/x.txt {project}/a.py ./src/../b.py
             head.py .claude/commands/x.md settings.json""".split():
         for tool in ("Write", "Edit", "delete_file"):
             assert effect(path, tool) == "allow", path
@@ -3294,7 +3300,7 @@ def test_a_body_is_filled_in_its_texts(tell):
         got = receiver.bodies()[1]
     assert got["e"] == "" and got["b"] == [1, 7, None, {"c": None}]
     assert got["${A}"] == "{title} {nothing" and got["d"].endswith("no deadline 1")
-    assert 'canary "of" the agent {title} ${HOME} \\' in got["a"]
+    assert 'canary "of" the \u21b5 agent {title} ${HOME} \\' in got["a"]
     assert headers["X"] == "{title}" and headers["Title"].startswith('canary "of"')
     assert "Content-Type" in headers and "webhook-id" not in headers
 
@@ -3399,7 +3405,7 @@ def test_each_outcome_is_in_the_log_and_a_failure_is_marked(desk, start_notices)
     assert until(lambda: "r-1: bad: 403, nobody was told" in str(desk.lines))
     page = desk.page()
     assert "bad: 403, nobody was told" in page
-    assert re.search("bad: 403, (good and also|also and good) was told", page)
+    assert re.search("bad: 403, (good and also|also and good) were told", page)
     with hitl.open_for_reading(desk.database) as db:
         assert verifies(db)
 
@@ -6787,9 +6793,15 @@ def test_hook_snippets(tmp_path, monkeypatch):
         done = wait()
         assert done.returncode == 2 or '"cancel":' in done.stdout, done
         check_refusal(agent, done.stdout, done.returncode)
-    done = command("hook", "--snippet", "codex")
-    assert ".codex/hooks.json (trust it" in done.stderr
-    assert json.loads(done.stdout)["hooks"]["PreToolUse"]
+    for rules, words in ((RULES, "a command that no checkpoint names runs unasked"),
+                         ("[gate]\n", "the hook refuses every call"),
+                         (hitl.coding_rules(tmp_path, tmp_path), "")):
+        (tmp_path / "rules.toml").write_text(rules)
+        done = command("hook", "--snippet", "codex", "--config",
+                       str(tmp_path / "rules.toml"))
+        assert ".codex/hooks.json (trust it" in done.stderr
+        assert words in done.stderr and bool(words) == ("; " in done.stderr)
+        assert json.loads(done.stdout)["hooks"]["PreToolUse"]
 
 
 # ---- the MCP proxy ----
@@ -7680,6 +7692,28 @@ def test_a_person_decides(make_desk, make_rules, look, script):
     does("/", "#stopped button", lambda: ("stopped", None) not in standing())
 
 
+@needs_browser
+def test_a_change_is_not_left_behind(make_desk, make_rules, look):
+    """While an argument is changed on a card, its other Approve buttons decide
+    nothing and say why; undone, they do."""
+    clock = Clock()
+    desk = make_desk(clock=clock, rules=make_rules(
+        RULES.replace("[[checkpoint]]", "[[checkpoint]]\neditable = true")))
+    desk.post("r-1", **FULL | {"edits": True, "arguments": {"n": 3}}, session="s")
+    page = look("/review/r-1", desk=desk)
+    clock.time += 1
+    page.run("DEAD = 0")
+    for css in "#decide-r-1 .approve", "#remember-r-1 button":
+        press(page, css, **{"argument:n": "0"})
+        assert until(lambda: "Not decided: you changed" in page.text(".said")), css
+        page.run("document.querySelector('.said').textContent = ''")
+    assert desk.state("r-1")["status"] == "waiting"
+    page.run("document.querySelector('[name=\"argument:n\"]').value = '3'")
+    press(page, "#decide-r-1 .approve")
+    assert until(lambda: desk.state("r-1")["status"] == "approved")
+    assert desk.state("r-1").get("approved_digest") is None
+
+
 def top(page, name: str) -> float:
     return page.run("return document.getElementById('request-' + arguments[0])"
                     ".getBoundingClientRect().top", name)
@@ -8024,7 +8058,7 @@ def test_list_show_approve_reject(desk):
     assert [re.sub(r" +[0-9]+ s +", " ", line) for line in
             typed(desk, "list").out.splitlines()] == [
         f"waiting   abc-1 {'billing':20} Delete users where id = 3",
-        f"waiting   abd-dddd {'-':20} Send \u27e6U+202E\u27e7 a letter"]
+        f"waiting   abd-dddd {'-':20} Send \u27e6U+202E\u27e7 a \u21b5 letter"]
     assert [len(line) for line in typed(desk, "list", COLUMNS="60"
                                         ).out.splitlines()] == [59, 59]
     assert "Send \\u27e6U+202E" in typed(desk, "list", encoding="ascii").out
