@@ -8454,9 +8454,9 @@ def greeting(loop: Loop, configuration: Configuration,
                f"{getpass.getuser()}@{connection[2]}")
     asked = os.environ.get("HITL_SERVER_URL") or configuration.gate["server_url"]
     yield f"agents that read this configuration ask at {asked} (server_url)"
-    if asked.rstrip("/") != loop.url and asked.startswith("http://127.0.0.1:"):
-        yield (f"warning: this desk is at {loop.url}: put that under [gate] as "
-               "server_url")
+    own = f"{'https' if loop.tls else 'http'}://127.0.0.1:{loop.server_port}"
+    if "://127.0.0.1:" in asked and asked != own:
+        yield f"warning: this desk listens at {own}: is that server_url right?"
     if not tokens.agents:
         yield "any program on this machine can ask; HITL_AGENT_TOKEN changes that"
 

@@ -4146,7 +4146,8 @@ def test_what_serve_prints(serve, tmp_path):
         f"audit log: 0 rows, head {'0' * 64}",
         f"warning: {rules} can be written by its group",
         "agents that read this configuration ask at http://127.0.0.1:8765 "
-        "(server_url)"}
+        "(server_url)", "warning: this desk listens at http://127.0.0.1:"
+        f"{served.port}: is that server_url right?"}
 
 
 def test_a_bell_for_each_new_request(capfd):
