@@ -4600,6 +4600,8 @@ def endings(request: ReviewRequest) -> Html:
     said = {Status.EXPIRED: "nobody decided in time",
             Status.WITHDRAWN: "nobody waited any more"}
     came = [request.outcome, request.outcome_text]
+    if request.handed_over and request.outcome == Outcome.RUNNING:
+        came = ["handed over"]
     return as_html([
         said.get(Status(request.status), f"{request.status} by {decider(request)}"),
         request.standing and f"standing decision {request.standing}",
@@ -8364,6 +8366,8 @@ def request_lines(request: dict[str, Any]) -> Iterator[str]:
         changes = changes_in_words(person(request["decided_by"]),
                                    canonical(asked), approved)
         yield labelled("(edited)", visible(changes))
+    if request["handed_over"] and request["outcome"] == Outcome.RUNNING:
+        request = request | {"outcome": "handed over"}
     yield "  who asks, and what is known:"
     for name in ("agent", "asked_by", "checkpoint_id", "why", "received_at",
                  "deadline", "decided_by", "decided_at", "reason", "outcome",

@@ -5485,6 +5485,9 @@ def test_hold(make_gate, desk):
         assert (held.arguments, held.approved_by) == (CALL, "ana")
         assert newest(desk, "request_id, outcome, handed_over") == (
             held.request_id, "running", 1)
+        assert "outcome: handed over" in Page(desk.page()).text
+        assert re.search("outcome +handed over\n", typed(
+            desk, "show", held.request_id).out)
         held.report(error)
         assert newest(desk, "outcome, outcome_text") == end
 
