@@ -9133,6 +9133,8 @@ def cmd_run(args: Any) -> int:
     gate, command = gate_and_command(args)
     try:
         return run_command(gate, command, args.timeout)
+    except HitlError:                   # a ReviewTimeoutError is an OSError, too
+        raise
     except OSError as error:
         raise HitlError(f"{visible(command[0])}: {error.strerror}") from None
 

@@ -7075,8 +7075,9 @@ def test_run(desk, tmp_path):
 
 
 def test_run_refuses(desk, tmp_path):
-    """Its own failures are 125: rejected, no such command, one that cannot be
-    started, no server, an option that it does not know."""
+    """Its own failures are 125, and each says what it is: rejected, no such
+    command, one that cannot be started, no decision in time, no server, an
+    option that it does not know."""
     (tmp_path / "bad").write_bytes(b"\0")
     (tmp_path / "bad").chmod(0o755)
     for name, decision, said in (
@@ -7089,14 +7090,18 @@ def test_run_refuses(desk, tmp_path):
         assert process.returncode == 125
         assert f"hitl: error: {said}\n" in err
     late = ["--timeout", "0.2", "--", "touch", "ran"]
-    for wait in [in_background(
+    for said, wait in [(said, in_background(
             command, "run", "--config", "rules.toml", *words, folder=tmp_path,
-            HITL_SERVER_URL=url) for words, url in (
-                (["no-such-command"], desk.url), ([], desk.url),
-                (["--none"], desk.url),
-                (late, desk.url), (late, "http://127.0.0.1:9"))]:
+            HITL_SERVER_URL=url)) for said, words, url in (
+                ("no such command: nothing", ["nothing"], desk.url),
+                ("no command", [], desk.url),
+                ("unrecognized arguments: --none", ["--none"], desk.url),
+                ('nobody decided "run touch ran" within 0.2 s; nothing ran',
+                 late, desk.url),
+                (f"no answer from {SILENT}: ", late, SILENT))]:
         done = wait()
         assert done.returncode == 125, done
+        assert f"hitl: error: {said}" in done.stderr
         assert "python3" not in done.stderr         # a model may read it
     assert not (tmp_path / "ran").exists()
 
