@@ -7623,10 +7623,10 @@ class Proxy:
 
     def __init__(self, gate: Gate, command: list[str], name: str) -> None:
         self.gate, self.command, self.name = gate, command, name
-        # by JSON-RPC id: calls that are not sent yet, and the replies to come
-        # to those that a person approved
+        # by JSON-RPC id: calls that are not sent yet, and the replies to come,
+        # with a future for those to calls that a person approved
         self.waits: dict[str, asyncio.Task[None]] = {}
-        self.replies: dict[str, asyncio.Future[bytes]] = {}
+        self.replies: dict[str, asyncio.Future[bytes] | None] = {}
         # approved calls that were answered input_required, by call and state
         self.resumes: dict[tuple[str, str], Held] = {}
         self.tools: Json = {}           # name -> the server's annotations
@@ -7708,15 +7708,18 @@ class Proxy:
             for key in ids_in(line):
                 self.answer(id=key, error={"code": -32600, "message": why})
             return
-        if message.get("method") == CALL:
-            key = json.dumps(message["id"])
+        number, method = message.get("id"), message.get("method")
+        if "method" in message and type(number) in (str, int):
+            key = json.dumps(number)
             if key in self.waits or key in self.replies:
-                self.answer(id=message["id"], error={
+                self.answer(id=number, error={      # whose would the reply be?
                     "code": -32600, "message": "hitl: refused: this id is in use"})
-            else:
+                return
+            if method == CALL:
                 self.waits[key] = self.loop.create_task(self.call(message, line))
-            return
-        if message.get("method") == "notifications/cancelled":
+                return
+            self.replies[key] = None
+        if method == "notifications/cancelled":
             wait = self.waits.get(json.dumps(at_path(message, "params.requestId")))
             if wait:                    # it is withdrawn, never sent or answered
                 wait.cancel()
@@ -7777,6 +7780,7 @@ class Proxy:
         if held:
             await self.run_held(message, held, call)
         else:
+            self.replies[json.dumps(message["id"])] = None
             self.child.stdin.write(line)
 
     async def run_held(self, message: Json, held: Held, call: str) -> None:

@@ -7030,6 +7030,27 @@ def test_proxy_ways_round(mcp):
     assert mcp.desk.rows("SELECT * FROM pending_reviews") == []
 
 
+def test_proxy_ids(mcp):
+    """A request under the id of one that is not answered yet, gated or not, is
+    refused: the reply to one is never taken for the reply to the other. Once it
+    is answered, its id is free."""
+    for count in (1, 2):
+        mcp.call(1, "read_file", {})
+        assert until(lambda: len(mcp.messages) == count), mcp.text
+        assert "result" in mcp.messages[-1]
+    mcp.send({"jsonrpc": "2.0", "id": 2, "method": "delete_hang"})  # no answer
+    mcp.call(2, "delete_file", {"path": "a"})
+    mcp.call(3, "delete_hang", {"path": "b"})
+    mcp.desk.decide(mcp.desk.waiting()[0]["request_id"])
+    assert until(lambda: mcp.text.count("saw/hang") == 2)       # both were sent
+    mcp.send({"jsonrpc": "2.0", "id": 3, "method": "ping"})
+    for number in (2, 3):
+        assert mcp.answer(number)["error"]["message"] == (
+            "hitl: refused: this id is in use")
+    assert [row[0] for row in mcp.desk.rows(
+        "SELECT arguments FROM pending_reviews")] == ['{"path":"b"}']
+
+
 @pytest.mark.parametrize("end", ["die", "SIGTERM"])
 def test_proxy_ends(end, mcp):
     """A server that dies ends the proxy with its exit status, although what it
