@@ -7748,8 +7748,8 @@ class Proxy:
                 said.setdefault(words, []).append(name)
             self.tools[name] = at_path(tool, "annotations")
         for words, names in said.items():
-            print(f"hitl: {self.name}: {words}:", visible(", ".join(names)),
-                  file=sys.stderr, flush=True)
+            log.warning("hitl: %s: %s: %s", self.name, words,
+                        visible(", ".join(names)))
 
     # ---- one call ----
 

@@ -7051,6 +7051,22 @@ def test_proxy_ids(mcp):
         "SELECT arguments FROM pending_reviews")] == ['{"path":"b"}']
 
 
+@pytest.mark.skipif(os.name != "posix", reason="redirections of a shell")
+@pytest.mark.parametrize("shell", ['"$@" 2>&-', '"$@" 2>/dev/full'])
+def test_proxy_without_stderr(shell, tmp_path):
+    """If stderr is closed or full, stdout still has the messages and nothing else,
+    and the server runs on."""
+    (tmp_path / "rules.toml").write_text(SHELL)
+    (tmp_path / "server.py").write_text(SERVER)
+    done = command(
+        "mcp", "--config", "rules.toml", "--", sys.executable, "server.py",
+        folder=tmp_path, argv=("/bin/sh", "-c", shell, "sh", *HITL),
+        stdin='{"id": 1, "method": "tools/list"}\n{"id": 2, "method": "ping"}\n')
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["id"] for line in lines] == [1, 2], done
+    assert done.returncode in (0, 120)      # 120 is Python's: it cannot flush
+
+
 @pytest.mark.parametrize("end", ["die", "SIGTERM"])
 def test_proxy_ends(end, mcp):
     """A server that dies ends the proxy with its exit status, although what it
