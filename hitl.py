@@ -7253,11 +7253,13 @@ def write_whole(file: int, data: bytes) -> None:
 
 
 def on_signals(names: str, handler: Callable[[int, Any], None]) -> None:
-    """Set the handler for each of these signals that this system has."""
+    """Set the handler for each of these signals that this system has. One that
+    is ignored stays so, as in a shell: `nohup` ignores SIGHUP."""
     import signal
     for name in names.split():
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), handler)
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 # ---- the hook: what each coding agent says and accepts ----

@@ -7177,6 +7177,21 @@ def test_run_signals(desk, tmp_path):
     assert desk.state(request["request_id"])["status"] == "withdrawn"
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_run_under_nohup(desk, tmp_path):
+    """Under nohup, SIGHUP ends neither the wait nor the command."""
+    script = "import time; print('up', flush=True); time.sleep(1); print('done')"
+    with waiting(desk, tmp_path, "run", "--", sys.executable, "-c", script,
+                 argv=("nohup", *HITL)) as (process, request):
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.2)
+        desk.decide(request["request_id"])
+        assert process.stdout.readline() == "up\n"
+        process.send_signal(signal.SIGHUP)
+        assert process.stdout.read() == "done\n"
+        assert process.wait(20) == 0
+
+
 # ================================== Pages ==================================
 # The page as a parser sees it (tags, cards, marks), then as Chromium does.
 
