@@ -6653,7 +6653,8 @@ class Held:
 
     async def aobtain(self, handed_over: bool = False) -> None:
         """obtain() for asyncio, on a thread; cancelling the task withdraws
-        its request."""
+        its request, also one that is on its way and that only the thread can
+        withdraw: the process might end before it does."""
         import asyncio
         work = in_thread(self.obtain, handed_over)
         try:
@@ -6661,7 +6662,10 @@ class Held:
         except asyncio.CancelledError:
             self.cancelled = True
             await undisturbed(self.break_off, "cancelled")
-            work.cancel()               # nobody will ask what became of it
+            with contextlib.suppress(asyncio.CancelledError):   # once more
+                await asyncio.wait([work], timeout=LAST_WORD_SECONDS)
+            if not work.cancel():
+                work.exception()        # nobody will ask what became of it
             raise
 
     # ---- 2 ask ----

@@ -5931,6 +5931,19 @@ def test_cancelled(make_gate, desk, step, end):
     assert bool(ran) == (step == "POST /outcome/")
 
 
+def test_cancelled_while_asking(make_gate, desk):
+    """Once an acall that is cancelled has ended, its request is withdrawn, even if
+    it reached the server late: the process may end now."""
+    def slow(path: str, request: bytes):
+        if request.startswith(b"POST /pending"):
+            time.sleep(0.5)
+        yield desk.raw(request, 20)
+    with Wire(slow) as wire, pytest.raises(TimeoutError):
+        asyncio.run(asyncio.wait_for(make_gate(wire).acall(
+            "delete_records", CALL, lambda **_: None), 0.2))
+    assert newest(desk, "status") == ("withdrawn",)
+
+
 def test_progress_is_told(make_gate, desk, caplog, monkeypatch):
     """Progress is a WARNING that names the tool, the page and what is left."""
     monkeypatch.setattr(hitl, "PROGRESS_SECONDS", 0)
