@@ -1016,26 +1016,37 @@ WORDS = {
         "bash|shell|pwsh|zsh|ksh|fish|terminal|console|command|cmd|exec|process|"
         "stdin|script|ssh|tty|run|eval|invoke|spawn|launch|system|monitor|sandbox|"
         "container|remote|tmux|python|xonsh|interpreter|popen|xterm|iterm|busybox|"
+        "check.?output|send.?text|docker|podman|kubectl|gradle|"
         "(?<![a-z])(?:sh|start|job|task|batch|cli|repl|host|wsl|sudo|keys|perl|ruby|"
-        "node|deno|dash|ash|csh|tcsh|nu)(?![a-z])", re.IGNORECASE),
+        "node|deno|dash|ash|csh|tcsh|nu|make|just|npm|pnpm|yarn|cargo|adb|computer)"
+        "(?![a-z])", re.IGNORECASE),
     "edit": regex(
         "write|edit|patch|replace|create|update|insert|append|delete|remove|"
         "rename|modify|notebook|refactor|restore|revert|truncate|upload|download|"
         "upsert|mkfile|codemod|transform|extract|unzip|untar|trash|checkout|generate|"
-        "produce|populate|scaffold|"
+        "produce|populate|scaffold|prepend|erase|wipe|destroy|overwrit|amend|splice|"
+        "inject|rollback|reapply|persist|convert|translate|archive|compress|mirror|"
+        "clone|transfer|hardlink|propose|"
         "(?<![a-z])(?:save|move|copy|put|apply|add|set|mv|cp|rm|touch|link|"
         "unlink|diff|change|make|new|fix|format|store|dump|undo|symlink|mkdir|chmod|"
-        "ln|sed|emit|export|output|import|push|commit)(?![a-z])", re.IGNORECASE)}
+        "ln|sed|emit|export|output|import|push|commit|clear|empty|drop|fill|place|"
+        "merge|alter|swap|concat|sync)(?![a-z])",
+        re.IGNORECASE)}
 COMMANDS = frozenset(
     "command commands cmd cmds script argv commandline cmdline shellcommand "
     "bashcommand commandtext fullcommand code program input stdin chars keys "
     "keystrokes text shell bash exec run line lines commandstring cmdstring "
-    "shellscript executable args expression snippet".split())
+    "shellscript executable args expression snippet rawcommand commandtorun "
+    "commandlist cmdargs cmdlist scripttext scriptcontent scriptcode codestring sh "
+    "powershell".split())
 PATHS = frozenset(
     "path paths filepath filepaths file files filename targetfile targetpath "
     "notebookpath absolutepath uri relativepath relativeworkspacepath source "
-    "sourcepath target destination destinationpath dest oldpath newpath src "
-    "dst".split())
+    "sourcepath target destination destinationpath dest oldpath newpath src dst "
+    "pathinproject filepathinproject abspath relpath relativefilepath localpath "
+    "remotepath fullpath inputpath inputfile outputpath outputfile outpath outfile "
+    "fileuri fileurl newfile saveas saveto filetoedit pathtofile directory "
+    "directorypath dir dirpath folder folderpath".split())
 PATCHES = frozenset("patch patchtext diff input command changes edits".split())
 # where a word begins in runCommand
 HUMP = regex("(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
@@ -1066,9 +1077,10 @@ TOKEN = regex(r"""
 
 @functools.lru_cache(64)
 def has_word(kind: str, tool: str) -> bool:
-    """Whether a tool's name has a word for a kind: runCommand, run_command."""
-    name = HUMP.sub("_", unicodedata.normalize("NFKC", tool))
-    return WORDS[kind].search(name) is not None
+    """Whether a tool's name has a word for a kind: runCommand, run_command;
+    in bAsH the capitals begin no words."""
+    name = printed(tool)
+    return any(WORDS[kind].search(way) for way in (name, HUMP.sub("_", name)))
 
 
 def simple_commands(text: Any) -> list[str]:
@@ -1175,8 +1187,8 @@ class Call:
             raise ValueError(f"more than {MAX_FILES} files")
         for path in paths:
             plain = re.sub("%([0-9A-Fa-f]{2})", lambda c: chr(int(c[1], 16)),
-                           unicodedata.normalize("NFKC", path))
-            plain = plain.replace("\\", "/").removeprefix("file://")
+                           printed(path))
+            plain = re.sub("^file:(//(localhost)?)?", "", plain.replace("\\", "/"))
             for way in dict.fromkeys((path, plain)):
                 yield from (way, self.resolved(way))
 

@@ -1067,12 +1067,15 @@ SHELL_NAMES = """Bash PowerShell Shell Execute process pwsh run_shell_command
     run_commands runTerminalCommand executePwsh bash_tool execute_cmd shell-exec
     mcp__jetbrains__execute_terminal_command functions.Bash:0 mcp__ssh__ssh_exec
     local_shell container.exec runcommand start_process Terminal Monitor zsh
-    sandbox_run Console cmd.exe mcp_shell_run-command exec_command""".split()
+    sandbox_run Console cmd.exe mcp_shell_run-command exec_command bAsH
+    check_output sendText docker gradle npm make""".split()
 EDIT_NAMES = """Write Update edit_notebook_file text_editor fs_write edit_block
     mcp__filesystem__write_file replace_file_content createFile StrReplaceFile
     builtin_edit_existing_file WriteFile append_file MultiEdit delete_file
     EditNotebook apply_patch insert_content move_file fs.write:0 applyDiff
-    write-file save_file search_replace NotebookEdit rename_path""".split()
+    write-file save_file search_replace NotebookEdit rename_path eDiT WrItE
+    erase_file wipeFile clear_file empty_file prepend_file destroy_file
+    merge_file drop_file hardlink""".split()
 
 
 def kinds(effect='"review"', pattern=r"'\brm\b'", edit="'leash'") -> str:
@@ -1088,14 +1091,17 @@ def test_a_kind_is_known_by_its_shape(make_rules):
     word for it in any joining, and an argument that holds the text."""
     rules = make_rules(kinds())
     for name in SHELL_NAMES:
-        for key in ("command", "cmd", "Command", "shellCommand"):
+        for key in ("command", "cmd", "Command", "shellCommand", "raw_command",
+                    "scriptContent"):
             assert rules.first_match(name, {key: "rm x"}).effect == "review"
         assert rules.first_match(name, {"command": "ls"}).effect == "allow"
     for name in EDIT_NAMES:
-        for key in ("path", "file_path", "filePath", "target-file"):
+        for key in ("path", "file_path", "filePath", "target-file",
+                    "pathInProject", "output_file", "directory"):
             assert rules.first_match(name, {key: "a/leash"}).effect == "deny"
         assert rules.first_match(name, {"path": "a"}).effect == "allow"
-    for name in ("read_file", "Read", "view", "glob", "Grep", "get_dataset"):
+    for name in ("read_file", "Read", "view", "glob", "Grep", "get_dataset",
+                 "view_log", "list_directory", "print_tree"):
         call = {"path": "leash", "pattern": "rm", "query": "rm x"}
         assert rules.first_match(name, call).effect == "allow", name
 
@@ -1221,6 +1227,9 @@ def test_an_edit_is_seen_where_it_lands(make_rules, tmp_path):
             ("Write", {"file_path": "notes.md", "content": "x"}, True),
             ("Write", {"file_path": "d/../notes.md"}, True),
             ("Write", {"uri": f"file://{tmp_path}/le%61sh"}, True),
+            ("Write", {"uri": f"file://localhost{tmp_path}/leash"}, True),
+            ("Write", {"uri": "file:leash"}, True),
+            ("Write", {"path": "le\u200dash"}, True),
             ("Write", {"file_path": "d/leash"}, False),
             ("Write", {"file_path": "x", "content": "leash"}, False),
             ("Write", {"path": "a", "Path": "leash"}, True),
