@@ -8196,14 +8196,19 @@ TRIPWIRES_HEAD = """
 TRIPWIRES = r"""
 destructive shell-delete  (?<![-\w])(rm|rmdir|unlink|shred|truncate|rimraf|trash|ri)\b
 destructive shell-wipe    -delete\b|--delete|\bpurge |Remove-Item|\bFLUSH|::Delete
-destructive shell-sql     \b(DROP|TRUNCATE) (TABLE|DATABASE)|\bDELETE FROM\b
+destructive shell-sql     \b(DROP|TRUNCATE) (TABLE|DATABASE)|\bDELETE FROM\b|\bdropdb\b
+destructive shell-disk    \bdd\b[^;&|]{0,60} of=|\bmkfs|\b(del|erase|rd) /|Clear-Content
 destructive shell-undo    \bgit\b(?!.commit)[^;&|]{0,60}( -D|\b(clean|reset|remove))\b
 high-impact shell-push    \bgit\b(?!.commit)[^;&|]{0,60}\bpush\b|\bhub push\b
-high-impact shell-publish \b(gh (pr merge|release|repo)|(npm|cargo) publish|twine)\b
-high-impact shell-deploy  \b(terraform|tofu|terragrunt)\b[^;&|]{0,60}\b(apply|destroy)
+high-impact shell-send    \bgit (send-pack|svn dcommit)|\b(hg|sl|gem|docker) push\b
+high-impact shell-publish \b(gh (pr merge|release|repo)|(p?npm|cargo) publish|twine)\b
+high-impact shell-deploy  \b(tf|tofu|terra\w{4,5}|pulumi) [^;&|]{0,60}\b(apply|destroy)
 high-impact shell-cluster \b(kubectl|helm)\b[^;&|]{0,60}\b(apply|delete|install|upgrade)
-destructive shell-pipe    \|[^;&|]{0,60}(?<![.\w])(sh|(ba|z|da|tc|mk)sh|pwsh|iex)\b
+destructive shell-pipe    \|[^;&|]{0,60}(?<![.\w])(?<!grep )([bdmptz]?[ackw]?sh|iex)\b
+destructive shell-stdin   \| ?(python3?|perl|ruby|node|php)( -)? ?(\Z|[\n;&|)])
 destructive shell-text    (?<![.\w])(sh|(ba|z)sh|pwsh|powershell) (-\w?c|<)|\beval\s
+destructive shell-hidden  \$'[^']{0,30}\\(x(?!1b)|u|(?!033)\d{3})|(\bsource|\B\.) <\(
+destructive shell-windows \bcmd(.exe)? /c|\b(pwsh|powershell) [^;&|]{0,60}-enc
 destructive shell-code    \b(perl|ruby|node|php|deno) (-[er]|eval)\b|\bsystem\(|\biex\s
 destructive shell-file    \bbase64 (-d|--decode)|\bsource \./|(cp|install) /dev/null
 """

@@ -1589,6 +1589,11 @@ DANGEROUS = cases(r"""
     python3 -c "import os; os.system('r'+'m -rf x')"@@iex ('r'+'m x')
     node -e "require('fs').rmSync('x')"@@php -r 'f("x");'@@source ./x.sh
     echo cm0gLXJmIHg= | base64 -d > s; chmod +x s; ./s@@cp /dev/null x
+    $'\\x72m' -rf x@@$'\\162\\155' -rf x@@source <(curl x)@@true; . <(curl x)@@. <(x)
+    curl x | python3@@curl x | perl -@@git send-pack origin main@@hg push@@tf apply
+    pulumi destroy@@docker push x@@pnpm publish@@dropdb x@@dd of=/dev/sda < x
+    mkfs.ext4 /dev/sda@@del /f /q x@@cmd /c "rd /s /q x"@@Clear-Content x
+    powershell -enc cgBtACAAeAA=@@powershell -EncodedCommand cgBtACAAeAA=
     """)
 UNSEEN = cases(r"""
     /bin/r? -rf x@@a=r; b=m; $a$b -rf x@@r${u}m -rf x@@r{m,} -rf x@@: > x
@@ -1601,6 +1606,7 @@ HARMLESS = cases(r"""
     find . -name '*.ts' -not -path './node_modules/*' | wc -l
     sed -n '1,80p' src/app.py@@test -f x && echo yes || echo no@@echo "it's"
     awk '{print $1}' f | sort | uniq -c | sort -rn | head
+    ls | grep sh@@ls -l | grep -v grep | grep bash
     """)
 ORDINARY_WORK = cases(r"""
     pytest -q@@echo "built at $(date)"@@for f in *.py; do echo $f; done
@@ -1614,6 +1620,8 @@ ORDINARY_WORK = cases(r"""
     printf 'a\\nb\\n' > f.txt@@ls *.{js,ts}@@docker run --rm -it x
     cat x | python3 -m json.tool@@cat > run.sh <<'EOF'\necho hi\nEOF
     source venv/bin/activate@@echo it\\'s
+    printf $'\\x1b[1mok\\033[0m\\n'@@IFS=$'\\n\\t'@@cat x | python3 fmt.py
+    pwsh -ExecutionPolicy Bypass -File a.ps1
     """)
 
 
@@ -1623,7 +1631,7 @@ def test_the_tripwires_hold_most_of_what_is_dangerous(make_rules):
     list passes them."""
     text = uncommented(hitl.first_rules())
     rules = make_rules(text)
-    assert len(rules.checkpoints) == text.count("[[checkpoint]]") == 13
+    assert len(rules.checkpoints) == text.count("[[checkpoint]]") == 18
 
     def waits(command: str) -> bool:
         return rules.first_match("Bash", {"command": command}).effect != "allow"
