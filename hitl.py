@@ -7346,13 +7346,16 @@ def dialect_of(call: Any) -> Dialect:
 
 
 def proposed(call: Json) -> tuple[str, Json]:
-    """The tool and arguments in a hook's input; HitlError without a tool."""
-    tool = arguments = None
-    for name, given in CALLS:
-        if tool is None:
-            tool, arguments = at_path(call, name), at_path(call, given)
-    if tool is None and "command" in call:              # Cursor's shell
-        tool, arguments = "shell", {"command": call["command"]}
+    """The tool and arguments in a hook's input; HitlError without a tool, or
+    with two: another reader may take the other one."""
+    found = [(at_path(call, name), at_path(call, given)) for name, given in CALLS]
+    found = [(tool, arguments) for tool, arguments in found if tool is not None]
+    shell = call.get("hook_event_name") == "beforeShellExecution"
+    if "command" in call and (shell or not found):      # Cursor's shell
+        found.append(("shell", {"command": call["command"]}))
+    tool, arguments = found[0] if found else (None, None)
+    if any(other != tool for other, _ in found):
+        raise HitlError("the call names more than one tool")
     if not isinstance(tool, str) or not tool:
         raise HitlError("the call names no tool")
     if isinstance(arguments, str) and read_loosely(arguments) is not None:

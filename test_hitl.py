@@ -6576,7 +6576,10 @@ def test_hook_dialects(dialect, desk, ask_hook, monkeypatch):
     '{"hook_event_name": "PreToolUse", "transcript_path": "", "tool_name": '
     '"Bash", "tool_input": {"command": 1e400}}',
     '{"hook_event_name": "BeforeTool", "tool_name": "Bash", "tool_input": '
-    '"{\\"command\\": \\"ls\\", \\"command\\": \\"rm x\\"}"}'])
+    '"{\\"command\\": \\"ls\\", \\"command\\": \\"rm x\\"}"}',
+    '{"hook_event_name": "BeforeTool", "tool_name": "Bash", "toolName": "Read"}',
+    '{"hook_event_name": "beforeShellExecution", "command": "rm x", '
+    '"tool_name": "Read"}'])
 def test_hook_refuses_nonsense(text, ask_hook):
     """Input that is not a call of a known agent, or can be read in two ways, is
     refused, with nothing on stdout."""
