@@ -6177,16 +6177,22 @@ def snapshot(value: Any, own: str) -> Any:
 # The name of a secret, however its words are joined (DB_PASS, dbPass,
 # X-Api-Key); `tokens` before a number is a count.
 SHORT_NAME = (r"(?:(?<![a-z])|(?-i:(?<=[a-z])(?=[A-Z])))"
-              r"(?:pass|pwd|pw|auth|pin|otp|psk|creds?|sid|connect\.sid)(?![a-z])")
+              r"(?:pass|pwd|pw|auth|pin|otp|psk|creds?|sid|connect\.sid|cvv|cvc"
+              r"|(?-i:PAT))(?![a-z])")
 NAME = (
     r"(?:passw|pass[ _-]?phrase|passcode|(?:key|store)pass|secret(?!ar)"
-    r"|credential|cookie|jwt"
+    r"|credential|cookie|jwt|(?:root|bind|db|user)pw"
+    r"|kennwort|wachtwoord|contrase[n\u00f1]a|mot[ _]?de[ _]?passe|(?<![a-z])senha"
+    r"|\u043f\u0430\u0440\u043e\u043b\u044c|\u5bc6\u7801"
     r"""|token(?!\w{0,20}[\\"']{0,2}[^\w"'\x1f]{1,4}\d{1,9}(?![\w.-]))|mnemonic"""
-    r"|seed[ _-]?phrase"
-    r"|authorization|bearer|session[_-]?id"
-    r"|(?:verification|security|access|recovery|backup)[ _-]?code"
-    r"|(?:api|access|private|sign|signing|encrypt|encryption|master|account|shared"
-    r"|ssh|auth|client|deploy|storage|service|license|hmac|webhook|admin|root|app"
+    r"|(?:seed|recovery|backup)[ _-]?phrase"
+    r"|authorization|bearer|sess(?:ion)?[_-]?id|totp|(?:gh|github|gitlab|azure)_pat"
+    r"|(?:verification|security|access|recovery|backup|login|mfa|2fa|two[ _-]?factor"
+    r"|one[ _-]?time|device)[ _-]?code|(?:code|oauth)[ _-]?verifier"
+    r"|client[ _-]?assertion|(?:nt|ntlm|pw)_?hash"
+    r"|(?:api|access|priv(?:ate)?|sign|signing|encrypt|encryption|master|account|aes"
+    r"|ssh|auth|client|deploy|storage|service|license|hmac|webhook|admin|root|app|gpg"
+    r"|shared|cipher|unseal|recovery|consumer|openai|anthropic|google|stripe|sendgrid"
     rf"|session|secret|fernet|subscription|functions)[ _-]?key|{SHORT_NAME})")
 SECRET_NAME = rf"(?i){NAME}|(?i:pwd$|pass$(?<!bypass)(?<!compass))"
 PIECES = {      # names for parts of the shapes below
@@ -6243,15 +6249,26 @@ SHAPES = r"""
 (://[^\s:/@"']{0,100}:)(?!\d{1,5}(?:[/?#]|$))[^\s"'<>]{1,120}(?=@)
 (://)[^\s:/@"'<>]{8,120}(?=@)
 ([?&#;][\w.-]{0,30}(?:key|sig|signature|code|auth|hash|ticket)=(?=[^\s&"'#]{6})
-    |hooks\.slack\.com/\w{1,20}/|/webhooks/\d{1,30}/)[^\s&"'#<>]++
+    |hooks\.slack\.com/\w{1,20}/|/webhooks/\d{1,30}/|/hooks/catch/\d{1,30}/
+    |/incomingwebhook/)[^\s&"'#<>]++
 
 # tokens: a vendor's own form, or a prefix (ghp_, sk_live_, xoxb-) before a
 # mixture of letters and digits
 (\b(?:bearer|basic|token) {1,4})(?=\S{0,20}\d)[\w.~+/-]{12}[\w.~+/=-]*+
 ()(?-i:(?<![A-Za-z0-9])(?:
-    A(?:KI|SI|BI|CC|GP|ID|RO)A[0-9A-Z]{12}|dapi[0-9a-f]{24}|[0-9a-f]{32}-us\d
+    A(?:KI|SI|BI|CC|GP|ID|RO)A[0-9A-Z]{12}|(?:dapi|dose|ATTA)[0-9a-f]{24}
+    |[0-9a-f]{32}(?:-us\d|-[0-9a-f]{8}-[0-9a-f]{8}|\.[A-Za-z0-9]{16})|[0-9a-f]{36}NRAL
+    |(?:1000\.[0-9a-f]{32}\.|[12]/(?:\d{13,20}[/:]){1,2}|v1\.0-[0-9a-f]{24}-)
+    [0-9a-f]{32}
+    |(?:access-(?:production|development|sandbox)-|pat-[a-z]{2}\d-|ovsxp_|sdk-|mob-)
+    [0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}|access_token\$\w{4,20}\$\w{8,40}\$
+    |A3-(?:[A-Z0-9]{5,6}-){4,5}[A-Z0-9]{5}|oy2[a-z0-9]{43}|nsec1[a-z0-9]{50}
+    |WPL_AP\d\.\w{8}|(?:hf_|tvly-(?:\w{2,4}-)?)[A-Za-z0-9]{30}|rzp_(?:live|test)_\w{8}
+    |(?:dckr_[a-z]{2,4}_|sb_secret_|pscale_[a-z]{2,5}_|tskey-[a-z]{3,9}-|figd_|nvapi-
+    |HRKU-|AQVN|fo1_|lin_api_|duffel_[a-z]{4}_|dbt[cu]_|tk-us-|y[0-3]_|api_org_|sgp_)
+    [\w-]{16}
     |(?:AIza|LTAI|AKID|AT[AC]TT3|ATBB)[\w-]{12}|eyJ[\w-]{8}
-    |SK[0-9a-f]{32}|1//0[\w-]{20}|\d{8,10}:[\w-]{30}
+    |SK[0-9a-f]{32}|1//0[\w-]{20}|(?:bot)?\d{8,10}:[\w-]{30}
     |[MNO][\w-]{23}\.[\w-]{6}\.[\w-]{20}
     |(?:ya29|SG|hv[bsr]|s|sl|dt0c01|dp\.[a-z]{2,5}|pat\w{14})\.[\w-]{16}
     |(?:sk|pk|rk|gh[a-z]|gl[a-z]{2,5}|xox[a-z]|xapp|pypi)[-_][\w-]{8}
@@ -6262,6 +6279,13 @@ SECRETS = tuple(        # an indented line continues the one before
     functools.reduce(lambda shape, part: shape.replace(*part), PIECES.items(), line)
     for line in SHAPES.replace("\n    ", "").splitlines()
     if line and line[0] != "#")
+
+
+# Of an object like {"name": "DB_PASSWORD", "value": ...}, what names and what
+# is named.
+NAMING = regex("(?:^|_)(?:name|key|header|label|id|field|variable)$|Key$|Name$",
+               re.IGNORECASE)
+NAMED_VALUE = regex("(?:^|_)(?:value|val|default)$|Value$", re.IGNORECASE)
 
 
 def mask(text: str) -> str:
@@ -6314,11 +6338,11 @@ def masked_json(value: Any, own: str) -> Any:
         return made
     if not isinstance(value, dict):
         return value
-    named = any(is_secret(value.get(key)) for key in (
-        "name", "key", "header", "Name", "Key"))        # of {"value": ...}
+    names = [item for key, item in value.items() if NAMING.search(key)]
     made = {}
     for key, item in value.items():
-        secret = is_secret(key, item) or named and key.lower() == "value"
+        secret = is_secret(key, item) or NAMED_VALUE.search(key) and any(
+            is_secret(name, item) for name in names)
         shown = mask(str(item)) if secret else masked_json(item, own)
         made[masked_text(key, own)] = shown
     return made
@@ -6331,7 +6355,8 @@ def is_secret(name: Any, value: Any = "?") -> bool:
         return False
     if isinstance(value, (int, float)):
         return bool(re.search(r"(?i)passw|pwd|passcode|secret|pin$|otp$", name))
-    return bool(re.search(SECRET_NAME, re.sub("(?<=[a-z])(?=[A-Z])", "_", name)))
+    ways = name, re.sub("(?<=[a-z])(?=[A-Z])", "_", printed(name))
+    return any(re.search(SECRET_NAME, way) for way in ways)
 
 
 def plain_json(value: Any, path: tuple[int, ...] = (),

@@ -6282,14 +6282,28 @@ NAMES = """password passwords db_password PGPASSWORD MYSQL_PWD token tokens
     api_key apiKey API-KEY access_token client_secret secrets Authorization
     cookie aws_secret_access_key credentials private_key session_id jwt otp
     pin Set-Cookie passphrase pass DB_PASS dbPass pw auth SIGNING_KEY
-    ENCRYPTION_KEY SecretAccessKey SessionToken X-Api-Key""".split()
+    ENCRYPTION_KEY SecretAccessKey SessionToken X-Api-Key PaSsWoRd OPENAI_KEY
+    unsealKeys recovery_key totp mfaCode cvv rootpw PHPSESSID GH_PAT kennwort
+    contrase\u00f1a \u043f\u0430\u0440\u043e\u043b\u044c code_verifier two_factor_code
+    \uff50\uff41\uff53\uff53word pass\u200bword recovery_phrase ntlm_hash
+    client_assertion""".split()
 TOKENS = """sk-# sk_live_# sk-ant-# ghp_# ghs_# github_pat_# glpat-# xoxb-1-#
     AIza## hf_# npm_# pypi-# ya29.# GOCSPX-# gsk_# pplx-# ntn_# shpat_# SG.#.#
     hvs.# dapi0123456789abcdef01234567# dop_v1_# whsec_# 1//0# key-#
     https://api.telegram.org/bot9279055934:AA#AAAAAAAA/getMe
     https://hooks.slack.com/services/T0/B0/# eyJhbGciOiJ9.#.# https://x/?key=#
     https://x/cb#sig=# h:5432:db:user:# ## patAbCdEfGhIjKlMn.#
+    https://hooks.zapier.com/hooks/catch/1/#
     """.split()
+VENDORS = """access-production-{u} pat-na1-{u} sdk-{u} ovsxp_{u} {x}NRAL1 {x}-us12
+    access_token$production$abcdefgh$12345678{x} 1/1234567890123:{x} {x}.{x}
+    2/1234567890123/1234567890123:{x} 1000.{x}.{x} dose{x}
+    v1.0-01234567abcdef0123456789-{x}
+    {x}-01234567-01234567 oy2{x}abcdefghijk nsec1{x}abcdefghijklmnopqrst
+    A3-ABCDEF-ABCDEF-ABCDE-ABCDE-ABCDE-ABCDE hf_{y}{y} tvly-dev-{y}{y} rzp_live_{y}
+    WPL_AP1.AbCdEfGh.{y} bot123456789:AA{y}{y}""".format(
+        u="12345678-1234-1234-1234-123456789abc", x="0123456789abcdef" * 2,
+        y="AbCdEfGhIjKlMnOpQrStUv").replace("abcdefNRAL1", "abcdef0123NRAL").split()
 PLACES = """postgres://ana:#@db/x postgres://a:p@#@db/x postgres://a:p/#@db/x
     redis://:#@host/0 https://#@github.com/o/r https://oauth2:#@gitlab.com/o/r
     DB_PASSWORD=# https://x/?access_token=#
@@ -6324,6 +6338,9 @@ SECRETS = [{name: PASSWORD} for name in NAMES] + [
     ["Host", "h", "X-Api-Key", PASSWORD, "Accept", "*/*"],
     [("Authorization", f"Token {PASSWORD}")], {"password": b"x" + PASSWORD.encode()},
     {"headers": [{"name": "X-Api-Key", "value": PASSWORD}]},
+    {"label": "password", "value": PASSWORD}, {"key": "token", "val": PASSWORD},
+    {"ParameterKey": "DBPassword", "ParameterValue": PASSWORD},
+    {"name": "db_password", "default": PASSWORD},
     {"headers": [f"Authorization: Basic {PASSWORD}="]},
     ["curl", "-u", f"ana:{PASSWORD}"], ["tool", "--password", PASSWORD],
     ["mysql", "-u", "root", f"-p{PASSWORD}"], ["dbPass", PASSWORD],
@@ -6363,6 +6380,11 @@ def test_what_is_masked():
     also in a dataclass, a repr(), deep down, inside JSON text, in pairs, in a
     command's words and over several lines; ordinary text is not."""
     assert [s for s in SECRETS if leaks(masked(s))] == []
+    assert [s for s in VENDORS if s in masked(f"use {s} now")] == []
+    plain = [{"name": "timeout", "value": "30s"}, {"name": "tokens", "value": 512},
+             {"title": "Reset password", "text": "Click"}, [["Accept", "*/*"]],
+             {"name": "refresh_token.py", "content": "import os"}]
+    assert masked(plain) == plain
     assert masked({"otp": 271828, "pin": 1234}) == {
         "otp": "[masked, 6 characters]", "pin": "[masked, 4 characters]"}
     listed = PROSE.splitlines()
