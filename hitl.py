@@ -67,21 +67,21 @@ acall, and by whatever holds an approval: an MCP server, a coding agent, `run`.
   * Errors             102  the ways it can go wrong, each with its hint
   * Vocabulary         316  statuses, canonical JSON, the digest
     Text               159  text shown so that a person can trust it
-  * Matching           661  does a checkpoint match this call?
+  * Matching           673  does a checkpoint match this call?
     Configuration      461  reads and checks checkpoints.toml
   * Store             1009  the SQL of requests, decisions and the audit log
     Database file      239  opens, locks and verifies it
     Notices            450  tells a reviewer; the only outgoing messages
-    Pages              969  the only HTML; pure functions
+    Pages              971  the only HTML; pure functions
   * Rights and routes  873  who may do what, and the replies
     Loop               480  the only listening socket; one transaction a turn
   * Client             147  the only outgoing requests to the server
-    Context            238  what the card says about the agent, secrets masked
+    Context            276  what the card says about the agent, secrets masked
     Guard              155  the decorator
-  * Gate               712  match, ask, wait, claim, run, report: runs a tool
-    Adapters           632  coding-agent hooks, MCP proxy, command prefix
+  * Gate               716  match, ask, wait, claim, run, report: runs a tool
+    Adapters           641  coding-agent hooks, MCP proxy, command prefix
     Evidence           246  `verify` and `demo`: the whole path, for real
-    Command line      1209  argv, environment, stdout
+    Command line      1218  argv, environment, stdout
 
 It reads checkpoints.toml (the rules), and writes no files but: hitl.db, -wal,
 -shm (requests and audit log), hitl.db.lock (one server per database), by
@@ -6196,7 +6196,8 @@ NAME = (
     rf"|session|secret|fernet|subscription|functions)[ _-]?key|{SHORT_NAME})")
 SECRET_NAME = rf"(?i){NAME}|(?i:pwd$|pass$(?<!bypass)(?<!compass))"
 PIECES = {      # names for parts of the shapes below
-    "{NAMED}": NAME + r"""[\w.-]{0,20}+(?: (?:for|of) [\w.@-]{1,40})?+[\\"'\]]{0,4}+""",
+    "{NAMED}": NAME + r"""[\w.-]{0,20}+(?: (?:for|of) [\w.@-]{1,40}"""
+               r"""| \([^()"'\n]{1,40}\))?+[\\"'\]*`]{0,4}+""",
     "{LEAD}": r"[\w.-]{0,40}?", "{GAP}": r"\s{0,8}",
     "{START}": r"""^[ \t>|*+\x1f-]{0,40}+(?:(?:export|set|const|let|var) )?["']?""",
     "{QUOTED}": r"""(?:\\"(?:[^"\\]|\\[^"])*+|"(?:[^"\\]|\\.)*+"""
@@ -6209,6 +6210,7 @@ SHAPES = r"""
 ()^[\w+/=]{4,80}$(?=\n-----END [A-Z ]{0,40}PRIVATE KEY)
 
 # a header; the rest of a line, or a block below it; the next text of a list
+((?:proxy-)?authorization: (?:digest|oauth|hawk|mac|signature) )[^\n]++
 ((?:authorization|cookie|x-[a-z-]{0,20}(?:key|token)): {0,4})[^\s"'\\][^\n"'\\]*+
 ({START}{LEAD}{NAMED}(?:[:\t][ \t]{0,40}+(?:\r?\n(?!\x1f))?|[ \t]{1,40}+[=|])
     [ \t]{0,40}+)(?:[|>][+-]?\r?\n(?:[ \t]+[^\n]*\n?)++|(?!["'\\{\[\x1f])[^\r\n]++)
@@ -6221,9 +6223,17 @@ SHAPES = r"""
 # a call, a pair; an assignment, JSON, a repr(), a query
 ((?:auth\s{0,4}\({GAP}["'][^"'\n]{0,80}["'],|(?:set_?|[\[(]{GAP}["']{LEAD}){NAMED}[(,])
     {GAP}){QUOTED}
-({NAMED}{GAP}(?:=>|:=|[:=]){GAP}
+({NAMED}{GAP}(?:=>|\??[:=]{1,3}){GAP}(?:(?:\w{1,12}\(|[bruf]{1,2})(?=["']))?(?:"{2}(?="))?
     (?:[\[(](?!masked,){GAP}(?:["'][^"'\n]{0,80}["']|[\w.@-]{1,80}),{GAP})?)
     (?:{QUOTED}|[^\s"'\\,;&(){}\[\]<>][^\s"'\\,;&)}\]<>]*+)
+((?<![\w"'])(?:setx?|set -\w{1,3}|env|arg|#define|configure set|secret set)[ ]
+    {LEAD}{NAMED}\s{1,8}(?:(?:--body|-b) )?)(?:(?=["']){QUOTED}|(?=\S{0,60}\d)\S{8}\S*+)
+
+# an item that is named beside its value, in JSON or YAML
+(["']?\b(?:name|key|header|label|id|field|variable)["']?{GAP}[:=]{GAP}["']?{LEAD}{NAMED}
+    {GAP},?{GAP}["']?(?:value|val)["']?{GAP}[:=]{GAP})(?:{QUOTED}|[^\s"',;}\]]++)
+(["']?\b(?:value|val)["']?{GAP}[:=]{GAP}["'])[^"'\n]{1,400}(?=["']{GAP},?{GAP}["']?
+    (?:name|key|header|label|id|field|variable)["']?{GAP}[:=]{GAP}["']?{LEAD}{NAMED})
 
 # an option, XML, a sentence
 ((?<!\S)--?[\w-]{0,30}?{NAMED}\s{1,8})(?:{QUOTED}|[^\s-]\S*+)
@@ -6236,9 +6246,12 @@ SHAPES = r"""
     (?:{QUOTED}|(?=\S{0,60}?(?:\d|(?-i:[a-z][A-Z])|\w[!#$%&*+/@^~]\w))\S++)
 ((?:passw\w{0,6}|passphrase|pwd?|identified by) (?=\S{0,40}\d)(?=\S{0,40}[a-z])(?=\S{8})
     |\blogin \S{1,80}\s{1,8}password\s{1,8})\S++
+((?:verification|security|one-time|login|2fa|mfa) code:? (?:is )?|\botp:? )\d{4,8}\b
 
 # what a command is given; lines of .pgpass and of a file of passwords
-((?<!\S)(?:-[uab]|--(?:proxy-)?user|--auth|--cookie)[\s=]{0,2}["']?
+(\b(?:echo|printf) (?:-\w )?["']?)(?![$"'-])[^\s|"']+(?=["']?\s?\|[^|\n]{0,80}?
+    (?:sudo -S|[ ]--(?:password-)?stdin|chpasswd|--with-token))
+((?<!\S)(?:-[ab]|-[sSkLfvgi]{0,5}u|--(?:proxy-)?user|--auth|--cookie)[\s=]{0,2}["']?
     (?!\d{1,9}:\d)[^\s:="'/]{1,80}[:=])[^\s"']++(?:;[^"'\n]*+)?
 ((?:mysql|mariadb|sshpass|mongo|redis-cli|psql|ldap|zip|7z| login )
     (?:[^\n|;&]|\n(?=\x1f)){0,160}?\s(?-i:-[pPaw])\s{0,2})[^\s-]\S*+
@@ -6267,7 +6280,7 @@ SHAPES = r"""
     |(?:dckr_[a-z]{2,4}_|sb_secret_|pscale_[a-z]{2,5}_|tskey-[a-z]{3,9}-|figd_|nvapi-
     |HRKU-|AQVN|fo1_|lin_api_|duffel_[a-z]{4}_|dbt[cu]_|tk-us-|y[0-3]_|api_org_|sgp_)
     [\w-]{16}
-    |(?:AIza|LTAI|AKID|AT[AC]TT3|ATBB)[\w-]{12}|eyJ[\w-]{8}
+    |M(?:I[\w+/]{4}IBA[AD]|HcCAQEEI|IGHAgEAM)|(?:AIza|LTAI|AKID|AT[AC]TT3|ATBB)[\w-]{12}|eyJ[\w-]{8}
     |SK[0-9a-f]{32}|1//0[\w-]{20}|(?:bot)?\d{8,10}:[\w-]{30}
     |[MNO][\w-]{23}\.[\w-]{6}\.[\w-]{20}
     |(?:ya29|SG|hv[bsr]|s|sl|dt0c01|dp\.[a-z]{2,5}|pat\w{14})\.[\w-]{16}

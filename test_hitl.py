@@ -6322,11 +6322,17 @@ PLACES = """postgres://ana:#@db/x postgres://a:p@#@db/x postgres://a:p/#@db/x
     HTTPBasicAuth('user', '#')|[["X-Api-Key", "#"]]|basic_auth: [ana, #]
     <p><password><![CDATA[#]]></password>|<p name="db.password" value="#"/>
     curl -b 'a=b; sid=#' h|log in with password # please|psk=#|-keypass #
-    CREATE USER ana IDENTIFIED BY '#'""".replace(
+    CREATE USER ana IDENTIFIED BY '#'|password (prod): #|- **API Key**: `#`
+    set -gx GITHUB_TOKEN #|setx API_KEY "#" /M|ENV API_KEY #|curl -sSu ana:# h
+    aws configure set aws_secret_access_key #|gh secret set NPM_TOKEN --body #
+    password = \"\"\"#\"\"\"|'token': b'#'|password=SecretStr('#')|API_KEY ?= #
+    {"name": "DB_PASSWORD", "value": "#"}|{"value": "#", "name": "DB_PASSWORD"}
+    Authorization: Digest username="a", response="#\"""".replace(
         "\n", "|").split("|") + [
     "\npassword: two # words", "\npassphrase = correct #", "\npass = #",
     "Password:\n#", "Password:\r\n#", "\npassword: |\n  #\n  #\nuser: ana",
-    "\npassword: 'it''s #'", "\n| password | # |", "\npassword\t#",
+    "\n- name: API_KEY\n  value: #", "\npassword: 'it''s #'",
+    "\n| password | # |", "\npassword\t#",
     "-----BEGIN RSA PRIVATE KEY-----\n#\n-----END RSA PRIVATE KEY-----",
     "\n#\n-----END RSA PRIVATE KEY-----"]
 SECRETS = [{name: PASSWORD} for name in NAMES] + [
@@ -6338,6 +6344,7 @@ SECRETS = [{name: PASSWORD} for name in NAMES] + [
     ["Host", "h", "X-Api-Key", PASSWORD, "Accept", "*/*"],
     [("Authorization", f"Token {PASSWORD}")], {"password": b"x" + PASSWORD.encode()},
     {"headers": [{"name": "X-Api-Key", "value": PASSWORD}]},
+    f"echo {PASSWORD} | sudo -S ls", f"echo '{PASSWORD}' | gh auth login --with-token",
     {"label": "password", "value": PASSWORD}, {"key": "token", "val": PASSWORD},
     {"ParameterKey": "DBPassword", "ParameterValue": PASSWORD},
     {"name": "db_password", "default": PASSWORD},
@@ -6400,6 +6407,7 @@ def test_masking_is_linear():
     """The worst there is takes no noticeable time."""
     for unit in ("eyJ-", "password: ", 'password="', "-----BEGIN ", "://", "aA1",
                  "mysql ", "--password ", "\n", "<password ", "ab-",
+                 '"name": "password", ', '"value": "', "echo a | ", "env token ",
                  "ab_aaaaaaaaaaaaaaaa."):
         began = time.thread_time()
         masked(unit * (32_768 // len(unit)) + "!")
