@@ -7464,7 +7464,9 @@ class Hook:
         text = canonical(arguments).replace("\\", "")       # JSON inside JSON
         if re.search('"echo(","| )hitl-selftest"', text):
             works = "the hook works: this call was refused as a test"
-            raise CollaborationError(works + unlisted_runs(gate.rules))
+            if unlisted_runs(gate.rules):
+                works += UNLISTED
+            raise CollaborationError(works)
         held = self.hold(gate, tool, arguments, cwd)                # 2 hold
         if held is None:
             return {}                   # no opinion: its own flow goes on
@@ -7553,12 +7555,11 @@ class Hook:
         os._exit(status)
 
 
-def unlisted_runs(rules: Rules) -> str:
-    """What to say if the rules hold no command that they do not name."""
-    if rules.first_match("Bash", {"command": "hitl-unlisted"}).effect != "allow":
-        return ""
-    return ("; but a command that no checkpoint names runs unasked (`python3 "
-            "hitl.py init --coding-agent` writes a list of those that may)")
+UNLISTED = "; but a command that no checkpoint names runs unasked"
+
+
+def unlisted_runs(rules: Rules) -> bool:
+    return rules.first_match("Bash", {"command": "unlisted"}).effect == "allow"
 
 
 # ---- the hook: what to install, and where ----
@@ -9166,7 +9167,9 @@ def cmd_hook(args: Any) -> int:
     note = f"put this into {SNIPPETS[args.snippet][0]}"
     try:
         rules = load_configuration(find_configuration(args.config, local=False)).rules
-        note += unlisted_runs(rules)
+        if unlisted_runs(rules):
+            note += (f"{UNLISTED}: `python3 hitl.py init --coding-agent` writes a "
+                     "list of those that may")
     except ConfigError as error:
         note += f"; until this is mended, the hook refuses every call: {error}"
     print(note, file=sys.stderr)
