@@ -1579,7 +1579,8 @@ def pattern_value(value: Any) -> str:
                 re.compile(value, SEARCH)
             endless = reach(value) < MAX_TOOL_NAME
     except (re.error, OverflowError, RecursionError, Warning) as error:
-        raise ValueError(f"is not a regular expression: {error}") from None
+        raise ValueError(f"is not a regular expression: {error}; a bracket that "
+                         "is meant as itself is written \\( or \\[") from None
     if endless:
         raise ValueError(
             f"{value!r} repeats a repeat, as (a+)+ does, or has too many repeats "
@@ -1884,7 +1885,8 @@ def read_toml(path: Path) -> tuple[bytes, dict[str, Any]]:
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+        cure = "mend that line; a text with a backslash goes into 'single quotes'"
+        raise ConfigError(f"{path}: not valid TOML: {error}", cure) from None
 
 
 def checkpoint_digest(table: dict[str, Any]) -> str:
@@ -8776,10 +8778,10 @@ def cmd_check(args: Any) -> int:
         ids = [rule.checkpoint_id for rule in rules.checkpoints]
         return answer(args, {"path": str(rules.path), "checkpoints": ids},
                       linted(configuration))
-    with config_error("JSON of the arguments:"):
+    with config_error("JSON of the arguments, like '{\"table\": \"users\"}':"):
         arguments = parse_json(args.arguments)
         if not isinstance(arguments, dict):
-            raise ValueError('it must be like {"table": "users"}')
+            raise ValueError("this is not an object")
     match = rules.first_match(args.tool, arguments)
     return answer(args, {
         "tool": args.tool, "effect": match.effect, "why": match.why,

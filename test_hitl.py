@@ -1494,7 +1494,7 @@ def test_check_says_which_checkpoint_decides_and_why(tmp_path):
     assert "  but      `python3 hitl.py run` always waits\n" in check("run").out
     done = check("x", '{"table": 1e400}')
     assert (done.status, done.out) == (2, "") and done.err.startswith(
-        "hitl: error: JSON of the arguments: 1e400 ")
+        "hitl: error: JSON of the arguments, like '{\"table\": \"users\"}': 1e400 ")
 
 
 def test_check_alone_lints_the_file_and_the_installation(desk):
@@ -8332,7 +8332,7 @@ SLIPS = (
      "serve --port 0 --config agents.toml", {}),
     (2, "No such file or directory", "choose another file with --output",
      "verify --output none/e.json", {}),
-    (2, "JSON of the arguments: ", "", "check x [] --config rules.toml", {}),
+    (2, "JSON of the arguments, like '{\"table\": \"users\"}': this is not an", "", "check x [] --config rules.toml", {}),
     (2, "invalid choice: 'nope'", "", "nope", {}),
     (2, "unrecognized arguments: --none", "", "hook --none", {}),
     (2, "arguments are required: id", "", "show", {}))
