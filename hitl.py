@@ -2779,7 +2779,7 @@ class Store:
         request = self.first("WHERE request_id = ?", request_id, columns=columns)
         if request is None:
             raise Refusal("unknown", f'there is no request "{request_id}"',
-                          "check the id: `python3 hitl.py list --all` prints all")
+                          "check the id: `python3 hitl.py list --all` has the latest")
         if by not in (None, request.asked_by):
             raise Refusal("not-your-request", "this is another agent's request",
                           "use the credentials that it was made with")
@@ -5523,7 +5523,7 @@ class Limits(NamedTuple):
 
 
 LIMITS = Limits()
-TURN_SECONDS = 0.03             # then commit and answer, before more work
+TURN_SECONDS = 0.03             # then commit and answer: 50 ms with its last request
 BREAK_SECONDS = 0.001           # between turns: a reviewer's request may come in
 ACCEPTED = 64                   # connections accepted in one round of asyncio
 BACKLOG = 1024                  # connections not accepted yet: a burst of agents
@@ -6007,6 +6007,17 @@ class Client:
                  tls_ca: str = "") -> None:
         self.server_url, self.authorization = server_url, authorization
         self.tls_ca = tls_ca
+
+    @classmethod
+    def of(cls, configuration: Configuration, server_url: str,
+           authorization: str = "") -> Client:
+        """A client that trusts what the configuration names; ConfigError if
+        server_url is not one."""
+        tls_ca = configuration.gate["tls_ca"]
+        if tls_ca and configuration.path:       # relative to the file
+            tls_ca = str(configuration.path.parent / tls_ca)
+        with config_error("server_url"):
+            return cls(url_value(server_url), authorization, tls_ca)
 
     @functools.cached_property
     def opener(self) -> Any:
@@ -6642,6 +6653,7 @@ class Held:
     then the caller runs it with `arguments`, once, and reports how it
     ended."""
 
+    review_url = ""             # for people, as the server says
     approved_by = ""
     changed = ""                # what the reviewer changed, for the model
     claiming = False            # the claim may have reached the server
@@ -6732,12 +6744,12 @@ class Held:
         if self.how.get("attach") and REQUEST_ID.fullmatch(known):
             self.request_id = known         # asked before
         self.learn(reply)                   # raises if that is another call
+        self.review_url = visible(str(reply.body.get("url")))
         if self.state.status == Status.WAITING:
             log.warning('%s waits for a person: "%s"; review it at %s (%s)',
                         visible(self.tool),
                         visible(masked_text(self.description, token)),
-                        visible(str(reply.body.get("url"))),
-                        limited(self.timeout_seconds))
+                        self.review_url, limited(self.timeout_seconds))
 
     def insist(self, path: str, body: dict[str, Any] | None, seconds: float,
                poll: float = 0) -> Reply:
@@ -6794,7 +6806,7 @@ class Held:
         if reply.status in (401, 403):
             return self.error(
                 UnreachableError, "the server refused this agent's credential",
-                "set HITL_AGENT_TOKEN, or Gate(token=...), to an agent token "
+                "set HITL_AGENT_TOKEN, or Gate(token=), to an agent token "
                 "that serve knows", reply.reason)
         kind = REFUSED_AS.get(reply.reason)
         if kind is None:
@@ -6823,8 +6835,7 @@ class Held:
             if began - logged_at >= PROGRESS_SECONDS:
                 logged_at = began
                 log.warning("waiting for review of %s at %s, %s left",
-                            visible(self.tool), f"{self.gate.server_url}/review/"
-                            f"{self.request_id}", limited(left))
+                            visible(self.tool), self.review_url, limited(left))
             self.tick()
             self.poll(left)
             early = time.monotonic() - began < 0.1
@@ -6846,12 +6857,16 @@ class Held:
 
     def nobody(self, hint: str = "", reason: str = "") -> HitlError:
         """The error if no decision came in time."""
-        seconds = min(self.timeout_seconds, self.lifetime_seconds)
+        name, seconds = "timeout_seconds", self.timeout_seconds
+        if self.lifetime_seconds < seconds:
+            name, seconds = "lifetime_seconds", self.lifetime_seconds
+        where = f"in {self.gate.configuration.path}"
+        if self.how.get(name) is not None:
+            where = "for this call"
         return self.error(
             ReviewTimeoutError, f'nobody decided "{self.description}" within '
-            f"{seconds:g} s; nothing ran", hint or "raise timeout_seconds in "
-            f"{self.gate.configuration.path}: people usually need 300 or more",
-            reason)
+            f"{seconds:g} s; nothing ran", hint or f"raise {name} {where}: people "
+            "usually need 300 or more", reason)
 
     def give_up(self) -> None:
         """Withdraw a request that is not to outlive its wait. The server's
@@ -7062,21 +7077,18 @@ class Gate:
         self.rules = self.configuration.rules
         self.context, self.agent = context, agent
         self.session, self.own_session = session, os.urandom(16).hex()
-        with config_error("server_url"):
-            self.server_url = url_value(
-                server_url or os.environ.get("HITL_SERVER_URL")
-                or self.configuration.gate["server_url"])
         self.token = (token or os.environ.get("HITL_AGENT_TOKEN", "")).strip()
         if not re.fullmatch(r"[!-~]*", self.token):
             raise ConfigError("the agent's token is not plain ASCII")
         if os.environ.get("HITL_REVIEWER_TOKEN"):       # promise 5
             log.warning("HITL_REVIEWER_TOKEN is in the environment of an "
                         "agent, which could decide with it: remove it")
-        tls_ca = self.configuration.gate["tls_ca"]
-        self.client = Client(
-            self.server_url, self.token and f"Bearer {self.token}",
-            tls_ca and str(path.parent / tls_ca))
-        if tls_ca:
+        self.client = Client.of(
+            self.configuration, server_url or os.environ.get("HITL_SERVER_URL")
+            or self.configuration.gate["server_url"],
+            self.token and f"Bearer {self.token}")
+        self.server_url = self.client.server_url
+        if self.client.tls_ca:
             _ = self.client.opener      # reads the file, or raises ConfigError
         self._free: set[tuple[str, ...]] = set()
 
@@ -7805,13 +7817,21 @@ class Proxy:
         for tool in tools if isinstance(tools, list) else []:
             name = str(at_path(tool, "name"))
             if name not in self.tools:
-                free = self.gate.rules.is_free(f"mcp__{self.name}__{name}")
-                words = "run unasked" if free else "wait for a person"
-                said.setdefault(words, []).append(name)
+                said.setdefault(self.fate_of(name), []).append(name)
             self.tools[name] = at_path(tool, "annotations")
         for words, names in said.items():
             log.warning("hitl: %s: %s: %s", self.name, words,
                         visible(", ".join(names)))
+
+    def fate_of(self, name: str) -> str:
+        """What becomes of the calls of a tool."""
+        rules, tool = self.gate.rules, f"mcp__{self.name}__{name}"
+        match = rules.first_match(tool, {})
+        if rules.is_free(tool):
+            return "run unasked"
+        if match.effect == "deny" and not match.checkpoint.arguments:
+            return "are denied"
+        return "wait for a person"
 
     # ---- one call ----
 
@@ -7957,8 +7977,9 @@ class Workshop:
         self.records = sqlite3.connect(":memory:", check_same_thread=False)
         self.records.executescript(RECORDS)
         self.token, self.store = fresh_token(), open_store(self.database)
-        self.desk = open_desk("127.0.0.1", 0, self.store,
-                              Tokens({}, {}, token_hash(self.token)))
+        self.agent_token = fresh_token()
+        self.desk = open_desk("127.0.0.1", 0, self.store, Tokens(
+            {"sample": token_hash(self.agent_token)}, {}, token_hash(self.token)))
         self.me = Client(self.desk.url, basic(reviewer, self.token))
         self.thread = threading.Thread(target=self.desk.serve_forever)
         self.thread.start()
@@ -7985,7 +8006,8 @@ class Workshop:
     def call(self, agent: str, context: Any, timeout: float | None) -> Any:
         """The agent's call, by a gate of its own: in the session of a shared
         gate, a rejection would answer the next call too."""
-        gate = Gate(self.rules, server_url=self.desk.url, agent=agent)
+        gate = Gate(self.rules, server_url=self.desk.url, agent=agent,
+                    token=self.agent_token)
         return gate.call("delete_records", DELETE, self.delete_records,
                          context=context, timeout_seconds=timeout)
 
@@ -8340,9 +8362,7 @@ def server_settings(args: Any, configuration: Configuration) -> dict[str, Any]:
 def reviewer_client(args: Any) -> Client:
     """A client of the server, for the reviewer at the keyboard."""
     import getpass
-    url = configuration_for(args).gate["server_url"]
-    url = args.server_url or os.environ.get("HITL_SERVER_URL") or url
-    name = "reviewer"
+    configuration, name = configuration_for(args), "reviewer"
     for variable in ("USERNAME", "USER", "LOGNAME", "HITL_REVIEWER"):
         name = os.environ.get(variable) or name
     token = os.environ.get("HITL_REVIEWER_TOKEN")
@@ -8353,8 +8373,13 @@ def reviewer_client(args: Any) -> Client:
                           "set HITL_REVIEWER_TOKEN; serve printed it")
     with config_error("HITL_REVIEWER"):
         name = name_value(name)
-    with config_error("server_url"):
-        return Client(url_value(url), basic(name, token))
+    return Client.of(configuration, args.server_url or asked_at(configuration),
+                     basic(name, token))
+
+
+def asked_at(configuration: Configuration) -> str:
+    """Where agents ask, and reviewers who type."""
+    return str(os.environ.get("HITL_SERVER_URL") or configuration.gate["server_url"])
 
 
 def reply_of(client: Client, method: str, path: str, body: Any = None
@@ -8379,7 +8404,7 @@ def request_named(client: Client, start: str, alone: bool = False) -> dict[str, 
     chose the id `1f0c`, and was approved in another's place."""
     if not REQUEST_ID.fullmatch(start):
         raise ConfigError(f'"{visible(start)}" is not a request_id',
-                          "`python3 hitl.py list --all` prints them")
+                          "`python3 hitl.py list --all` has the latest")
     request = reply_of(client, "GET", f"/review/{start}")
     ids = request.get("longer_ids") or []
     exact = "digest" in request
@@ -8527,7 +8552,7 @@ def greeting(loop: Loop, configuration: Configuration,
         port = loop.server_port
         yield (f"from your own machine: ssh -L {port}:127.0.0.1:{port} "
                f"{getpass.getuser()}@{connection[2]}")
-    asked = os.environ.get("HITL_SERVER_URL") or configuration.gate["server_url"]
+    asked = asked_at(configuration)
     yield f"agents that read this configuration ask at {asked} (server_url)"
     own = f"{'https' if loop.tls else 'http'}://127.0.0.1:{loop.server_port}"
     if "://127.0.0.1:" in asked and asked != own:
@@ -8725,7 +8750,7 @@ def rule_doubts(rules: Rules) -> Iterator[str]:
     """What is doubtful about the checkpoints."""
     for number, rule in enumerate(rules.checkpoints):
         name, pattern = f'checkpoint "{rule.checkpoint_id}"', rule.action_pattern
-        if rule.kind == "tool" and re.search(r" |(?:^|[|^])[A-Z]\w*\(", pattern):
+        if rule.kind == "tool" and re.search(r" |(?:^|[|^])[A-Z]\w*\\?\(", pattern):
             yield (f"{name}: {pattern!r} is looked for in the names of tools, and "
                    'no name contains that; did you mean kind = "shell"?')
         for above in rules.checkpoints[:number]:
@@ -8734,20 +8759,27 @@ def rule_doubts(rules: Rules) -> Iterator[str]:
                        "matches the same calls; put the narrower one first")
                 break
     effects = {rule.effect for rule in rules.checkpoints if rule.kind == "shell"}
-    if effects and "allow" not in effects:
+    if effects and "allow" not in effects and unlisted_runs(rules):
         yield ('kind = "shell" is used without an allow list (effect = "allow"): '
-               "a command that no pattern matches runs; `python3 hitl.py init "
-               "--coding-agent` writes a list")
+               "a command that no pattern matches runs (hitl.py 1.0 held what it "
+               "could not take apart); `python3 hitl.py init --coding-agent` "
+               "writes a list")
 
 
 def covers(above: Checkpoint, rule: Checkpoint) -> bool:
-    """Whether one checkpoint plainly matches all that another does: both have
-    the same pattern, or a simple one finds the other, which is a name."""
-    if above.effect == "allow" or above.arguments or above.kind != rule.kind:
+    """Whether one checkpoint plainly matches all that another does: it matches
+    everything, or has the same pattern, or a simple one that finds the other's
+    name (`delete` of `delete_*`)."""
+    if above.arguments or above.kind != rule.kind:
         return False
     wide, narrow = above.action_pattern, rule.action_pattern
-    simple = re.fullmatch(r"[\w*|-]+", wide) and narrow.isidentifier()
-    return wide == narrow or bool(simple and above.finds(wide, narrow))
+    if wide in (".*", ".+"):
+        return above.effect != "allow" or rule.kind == "tool"
+    if above.effect == "allow":
+        return False
+    simple = re.fullmatch(r"[\w*|-]+", wide)
+    name = re.fullmatch(r"(\w+?)(?:\w\*)?", narrow)
+    return wide == narrow or bool(simple and name and above.finds(wide, name[1]))
 
 
 SPARE_FILES = 64                # descriptors that are not connections
@@ -8775,9 +8807,7 @@ def cmd_check(args: Any) -> int:
         return replay(args, configuration)
     rules = configuration.rules
     if args.tool is None:
-        ids = [rule.checkpoint_id for rule in rules.checkpoints]
-        return answer(args, {"path": str(rules.path), "checkpoints": ids},
-                      linted(configuration))
+        return lint(args, configuration)
     with config_error("JSON of the arguments, like '{\"table\": \"users\"}':"):
         arguments = parse_json(args.arguments)
         if not isinstance(arguments, dict):
@@ -8837,23 +8867,26 @@ def replayed(rules: Rules, request: ReviewRequest) -> tuple[str, str]:
     return "as before" if was in (now, "") else "by another checkpoint", now
 
 
-def linted(configuration: Configuration) -> Iterator[str]:
+def lint(args: Any, configuration: Configuration) -> int:
     """What the file holds, what is doubtful in it, and whether the server
     answers."""
-    rules = configuration.rules
+    rules, url = configuration.rules, asked_at(configuration)
     warnings = warnings_of(configuration, configuration.server["public_url"])
-    yield f"{rules.path}: {len(rules.checkpoints)} checkpoints, fine"
+    client, server = Client.of(configuration, url), "answers"
+    try:
+        reply_of(client, "GET", "/healthz")
+    except HitlError as error:
+        server = error.message
+    lines = [f"{rules.path}: {len(rules.checkpoints)} checkpoints, fine"]
     for rule in rules.checkpoints:
         kind = "" if rule.kind == "tool" else f"{rule.kind}: "
-        yield f"  {rule.checkpoint_id:20} {rule.effect:7} {kind}{rule.action_pattern}"
-    yield f"  {'(everything else)':20} {rules.unmatched}"
-    yield from warnings
-    url = os.environ.get("HITL_SERVER_URL") or configuration.gate["server_url"]
-    try:
-        reply_of(Client(url), "GET", "/healthz")
-        yield f"server {url}: answers"
-    except HitlError as error:
-        yield f"server {url}: {error.message}"
+        lines.append(f"  {rule.checkpoint_id:20} {rule.effect:7} "
+                     f"{kind}{rule.action_pattern}")
+    lines += [f"  {'(everything else)':20} {rules.unmatched}", *warnings,
+              f"server {url}: {server}"]
+    return answer(args, {
+        "path": str(rules.path), "warnings": warnings, "server": server,
+        "checkpoints": [rule.checkpoint_id for rule in rules.checkpoints]}, lines)
 
 
 def explained(configuration: Configuration, match: Match, tool: str,
@@ -8878,7 +8911,7 @@ def explained(configuration: Configuration, match: Match, tool: str,
     if match.effect == "review":
         yield "  shown as " + visible(describe(rule, tool, arguments))
         seconds = rule.timeout_seconds or configuration.gate["timeout_seconds"]
-        yield f"  waits    {seconds:g} s"
+        yield f"  waits    {limited(seconds)}"
 
 
 def cmd_init(args: Any) -> int:

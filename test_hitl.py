@@ -1487,7 +1487,7 @@ def test_check_says_which_checkpoint_decides_and_why(tmp_path):
         "  because  action_pattern 'deploy_*' finds \"deploy_\" in "
         '"deploy_model"\n'
         "  shown as Deploy model m\u27e6U+000A\u27e7n to (not given)\n"
-        "  waits    300 s\n"), "")
+        "  waits    5 min\n"), "")
     assert json.loads(check("read", "{}", "--json").out) == {
         "tool": "read", "effect": "allow", "checkpoint_id": "unmatched",
         "why": "no checkpoint matches"}
@@ -1523,10 +1523,21 @@ def test_check_alone_lints_the_file_and_the_installation(desk):
         desk, "check", HITL_SERVER_URL=SILENT).out
     listed = json.loads(typed(desk, "check", "--json").out)
     assert listed["checkpoints"] == list("abcd")
-    path.write_text(rule() + rule('"b"', action_pattern='"delete_users"'))
-    assert ('checkpoint "b" never decides: "a" above it matches the same calls'
-            in typed(desk, "check").out)
+    assert (listed["server"], len(listed["warnings"])) == ("answers", 4)
+    refused = typed(desk, "check", HITL_SERVER_URL="localhost:8765")
+    assert refused.status == 2 and "error: server_url" in refused.err
+    for wide, narrow, effect, covered in (
+            ("delete_*", "delete_users", "review", True), (".*", "x|y", "allow", True),
+            ("del", "delete_*", "review", True), ("dele", "del*", "review", False),
+            ("delete", "delete_x", "allow", False)):
+        path.write_text(rule(action_pattern=f"'{wide}'", effect=f'"{effect}"')
+                        + rule('"b"', action_pattern=f"'{narrow}'"))
+        assert covered == ('checkpoint "b" never decides: "a" above it matches the '
+                           "same calls" in typed(desk, "check").out), narrow
+    path.write_text('[gate]\nunmatched = "review"\n' + rule(kind='"shell"'))
+    assert "allow list" not in typed(desk, "check").out
     path.chmod(0o666)
+    assert typed(desk, "check", "--json").status == 2
     assert typed(desk, "check") == (2, "", (
         f"hitl: error: {path} can be written by everybody\n"
         f"hitl: hint: chmod go-w {path}\n"))
@@ -5293,7 +5304,7 @@ def test_no_proxy_and_the_token(make_gate, make_desk, monkeypatch, caplog):
         with pytest.raises(hitl.UnreachableError) as wrong:
             make_gate(desk, token=token).call("delete_records", CALL, dict)
         assert wrong.value.hint == (
-            "set HITL_AGENT_TOKEN, or Gate(token=...), to an agent token that "
+            "set HITL_AGENT_TOKEN, or Gate(token=), to an agent token that "
             "serve knows") and "oken" not in wrong.value.told
     with pytest.raises(hitl.ConfigError) as caught:
         make_gate(desk, token=AGENT_TOKEN + "\nX: y")
@@ -5320,7 +5331,12 @@ def test_https(make_gate, desk, certificate, monkeypatch):
             "certificate (name the authority that signed it: [gate] tls_ca = "
             '"ca.pem", or SSL_CERT_FILE)')
         trusting = RULES.replace("[gate]", f"[gate]\ntls_ca = '{certificate}'")
-        assert decided(make_gate(wire, trusting), desk)() == CALL
+        gate = make_gate(wire, trusting)
+        assert decided(gate, desk)() == CALL
+        for words in ["check"], ["standing"]:
+            done = typed(desk, *words, "--config", str(gate.configuration.path),
+                         HITL_SERVER_URL=wire.url)
+            assert done.status == 0 and "trusted" not in done.out, done
         with pytest.raises(hitl.ConfigError, match="tls_ca: .*none.pem"):
             make_gate(wire, trusting.replace(str(certificate), "none.pem"))
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
@@ -5708,7 +5724,8 @@ def test_timeouts(make_gate, make_desk):
         "= 20", "= 9\nlifetime_seconds = 7")))
     desk.waiting()
     desk.clock.time += 8                # the server's clock is first
-    with pytest.raises(TimeoutError, match='nobody decided "Delete .* 7 s'):
+    with pytest.raises(TimeoutError, match='nobody decided "Delete .* 7 s.*raise '
+                       "lifetime_seconds in"):
         result()
 
 
@@ -8146,7 +8163,7 @@ def test_demo(tmp_path, terminal, ending):
     it stays open until Ctrl-C. It leaves nothing behind."""
     ours, theirs = pty.openpty() if terminal else os.pipe()[::-1]
     with Running(*HITL, "demo", folder=tmp_path, stdin=theirs,
-                 TMPDIR=str(tmp_path)) as demo:
+                 TMPDIR=str(tmp_path), HITL_AGENT_TOKEN=AGENT_TOKEN) as demo:
         link = demo.said(LINK)
         if terminal:
             me = hitl.Client(f"http://127.0.0.1:{link[2]}",
@@ -8332,7 +8349,8 @@ SLIPS = (
      "serve --port 0 --config agents.toml", {}),
     (2, "No such file or directory", "choose another file with --output",
      "verify --output none/e.json", {}),
-    (2, "JSON of the arguments, like '{\"table\": \"users\"}': this is not an", "", "check x [] --config rules.toml", {}),
+    (2, "JSON of the arguments, like '{\"table\": \"users\"}': this is not an", "",
+     "check x [] --config rules.toml", {}),
     (2, "invalid choice: 'nope'", "", "nope", {}),
     (2, "unrecognized arguments: --none", "", "hook --none", {}),
     (2, "arguments are required: id", "", "show", {}))
