@@ -6197,7 +6197,8 @@ NAME = (
     r"|credential|cookie|jwt|(?:root|bind|db|user)pw"
     r"|kennwort|wachtwoord|contrase[n\u00f1]a|mot[ _]?de[ _]?passe|(?<![a-z])senha"
     r"|\u043f\u0430\u0440\u043e\u043b\u044c|\u5bc6\u7801"
-    r"""|token(?!\w{0,20}[\\"']{0,2}[^\w"'\x1f]{1,4}\d{1,9}(?![\w.-]))|mnemonic"""
+    r"""|token(?!_?type|\w{0,20}[\\"']{0,2}[^\w"'\x1f]{1,4}\d{1,9}(?![\w.-]))"""
+    r"|mnemonic"
     r"|(?:seed|recovery|backup)[ _-]?phrase"
     r"|authorization|bearer|sess(?:ion)?[_-]?id|totp|(?:gh|github|gitlab|azure)_pat"
     r"|(?:verification|security|access|recovery|backup|login|mfa|2fa|two[ _-]?factor"
@@ -6213,8 +6214,8 @@ PIECES = {      # names for parts of the shapes below
                r"""| \([^()"'\n]{1,40}\))?+[\\"'\]*`]{0,4}+""",
     "{LEAD}": r"[\w.-]{0,40}?", "{GAP}": r"\s{0,8}",
     "{START}": r"""^[ \t>|*+\x1f-]{0,40}+(?:(?:export|set|const|let|var) )?["']?""",
-    "{QUOTED}": r"""(?:\\"(?:[^"\\]|\\[^"])*+|"(?:[^"\\]|\\.)*+"""
-                r"""|'(?:[^'\\]|\\.|'')*+)"""}
+    "{QUOTED}": r"""(?:\\"(?:[^"\\]|\\[^"])*+|"(?![)\],;]{0,9}$)(?:[^"\\]|\\.)*+"""
+                r"""|'(?![)\],;]{0,9}$)(?:[^'\\]|\\.|'')*+)"""}
 # What a secret and its surroundings look like: group 1 stays, the rest of the
 # match is masked.
 SHAPES = r"""
@@ -6236,7 +6237,8 @@ SHAPES = r"""
 # a call, a pair; an assignment, JSON, a repr(), a query
 ((?:auth\s{0,4}\({GAP}["'][^"'\n]{0,80}["'],|(?:set_?|[\[(]{GAP}["']{LEAD}){NAMED}[(,])
     {GAP}){QUOTED}
-({NAMED}{GAP}(?:=>|\??[:=]{1,3}){GAP}(?:(?:\w{1,12}\(|[bruf]{1,2})(?=["']))?(?:"{2}(?="))?
+({NAMED}{GAP}(?:=>|={2,3}(?=[^\n]{0,40}\d)|[:?]?=(?!=)|::?){GAP}
+    (?:(?:\w{1,12}\(|[bruf]{1,2})(?=["']))?(?:"{2}(?="))?
     (?:[\[(](?!masked,){GAP}(?:["'][^"'\n]{0,80}["']|[\w.@-]{1,80}),{GAP})?)
     (?:{QUOTED}|[^\s"'\\,;&(){}\[\]<>][^\s"'\\,;&)}\]<>]*+)
 ((?<![\w"'])(?:setx?|set -\w{1,3}|env|arg|#define|configure set|secret set)[ ]
@@ -6293,13 +6295,14 @@ SHAPES = r"""
     |(?:dckr_[a-z]{2,4}_|sb_secret_|pscale_[a-z]{2,5}_|tskey-[a-z]{3,9}-|figd_|nvapi-
     |HRKU-|AQVN|fo1_|lin_api_|duffel_[a-z]{4}_|dbt[cu]_|tk-us-|y[0-3]_|api_org_|sgp_)
     [\w-]{16}
-    |M(?:I[\w+/]{4}IBA[AD]|HcCAQEEI|IGHAgEAM)|(?:AIza|LTAI|AKID|AT[AC]TT3|ATBB)[\w-]{12}|eyJ[\w-]{8}
+    |M(?:I[\w+/]{4}IBA[AD]|HcCAQEEI|IGHAgEAM)|(?:AIza|LTAI|AKID|AT[AC]TT3|ATBB)[\w-]{12}
+    |eyJ[\w-]{8}
     |SK[0-9a-f]{32}|1//0[\w-]{20}|(?:bot)?\d{8,10}:[\w-]{30}
     |[MNO][\w-]{23}\.[\w-]{6}\.[\w-]{20}
     |(?:ya29|SG|hv[bsr]|s|sl|dt0c01|dp\.[a-z]{2,5}|pat\w{14})\.[\w-]{16}
     |(?:sk|pk|rk|gh[a-z]|gl[a-z]{2,5}|xox[a-z]|xapp|pypi)[-_][\w-]{8}
-    |[A-Za-z][A-Za-z0-9]{1,9}(?:[-_][A-Za-z0-9]{1,8}){0,2}[-_](?=[A-Za-z0-9]{16})
-    (?:(?:\d+[A-Za-z]+){2}|(?:[A-Za-z]+\d+){2}))[\w.+/=-]*+)
+    |(?!sha\d{3}-)[A-Za-z][A-Za-z0-9]{1,9}(?:[-_][A-Za-z0-9]{1,8}){0,2}[-_]
+    (?=[A-Za-z0-9]{16})(?:(?:\d+[A-Za-z]+){2}|(?:[A-Za-z]+\d+){2}))[\w.+/=-]*+)
 """
 SECRETS = tuple(        # an indented line continues the one before
     functools.reduce(lambda shape, part: shape.replace(*part), PIECES.items(), line)
@@ -6307,6 +6310,16 @@ SECRETS = tuple(        # an indented line continues the one before
     if line and line[0] != "#")
 
 
+# What stands in the place of a secret and is none: nothing, a type, a variable,
+# where a program gets it from, and the word after `if not token:`.
+NO_SECRET = regex(r"""["'\s]{0,9}(?:null|none|nil|undefined|true|false|yes|no
+    |str(?:ing)?|~|\*++|\$\{\w++\}|\$(?-i:[A-Z_]++)|\$?\{\{[^}]{0,200}\}*
+    |enabled|disabled|required|optional|missing|unset|empty|expired|invalid|accepted
+    |def|return|raise|pass|if|for|from|import|class|self
+    |(?:await|new)(?:[ ][\w.]++(?:\([\w., ]*+\)?)?)?
+    |[a-z_]{3,80}+(?:(?:\.|::)[a-z_]++){0,9}+\([a-z_., ]*+\)?
+    |(?:os|process|env|self|this|config|settings|request|args|getpass)\.[\w.]++
+    (?:[(\[][^\n]*+)?)?["',;:\s]{0,9}""", re.IGNORECASE | re.VERBOSE)
 # Of an object like {"name": "DB_PASSWORD", "value": ...}, what names and what
 # is named.
 NAMING = regex("(?:^|_)(?:name|key|header|label|id|field|variable)$|Key$|Name$",
@@ -6321,7 +6334,7 @@ def mask(text: str) -> str:
 def masked_match(found: re.Match[str]) -> str:
     """What a pattern found, masked after group 1 and an opening quote."""
     kept, secret = found[1], found[0][len(found[1]):]
-    if secret.strip("\"'\\ ").startswith("[masked"):
+    if secret.strip("\"'\\ ").startswith("[masked") or NO_SECRET.fullmatch(secret):
         return found[0]
     body = re.sub(r"^\\?[\"']", "", secret)
     return kept + secret[:len(secret) - len(body)] + mask(body)
@@ -6331,6 +6344,8 @@ def unless_plain(word: re.Match[str]) -> str:
     """A long word, masked if its letters and digits are mixed as in base64,
     unlike those of a digest, a UUID, a path or a name in source code."""
     text = word[0]
+    if re.match("sha(256|384|512)-", text):         # of a package
+        return text
     mixed = all(re.search(kind, text) for kind in ("[a-z]", "[A-Z]", "[0-9]"))
     turns = len(re.findall(
         "[a-z](?=[A-Z0-9])|[A-Z](?=[a-z0-9])|[0-9](?=[A-Za-z])", text))

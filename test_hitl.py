@@ -6387,7 +6387,20 @@ We pass the arguments; the passenger passed the compass; author: Ana; monkey: x
 ssh -p 2222 host; mkdir -p a/b; docker run -p 8080:80 -u 1000:1000 nginx
 https://example.com:8080/path?email=a@b.c, mailto:a@b.c, ssh://git@host/x
 SELECT * FROM users WHERE password IS NOT NULL AND token IN (1, 2)
-If the API key is missing, the answer is 401; primary_key: id; secretary: Bob"""
+If the API key is missing, the answer is 401; primary_key: id; secretary: Bob
+password = None
+auth: none
+x, "password": null, "token": "", x; token: $TOKEN, x; token_type: bearer
+api_key = os.environ["API_KEY"]
+self.token = parser.nextToken()
+password = getpass.getpass("Password: ")
+const token = await getToken();
+def check_password(password: str) -> bool:
+if token == "expired": return
+class TokenBucket:
+    def __init__(self): pass
+"integrity": "sha512-z4PhNX7vuL3xVChQ1m2AB9Yg5AULVxXcg/SpIdNs6c5H0NE8XYXysP=="
+UPDATE users SET password_changed = true"""
 
 
 def masked(value):
