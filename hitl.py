@@ -8314,7 +8314,7 @@ BUILDS = (
     r"npm (test|run (build|lint|test))",
 )
 OWN_PROGRAM = r"\bhitl\.py\b|-m hitl\b|import hitl\b|(?<!\w)/(proc|dev/fd)\b"
-MCP_TOOLS = "^mcp_.*(delete|drop|purge|deploy|send|publish|pay|refund|transfer)"
+MCP_TOOLS = "^mcp[_.:/-].*(delete|drop|purge|deploy|send|publish|pay|refund|transfer)"
 BUILDS_HEAD = """
 # Builds and tests run what the agent wrote. With them, this is not a boundary.
 """

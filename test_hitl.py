@@ -1740,7 +1740,9 @@ def test_a_coding_agent_cannot_edit_its_leash(coding):
     call = {"command": "apply_patch <<'E'\n*** Begin Patch\n*** Update File: "
             "notes.md\n*** End Patch\nE"}
     assert rules.first_match("Bash", call, str(project)).effect == "deny"
-    assert rules.first_match("mcp__db__delete_rows", {}).effect == "review"
+    for name in ("mcp__db__delete_rows", "mcp-db-delete_rows", "mcp.db.sendMail",
+                 "MCP:db:drop"):
+        assert rules.first_match(name, {}).effect == "review", name
 
 
 # ================================== Store ==================================
