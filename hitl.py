@@ -68,20 +68,20 @@ acall, and by whatever holds an approval: an MCP server, a coding agent, `run`.
   * Vocabulary         316  statuses, canonical JSON, the digest
     Text               159  text shown so that a person can trust it
   * Matching           673  does a checkpoint match this call?
-    Configuration      461  reads and checks checkpoints.toml
+    Configuration      463  reads and checks checkpoints.toml
   * Store             1009  the SQL of requests, decisions and the audit log
     Database file      239  opens, locks and verifies it
-    Notices            450  tells a reviewer; the only outgoing messages
-    Pages              971  the only HTML; pure functions
+    Notices            462  tells a reviewer; the only outgoing messages
+    Pages              988  the only HTML; pure functions
   * Rights and routes  873  who may do what, and the replies
     Loop               480  the only listening socket; one transaction a turn
-  * Client             147  the only outgoing requests to the server
-    Context            276  what the card says about the agent, secrets masked
+  * Client             158  the only outgoing requests to the server
+    Context            291  what the card says about the agent, secrets masked
     Guard              155  the decorator
-  * Gate               716  match, ask, wait, claim, run, report: runs a tool
-    Adapters           641  coding-agent hooks, MCP proxy, command prefix
-    Evidence           246  `verify` and `demo`: the whole path, for real
-    Command line      1218  argv, environment, stdout
+  * Gate               717  match, ask, wait, claim, run, report: runs a tool
+    Adapters           653  coding-agent hooks, MCP proxy, command prefix
+    Evidence           248  `verify` and `demo`: the whole path, for real
+    Command line      1238  argv, environment, stdout
 
 It reads checkpoints.toml (the rules), and writes no files but: hitl.db, -wal,
 -shm (requests and audit log), hitl.db.lock (one server per database), by
@@ -3210,7 +3210,7 @@ def audit_faults(db: sqlite3.Connection, noted: str = "") -> Iterator[str]:
 # neither a POST nor another entry. The loop writes what became of each notice
 # into the audit log, so after a restart it is known which are still owed.
 
-MAX_ANSWER = 200                # characters of an answer that are kept
+MAX_ANSWER = 200                # bytes of an answer that are kept
 MAX_DETAILS = 900               # characters: every receiver accepts this many
 MAX_HANGING = 5                 # tries of one entry that may hang at a time
 MAX_RETRY_AFTER = 600           # seconds: no receiver silences us for longer
@@ -3362,6 +3362,7 @@ class Channel:
                 cure = f"set {name} without it"
             if wrong:
                 raise ConfigError(f"{where} ${{{name}}} {wrong}", cure)
+        self.blotted = {*self.secrets.values()}     # and those of other entries
         for key, check in (("url", notice_url_value), ("smtp", smtp_value),
                            ("sign", sign_value)):
             if self.entry[key]:
@@ -3398,10 +3399,10 @@ class Channel:
     def shown(self, answer: bytes) -> str:
         """The beginning of an answer, without any value of a ${NAME}."""
         text = answer.decode("utf-8", "replace").strip()
-        for secret in sorted(self.secrets.values(), key=len, reverse=True):
+        for secret in sorted(self.blotted, key=len, reverse=True):
             for form in (secret, percent_encoded(secret), json.dumps(secret)[1:-1]):
                 text = text.replace(form, "***")
-        return visible(text)[:MAX_ANSWER]
+        return visible(text).encode()[:MAX_ANSWER].decode(errors="ignore")
 
     # ---- one try ----
 
@@ -3611,6 +3612,17 @@ class Channel:
             notices.report(self.name, done, answer)
 
 
+def channels_of(path: Path | None, entries: Iterable[Mapping[str, Any]],
+                environ: Mapping[str, str]) -> list[Channel]:
+    """The entries, ready to send. An answer to one may quote what another has
+    from the environment, which a command inherits: no value is ever shown."""
+    channels = [Channel(path, entry, environ) for entry in entries]
+    values = {value for channel in channels for value in channel.blotted}
+    for channel in channels:
+        channel.blotted = values
+    return channels
+
+
 class Notices:
     """All the entries. `report`, called from any thread, takes (name,
     request_ids, answer) to the loop, which records them."""
@@ -3668,8 +3680,9 @@ REVIEWED_CARDS = 20             # reviewed ones below them
 WIDE = 76                       # characters of JSON that stay on one line
 CONTEXT_SHOWN = 32 * 1024       # characters; of a longer context, both ends
 DOT = " \u00b7 "                 # between the parts of a line
-FACTS = ("why", "category", "timestamp", "received_at", "asked_by", "request_id",
-         "digest", "config_digest")             # behind "More"
+FACTS = ("why", "category", "timestamp", "received_at", "asked_by", "session",
+         "request_id", "digest", "approved_digest", "checkpoint_digest",
+         "config_digest")                       # behind "More"
 
 STYLE = """
 :root { color-scheme: light dark; --paper: light-dark(#f6f5f2, #161513);
@@ -3799,18 +3812,25 @@ const alone = card => read("/review/" + card.id.slice(8));    // on its own page
 const reason = card => first("[name=reason]", card)?.value || "";
 const tell = (card, text) => first(".said", card).append(text);
 
+const mark = warning => warning.textContent.replace(/\d+ \S+ ago/, "");
 // Brings a card up to date from a page just read: one that still waits gets its
-// "who" line; one that was decided stays as tall and as open as it was.
-function renew(card, page) {
+// "who" line and new warnings; one that was decided stays as tall and as open as
+// it was.
+function renew(card, page, decided) {
   const fresh = page.getElementById(card.id), typed = reason(card).trim();
   if (!card.isConnected) return document.getElementById(card.id);
-  if (fresh.className === card.className)
+  if (fresh.className === card.className) {
     first(".who", card)?.replaceWith(first(".who", fresh));
+    const known = every(".warn", card).map(mark), place =   // where nothing moves
+      card.open ? first("main > .card .said") : first(".full", card);
+    for (const warning of every(".warn", fresh))
+      if (!known.includes(mark(warning))) place?.before(warning);
+  }
   if (fresh.className === card.className || fresh.matches(".waiting")) return card;
   const focused = card.contains(document.activeElement);
   fresh.open = card.open;
   fresh.style.setProperty("--tall", card.getBoundingClientRect().height + "px");
-  if (typed && !first(".said", fresh).textContent.includes(typed))
+  if (typed && !decided && !first(".said", fresh).textContent.includes(typed))
     tell(fresh, `\nYou had typed: ${typed}`);
   card.replaceWith(fresh);
   if (focused) first("summary", fresh).focus({preventScroll: true});
@@ -3837,7 +3857,7 @@ document.addEventListener("submit", async event => {
     const reply = await ask(new URL(form.action).pathname,
       {method: "POST", body, headers: {Accept: "application/json"}});
     const {title, detail = ""} = await reply.json();
-    const fresh = renew(card, await alone(card));
+    const fresh = renew(card, await alone(card), reply.ok);
     if (!reply.ok) tell(fresh, `\nNot decided: ${title}. ${detail}`);
   } catch {
     tell(card, "The server does not answer. Your reason is kept: " +
@@ -4100,7 +4120,8 @@ this page may be out of date. If this goes on, reload it to sign in again.</p>
 <p><a href="/standing">Standing decisions</a></p>
 <details><summary>Stop everything</summary>
 <form method="post" action="/stop">
-  <input name="reason" required maxlength="1000" placeholder="Why">
+  <input name="reason" required maxlength="1000" placeholder="Why"
+    aria-label="Why everything is stopped">
   <button class="reject">Stop: reject what waits, refuse all that follows</button>
 </form>
 </details>
@@ -4127,7 +4148,8 @@ PROBLEM_NOTE = """<div class="note rejected"><h3>{message}</h3>
 <p class="soft">{status} {reason} <a href="/">Back to the desk</a></p></div>
 """
 
-LIFT = '<form method="post" action="/lift/{number}"><button>Lift</button></form>'
+LIFT = """<form method="post" action="/lift/{number}"><button
+    aria-label="Lift decision {number}">Lift</button></form>"""
 
 DESK = """<section id="waiting" class="{many}">
 {waiting}</section>
@@ -4276,11 +4298,13 @@ class View(NamedTuple):
         lambda request: None)           # the same call, when last decided
     rules: Rules = Rules(())            # the desk's own
     change: int = 0                     # what GET /changes counts
+    waiting: int = 0                    # how many requests wait
     offers: Callable[[ReviewRequest], Offers] = lambda request: Offers()
     stop: Standing | None = None        # the stop in force
 
 
-def page(view: View, title: str, main: Html, waits: int = 0, q: str = "") -> Html:
+def page(view: View, title: str, main: Html, q: str = "") -> Html:
+    waits = view.waiting
     stop = view.stop and fill(
         STOPPED, view.stop, who=person(view.stop.made_by), lift=fill(LIFT, view.stop),
         since=moment(view.stop.made_at), reason=view.stop.reason or "no reason given")
@@ -4291,10 +4315,10 @@ def page(view: View, title: str, main: Html, waits: int = 0, q: str = "") -> Htm
         who=view.who and f"signed in as {view.who}")
 
 
-def desk_page(view: View, waiting: list[ReviewRequest], count: int,
+def desk_page(view: View, waiting: list[ReviewRequest],
               reviewed: list[ReviewRequest], start: int = 0) -> Html:
     """What waits, with its buttons, and what was reviewed last."""
-    waiting = fitting(waiting)
+    waiting, count = fitting(waiting), view.waiting
     more, end = Html(""), start + len(waiting)
     if not count:
         more = Html('<p class="soft">Nothing waits. New requests appear here'
@@ -4309,7 +4333,7 @@ def desk_page(view: View, waiting: list[ReviewRequest], count: int,
                               rows=[safely(reviewed_row, row) for row in reviewed])
     many = "many" if len(waiting) > 12 else ""      # makes the lines less tall
     return page(view, title, fill(DESK, many=many, more=more, waiting=cards,
-                                  reviewed=below), count)
+                                  reviewed=below))
 
 
 def fitting(waiting: list[ReviewRequest]) -> list[ReviewRequest]:
@@ -4327,7 +4351,7 @@ def fitting(waiting: list[ReviewRequest]) -> list[ReviewRequest]:
 def review_page(view: View, request: ReviewRequest) -> Html:
     """One request with everything about it, and then the buttons."""
     return page(view, f"{request.status}: {request.request_id}",
-                safely(card, request, view), int(request.status == Status.WAITING))
+                safely(card, request, view))
 
 
 def problem_page(status: int, refusal: Refusal,
@@ -4384,7 +4408,8 @@ def standing_page(view: View, standing: list[tuple[Standing, int]],
         if row.until:
             until = fill("until {at}", at=moment(row.until))
         times = f"used {used} of {row.uses} times" if row.uses else f"used {used} times"
-        how = as_html([f"by {person(row.made_by)}", times,
+        how = as_html([f"number {row.number}", f"by {person(row.made_by)}",
+                       fill("since {at}", at=moment(row.made_at)), times,
                        row.reason and f"reason: {row.reason}"], DOT)
         rows.append(fill(ROW, status=row.decision, headline=what, when=until,
                          form=fill(LIFT, row), how=how))
@@ -4447,15 +4472,19 @@ def warnings(view: View, request: ReviewRequest,
     bad = Status.REJECTED           # a cut request has no arguments to check
     if not cut and not request.intact:
         yield bad, "DAMAGED: what is stored is not what was asked"
+    if request.status in (Status.WAITING, Status.EXPIRED):
+        yield bad, view.failed_notices(request.request_id)
     if request.status != Status.WAITING:
         return
     if before := view.decided(request):
+        how = str(before.status)
+        if before.approved_digest:
+            how += ", with changed arguments,"
         yield before.status, fill(
             "the same call was {how} {ago}{why}",
-            how=f"{before.status} by {decider(before)}",
+            how=f"{how} by {decider(before)}",
             ago=moment(before.decided_at, "ago", view.at),
             why=before.reason and f": {before.reason}")
-    yield bad, view.failed_notices(request.request_id)
     if not cut and not view.offers(request).decidable:
         yield bad, "only the reviewers that its checkpoint names can decide this"
     name = request.checkpoint_id
@@ -5352,7 +5381,7 @@ class Desk:
         try:
             return self.settled(http, "/", self.decided(http, asks))
         except Refusal as refusal:
-            if not (refusal.about and http.by_button):
+            if not http.by_button or refusal.reason == "unknown":
                 raise
             refusal.about = self.store.request(http.request_id, columns=WHOLE)
             status = REFUSALS[refusal.reason]
@@ -5452,7 +5481,6 @@ class Desk:
         start = int(number_in(asks, "from"))
         return self.reply(http, desk_page(
             self.view(http), self.store.waiting(PAGE_CARDS, start, self.attended),
-            self.store.waiting_count,
             self.store.reviewed(REVIEWED_CARDS).rows, start))
 
     def get_review(self, http: HttpRequest, asks: Missing) -> bytes:
@@ -5487,6 +5515,7 @@ class Desk:
                     failed_notices=self.failed_notices,
                     decided=self.store.asked_before,
                     rules=self.rules, change=self.store.head.sequence,
+                    waiting=self.store.waiting_count,
                     offers=lambda request: self.offers(request, http.who.name),
                     stop=self.store.stop_in_force)
 
@@ -7864,7 +7893,7 @@ class Proxy:
                 tick=self.progress(at_path(params, "_meta.progressToken")),
                 context={"MCP server": self.command,
                          "what the server says about this tool (untrusted)":
-                             self.tools.get(tool, "nothing")})
+                             self.tools.get(tool) or "nothing: it may destroy"})
         except HitlError as error:      # a result: agents drop an error's reason
             result: Json = {"isError": True, "content": [
                 {"type": "text", "text": error.told}]}
@@ -7898,6 +7927,9 @@ class Proxy:
             failure = json.dumps(content)
         if held.changed and isinstance(content, list):
             content.insert(0, {"type": "text", "text": held.changed})
+        elif held.changed and isinstance(at_path(answer, "error.message"), str):
+            answer["error"]["message"] = f"{held.changed}: {answer['error']['message']}"
+        if held.changed:
             line = json.dumps(answer).encode() + b"\n"
         self.to_client(line)
         if at_path(answer, "result.resultType") == "input_required":
@@ -8463,9 +8495,15 @@ def request_lines(request: dict[str, Any]) -> Iterator[str]:
     """One request in full, as the page shows it."""
     headline = one_line(request["action_description"])
     yield f"{request['status']:9} {headline}"
-    if headline.endswith("\u2026"):
-        yield labelled("in full", visible(request["action_description"]))
-    yield f"  runs exactly this: {visible(request['tool'] or 'no tool')}"
+    if headline != visible(request["action_description"]):
+        text, size = visible_lines(request["action_description"]), ""
+        if "\n" in text:
+            size = readable_size(len(text.encode()))
+        yield labelled("in full", text, size)
+    what = "exactly this"
+    if request["status"] == Status.WAITING:
+        what = "runs exactly this"
+    yield f"  {what}: {visible(request['tool'] or 'no tool')}"
     asked, approved = request["arguments"] or {}, request["approved_arguments"]
     arguments = parse_json(approved) if approved else asked
     for name, size, text in argument_rows(arguments):
@@ -8480,9 +8518,10 @@ def request_lines(request: dict[str, Any]) -> Iterator[str]:
     if request["handed_over"] and request["outcome"] == Outcome.RUNNING:
         request = request | {"outcome": "handed over"}
     yield "  who asks, and what is known:"
-    for name in ("agent", "asked_by", "checkpoint_id", "why", "received_at",
-                 "deadline", "decided_by", "decided_at", "reason", "outcome",
-                 "outcome_text", "notices", "request_id", "digest"):
+    for name in ("agent", "asked_by", "checkpoint_id", "category", "why",
+                 "received_at", "deadline", "decided_by", "signed_in", "standing",
+                 "decided_at", "reason", "outcome", "outcome_text", "notices",
+                 "request_id", "digest"):
         if request.get(name):
             yield labelled(name, visible(str(request[name])))
     if request["agent_context"] is not None:
@@ -8504,8 +8543,7 @@ def cmd_serve(args: Any) -> int:
     server = server_settings(args, configuration)
     host, port = server["host"], server["port"]
     warnings = warnings_of(configuration, server["public_url"], serves=True)
-    channels = [Channel(configuration.path, entry, os.environ)
-                for entry in configuration.notify]
+    channels = channels_of(configuration.path, configuration.notify, os.environ)
     terminal = sys.stdout is not None and sys.stdout.isatty()
     tokens, made = serving_tokens(configuration, terminal)
     tls = tls_context(server["tls_certificate"], server["tls_key"])
@@ -9153,9 +9191,10 @@ def cmd_notify(args: Any) -> int:
             f"there are: {', '.join(entries)}")
     url = server["public_url"] or f"http://{server['host']}:{server['port']}"
     status = 0
-    for name in [args.test] if args.test else entries:
-        sent = Channel(path, entries[name], os.environ).sample(url)
-        say(": ".join(filter(None, (name, sent.status, sent.text))))
+    chosen = [entries[args.test]] if args.test else entries.values()
+    for channel in channels_of(path, chosen, os.environ):
+        sent = channel.sample(url)
+        say(": ".join(filter(None, (channel.name, sent.status, sent.text))))
         if not sent.told:
             status = 1
     return status
