@@ -778,11 +778,22 @@ def changes_in_words(who: str, asked: str | None, approved: str | None) -> str:
     "" if there are no arguments, or nothing was changed."""
     if asked is None or approved is None:
         return ""
-    old, new = json.loads(asked), json.loads(approved)
-    changes = [f"{name}: {value_in_words(old[name])} -> {value_in_words(value)}"
-               for name, value in new.items()
-               if canonical(old[name]) != canonical(value)]
+    changes = changed_parts(json.loads(asked), json.loads(approved))
     return f"changed by {who}: {{{', '.join(changes)}}}"
+
+
+def changed_parts(old: Any, new: Any, name: str = "") -> Iterator[str]:
+    """Each part that differs, by its path: `to.0`."""
+    keys: Iterable[Any] = ()
+    if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
+        keys = new
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        keys = range(len(new))
+    elif canonical(old) != canonical(new):
+        yield f"{name}: {value_in_words(old)} -> {value_in_words(new)}"
+    for key in keys:
+        path = f"{name}.{key}" if name else str(key)
+        yield from changed_parts(old[key], new[key], path)
 
 
 def value_in_words(value: Any) -> str:

@@ -773,6 +773,21 @@ def test_a_call_and_its_figures_are_put_into_words():
         assert hitl.one_line(text) == line
 
 
+def test_a_change_is_told_by_its_parts():
+    """What a reviewer changed is named where it is, in lists and objects too;
+    whatever else differs is named as a whole."""
+    for old, new, words in (
+            ({"to": ["a", "b"], "o": {"x": 1, "y": []}},
+             {"to": ["a", "c"], "o": {"x": 2, "y": []}},
+             'to.1: "b" -> "c", o.x: 1 -> 2'),
+            ({"t": "a\nb", "f": 1}, {"t": "a\nc", "f": 1.0},
+             "t: (3 bytes) -> (3 bytes), f: 1 -> 1.0"),
+            ({"l": [1], "m": {"a": 1}}, {"l": [], "m": 2},
+             "l: (3 bytes) -> [], m: (8 bytes) -> 2"), ({"a": 1}, {"a": 1}, "")):
+        assert hitl.changes_in_words("ana", json.dumps(old), json.dumps(new)) == (
+            "changed by ana: {%s}" % words)
+
+
 # ================================ Matching =================================
 # Whatever a call is called, a rule that means it finds it.
 
