@@ -6636,6 +6636,7 @@ def is_async(function: Any) -> bool:
 UNREACHABLE_SECONDS = 10        # how long to try a server that does not answer;
 CLAIM_RETRY_SECONDS = 30        # with a claim, whose reply may have been lost;
 LAST_WORD_SECONDS = 2           # with a withdrawal or an outcome
+CANCEL_SECONDS = 0.5            # for the thread of an acall that was cancelled
 PROGRESS_SECONDS = 15           # between two lines that say what is waiting
 MAX_FREE = 10_000               # calls remembered to match nothing
 OTHER_SERVER = "does server_url point to hitl.py's server?"
@@ -6782,7 +6783,7 @@ class Held:
             self.cancelled = True
             await undisturbed(self.break_off, "cancelled")
             with contextlib.suppress(asyncio.CancelledError):   # once more
-                await asyncio.wait([work], timeout=LAST_WORD_SECONDS)
+                await asyncio.wait([work], timeout=CANCEL_SECONDS)
             if not work.cancel():
                 work.exception()        # nobody will ask what became of it
             raise
