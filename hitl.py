@@ -66,7 +66,7 @@ acall, and by whatever holds an approval: an MCP server, a coding agent, `run`.
 
   * Errors             102  the ways it can go wrong, each with its hint
   * Vocabulary         316  statuses, canonical JSON, the digest
-    Text               159  text shown so that a person can trust it
+    Text               170  text shown so that a person can trust it
   * Matching           673  does a checkpoint match this call?
     Configuration      463  reads and checks checkpoints.toml
   * Store             1009  the SQL of requests, decisions and the audit log
@@ -78,7 +78,7 @@ acall, and by whatever holds an approval: an MCP server, a coding agent, `run`.
   * Client             158  the only outgoing requests to the server
     Context            291  what the card says about the agent, secrets masked
     Guard              155  the decorator
-  * Gate               717  match, ask, wait, claim, run, report: runs a tool
+  * Gate               718  match, ask, wait, claim, run, report: runs a tool
     Adapters           653  coding-agent hooks, MCP proxy, command prefix
     Evidence           248  `verify` and `demo`: the whole path, for real
     Command line      1238  argv, environment, stdout
