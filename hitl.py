@@ -76,14 +76,14 @@ acall, and by whatever holds an approval: an MCP server, a coding agent, `run`.
   * Rights and routes  873  who may do what, and the replies
     Loop               480  the only listening socket; one transaction a turn
   * Client             158  the only outgoing requests to the server
-    Context            291  what the card says about the agent, secrets masked
+    Context            290  what the card says about the agent, secrets masked
     Guard              155  the decorator
   * Gate               718  match, ask, wait, claim, run, report: runs a tool
     Adapters           653  coding-agent hooks, MCP proxy, command prefix
     Evidence           248  `verify` and `demo`: the whole path, for real
     Command line      1238  argv, environment, stdout
 
-It reads checkpoints.toml (the rules), and writes no files but: hitl.db, -wal,
+It reads checkpoints.toml (the rules), and leaves no files but: hitl.db, -wal,
 -shm (requests and audit log), hitl.db.lock (one server per database), by
 `serve`; ~/.cache/hitl (this file's bytecode); checkpoints.toml, by `init`;
 hitl-evidence.json, by `verify`.
@@ -6362,9 +6362,8 @@ NO_SECRET = regex(r"""["'\s]{0,9}(?:null|none|nil|undefined|true|false|yes|no
     (?:[(\[][^\n]*+)?)?["',;:\s]{0,9}""", re.IGNORECASE | re.VERBOSE)
 # Of an object like {"name": "DB_PASSWORD", "value": ...}, what names and what
 # is named.
-NAMING = regex("(?:^|_)(?:name|key|header|label|id|field|variable)$|Key$|Name$",
-               re.IGNORECASE)
-NAMED_VALUE = regex("(?:^|_)(?:value|val|default)$|Value$", re.IGNORECASE)
+NAMING = regex("(?i)(?:name|key|(?:^|_)(?:header|label|id|field|variable))$")
+NAMED_VALUE = regex("(?i)(?:value|(?:^|_)(?:val|default))$")
 
 
 def mask(text: str) -> str:
